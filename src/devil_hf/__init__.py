@@ -1,0 +1,33 @@
+"""Decode the features of any vision model into language: words, attribution maps, and evidence for each word.
+
+Importing the package registers its classes with transformers, so that `AutoModel`, `AutoProcessor` and `pipeline` load its
+checkpoints without `trust_remote_code`.
+"""
+
+from transformers import AutoConfig
+from transformers import AutoImageProcessor
+from transformers import AutoModel
+from transformers import AutoModelForImageTextToText
+from transformers import AutoProcessor
+
+from devil_hf.backbone_devil import FeatureBackbone
+from devil_hf.configuration_devil import DevilConfig
+from devil_hf.image_processing_devil import DevilImageProcessor
+from devil_hf.modeling_devil import DevilModel
+from devil_hf.processing_devil import DevilProcessor
+
+AutoConfig.register(DevilConfig.model_type, DevilConfig)
+AutoModel.register(DevilConfig, DevilModel)
+AutoModelForImageTextToText.register(DevilConfig, DevilModel)
+AutoImageProcessor.register(DevilConfig, DevilImageProcessor)
+AutoProcessor.register(DevilConfig, DevilProcessor)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "DevilConfig",
+    "DevilImageProcessor",
+    "DevilModel",
+    "DevilProcessor",
+    "FeatureBackbone",
+]

@@ -1,0 +1,214 @@
+"""How a DeViL model is built, saved and loaded.
+
+Two kinds of checkpoint load alike through `from_pretrained`: self-contained ones hold every weight; slim ones hold what was
+trained, and name the sources of the frozen parts with revision and a hash of their weights, which is verified on loading.
+"""
+
+from collections.abc import Mapping
+from os import PathLike
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from torch import nn
+from transformers import AutoModelForCausalLM
+from transformers import PreTrainedConfig
+from transformers import PreTrainedModel
+from transformers.utils import cached_file
+from transformers.utils import logging
+
+from .backbone_devil import FeatureBackbone
+from .backbone_devil import source_state_dict
+from .backbone_devil import weights_hash
+
+logger = logging.get_logger(__name__)
+
+WEIGHTS_FILE = "model.safetensors"
+# The translator is all that is trained.
+TRAINED_PREFIX = "translator."
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+AUTO_CLASSES = ("AutoModel", "AutoModelForImageTextToText")
+
+
+class CheckpointMixin:
+    """Building, saving and loading for `DevilModel`."""
+
+    @classmethod
+    def from_backbone_and_language_model(
+        cls,
+        backbone: str | PathLike | nn.Module,
+        language_model: str | PathLike | PreTrainedModel,
+        layers=None,
+        *,
+        tokenizer=None,
+        class_tokens: bool = False,
+        backbone_kwargs: dict | None = None,
+        backbone_revision: str | None = None,
+        language_model_revision: str | None = None,
+        token: str | bool | None = None,
+        attn_implementation: str | None = None,
+        dtype: torch.dtype = torch.float32,
+        **config_fields,
+    ):
+        """Put an untrained translator between a pretrained backbone and a pretrained language model.
+
+        Args:
+            backbone: a timm or transformers id, a local directory of either, or an already built module.
+            language_model: an id, a local directory, or an already built causal language model.
+            layers: names or indices of the backbone's layers; None chooses its stages (four blocks of a ViT).
+            tokenizer: the language model's tokenizer; its special tokens win over those of the model's configuration.
+            class_tokens: also read each ViT layer's class token, as a layer of its own.
+            backbone_kwargs: further arguments of the backbone's architecture (`pad_type="same"`, `img_size=...`).
+            dtype: of all weights.
+            config_fields: fields of `DevilConfig`.
+        """
+        if not isinstance(backbone, FeatureBackbone):
+            backbone = FeatureBackbone.from_source(
+                backbone,
+                layers,
+                revision=backbone_revision,
+                token=token,
+                class_tokens=class_tokens,
+                backbone_kwargs=backbone_kwargs,
+            )
+        source = None
+        if not isinstance(language_model, nn.Module):
+            # The hash is taken in fp32, so that it does not depend on the dtype asked for.
+            source = {"source": str(language_model), "revision": language_model_revision}
+            language_model = _load_language_model(source, token=token, attn_implementation=attn_implementation)
+            source["revision"] = getattr(language_model.config, "_commit_hash", None) or language_model_revision
+            source["sha256"] = weights_hash(language_model)
+        text_config = language_model.config
+        special = {
+            name: config_fields.pop(name, _special_token(name, tokenizer, text_config))
+            for name in ("bos_token_id", "eos_token_id", "pad_token_id")
+        }
+        if special["pad_token_id"] is None:
+            special["pad_token_id"] = special["eos_token_id"]
+        config = cls.config_class(
+            backbone_config=backbone.config,
+            text_config=text_config,
+            language_model_source=source,
+            **special,
+            **config_fields,
+        )
+        return cls(config, backbone=backbone, language_model=language_model).to(dtype).eval()
+
+    def trainable_state_dict(self) -> dict[str, Tensor]:
+        """The weights that training changes, by their names in the whole model."""
+        return {name: tensor for name, tensor in self.state_dict().items() if name.startswith(TRAINED_PREFIX)}
+
+    def save_pretrained(self, save_directory: str | PathLike, *, slim: bool = False, state_dict=None, **kwargs):
+        """Save a checkpoint with the code that loads it.
+
+        Args:
+            slim: leave out the frozen parts and name their sources instead.
+
+        Raises:
+            ValueError: for a slim checkpoint of parts that came as modules, without a source to load them from again.
+        """
+        config = self.config
+        if slim:
+            for part in self._parts_without_source():
+                raise ValueError(
+                    f"a slim checkpoint needs a source of the {part}, but it was given as a module: "
+                    "build the model from an id or a directory, or save with slim=False."
+                )
+            state_dict = self.trainable_state_dict() if state_dict is None else state_dict
+        modules = {"AutoConfig": "configuration_devil.DevilConfig"}
+        modules |= dict.fromkeys(AUTO_CLASSES, "modeling_devil.DevilModel")
+        before, config.frozen_weights = config.frozen_weights, "reference" if slim else "embedded"
+        config.auto_map = modules
+        try:
+            super().save_pretrained(save_directory, state_dict=state_dict, **kwargs)
+        finally:
+            config.frozen_weights = before
+
+    def _parts_without_source(self) -> list[str]:
+        parts = {"backbone": self.config.backbone_config, "language model": self.config.language_model_source}
+        return [part for part, entry in parts.items() if not (entry or {}).get("source")]
+
+    @property
+    def has_sources(self) -> bool:
+        """Whether both frozen parts can be loaded again from where they came, so that a slim checkpoint is possible."""
+        return not self._parts_without_source()
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path, *args, config=None, state_dict=None, backbone=None, language_model=None, **kwargs
+    ):
+        """Load a self-contained or a slim checkpoint.
+
+        Beside the arguments of every transformers model:
+
+        Args:
+            backbone: for a slim checkpoint, where the backbone's weights lie now; for a custom backbone, the module itself.
+            language_model: for a slim checkpoint, where the language model's weights lie now.
+        """
+        path = pretrained_model_name_or_path
+        report = kwargs.pop("output_loading_info", False)
+        hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
+        if not isinstance(config, PreTrainedConfig):
+            config = cls.config_class.from_pretrained(config or path, **hub)
+        module = backbone if isinstance(backbone, nn.Module) else None
+        if module is not None:
+            kwargs["backbone"] = module
+        if path is not None and state_dict is None and config.frozen_weights == "reference":
+            state_dict = _trained_weights(path, hub) | _frozen_weights(config, backbone, language_model, hub.get("token"))
+        source = None if state_dict is not None else path
+        model, info = super().from_pretrained(
+            source, *args, config=config, state_dict=state_dict, output_loading_info=True, **kwargs
+        )
+        if info["missing_keys"]:
+            missing = sorted(info["missing_keys"])
+            raise ValueError(f"{path} lacks {len(missing)} weights, {missing[0]} among them: the checkpoint is incomplete.")
+        model.config.name_or_path = model.name_or_path = str(path)
+        return (model, info) if report else model
+
+
+def _special_token(name: str, tokenizer, text_config) -> int | None:
+    token = getattr(tokenizer, name, None)
+    token = getattr(text_config, name, None) if token is None else token
+    return token[0] if isinstance(token, list | tuple) else token
+
+
+def _load_language_model(source: Mapping, token=None, **kwargs) -> PreTrainedModel:
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            source["source"], revision=source.get("revision") or "main", token=token, dtype=torch.float32, **kwargs
+        )
+    except OSError as error:
+        raise OSError(
+            f"the language model {source['source']!r} (revision {source.get('revision')}) could not be loaded: "
+            f"name another place of the same weights with language_model=... ({error})"
+        ) from error
+
+
+def _trained_weights(path: str | PathLike, hub: Mapping) -> dict[str, Tensor]:
+    file = cached_file(path, WEIGHTS_FILE, _raise_exceptions_for_missing_entries=False, **hub)
+    if file is None:
+        raise OSError(f"{path} has no {WEIGHTS_FILE}: a slim checkpoint keeps its translator there.")
+    return load_file(file)
+
+
+def _frozen_weights(config, backbone, language_model, token) -> dict[str, Tensor]:
+    """Weights of the frozen parts from their sources, verified, by their names in the whole model."""
+    if isinstance(backbone, nn.Module):
+        vision = {f"module.{name}": tensor for name, tensor in backbone.state_dict().items()}
+    else:
+        vision = source_state_dict(config.backbone_config, backbone)
+    source = dict(config.language_model_source)
+    if language_model is not None:
+        source |= {"source": str(language_model), "revision": None}
+    model = _load_language_model(source, token=token)
+    found = weights_hash(model)
+    if found != source["sha256"]:
+        raise ValueError(
+            f"the weights of the language model {source['source']!r} have sha256 {found}, but this checkpoint was trained "
+            f"with {source['sha256']}: load the revision {source.get('revision')}, or name the right one with language_model=..."
+        )
+    named = {f"backbone.{name}": tensor for name, tensor in vision.items()}
+    return named | {f"language_model.{name}": tensor for name, tensor in model.state_dict().items()}
+
+
+__all__ = ["CheckpointMixin"]

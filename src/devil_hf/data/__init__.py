@@ -1,0 +1,1 @@
+"""Image-text pairs: the embedded shapes world, caption folders, and units of networks with their exemplars."""

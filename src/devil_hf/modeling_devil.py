@@ -1,0 +1,652 @@
+"""DeViL: a frozen vision backbone, a translator, a frozen language model (Dani et al., GCPR 2023, arXiv 2309.01617).
+
+Everything that can be asked is a choice of location weights and a layer mask (`DevilModel.ask`); the answer is a prefix, and two
+verbs read it: `generate` (words) and `score` (log-probability of given words). `describe` and `attribute` ask for many layers
+and places at once. Deviations from the paper, each off by default: feature norms, a learned null prefix, log-uniform location
+dropout, guidance. Unlike the authors' training, the language model stays in eval mode.
+"""
+
+from collections.abc import Mapping
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch import nn
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM
+from transformers import LogitsProcessorList
+from transformers import PreTrainedModel
+
+from .backbone_devil import FeatureBackbone
+from .backbone_devil import resolve_layers
+from .checkpoint_devil import CheckpointMixin
+from .configuration_devil import DevilConfig
+from .guidance_devil import EvidenceGuidance
+from .outputs_devil import AttributionOutput
+from .outputs_devil import DescribeOutput
+from .outputs_devil import DevilOutput
+from .outputs_devil import ScoreOutput
+from .pooling_devil import check_locations
+from .pooling_devil import layer_dropout
+from .pooling_devil import location_dropout
+from .pooling_devil import pool
+from .pooling_devil import pool_every_location
+from .pooling_devil import region_weights
+from .pooling_devil import window_weights
+from .scoring_devil import rows_per_chunk
+from .scoring_devil import run_language_model
+from .scoring_devil import score_phrases
+from .translator_devil import Translator
+
+ALL_LAYERS = "all"
+
+
+class DevilModel(CheckpointMixin, PreTrainedModel):
+    """A vision backbone that speaks.
+
+    Shapes: B images, L layers with feature maps (B, C_l, H_l, W_l), N questions, K phrases of up to T tokens,
+    a prefix of k vectors of the language model's embedding width D_lm.
+    """
+
+    config_class = DevilConfig
+    base_model_prefix = "devil"
+    main_input_name = "pixel_values"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = False
+    # The Trainer need not count label tokens: the loss is a mean over the batch's own.
+    accepts_loss_kwargs = False
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    def __init__(self, config, backbone: nn.Module | None = None, language_model: PreTrainedModel | None = None):
+        super().__init__(config)
+        if isinstance(backbone, FeatureBackbone):
+            self.backbone = backbone
+        else:
+            self.backbone = FeatureBackbone.from_config(config.backbone_config, module=backbone)
+        self.language_model = language_model or AutoModelForCausalLM.from_config(config.text_config)
+        embedding_width = check_language_model(self.language_model)
+        self.translator = Translator(self.backbone.channels, embedding_width, config)
+        self.language_model.requires_grad_(False)
+        for given in (backbone, language_model):
+            if given is not None:
+                _keep_weights(given)
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        # Only our own parts: the base class would overwrite the weights of a timm backbone.
+        if isinstance(module, Translator):
+            module.reset_parameters()
+        elif hasattr(module, "init_non_persistent_buffers"):
+            module.init_non_persistent_buffers()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.language_model.get_output_embeddings()
+
+    def train(self, mode: bool = True) -> "DevilModel":
+        """Switch the translator's mode; the frozen parts stay in eval mode (batch-norm statistics, dropout)."""
+        super().train(mode)
+        self.backbone.eval()
+        self.language_model.eval()
+        return self
+
+    @property
+    def layer_names(self) -> list[str]:
+        """The layers that this model reads, shallowest first."""
+        return list(self.backbone.layers)
+
+    # ---------------------------------------------------------------------------------------------- features to prefix
+
+    def extract_features(self, pixel_values: Tensor, layers: Sequence[int] | None = None) -> list[Tensor | None]:
+        """Feature maps (B, C_l, H_l, W_l) of `pixel_values` (B, 3, H, W), one per layer; None for layers not asked for.
+
+        Raises:
+            ValueError: for pixel values of a wrong shape, and for features that are not finite.
+        """
+        if pixel_values.ndim != 4 or 0 in pixel_values.shape:
+            raise ValueError(
+                f"pixel_values of shape {tuple(pixel_values.shape)}: expected (images, 3, height, width), none of them zero; "
+                "make them with the model's processor."
+            )
+        parameter = next(self.backbone.parameters(), None)
+        if parameter is not None:
+            pixel_values = pixel_values.to(device=parameter.device, dtype=parameter.dtype)
+        return self.backbone(pixel_values, layers)
+
+    def translate(self, pooled: Sequence[Tensor | None], layer_mask: Tensor | None = None, rows: int = 1) -> Tensor:
+        """Prefix (N, k, D_lm) for pooled features, one (N, C_l) per layer or None where hidden (paper, section 3.1)."""
+        weight = self.translator.output.weight
+        pooled = [None if vectors is None else vectors.to(weight) for vectors in pooled]
+        if layer_mask is not None:
+            layer_mask = layer_mask.to(weight.device)
+        return self.translator(pooled, layer_mask, rows)
+
+    def null_prefix(self) -> Tensor:
+        """The prefix (1, k, D_lm) when every layer is hidden: what the language model says of nothing."""
+        return self.translate([None] * len(self.layer_names))
+
+    def ask(
+        self,
+        pixel_values: Tensor | None = None,
+        layers: str | int | Sequence[str | int] | None = None,
+        locations: Sequence[tuple[int, int]] | None = None,
+        window: int = 1,
+        regions: Tensor | None = None,
+        location_weights: Sequence[Tensor | None] | None = None,
+        layer_mask: Tensor | None = None,
+        feature_maps: Sequence[Tensor | None] | None = None,
+    ) -> Tensor:
+        """Turn questions about images into prefixes.
+
+        Args:
+            pixel_values: (B, 3, H, W); may be left out when `feature_maps` are given.
+            layers: the layers that are visible together, by name or index; None for all.
+            locations: R (row, column) places on the grid of the layers; None for the whole map.
+            window: side of the square around each place, in locations (odd).
+            regions: (B, H, W) or (B, R, H, W) soft masks over the pixel values; a layer where one vanishes is hidden from it.
+            location_weights: per layer (B, R, H_l, W_l) or (R, H_l, W_l), non-negative, summing to one; None for uniform.
+            layer_mask: (L,) or (B * R, L) bool, True hides a layer, beside those that `layers` leaves out.
+            feature_maps: what `extract_features` returned, to ask again without running the backbone.
+
+        Returns:
+            (N, k, D_lm) with N = B * R, rows by image, then by question.
+        """
+        visible = resolve_layers(layers, self.layer_names)
+        if feature_maps is None:
+            feature_maps = self.extract_features(pixel_values, visible)
+        grids = {index: tuple(feature_maps[index].shape[-2:]) for index in visible}
+        weights: dict[int, Tensor | None] = dict.fromkeys(visible)
+        if location_weights is not None:
+            weights = {index: location_weights[index] for index in visible}
+        elif regions is not None:
+            regions = regions[:, None] if regions.ndim == 3 else regions
+            weights, layer_mask = self._region_question(regions.to(self.device), grids, layer_mask)
+        elif locations is not None:
+            if len(set(grids.values())) > 1:
+                named = {self.layer_names[index]: grid for index, grid in grids.items()}
+                raise ValueError(f"locations need one grid, but the visible layers have {named}: name one layer, or use regions.")
+            for index, grid in grids.items():
+                check_locations(locations, grid, self.layer_names[index])
+                weights[index] = window_weights(locations, grid, window)
+        pooled: list[Tensor | None] = [None] * len(self.layer_names)
+        for index in visible:
+            pooled[index] = self._finite(pool(feature_maps[index], weights[index]), index)
+        rows = next(vectors.shape[0] for vectors in pooled if vectors is not None)
+        if layer_mask is not None:
+            layer_mask = layer_mask.bool().expand(rows, -1)
+        return self.translate(pooled, layer_mask)
+
+    def _region_question(self, regions, grids, layer_mask) -> tuple[dict[int, Tensor], Tensor]:
+        B, R = regions.shape[:2]
+        mask = torch.zeros(B * R, len(self.layer_names), dtype=torch.bool, device=regions.device)
+        if layer_mask is not None:
+            mask |= layer_mask.to(mask)
+        weights = {}
+        for index, grid in grids.items():
+            weights[index], empty = region_weights(regions, grid)
+            mask[:, index] |= empty.flatten()
+        return weights, mask
+
+    def _finite(self, vectors: Tensor, index: int) -> Tensor:
+        if not torch.isfinite(vectors).all():
+            bad = int((~torch.isfinite(vectors)).any(dim=-1).sum())
+            raise ValueError(
+                f"features of layer {self.layer_names[index]!r} are not finite in {bad} of {len(vectors)} questions: check the "
+                "pixel values, and the backbone's dtype (half precision overflows in some backbones)."
+            )
+        return vectors
+
+    # ------------------------------------------------------------------------------------------------------- training
+
+    def forward(
+        self,
+        pixel_values: Tensor | None = None,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        feature_maps: Sequence[Tensor] | None = None,
+        pooled_features: Sequence[Tensor] | None = None,
+        location_weights: Sequence[Tensor | None] | None = None,
+        layer_mask: Tensor | None = None,
+    ) -> DevilOutput:
+        """Caption loss of image-text pairs (paper, equation 3).
+
+        In training mode, location and layer dropout are drawn as configured unless `location_weights` or `layer_mask` say
+        otherwise; in eval mode every location and layer is visible.
+
+        Args:
+            pixel_values: (B, 3, H, W); or `feature_maps`, one (B, C_l, H_l, W_l) per layer; or `pooled_features`, (B, C_l).
+            input_ids: (B, T) caption tokens without BOS and EOS, padded on the right; both are added here.
+            attention_mask: (B, T), 0 on padding; None when there is none.
+            location_weights: per layer (B, 1, H_l, W_l), or None for uniform.
+            layer_mask: (B, L) bool, True = hidden.
+        """
+        if pooled_features is None:
+            if feature_maps is None:
+                feature_maps = self.extract_features(pixel_values)
+            if location_weights is None:
+                location_weights = self._training_weights(feature_maps) if self.training else [None] * len(feature_maps)
+            pooled_features = [pool(maps, weights) for maps, weights in zip(feature_maps, location_weights, strict=True)]
+        rows = pooled_features[0].shape[0]
+        if layer_mask is None and self.training:
+            config = self.config
+            layer_mask = layer_dropout(
+                rows, len(pooled_features), config.layer_dropout, config.null_probability, pooled_features[0].device
+            )
+        prefix = self.translate(pooled_features, layer_mask)
+        if input_ids is None:
+            return DevilOutput(prefix=prefix)
+        labels, embeds, mask = self._caption_inputs(prefix, input_ids, attention_mask)
+        logits = run_language_model(self.language_model, embeds, labels.shape[1] + 1, mask).logits[:, :-1]
+        loss = F.cross_entropy(logits.float().flatten(0, 1), labels.to(logits.device).flatten())
+        return DevilOutput(loss=loss, logits=logits, prefix=prefix)
+
+    def _training_weights(self, feature_maps: Sequence[Tensor]) -> list[Tensor]:
+        config = self.config
+        return [
+            location_dropout(len(maps), maps.shape[-2:], config.location_dropout, config.location_schedule, maps.device)[:, None]
+            for maps in feature_maps
+        ]
+
+    def _caption_inputs(self, prefix: Tensor, input_ids: Tensor, attention_mask: Tensor | None):
+        """Labels (B, T + 1), -100 on padding; input embeddings of BOS, prefix, caption, EOS; their attention mask."""
+        input_ids = input_ids.to(prefix.device)
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        attention_mask = attention_mask.to(prefix.device)
+        tokens, labels = input_ids, input_ids.masked_fill(attention_mask == 0, -100)
+        if self.config.eos_token_id is not None:
+            # EOS stands right after the last caption token, in front of the padding.
+            ends = attention_mask.sum(dim=1, keepdim=True)
+            attention_mask = F.pad(attention_mask, (1, 0), value=1)
+            tokens = F.pad(tokens, (0, 1)).scatter(1, ends, self.config.eos_token_id)
+            labels = F.pad(labels, (0, 1), value=-100).scatter(1, ends, self.config.eos_token_id)
+        start = self._start(prefix)
+        words = self.get_input_embeddings()(tokens).to(start.dtype)
+        self._check_context(start.shape[1] + tokens.shape[1], "the prefix and the caption", "shorten the captions")
+        mask = torch.cat([attention_mask.new_ones(start.shape[:2]), attention_mask], dim=1)
+        return labels, torch.cat([start, words], dim=1), mask
+
+    # ------------------------------------------------------------------------------------------------ reading a prefix
+
+    def _start(self, prefix: Tensor) -> Tensor:
+        """Input embeddings in front of every text: BOS where the language model has one, and the prefix."""
+        embedding = self.get_input_embeddings()
+        prefix = prefix.to(device=embedding.weight.device, dtype=embedding.weight.dtype)
+        if self.config.bos_token_id is None:
+            return prefix
+        bos = embedding(torch.full((1, 1), self.config.bos_token_id, device=prefix.device))
+        return torch.cat([bos.to(prefix).expand(prefix.shape[0], -1, -1), prefix], dim=1)
+
+    def _check_context(self, length: int, what: str, remedy: str) -> None:
+        limit = self.config.context_length
+        if limit is not None and length > limit:
+            raise ValueError(f"{what} take {length} tokens, but the language model reads {limit}: {remedy}.")
+
+    @torch.no_grad()
+    def generate(
+        self,
+        pixel_values: Tensor | None = None,
+        layers: str | int | Sequence[str | int] | None = None,
+        locations: Sequence[tuple[int, int]] | None = None,
+        window: int = 1,
+        regions: Tensor | None = None,
+        location_weights: Sequence[Tensor | None] | None = None,
+        layer_mask: Tensor | None = None,
+        feature_maps: Sequence[Tensor | None] | None = None,
+        guidance: float = 1.0,
+        **generation_kwargs,
+    ) -> Tensor:
+        """Describe what is asked for, by the language model's own `generate`.
+
+        The arguments up to `feature_maps` are those of `ask`; `guidance` above 1 favours what the features add (beyond the
+        paper); everything else (`max_new_tokens`, `num_beams`, `do_sample`, `streamer`, ...) goes to the library's `generate`.
+
+        Returns:
+            (N, T) new tokens, greedy unless told otherwise (paper, section 4.1).
+        """
+        prefix = self.ask(pixel_values, layers, locations, window, regions, location_weights, layer_mask, feature_maps)
+        return self._decode(prefix, guidance, **generation_kwargs)
+
+    def _decode(self, prefix: Tensor, guidance: float = 1.0, **generation_kwargs) -> Tensor:
+        start = self._start(prefix)
+        options = {"max_new_tokens": 40, "do_sample": False} | generation_kwargs
+        options.setdefault("pad_token_id", self.config.pad_token_id)
+        options.setdefault("eos_token_id", self.config.eos_token_id)
+        if "max_length" in generation_kwargs:
+            del options["max_new_tokens"]
+        else:
+            length = start.shape[1] + options["max_new_tokens"]
+            self._check_context(length, "the prefix and max_new_tokens", "lower max_new_tokens")
+        if guidance != 1.0:
+            null = self._start(self.null_prefix())
+            processors = list(options.pop("logits_processor", []))
+            processor = EvidenceGuidance(self.language_model, null, guidance)
+            options["logits_processor"] = LogitsProcessorList([processor, *processors])
+        beams = options.get("num_beams", 1) * options.get("num_return_sequences", 1)
+        chunk = rows_per_chunk(self.language_model, start.shape[1], beams, options.get("max_new_tokens", 40))
+        outputs = [
+            self.language_model.generate(
+                inputs_embeds=rows, attention_mask=torch.ones(rows.shape[:2], dtype=torch.long, device=rows.device), **options
+            )
+            for rows in start.split(chunk)
+        ]
+        if len(outputs) == 1:
+            return outputs[0]
+        if options.get("return_dict_in_generate"):
+            raise ValueError(f"return_dict_in_generate works for up to {chunk} questions at once, not for {len(start)}: ask fewer.")
+        longest = max(rows.shape[1] for rows in outputs)
+        return torch.cat([F.pad(rows, (0, longest - rows.shape[1]), value=self.padding_token_id) for rows in outputs])
+
+    @property
+    def padding_token_id(self) -> int:
+        """The token that fills finished rows of a generation."""
+        for token in (self.config.pad_token_id, self.config.eos_token_id):
+            if token is not None:
+                return token
+        return 0
+
+    @torch.no_grad()
+    def score(
+        self,
+        pixel_values: Tensor | None = None,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        scored_mask: Tensor | None = None,
+        **question,
+    ) -> ScoreOutput:
+        """Log-probability of given phrases: multiple choice, evidence, and one place of an attribution map.
+
+        Args:
+            pixel_values: (B, 3, H, W).
+            input_ids, attention_mask, scored_mask: (K, T), as the processor makes them of phrases; tokens outside of
+                `scored_mask` (a carrier such as "the") are read but not counted.
+            question: `layers`, `locations`, `window`, `regions`, `location_weights`, `layer_mask`, `feature_maps` of `ask`.
+        """
+        phrases = self._phrases({"input_ids": input_ids, "attention_mask": attention_mask, "scored_mask": scored_mask})
+        prefix = self.ask(pixel_values, **question)
+        token_log_probs = self._score_rows(prefix, phrases)
+        null_token_log_probs = self._score_rows(self.null_prefix(), phrases)
+        log_probs, null_log_probs = token_log_probs.sum(dim=-1), null_token_log_probs.sum(dim=-1)[0]
+        evidence = (log_probs - null_log_probs) / phrases["scored_mask"].sum(dim=-1)
+        return ScoreOutput(
+            log_probs=log_probs, null_log_probs=null_log_probs, evidence=evidence, token_log_probs=token_log_probs
+        )
+
+    def _phrases(self, phrases: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
+        """Checked phrase tensors on the language model's device, with defaults for the masks."""
+        input_ids = phrases.get("input_ids")
+        if input_ids is None or input_ids.ndim != 2 or 0 in input_ids.shape:
+            shape = None if input_ids is None else tuple(input_ids.shape)
+            raise ValueError(
+                f"phrases need input_ids of shape (phrases, tokens), got {shape}: make them with processor(text=[...])."
+            )
+        device = self.get_input_embeddings().weight.device
+        input_ids = input_ids.to(device)
+        given = phrases.get("attention_mask")
+        attention_mask = torch.ones_like(input_ids) if given is None else given.to(device)
+        given = phrases.get("scored_mask")
+        scored_mask = attention_mask.bool() if given is None else given.to(device).bool() & attention_mask.bool()
+        empty = torch.nonzero(~scored_mask.any(dim=1)).flatten().tolist()
+        if empty:
+            raise ValueError(f"phrases {empty} have no token to score: leave empty phrases out.")
+        length = self.config.prefix_length + 1 + input_ids.shape[1]
+        self._check_context(length, "the prefix and the longest phrase", "shorten that phrase")
+        return {"input_ids": input_ids, "attention_mask": attention_mask, "scored_mask": scored_mask}
+
+    def _score_rows(self, prefix: Tensor, phrases: Mapping[str, Tensor], chunk_size: int | None = None) -> Tensor:
+        """(N, K, T) log-probabilities of the scored tokens under prefixes (N, k, D_lm)."""
+        input_ids = phrases["input_ids"]
+        chunk_size = chunk_size or rows_per_chunk(self.language_model, prefix.shape[1] + 1, *input_ids.shape)
+        log_probs = [
+            score_phrases(self.language_model, self._start(rows), input_ids, phrases["attention_mask"])
+            for rows in prefix.split(chunk_size)
+        ]
+        return torch.cat(log_probs) * phrases["scored_mask"]
+
+    # ------------------------------------------------------------------------------------------- many places at once
+
+    @torch.no_grad()
+    def attribute(
+        self,
+        pixel_values: Tensor | None = None,
+        phrases: Mapping[str, Tensor] | None = None,
+        layers: str | int | Sequence[str | int] | None = None,
+        measure: str = "evidence",
+        window: int | Mapping[str, int] = 1,
+        combine: str | None = None,
+        chunk_size: int | None = None,
+        feature_maps: Sequence[Tensor | None] | None = None,
+    ) -> AttributionOutput:
+        """Open-vocabulary attribution maps: how likely each phrase is at every location (paper, section 3.3).
+
+        Args:
+            pixel_values: (B, 3, H, W).
+            phrases: K phrases, as `processor(text=[...])` makes them.
+            layers: one map per layer named here, each layer asked alone; None for all layers.
+            measure: "sum" of log p over the phrase's tokens (paper), the same "per_token", or "evidence": per token and over
+                the null prefix, which makes maps of different phrases comparable (beyond the paper).
+            window: side of the square pooled around each location, for all layers or by layer name.
+            combine: None; "joint" asks all the layers together, coarser maps interpolated to the finest grid first
+                (paper); "mean" averages the layers' maps on the finest grid (beyond the paper).
+            chunk_size: locations at once; chosen from the shapes when None.
+            feature_maps: what `extract_features` returned, to ask again without running the backbone.
+        """
+        if measure not in ("sum", "per_token", "evidence"):
+            raise ValueError(f"measure={measure!r} is not one of 'sum', 'per_token', 'evidence'.")
+        if combine not in (None, "joint", "mean"):
+            raise ValueError(f"combine={combine!r} is not one of None, 'joint', 'mean'.")
+        checked = self._phrases(phrases or {})
+        visible = resolve_layers(layers, self.layer_names)
+        if feature_maps is None:
+            feature_maps = self.extract_features(pixel_values, visible)
+        windows = self._windows(window, visible)
+        finest = max((tuple(feature_maps[index].shape[-2:]) for index in visible), key=lambda grid: grid[0] * grid[1])
+        if combine == "joint":
+            resized = [
+                F.interpolate(feature_maps[i].float(), finest, mode="bilinear", align_corners=False) if i in visible else None
+                for i in range(len(feature_maps))
+            ]
+            maps = {"joint": self._attribution_map(resized, visible, windows, checked, measure, chunk_size)}
+            return AttributionOutput(maps=maps, measure=measure)
+        maps = {
+            self.layer_names[index]: self._attribution_map(feature_maps, [index], windows, checked, measure, chunk_size)
+            for index in visible
+        }
+        if combine == "mean":
+            resized = [F.interpolate(one, finest, mode="bilinear", align_corners=False) for one in maps.values()]
+            maps = {"mean": torch.stack(resized).mean(dim=0)}
+        return AttributionOutput(maps=maps, measure=measure)
+
+    def _windows(self, window: int | Mapping[str, int], visible: Sequence[int]) -> dict[int, int]:
+        if isinstance(window, int):
+            return dict.fromkeys(visible, window)
+        by_index = {resolve_layers(name, self.layer_names)[0]: side for name, side in window.items()}
+        return {index: by_index.get(index, 1) for index in visible}
+
+    def _attribution_map(self, feature_maps, visible, windows, phrases, measure, chunk_size) -> Tensor:
+        """One map per image and phrase, (B, K, H, W), with the `visible` layers (on one grid) asked together."""
+        B, _, H, W = feature_maps[visible[0]].shape
+        pooled = {i: self._finite(pool_every_location(feature_maps[i], windows[i]), i) for i in visible}
+        K, T = phrases["input_ids"].shape
+        chunk_size = chunk_size or rows_per_chunk(self.language_model, self.config.prefix_length + 1, K, T)
+        scores = []
+        for begin in range(0, B * H * W, chunk_size):
+            rows = [None if i not in pooled else pooled[i][begin : begin + chunk_size] for i in range(len(feature_maps))]
+            scores.append(self._score_rows(self.translate(rows), phrases, chunk_size).sum(dim=-1))
+        score = torch.cat(scores)  # (B * H * W, K)
+        if measure == "evidence":
+            score = score - self._score_rows(self.null_prefix(), phrases).sum(dim=-1)
+        if measure != "sum":
+            score = score / phrases["scored_mask"].sum(dim=-1)
+        return score.view(B, H, W, K).permute(0, 3, 1, 2)
+
+    @torch.no_grad()
+    def describe(
+        self,
+        pixel_values: Tensor | None = None,
+        layers: str | int | Sequence[str | int] | None = None,
+        locations: str | Sequence[tuple[int, int]] | None = None,
+        window: int = 1,
+        evidence: bool = False,
+        guidance: float = 1.0,
+        feature_maps: Sequence[Tensor | None] | None = None,
+        **generation_kwargs,
+    ) -> DescribeOutput:
+        """Describe images x layers x locations in one batched call.
+
+        Args:
+            pixel_values: (B, 3, H, W).
+            layers: each layer named here alone; "all" stands for all layers together. None: all together, then each alone
+                (only each alone when `locations` are given).
+            locations: (row, column) places on each of the layers, or "all" for every place; None for the whole image.
+            window: side of the square around each place, in locations (odd).
+            evidence: also compute how much each word owes to the features, in nats over the null prefix.
+            guidance: see `generate`.
+            generation_kwargs: for the library's `generate`.
+        """
+        asked = self._described_layers(layers, whole=locations is None)
+        if feature_maps is None:
+            feature_maps = self.extract_features(pixel_values)
+        prefixes, rows = [], []
+        for index in asked:
+            prefix, places = self._describe_layer(feature_maps, index, locations, window)
+            images = torch.arange(len(prefix)) // len(places)
+            prefixes.append(prefix)
+            rows.append((images, torch.full_like(images, index), torch.tensor(places).repeat(len(prefix) // len(places), 1)))
+        prefix = torch.cat(prefixes)
+        sequences = self._decode(prefix, guidance, **generation_kwargs)
+        image_index, layer_index, row_locations = (torch.cat(column) for column in zip(*rows, strict=True))
+        return DescribeOutput(
+            sequences=sequences,
+            image_index=image_index,
+            layer_index=layer_index,
+            locations=row_locations,
+            token_evidence=self._token_evidence(prefix, sequences) if evidence else None,
+            layer_names=self.layer_names,
+        )
+
+    def _described_layers(self, layers, whole: bool) -> list[int]:
+        """Indices of the layers to describe, -1 for all together."""
+        if layers is None:
+            return ([-1] if whole else []) + list(range(len(self.layer_names)))
+        requested = [layers] if isinstance(layers, str | int) else list(layers)
+        return [-1 if name == ALL_LAYERS else resolve_layers(name, self.layer_names)[0] for name in requested]
+
+    def _describe_layer(self, feature_maps, index, locations, window) -> tuple[Tensor, list[tuple[int, int]]]:
+        """Prefixes of the described places of one layer (-1 for all), rows by image; and the places."""
+        layers = None if index < 0 else index
+        if locations is None:
+            return self.ask(layers=layers, feature_maps=feature_maps), [(-1, -1)]
+        if locations != ALL_LAYERS:
+            places = [(int(row), int(column)) for row, column in locations]
+            return self.ask(layers=layers, locations=places, window=window, feature_maps=feature_maps), places
+        if index < 0:
+            raise ValueError('locations="all" needs layers asked one by one: leave "all" out of layers.')
+        pooled: list[Tensor | None] = [None] * len(self.layer_names)
+        pooled[index] = self._finite(pool_every_location(feature_maps[index], window), index)
+        H, W = feature_maps[index].shape[-2:]
+        return self.translate(pooled), [(row, column) for row in range(H) for column in range(W)]
+
+    @torch.no_grad()
+    def describe_directions(
+        self,
+        vectors: Tensor,
+        layer: str | int,
+        base: Tensor | None = None,
+        strengths: Sequence[float] = (1.0,),
+        evidence: bool = False,
+        guidance: float = 1.0,
+        **generation_kwargs,
+    ) -> DescribeOutput:
+        """Describe directions of a layer's feature space: class vectors, probes, differences of means, SAE latents.
+
+        Args:
+            vectors: (M, C_l) directions, entering as pooled features of `layer`.
+            layer: the layer whose space they live in, by name or index.
+            base: (C_l,) or (M, C_l) point that the directions start from (a mean feature, say); None for the origin.
+            strengths: each vector is multiplied by each of these; negative ones turn it around.
+
+        Returns:
+            M * len(strengths) rows, by vector, then by strength; `image_index` counts the vectors.
+        """
+        (index,) = resolve_layers(layer, self.layer_names)
+        channels = self.backbone.channels[index]
+        if vectors.ndim != 2 or vectors.shape[1] != channels:
+            raise ValueError(
+                f"vectors of shape {tuple(vectors.shape)}: layer {self.layer_names[index]!r} needs (directions, {channels})."
+            )
+        factors = torch.tensor(strengths, dtype=torch.float32, device=vectors.device)
+        points = vectors[:, None].float() * factors[:, None]  # (M, S, C_l)
+        if base is not None:
+            points = points + base.to(points).view(-1, 1, channels)
+        pooled: list[Tensor | None] = [None] * len(self.layer_names)
+        pooled[index] = self._finite(points.flatten(0, 1), index)
+        prefix = self.translate(pooled)
+        sequences = self._decode(prefix, guidance, **generation_kwargs)
+        return DescribeOutput(
+            sequences=sequences,
+            image_index=torch.arange(len(prefix)) // len(factors),
+            layer_index=torch.full((len(prefix),), index),
+            locations=torch.full((len(prefix), 2), -1),
+            token_evidence=self._token_evidence(prefix, sequences) if evidence else None,
+            layer_names=self.layer_names,
+        )
+
+    def _token_evidence(self, prefix: Tensor, sequences: Tensor) -> Tensor:
+        """(N, T) log p(token | feature) - log p(token | null prefix) of each row's own tokens; 0 on padding."""
+        if len(sequences) != len(prefix):
+            raise ValueError("evidence needs one sequence per question: leave out num_return_sequences.")
+        length = sequences.shape[1]
+        null = self.null_prefix()
+        pieces = []
+        for rows, tokens in zip(prefix.split(64), sequences.split(64), strict=True):
+            words = self.get_input_embeddings()(tokens[:, :-1])
+            pair = []
+            for start in (self._start(rows), self._start(null).expand(len(rows), -1, -1)):
+                embeds = torch.cat([start, words.to(start.dtype)], dim=1)
+                logits = run_language_model(self.language_model, embeds, keep=length).logits.float()
+                pair.append(logits.log_softmax(dim=-1).gather(-1, tokens[..., None])[..., 0])
+            pieces.append(pair[0] - pair[1])
+        return torch.cat(pieces) * self._word_mask(sequences)
+
+    def _word_mask(self, sequences: Tensor) -> Tensor:
+        """True on generated tokens up to and including the first EOS."""
+        if self.config.eos_token_id is None:
+            return torch.ones_like(sequences, dtype=torch.bool)
+        ended = (sequences == self.config.eos_token_id).cumsum(dim=1)
+        return (ended - (sequences == self.config.eos_token_id).long()) == 0
+
+
+def check_language_model(language_model: nn.Module) -> int:
+    """Width of the language model's input embeddings.
+
+    Raises:
+        ValueError: when it is not a causal language model that reads embeddings.
+    """
+    name = type(language_model).__name__
+    if getattr(language_model.config, "is_encoder_decoder", False):
+        raise ValueError(f"{name} is an encoder-decoder: DeViL needs a causal language model, such as OPT, GPT-2 or Llama.")
+    if language_model.get_output_embeddings() is None:
+        raise ValueError(f"{name} has no language-model head: load it with AutoModelForCausalLM.")
+    embedding = language_model.get_input_embeddings()
+    if not isinstance(embedding, nn.Module) or not hasattr(embedding, "weight"):
+        raise ValueError(f"{name} has no input embedding table, so it cannot read a prefix: choose another language model.")
+    return embedding.weight.shape[-1]
+
+
+def _keep_weights(module: nn.Module) -> None:
+    """Mark every weight of an already built part as initialised, so that `post_init` leaves it alone."""
+    for part in module.modules():
+        part._is_hf_initialized = True
+    for tensor in (*module.parameters(), *module.buffers()):
+        tensor._is_hf_initialized = True
+
+
+DevilModel.register_for_auto_class("AutoModel")
+
+__all__ = ["DevilModel"]

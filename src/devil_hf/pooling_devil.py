@@ -1,0 +1,116 @@
+"""Location weights: the one way in which every question about places is asked.
+
+A feature map f (N, C, H, W) and location weights w (N, H, W), non-negative and summing to one, give the pooled feature
+z = sum over locations of w * f (paper, section 3.2). The whole image, a place, a window, a region, a neuron's exemplar and
+training dropout differ only in w. The weights are built here; nothing here knows the translator or the language model.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def pool(feature_map: Tensor, weights: Tensor | None) -> Tensor:
+    """Pool each of B maps with R location weights.
+
+    Args:
+        feature_map: (B, C, H, W).
+        weights: (B, R, H, W), or (R, H, W) for the same questions about every image; None for uniform weights (R = 1).
+
+    Returns:
+        (B * R, C), rows by image, then by question.
+    """
+    if weights is None:
+        return feature_map.mean(dim=(2, 3))
+    weights = weights.to(feature_map)
+    equation = "bchw,rhw->brc" if weights.ndim == 3 else "bchw,brhw->brc"
+    return torch.einsum(equation, feature_map, weights).flatten(0, 1)
+
+
+def location_dropout(rows: int, grid: tuple[int, int], probability: float, schedule: str, device=None) -> Tensor:
+    """Draw training weights (rows, H, W): uniform over a random, never empty subset of the locations.
+
+    `"constant"` drops each location with `probability` (paper); `"log_uniform"` draws the number of kept locations
+    log-uniformly between one and H * W, so that few places and many are both common.
+    """
+    size = grid[0] * grid[1]
+    draw = torch.rand(rows, size, device=device)
+    rank = draw.argsort(dim=1).argsort(dim=1)  # (rows, H * W), a random order of the locations
+    if schedule == "log_uniform":
+        kept = torch.exp(torch.rand(rows, 1, device=device) * math.log(size)).round()
+        keep = rank < kept
+    else:
+        keep = (draw >= probability) | (rank == size - 1)
+    weights = keep.float()
+    return (weights / weights.sum(dim=1, keepdim=True)).view(rows, *grid)
+
+
+def layer_dropout(rows: int, layers: int, probability: float, null_probability: float, device=None) -> Tensor:
+    """Draw a training layer mask (rows, L), True = hidden: never all hidden unless the null prefix is drawn."""
+    draw = torch.rand(rows, layers, device=device)
+    hidden = draw < probability
+    hidden.scatter_(1, draw.argmax(dim=1, keepdim=True), False)
+    null = torch.rand(rows, 1, device=device) < null_probability
+    return hidden | null
+
+
+def check_locations(locations: Sequence[tuple[int, int]], grid: tuple[int, int], layer: str) -> None:
+    """Raise an error naming the first location outside the grid of `layer`."""
+    for row, column in locations:
+        if not (0 <= row < grid[0] and 0 <= column < grid[1]):
+            raise ValueError(
+                f"location ({row}, {column}) is outside the {grid[0]} x {grid[1]} grid of layer {layer!r}: "
+                f"rows go from 0 to {grid[0] - 1}, columns from 0 to {grid[1] - 1}."
+            )
+
+
+def window_weights(locations: Sequence[tuple[int, int]], grid: tuple[int, int], window: int = 1) -> Tensor:
+    """Weights (len(locations), H, W), uniform in the `window` x `window` square around each (row, column).
+
+    The square is cut at the border of the grid; a window of 1 is one-hot.
+    """
+    if window < 1 or window % 2 == 0:
+        raise ValueError(f"window={window} must be an odd number of locations, 1 for a single place.")
+    weights = torch.zeros(len(locations), *grid)
+    reach = window // 2
+    for index, (row, column) in enumerate(locations):
+        weights[index, max(row - reach, 0) : row + reach + 1, max(column - reach, 0) : column + reach + 1] = 1.0
+    return weights / weights.sum(dim=(1, 2), keepdim=True)
+
+
+def region_weights(masks: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Weights (B, R, H, W) of soft regions `masks` (B, R, H_in, W_in), and which of them vanish on this grid (B, R) bool.
+
+    Masks are resized bilinearly and normalised (paper, section 4.4). A vanished one gets uniform weights and should be hidden.
+    """
+    resized = F.interpolate(masks.float(), grid, mode="bilinear", antialias=True, align_corners=False).clamp_min(0)
+    mass = resized.sum(dim=(2, 3), keepdim=True)  # (B, R, 1, 1)
+    empty = mass <= 1e-6
+    uniform = torch.full_like(resized, 1.0 / (grid[0] * grid[1]))
+    return torch.where(empty, uniform, resized / mass.clamp_min(1e-6)), empty.flatten(1)
+
+
+def pool_every_location(feature_map: Tensor, window: int = 1) -> Tensor:
+    """Pool `feature_map` (N, C, H, W) around every location to (N * H * W, C), rows by image, then row, then column.
+
+    The same as `pool` with the `window_weights` of all locations, without ever building those weights.
+    """
+    if window < 1 or window % 2 == 0:
+        raise ValueError(f"window={window} must be an odd number of locations, 1 for a single place.")
+    if window > 1:
+        feature_map = F.avg_pool2d(feature_map, window, stride=1, padding=window // 2, count_include_pad=False)
+    return feature_map.permute(0, 2, 3, 1).flatten(0, 2)
+
+
+__all__ = [
+    "check_locations",
+    "layer_dropout",
+    "location_dropout",
+    "pool",
+    "pool_every_location",
+    "region_weights",
+    "window_weights",
+]

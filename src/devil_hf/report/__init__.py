@@ -1,0 +1,1 @@
+"""Figures, grounded sentences, atlases and pages that show what a backbone sees."""

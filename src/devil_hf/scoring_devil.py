@@ -1,0 +1,137 @@
+"""Log-probabilities of given phrases under given prefixes.
+
+Every prefix is read by the language model once. Tokens that all phrases begin with (a carrier such as "the", or a common
+first word) are read with it; the rest of each phrase continues from the shared key-value cache. Logits are computed only where a
+label is read. Language models whose cache cannot be shared (recurrent and hybrid ones) get every phrase appended to every prefix.
+"""
+
+import inspect
+
+import torch
+from torch import Tensor
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicSlidingWindowLayer
+
+# Rows are scored in chunks that need about this much memory beside the weights.
+CHUNK_BYTES = 1 << 30
+
+
+def score_phrases(language_model: PreTrainedModel, embeds: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """Score K phrases under N prefixes.
+
+    Args:
+        language_model: a causal language model.
+        embeds: (N, P, D_lm) input embeddings in front of every phrase: BOS and the prefix.
+        input_ids: (K, T) phrase tokens, padded on the right.
+        attention_mask: (K, T), 0 on padding.
+
+    Returns:
+        (N, K, T) log-probability of each token given its prefix and the tokens before it, in nats, fp32; 0 on padding.
+    """
+    mask = attention_mask.bool()
+    T = input_ids.shape[1]
+    shared = _shared_tokens(input_ids, mask)
+    common = language_model.get_input_embeddings()(input_ids[:1, :shared])
+    embeds = torch.cat([embeds, common.to(embeds.dtype).expand(embeds.shape[0], -1, -1)], dim=1)  # (N, P + shared, D_lm)
+    continued = mask.sum(dim=1) > shared + 1
+    output = run_language_model(language_model, embeds, keep=shared + 1, use_cache=bool(continued.any()))
+    log_probs = output.logits.new_zeros(embeds.shape[0], *input_ids.shape, dtype=torch.float32)
+    log_probs[:, :, :shared] = _gather(output.logits[:, :-1], input_ids[:1, :shared].expand(embeds.shape[0], -1))[:, None]
+    first = input_ids[:, shared].expand(embeds.shape[0], -1)  # (N, K): one distribution, K tokens read from it
+    log_probs[:, :, shared] = _gather_many(output.logits[:, -1], first)
+    if continued.any():
+        rest, rest_mask = input_ids[continued, shared:], mask[continued, shared:]
+        score_rest = _score_with_cache if is_cache_shareable(output.past_key_values) else _score_without_cache
+        log_probs[:, continued, shared + 1 : T] = score_rest(
+            language_model, embeds, output.past_key_values, rest, rest_mask
+        )
+    return log_probs * mask
+
+
+def _shared_tokens(input_ids: Tensor, mask: Tensor) -> int:
+    """Number of leading tokens that all phrases have in common, leaving every phrase one of its own."""
+    equal = (input_ids == input_ids[:1]).all(dim=0) & mask.all(dim=0)
+    common = int(equal.long().cumprod(dim=0).sum())
+    return min(common, int(mask.sum(dim=1).min()) - 1)
+
+
+def is_cache_shareable(cache: object) -> bool:
+    """Whether a prefix's cache can be repeated for several phrases: plain keys and values, no recurrent state."""
+    return isinstance(cache, DynamicCache) and all(
+        type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers
+    )
+
+
+def _score_with_cache(language_model, embeds, cache, rest, rest_mask) -> Tensor:
+    """Continue K phrases (K, R) from the cache of N prefixes -> (N, K, R - 1)."""
+    N, P, _ = embeds.shape
+    K, R = rest.shape
+    cache.batch_repeat_interleave(K)  # rows by prefix, then by phrase
+    seen = torch.ones(N * K, P, dtype=torch.long, device=embeds.device)
+    tokens, token_mask = rest.repeat(N, 1), rest_mask.long().repeat(N, 1)
+    output = language_model(
+        input_ids=tokens[:, :-1],
+        attention_mask=torch.cat([seen, token_mask[:, :-1]], dim=1),
+        past_key_values=cache,
+        use_cache=True,
+    )
+    return _gather(output.logits, tokens[:, 1:]).view(N, K, R - 1)
+
+
+def _score_without_cache(language_model, embeds, cache, rest, rest_mask) -> Tensor:
+    """The same as `_score_with_cache` by appending every phrase to every prefix."""
+    N, P, _ = embeds.shape
+    K, R = rest.shape
+    words = language_model.get_input_embeddings()(rest[:, :-1]).to(embeds.dtype)
+    sequence = torch.cat([embeds.repeat_interleave(K, dim=0), words.repeat(N, 1, 1)], dim=1)
+    mask = torch.cat([torch.ones_like(sequence[:, :P, 0], dtype=torch.long), rest_mask[:, :-1].long().repeat(N, 1)], dim=1)
+    output = run_language_model(language_model, sequence, keep=R - 1, attention_mask=mask)
+    return _gather(output.logits, rest[:, 1:].repeat(N, 1)).view(N, K, R - 1)
+
+
+def run_language_model(language_model, embeds: Tensor, keep: int, attention_mask: Tensor | None = None, use_cache=False):
+    """Run on input embeddings (N, S, D_lm) and return logits of the last `keep` positions only, (N, keep, V)."""
+    if attention_mask is None:
+        attention_mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
+    options = {"logits_to_keep": keep} if accepts_logits_to_keep(language_model) else {}
+    output = language_model(inputs_embeds=embeds, attention_mask=attention_mask, use_cache=use_cache, **options)
+    if not options:
+        output.logits = output.logits[:, -keep:]
+    return output
+
+
+
+def accepts_logits_to_keep(language_model: nn.Module) -> bool:
+    return "logits_to_keep" in inspect.signature(language_model.forward).parameters
+
+
+def _gather(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Log-probability (N, S) of `tokens` (N, S) under `logits` (N, S, V)."""
+    logits = logits.float()
+    return logits.gather(-1, tokens[..., None])[..., 0] - logits.logsumexp(dim=-1)
+
+
+def _gather_many(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Log-probability (N, K) of each of `tokens` (N, K) under the one distribution `logits` (N, V)."""
+    logits = logits.float()
+    return logits.gather(-1, tokens) - logits.logsumexp(dim=-1, keepdim=True)
+
+
+def rows_per_chunk(language_model: PreTrainedModel, prefix_length: int, phrases: int, phrase_length: int) -> int:
+    """How many prefixes can be scored or decoded at once within `CHUNK_BYTES`, from the shapes alone."""
+    config = language_model.config
+    width = getattr(config, "hidden_size", language_model.get_input_embeddings().weight.shape[1])
+    depth = getattr(config, "num_hidden_layers", 12)
+    vocabulary = language_model.get_input_embeddings().weight.shape[0]
+    length = prefix_length + 1 + phrase_length
+    # Keys and values of every phrase (copied once when they grow), activations of one layer, logits and their fp32 copy.
+    cache = 4 * depth * width * length * phrases
+    activations = 16 * width * length * phrases
+    logits = 2 * vocabulary * max(1, phrases * (phrase_length - 1))
+    return max(1, CHUNK_BYTES // (4 * (cache + activations + logits)))
+
+
+__all__ = ["is_cache_shareable", "rows_per_chunk", "run_language_model", "score_phrases"]

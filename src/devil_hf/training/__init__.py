@@ -1,0 +1,1 @@
+"""Training of translators, on the transformers Trainer (and so on Accelerate), and of the small frozen parts that we ship."""

@@ -1,0 +1,72 @@
+"""Frozen features computed once.
+
+The backbone never changes, so its pooled features need no second pass: each image is pooled with several draws of location
+dropout (paper, section 3.2), and training picks one draw at random each time it sees the image.
+"""
+
+from collections.abc import Iterable
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from tqdm.auto import tqdm
+
+from devil_hf.modeling_devil import DevilModel
+from devil_hf.pooling_devil import location_dropout
+from devil_hf.pooling_devil import pool
+
+
+@torch.no_grad()
+def pooled_feature_draws(
+    model: DevilModel, batches: Iterable[Tensor], draws: int, description: str = "features", total: int | None = None
+) -> list[Tensor]:
+    """Pool every image `draws` times with the model's own location dropout.
+
+    Args:
+        batches: pixel values, (B, 3, H, W) each.
+        draws: how many location draws each image gets.
+        total: number of batches, for the progress bar.
+
+    Returns:
+        Per layer an fp16 tensor (images, draws, C_l).
+    """
+    config = model.config
+    collected: list[list[Tensor]] = [[] for _ in model.layer_names]
+    for pixel_values in tqdm(batches, desc=description, total=total, unit="batch", leave=False):
+        for maps, layer in zip(model.extract_features(pixel_values), collected, strict=True):
+            B, _, H, W = maps.shape
+            weights = location_dropout(B * draws, (H, W), config.location_dropout, config.location_schedule, maps.device)
+            layer.append(pool(maps, weights.view(B, draws, H, W)).view(B, draws, -1).half().cpu())
+    return [torch.cat(layer) for layer in collected]
+
+
+class PooledCaptions(Dataset):
+    """Images as cached draws of pooled features, each with its captions.
+
+    An item is one image with one of its draws and one of its captions, both drawn by torch's generator.
+
+    Args:
+        features: per layer (images, draws, C_l), as `pooled_feature_draws` returns them.
+        captions: the captions of each image, at least one.
+    """
+
+    def __init__(self, features: Sequence[Tensor], captions: Sequence[Sequence[str]]):
+        if len(features[0]) != len(captions):
+            raise ValueError(f"{len(features[0])} images have features, but {len(captions)} have captions.")
+        bare = [index for index, texts in enumerate(captions) if not texts]
+        if bare:
+            raise ValueError(f"images {bare[:5]} have no caption: leave them out.")
+        self.features = features
+        self.captions = captions
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    def __getitem__(self, index: int) -> dict:
+        texts = self.captions[index]
+        draw = int(torch.randint(self.features[0].shape[1], ()))
+        return {
+            "pooled_features": [layer[index, draw] for layer in self.features],
+            "caption": texts[int(torch.randint(len(texts), ()))],
+        }

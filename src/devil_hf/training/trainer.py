@@ -1,0 +1,53 @@
+"""One trainer for every translator: the transformers Trainer, with checkpoints that hold what is trained."""
+
+import os
+
+import torch
+from transformers import Trainer
+from transformers import TrainingArguments
+
+from devil_hf.modeling_devil import DevilModel
+from devil_hf.processing_devil import DevilProcessor
+
+
+class CaptionCollator:
+    """Makes batches of images (or of their pooled features) and caption tokens.
+
+    Args:
+        processor: tokenises the captions and, for items with an "image", preprocesses the images.
+        max_caption_tokens: captions are cut to this length (paper: 100).
+    """
+
+    def __init__(self, processor: DevilProcessor, max_caption_tokens: int = 100):
+        self.processor = processor
+        self.max_caption_tokens = max_caption_tokens
+
+    def __call__(self, items: list[dict]) -> dict:
+        batch = dict(self.processor(text=[item["caption"] for item in items], return_tensors="pt"))
+        batch = {name: tokens[:, : self.max_caption_tokens] for name, tokens in batch.items()}
+        if "pooled_features" in items[0]:
+            layers = zip(*(item["pooled_features"] for item in items), strict=True)
+            batch["pooled_features"] = [torch.stack(layer).float() for layer in layers]
+        else:
+            images = [item["image"] for item in items]
+            batch["pixel_values"] = self.processor(images=images, return_tensors="pt")["pixel_values"]
+        return batch
+
+
+class DevilTrainer(Trainer):
+    """Trains the translator; the frozen parts stay in eval mode (`DevilModel.train`) and out of the optimiser.
+
+    Every checkpoint is one that `AutoModel.from_pretrained` loads: slim where the frozen parts have sources, else whole.
+    """
+
+    def __init__(self, model: DevilModel, args: TrainingArguments, processing_class: DevilProcessor, **kwargs):
+        args.remove_unused_columns = False
+        collator = CaptionCollator(processing_class, model.config.max_caption_tokens)
+        super().__init__(model=model, args=args, processing_class=processing_class, data_collator=collator, **kwargs)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        output_dir = output_dir or self.args.output_dir
+        os.makedirs(output_dir, exist_ok=True)
+        self.model.save_pretrained(output_dir, slim=self.model.has_sources)
+        self.processing_class.save_pretrained(output_dir)
+        torch.save(self.args, os.path.join(output_dir, "training_args.bin"))

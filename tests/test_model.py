@@ -1,0 +1,318 @@
+"""What a DeViL model promises: every fast path equals a naive loop, frozen parts stay frozen, bad input gets a clear error."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+from transformers import TextIteratorStreamer
+
+from devil_hf.pooling_devil import layer_dropout
+from devil_hf.pooling_devil import location_dropout
+from devil_hf.pooling_devil import pool
+from devil_hf.pooling_devil import pool_every_location
+from devil_hf.pooling_devil import region_weights
+from devil_hf.pooling_devil import window_weights
+
+
+def naive_log_probs(model, prefix, tokens):
+    """Per-token log-probabilities of one phrase under one prefix (1, k, D), by one plain forward pass."""
+    embedding = model.language_model.get_input_embeddings()
+    bos = embedding(torch.tensor([[model.config.bos_token_id]]))
+    embeds = torch.cat([bos, prefix, embedding(tokens[None])], dim=1)
+    logits = model.language_model(inputs_embeds=embeds).logits[0].log_softmax(dim=-1)
+    first = 1 + prefix.shape[1] - 1
+    return torch.stack([logits[first + i, token] for i, token in enumerate(tokens)])
+
+
+def naive_prefix(model, feature_maps, layer, weights):
+    """Prefix of one question with every layer's token computed and the others masked."""
+    pooled = [torch.einsum("chw,hw->c", maps[0], weights if i == layer else torch.ones_like(maps[0, 0]))[None]
+              for i, maps in enumerate(feature_maps)]
+    mask = torch.tensor([[i != layer for i in range(len(feature_maps))]])
+    return model.translator(pooled, mask)
+
+
+def rows(phrases):
+    return [ids[mask.bool()] for ids, mask in zip(phrases["input_ids"], phrases["attention_mask"], strict=True)]
+
+
+@torch.no_grad()
+def test_attribution_equals_one_location_at_a_time(model, pixel_values, phrases):
+    maps = model.attribute(pixel_values[:1], phrases, measure="sum").maps
+    features = model.extract_features(pixel_values[:1])
+    for layer, name in enumerate(model.layer_names[-2:], start=len(model.layer_names) - 2):
+        H, W = features[layer].shape[-2:]
+        for row, column in [(0, 0), (H - 1, W // 2), (H // 2, W - 1)]:
+            weights = torch.zeros(H, W)
+            weights[row, column] = 1
+            prefix = naive_prefix(model, features, layer, weights)
+            for k, tokens in enumerate(rows(phrases)):
+                expected = naive_log_probs(model, prefix, tokens).sum()
+                torch.testing.assert_close(maps[name][0, k, row, column], expected, atol=1e-4, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_measures_are_the_sum_its_mean_and_its_gain_over_the_null_prefix(model, pixel_values, phrases):
+    ask = {"layers": -1, "feature_maps": model.extract_features(pixel_values)}
+    total, mean, evidence = (
+        model.attribute(phrases=phrases, measure=measure, **ask).maps[model.layer_names[-1]]
+        for measure in ("sum", "per_token", "evidence")
+    )
+    lengths = phrases["attention_mask"].sum(dim=1)[None, :, None, None]
+    null = torch.stack([naive_log_probs(model, model.null_prefix(), tokens).sum() for tokens in rows(phrases)])
+    torch.testing.assert_close(mean, total / lengths)
+    torch.testing.assert_close(evidence, (total - null[None, :, None, None]) / lengths, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_chunks_do_not_change_a_map(model, pixel_values, phrases):
+    whole = model.attribute(pixel_values, phrases, layers=-2).maps
+    chunked = model.attribute(pixel_values, phrases, layers=-2, chunk_size=3).maps
+    torch.testing.assert_close(whole, chunked, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_a_carrier_is_read_but_not_scored(model, processor, pixel_values):
+    phrases = processor(text=["dog", "green grass"], carrier="the", return_tensors="pt")
+    scores = model.score(pixel_values, **phrases, layers=-1)
+    prefix = model.ask(pixel_values[:1], layers=-1)
+    for k, tokens in enumerate(rows(phrases)):
+        scored = phrases["scored_mask"][k][: len(tokens)].bool()
+        assert not scored.all()
+        expected = naive_log_probs(model, prefix, tokens)[scored].sum()
+        torch.testing.assert_close(scores.log_probs[0, k], expected, atol=1e-4, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_all_layers_combined(model, pixel_values, phrases):
+    features = model.extract_features(pixel_values[:1])
+    joint = model.attribute(phrases=phrases, feature_maps=features, combine="joint", measure="sum").maps["joint"]
+    finest = max((tuple(maps.shape[-2:]) for maps in features), key=lambda grid: grid[0] * grid[1])
+    assert tuple(joint.shape) == (1, 4, *finest)
+    pooled = [F.interpolate(maps, finest, mode="bilinear")[:, :, 1, 2] for maps in features]
+    expected = naive_log_probs(model, model.translator(pooled), rows(phrases)[0]).sum()
+    torch.testing.assert_close(joint[0, 0, 1, 2], expected, atol=1e-4, rtol=1e-5)
+
+    alone = model.attribute(phrases=phrases, feature_maps=features).maps
+    mean = model.attribute(phrases=phrases, feature_maps=features, combine="mean").maps["mean"]
+    expected = torch.stack([F.interpolate(one, finest, mode="bilinear") for one in alone.values()]).mean(dim=0)
+    torch.testing.assert_close(mean, expected)
+
+
+def test_dense_pooling_equals_location_weights():
+    maps = torch.randn(2, 5, 4, 6)
+    places = [(row, column) for row in range(4) for column in range(6)]
+    for window in (1, 3, 7):
+        expected = pool(maps, window_weights(places, (4, 6), window))
+        torch.testing.assert_close(pool_every_location(maps, window), expected)
+
+
+def test_region_weights_sum_to_one_and_flag_what_vanishes():
+    masks = torch.zeros(1, 2, 32, 32)
+    masks[0, 0, 8:16, 8:24] = 1
+    weights, empty = region_weights(masks, (4, 4))
+    assert empty.tolist() == [[False, True]]
+    torch.testing.assert_close(weights.sum(dim=(2, 3)), torch.ones(1, 2))
+    assert weights[0, 0, 1, 1] > 0.2 and weights[0, 0, 3, 3] == 0
+
+
+@pytest.mark.parametrize("schedule", ["constant", "log_uniform"])
+def test_location_dropout_is_uniform_over_a_subset_that_is_never_empty(schedule):
+    torch.manual_seed(0)
+    weights = location_dropout(4000, (3, 4), 0.5, schedule).flatten(1)
+    kept = (weights > 0).sum(dim=1)
+    assert kept.min() >= 1 and kept.max() == 12
+    torch.testing.assert_close(weights.sum(dim=1), torch.ones(4000))
+    torch.testing.assert_close(weights.max(dim=1).values, 1 / kept.float())
+    expected_mean = 6.0 if schedule == "constant" else 11 / torch.log(torch.tensor(12.0)).item()
+    assert abs(kept.float().mean().item() - expected_mean) < 0.3
+    assert location_dropout(5, (3, 4), 1.0, "constant").gt(0).flatten(1).sum(dim=1).tolist() == [1] * 5
+    assert location_dropout(5, (1, 1), 0.5, schedule).flatten().tolist() == [1.0] * 5
+
+
+def test_layers_are_all_hidden_only_where_the_null_prefix_is_drawn():
+    torch.manual_seed(0)
+    hidden = layer_dropout(4000, 3, 0.5, null_probability=0.0)
+    assert not hidden.all(dim=1).any()
+    assert abs(hidden.float().mean().item() - (0.5 - 0.125 / 3)) < 0.02
+    assert not layer_dropout(50, 3, 1.0, 0.0).all(dim=1).any()
+    drawn = layer_dropout(4000, 3, 0.5, null_probability=0.2).all(dim=1).float().mean().item()
+    assert abs(drawn - 0.2) < 0.03
+
+
+@torch.no_grad()
+def test_leaving_hidden_layers_out_equals_masking_them(model, pixel_values):
+    features = model.extract_features(pixel_values)
+    pooled = [maps.mean(dim=(2, 3)) for maps in features]
+    mask = torch.zeros(3, len(pooled), dtype=torch.bool)
+    mask[:, [0, 2]] = True
+    masked = model.translate(pooled, mask)
+    left_out = model.translate([None if i in (0, 2) else vectors for i, vectors in enumerate(pooled)])
+    torch.testing.assert_close(masked, left_out, atol=1e-5, rtol=1e-5)
+    every_layer_hidden = model.translate(pooled, torch.ones_like(mask))
+    torch.testing.assert_close(every_layer_hidden, model.null_prefix().expand(3, -1, -1), atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_loss_is_the_mean_over_caption_tokens_and_eos(model, processor, pixel_values):
+    captions = processor(text=["a red dog", "the cat on grass", "a"], return_tensors="pt")
+    output = model(pixel_values, **captions)
+    losses = []
+    for index, tokens in enumerate(rows(captions)):
+        prefix = model.ask(pixel_values[index : index + 1])
+        tokens = torch.cat([tokens, torch.tensor([model.config.eos_token_id])])
+        losses.append(-naive_log_probs(model, prefix, tokens))
+    torch.testing.assert_close(output.loss, torch.cat(losses).mean(), atol=1e-5, rtol=1e-5)
+    padded = F.pad(captions["input_ids"], (0, 3)), F.pad(captions["attention_mask"], (0, 3))
+    torch.testing.assert_close(model(pixel_values, *padded).loss, output.loss, atol=1e-5, rtol=1e-5)
+
+
+def test_training_changes_the_translator_and_nothing_else(model, processor, pixel_values):
+    import copy
+
+    trained = copy.deepcopy(model).train()
+    assert not trained.backbone.training and not trained.language_model.training
+    before = {name: tensor.clone() for name, tensor in trained.state_dict().items()}
+    captions = processor(text=["a red dog", "the cat", "grass"], return_tensors="pt")
+    optimizer = torch.optim.SGD([p for p in trained.parameters() if p.requires_grad], lr=0.1)
+    trained(pixel_values, **captions).loss.backward()
+    assert {name.split(".")[0] for name, p in trained.named_parameters() if p.grad is not None} == {"translator"}
+    optimizer.step()
+    changed = {name for name, tensor in trained.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert changed and all(name.startswith("translator.") for name in changed)
+
+
+@torch.no_grad()
+def test_greedy_generation_equals_an_argmax_loop(model, pixel_values):
+    generated = model.generate(pixel_values[:1], layers=-1, max_new_tokens=6)
+    embedding = model.language_model.get_input_embeddings()
+    prefix = model.ask(pixel_values[:1], layers=-1)
+    sequence = torch.cat([embedding(torch.tensor([[model.config.bos_token_id]])), prefix], dim=1)
+    expected = []
+    for _ in range(generated.shape[1]):
+        token = model.language_model(inputs_embeds=sequence).logits[:, -1].argmax(dim=-1)
+        expected.append(token.item())
+        sequence = torch.cat([sequence, embedding(token)[None]], dim=1)
+    assert generated[0].tolist() == expected
+
+
+def test_beams_sampling_and_streaming_are_the_librarys(model, processor, pixel_values):
+    assert model.generate(pixel_values, num_beams=3, max_new_tokens=4).shape[0] == 3
+    torch.manual_seed(0)
+    sampled = model.generate(pixel_values[:1], do_sample=True, num_return_sequences=4, max_new_tokens=4)
+    assert sampled.shape[0] == 4
+    streamer = TextIteratorStreamer(processor.tokenizer, skip_special_tokens=True)
+    ids = model.generate(pixel_values[:1], max_new_tokens=5, streamer=streamer)
+    assert "".join(streamer).strip() == processor.batch_decode(ids, skip_special_tokens=True)[0].strip()
+
+
+def test_guidance_of_one_is_plain_decoding_and_of_zero_ignores_the_image(model, pixel_values):
+    plain = model.generate(pixel_values, layers=-1, max_new_tokens=6)
+    torch.testing.assert_close(model.generate(pixel_values, layers=-1, max_new_tokens=6, guidance=1.0), plain)
+    nothing = model.generate(pixel_values, layers=-1, max_new_tokens=6, guidance=0.0)
+    null = model._decode(model.null_prefix(), max_new_tokens=6)
+    assert all(row.tolist()[: null.shape[1]] == null[0].tolist() for row in nothing)
+    assert not torch.equal(plain, model.generate(pixel_values, layers=-1, max_new_tokens=6, guidance=5.0))
+
+
+@torch.no_grad()
+def test_describe_equals_asking_one_by_one(model, pixel_values):
+    places = [(0, 0), (1, 2)]
+    output = model.describe(pixel_values, layers=[-1, -2], locations=places, max_new_tokens=5, evidence=True)
+    assert len(output.sequences) == 2 * 3 * 2 and output.layer_of(0) == model.layer_names[-1]
+    for row in range(len(output.sequences)):
+        image, place = int(output.image_index[row]), tuple(output.locations[row].tolist())
+        alone = model.generate(
+            pixel_values[image : image + 1], layers=output.layer_of(row), locations=[place], max_new_tokens=5
+        )[0]
+        assert output.sequences[row].tolist()[: len(alone)] == alone.tolist()
+        prefix = model.ask(pixel_values[image : image + 1], layers=output.layer_of(row), locations=[place])
+        tokens = output.sequences[row][model._word_mask(output.sequences)[row]]
+        expected = naive_log_probs(model, prefix, tokens) - naive_log_probs(model, model.null_prefix(), tokens)
+        torch.testing.assert_close(output.token_evidence[row][: len(tokens)], expected, atol=1e-4, rtol=1e-4)
+
+
+def test_describe_covers_layers_and_every_location(model, pixel_values):
+    whole = model.describe(pixel_values, max_new_tokens=3)
+    assert [whole.layer_of(i) for i in range(0, len(whole.sequences), 3)] == ["all", *model.layer_names]
+    dense = model.describe(pixel_values[:1], layers=-1, locations="all", max_new_tokens=3)
+    H, W = model.extract_features(pixel_values[:1])[-1].shape[-2:]
+    assert dense.locations.tolist() == [[row, column] for row in range(H) for column in range(W)]
+
+
+@torch.no_grad()
+def test_a_direction_is_described_as_a_pooled_feature(model, pixel_values):
+    feature = model.extract_features(pixel_values)[-1].mean(dim=(2, 3))
+    expected = model.generate(pixel_values, layers=-1, max_new_tokens=4)
+    output = model.describe_directions(feature, layer=-1, max_new_tokens=4)
+    assert output.sequences.tolist() == expected.tolist()
+    base = torch.randn(feature.shape[1])
+    swept = model.describe_directions(feature - base, layer=-1, base=base, strengths=(1.0, -2.0), max_new_tokens=4)
+    assert swept.image_index.tolist() == [0, 0, 1, 1, 2, 2]
+    assert swept.sequences[::2].tolist() == expected.tolist()
+
+
+@torch.no_grad()
+def test_a_region_of_the_whole_image_is_the_whole_image_and_an_empty_one_is_nothing(model, pixel_values):
+    H, W = pixel_values.shape[-2:]
+    full, empty = torch.ones(3, H, W), torch.zeros(3, H, W)
+    torch.testing.assert_close(model.ask(pixel_values, regions=full), model.ask(pixel_values), atol=1e-4, rtol=1e-4)
+    nothing = model.ask(pixel_values, regions=empty)
+    torch.testing.assert_close(nothing, model.null_prefix().expand(3, -1, -1), atol=1e-5, rtol=1e-5)
+
+
+def test_the_same_seed_trains_the_same(model, processor, pixel_values):
+    import copy
+
+    captions = processor(text=["a red dog", "the cat", "grass"], return_tensors="pt")
+
+    def losses():
+        torch.manual_seed(7)
+        trained = copy.deepcopy(model).train()
+        optimizer = torch.optim.AdamW(trained.translator.parameters(), lr=1e-3)
+        result = []
+        for _ in range(3):
+            loss = trained(pixel_values, **captions).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            result.append(loss.item())
+        return result
+
+    assert losses() == losses()
+
+
+BAD_QUESTIONS = [
+    (dict(layers="layer9"), ValueError, "layer9"),
+    (dict(layers=17), (ValueError, IndexError), "17"),
+    (dict(layers=-1, locations=[(99, 0)]), ValueError, r"\(99, 0\) is outside"),
+    (dict(layers=-1, locations=[(0, 0)], window=2), ValueError, "window=2"),
+    (dict(locations=[(0, 0)]), ValueError, "one grid"),
+    (dict(max_new_tokens=4000), ValueError, "max_new_tokens"),
+]
+
+
+@pytest.mark.parametrize(("question", "error", "text"), BAD_QUESTIONS)
+def test_bad_questions_get_a_clear_error(model, pixel_values, question, error, text):
+    with pytest.raises(error, match=text):
+        model.generate(pixel_values, **question)
+
+
+def test_bad_phrases_and_pixels_get_a_clear_error(model, pixel_values, phrases):
+    with pytest.raises(ValueError, match="input_ids"):
+        model.attribute(pixel_values)
+    with pytest.raises(ValueError, match="shorten that phrase"):
+        model.attribute(pixel_values, {"input_ids": torch.ones(1, 200, dtype=torch.long)})
+    with pytest.raises(ValueError, match="no token to score"):
+        model.score(pixel_values, torch.ones(1, 2, dtype=torch.long), torch.zeros(1, 2, dtype=torch.long))
+    with pytest.raises(ValueError, match="measure='loud'"):
+        model.attribute(pixel_values, phrases, measure="loud")
+    with pytest.raises(ValueError, match="expected"):
+        model.generate(torch.zeros(1, 3, 0, 64))
+
+
+def test_features_that_are_not_finite_are_reported_not_decoded(model, pixel_values, phrases):
+    broken = pixel_values.clone()
+    broken[1, :, 3, 3] = float("nan")
+    for verb in (lambda: model.generate(broken), lambda: model.attribute(broken, phrases), lambda: model.describe(broken)):
+        with pytest.raises(ValueError, match="not finite"):
+            verb()
