@@ -8,18 +8,18 @@ those of the first `held_out_images` file measure the loss.
 """
 
 import json
+import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from transformers import HfArgumentParser
-from transformers.utils import logging
 
 from devil_hf.data.captions import read_caption_records, read_coco_captions, read_flickr_captions, without_images
 from devil_hf.training.language_model import CaptionLanguageModelArguments, train_caption_language_model
 
 
-logger = logging.get_logger("devil_hf")
+logger = logging.getLogger("devil_hf")
 
 
 @dataclass
@@ -36,7 +36,7 @@ class TextArguments:
 
 def main() -> None:
     text, arguments = HfArgumentParser((TextArguments, CaptionLanguageModelArguments)).parse_args_into_dataclasses()
-    logging.set_verbosity_info()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     if text.threads:
         torch.set_num_threads(text.threads)
     lists = [Path(path).read_text(encoding="utf-8").split() for path in text.held_out_images]

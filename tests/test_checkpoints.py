@@ -10,6 +10,7 @@ import textwrap
 import pytest
 import timm
 import torch
+from huggingface_hub.errors import StrictDataclassClassValidationError
 from safetensors.torch import load_file
 from safetensors.torch import save_file
 from torch import nn
@@ -81,7 +82,10 @@ def test_a_process_without_the_package_loads_it(kind, checkpoints, images, model
     command = [sys.executable, "-c", textwrap.dedent(FRESH_PROCESS), str(checkpoints / kind)]
     run = subprocess.run(
         [*command, str(tmp_path / "image.png"), str(tmp_path / "again")],
-        env=environment, cwd=tmp_path, capture_output=True, text=True,
+        env=environment,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
     )
     assert run.returncode == 0, run.stderr[-3000:]
     found = json.loads((tmp_path / "again.json").read_text())
@@ -140,7 +144,7 @@ def test_other_weights_than_the_trained_ones_are_refused(part, checkpoints, sour
     name = next(key for key in sorted(weights) if weights[key].is_floating_point())
     weights[name] = weights[name] + 1e-3
     save_file(weights, file, metadata={"format": "pt"})
-    with pytest.raises(ValueError, match="sha256"):
+    with pytest.raises(ValueError, match="(?i)sha-?256"):
         DevilModel.from_pretrained(checkpoints / "slim", **moved)
 
 
@@ -153,7 +157,11 @@ def test_a_missing_source_is_named(part, checkpoints, tmp_path):
 def test_incomplete_and_future_checkpoints_are_refused(checkpoints, tmp_path):
     broken = shutil.copytree(checkpoints / "slim", tmp_path / "broken")
     weights = load_file(broken / "model.safetensors")
-    save_file({k: v for k, v in weights.items() if "queries" not in k}, broken / "model.safetensors", metadata={"format": "pt"})
+    save_file(
+        {k: v for k, v in weights.items() if "queries" not in k},
+        broken / "model.safetensors",
+        metadata={"format": "pt"},
+    )
     with pytest.raises(ValueError, match="translator.queries"):
         DevilModel.from_pretrained(broken)
     (broken / "model.safetensors").unlink()
@@ -161,7 +169,7 @@ def test_incomplete_and_future_checkpoints_are_refused(checkpoints, tmp_path):
         DevilModel.from_pretrained(broken)
     config = json.loads((broken / "config.json").read_text()) | {"format_version": 99}
     (broken / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="99"):
+    with pytest.raises(StrictDataclassClassValidationError, match="99"):
         DevilConfig.from_pretrained(broken)
 
 
@@ -217,7 +225,7 @@ def test_language_models_without_needed_parts_are_refused(sources):
     )
     with pytest.raises(ValueError, match="encoder-decoder"):
         DevilModel.from_backbone_and_language_model(sources["backbone"], encoder_decoder, **SMALL_TRANSLATOR)
-    with pytest.raises(ValueError, match="context"):
+    with pytest.raises(StrictDataclassClassValidationError, match="context"):
         DevilModel.from_backbone_and_language_model(**sources, **(SMALL_TRANSLATOR | {"prefix_length": 63}))
 
 

@@ -25,8 +25,10 @@ def naive_log_probs(model, prefix, tokens):
 
 def naive_prefix(model, feature_maps, layer, weights):
     """Prefix of one question with every layer's token computed and the others masked."""
-    pooled = [torch.einsum("chw,hw->c", maps[0], weights if i == layer else torch.ones_like(maps[0, 0]))[None]
-              for i, maps in enumerate(feature_maps)]
+    pooled = [
+        torch.einsum("chw,hw->c", maps[0], weights if i == layer else torch.ones_like(maps[0, 0]))[None]
+        for i, maps in enumerate(feature_maps)
+    ]
     mask = torch.tensor([[i != layer for i in range(len(feature_maps))]])
     return model.translator(pooled, mask)
 
@@ -313,6 +315,10 @@ def test_bad_phrases_and_pixels_get_a_clear_error(model, pixel_values, phrases):
 def test_features_that_are_not_finite_are_reported_not_decoded(model, pixel_values, phrases):
     broken = pixel_values.clone()
     broken[1, :, 3, 3] = float("nan")
-    for verb in (lambda: model.generate(broken), lambda: model.attribute(broken, phrases), lambda: model.describe(broken)):
+    for verb in (
+        lambda: model.generate(broken),
+        lambda: model.attribute(broken, phrases),
+        lambda: model.describe(broken),
+    ):
         with pytest.raises(ValueError, match="not finite"):
             verb()

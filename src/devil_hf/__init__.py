@@ -14,6 +14,7 @@ from devil_hf.backbone_devil import FeatureBackbone
 from devil_hf.configuration_devil import DevilConfig
 from devil_hf.image_processing_devil import DevilImageProcessor
 from devil_hf.modeling_devil import DevilModel
+from devil_hf.pipeline_devil import VisionFeatureDescriptionPipeline
 from devil_hf.processing_devil import DevilProcessor
 
 AutoConfig.register(DevilConfig.model_type, DevilConfig)
@@ -30,4 +31,5 @@ __all__ = [
     "DevilModel",
     "DevilProcessor",
     "FeatureBackbone",
+    "VisionFeatureDescriptionPipeline",
 ]

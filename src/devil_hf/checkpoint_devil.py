@@ -107,6 +107,9 @@ class CheckpointMixin:
         Raises:
             ValueError: for a slim checkpoint of parts that came as modules, without a source to load them from again.
         """
+        # This import is also what makes the pipeline's code travel with the checkpoint.
+        from .pipeline_devil import CUSTOM_PIPELINES
+
         config = self.config
         if slim:
             for part in self._parts_without_source():
@@ -119,6 +122,7 @@ class CheckpointMixin:
         modules |= dict.fromkeys(AUTO_CLASSES, "modeling_devil.DevilModel")
         before, config.frozen_weights = config.frozen_weights, "reference" if slim else "embedded"
         config.auto_map = modules
+        config.custom_pipelines = CUSTOM_PIPELINES
         try:
             super().save_pretrained(save_directory, state_dict=state_dict, **kwargs)
         finally:
@@ -135,7 +139,14 @@ class CheckpointMixin:
 
     @classmethod
     def from_pretrained(
-        cls, pretrained_model_name_or_path, *args, config=None, state_dict=None, backbone=None, language_model=None, **kwargs
+        cls,
+        pretrained_model_name_or_path,
+        *args,
+        config=None,
+        state_dict=None,
+        backbone=None,
+        language_model=None,
+        **kwargs,
     ):
         """Load a self-contained or a slim checkpoint.
 
@@ -154,14 +165,18 @@ class CheckpointMixin:
         if module is not None:
             kwargs["backbone"] = module
         if path is not None and state_dict is None and config.frozen_weights == "reference":
-            state_dict = _trained_weights(path, hub) | _frozen_weights(config, backbone, language_model, hub.get("token"))
+            state_dict = _trained_weights(path, hub) | _frozen_weights(
+                config, backbone, language_model, hub.get("token")
+            )
         source = None if state_dict is not None else path
         model, info = super().from_pretrained(
             source, *args, config=config, state_dict=state_dict, output_loading_info=True, **kwargs
         )
         if info["missing_keys"]:
             missing = sorted(info["missing_keys"])
-            raise ValueError(f"{path} lacks {len(missing)} weights, {missing[0]} among them: the checkpoint is incomplete.")
+            raise ValueError(
+                f"{path} lacks {len(missing)} weights, {missing[0]} among them: the checkpoint is incomplete."
+            )
         model.config.name_or_path = model.name_or_path = str(path)
         return (model, info) if report else model
 

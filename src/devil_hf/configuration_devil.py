@@ -4,7 +4,9 @@ The defaults are the paper's (GCPR 2023, arXiv 2309.01617, section 3 and the sup
 a prefix of 10, layer and location dropout of one half. Everything beyond the paper is a field whose default switches it off.
 """
 
-from typing import Any, Literal
+import copy
+from typing import Any
+from typing import Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig
@@ -39,6 +41,7 @@ class DevilConfig(PreTrainedConfig):
         bos_token_id: token in front of the prefix; None for a language model without one.
         eos_token_id: token that ends a caption; None for a language model without one.
         pad_token_id: token that fills finished rows of a generation.
+        scope: what the training data covered, in a sentence that the tools print beside their answers.
         frozen_weights: `"embedded"` when the checkpoint holds the frozen weights, `"reference"` when it is slim.
         format_version: layout of the checkpoint; newer ones than this code knows are refused.
     """
@@ -70,6 +73,7 @@ class DevilConfig(PreTrainedConfig):
     eos_token_id: int | None = None
     pad_token_id: int | None = None
     tie_word_embeddings: bool = False
+    scope: str | None = None
     frozen_weights: Literal["embedded", "reference"] = "embedded"
     format_version: int = FORMAT_VERSION
 
@@ -83,6 +87,9 @@ class DevilConfig(PreTrainedConfig):
                     "upgrade transformers, or name a causal language model that it has."
                 )
             self.text_config = CONFIG_MAPPING[model_type](**text_config)
+        else:
+            # The base class resets the attention implementation of its sub-configurations: not that of a living model.
+            self.text_config = copy.deepcopy(self.text_config)
         super().__post_init__(**kwargs)
 
     @property
@@ -113,7 +120,13 @@ class DevilConfig(PreTrainedConfig):
                 raise ValueError(f"{name}={value} is not a probability: give a number between 0 and 1.")
 
     def validate_sizes(self):
-        for name in ("prefix_length", "translator_width", "translator_depth", "translator_heads", "translator_feed_forward"):
+        for name in (
+            "prefix_length",
+            "translator_width",
+            "translator_depth",
+            "translator_heads",
+            "translator_feed_forward",
+        ):
             value = getattr(self, name)
             if value < 1:
                 raise ValueError(f"{name}={value} must be at least 1.")

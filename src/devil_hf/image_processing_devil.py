@@ -13,20 +13,26 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from io import BytesIO
-from typing import Any, TypedDict
+from typing import Any
+from typing import TypedDict
+from urllib.request import Request
+from urllib.request import urlopen
 
 import numpy as np
 import torch
-from huggingface_hub.utils import get_session
-from PIL import Image, ImageCms, ImageOps
+from PIL import Image
+from PIL import ImageCms
+from PIL import ImageOps
 from transformers.image_processing_backends import PilBackend
 from transformers.image_processing_utils import BatchFeature
-from transformers.image_utils import ImageInput, SizeDict
+from transformers.image_utils import SizeDict
 
+# Anything that holds one image, and lists of it, nested as deep as one likes.
+ImageSource = str | os.PathLike | Image.Image | np.ndarray | torch.Tensor | Sequence[Any]
 
 CROP_MODES = ("center", "squash", "border")
 RESAMPLING = {mode.name.lower(): mode for mode in Image.Resampling}
-# Above this, only the part of the resized image that the crop keeps is computed: a 1 x 10,000 strip must not fill memory.
+# Above this, only the part that the crop keeps is computed: resizing a 1 x 10,000 strip must not fill the memory.
 MAX_RESIZED_PIXELS = 2**26
 URL_TIMEOUT = 30.0  # seconds
 
@@ -56,12 +62,16 @@ class CropGeometry:
 
     def crop_to_image(self, y: float, x: float) -> tuple[float, float]:
         """Continuous (y, x) in the crop -> (y, x) in the image; pixel i covers [i, i + 1)."""
-        scale_y, scale_x = (original / resized for original, resized in zip(self.image_size, self.resized_size))
+        scale_y, scale_x = (
+            original / resized for original, resized in zip(self.image_size, self.resized_size, strict=True)
+        )
         return (y + self.offset[0]) * scale_y, (x + self.offset[1]) * scale_x
 
     def image_to_crop(self, y: float, x: float) -> tuple[float, float]:
-        """Continuous (y, x) in the image -> (y, x) in the crop; outside [0, crop_size] where the crop does not reach."""
-        scale_y, scale_x = (resized / original for original, resized in zip(self.image_size, self.resized_size))
+        """Continuous (y, x) in the image -> (y, x) in the crop; beyond [0, crop_size] outside the crop."""
+        scale_y, scale_x = (
+            resized / original for original, resized in zip(self.image_size, self.resized_size, strict=True)
+        )
         return y * scale_y - self.offset[0], x * scale_x - self.offset[1]
 
 
@@ -83,7 +93,7 @@ def _resized_size(
 
 def _crop_offset(resized: int, crop: int) -> int:
     """Start of a centred crop along one edge; a crop larger than the image starts before it, in the padding."""
-    return -((crop - resized) // 2) if crop > resized else int(round((resized - crop) / 2.0))
+    return -((crop - resized) // 2) if crop > resized else round((resized - crop) / 2.0)
 
 
 def _to_uint8(values: np.ndarray) -> np.ndarray:
@@ -102,7 +112,7 @@ def _to_uint8(values: np.ndarray) -> np.ndarray:
         return np.round(values * 255.0).astype(np.uint8)
     if low < 0 or high > 65535:
         raise ValueError(f"an integer image must lie in 0..255 or 0..65535, got values from {low} to {high}")
-    if values.dtype.itemsize == 2 and values.dtype.kind == "u" or high > 255:
+    if (values.dtype.itemsize == 2 and values.dtype.kind == "u") or high > 255:
         return np.round(values / 257.0).astype(np.uint8)
     return values.astype(np.uint8)
 
@@ -120,14 +130,6 @@ def _channels_last(array: np.ndarray, data_format: str) -> np.ndarray:
     if fits[0] and (not fits[1] or data_format == "channels_first"):
         array = np.moveaxis(array, 0, -1)
     return array[..., 0] if array.shape[-1] == 1 else array
-
-
-def _array_to_image(array: np.ndarray, data_format: str) -> Image.Image:
-    if array.ndim not in (2, 3) or array.size == 0:
-        raise ValueError(f"an image array must be (H, W), (C, H, W) or (H, W, C) and not empty, got shape {array.shape}")
-    if array.dtype.kind not in "buif":
-        raise TypeError(f"an image array must hold numbers, got dtype {array.dtype}")
-    return Image.fromarray(np.ascontiguousarray(_to_uint8(_channels_last(array, data_format))))
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -148,12 +150,22 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+def _array_to_image(array: np.ndarray, data_format: str) -> Image.Image:
+    if array.ndim not in (2, 3) or array.size == 0:
+        raise ValueError(
+            f"an image array must be (H, W), (C, H, W) or (H, W, C) and not empty, got shape {array.shape}"
+        )
+    if array.dtype.kind not in "buif":
+        raise TypeError(f"an image array must hold numbers, got dtype {array.dtype}")
+    return _to_rgb(Image.fromarray(np.ascontiguousarray(_to_uint8(_channels_last(array, data_format)))))
+
+
 def _open(source: str) -> Image.Image:
     """Open a URL, a path or base64 text, as `transformers.image_utils.load_image` would, but keep mode and alpha."""
     if source.startswith(("http://", "https://")):
-        response = get_session().get(source, timeout=URL_TIMEOUT, follow_redirects=True)
-        response.raise_for_status()
-        return Image.open(BytesIO(response.content))
+        # Some hosts refuse urllib's own user agent.
+        with urlopen(Request(source, headers={"User-Agent": "devil-hf"}), timeout=URL_TIMEOUT) as response:
+            return Image.open(BytesIO(response.read()))
     if os.path.exists(source):
         return Image.open(source)
     encoded = source.split(",", 1)[-1] if source.startswith("data:image/") else source
@@ -173,19 +185,21 @@ def _load(image: Any, data_format: str | None) -> Image.Image:
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise ValueError(f"cannot read {source[:200]!r} as an image: {error}") from error
     if isinstance(image, torch.Tensor):
-        return _array_to_image(image.detach().cpu().float().numpy() if image.dtype == torch.bfloat16
-                               else image.detach().cpu().numpy(), data_format or "channels_first")
+        image = image.detach().cpu()
+        array = (image.float() if image.is_floating_point() else image).numpy()  # numpy has no bfloat16
+        return _array_to_image(array, data_format or "channels_first")
     if isinstance(image, np.ndarray):
         return _array_to_image(image, data_format or "channels_last")
     return _to_rgb(image)
 
 
-def load_images(images: ImageInput, data_format: str | None = None) -> list[Image.Image]:
+def load_images(images: ImageSource, data_format: str | None = None) -> list[Image.Image]:
     """Upright RGB pictures of whatever holds images.
 
     Args:
         images: a PIL image of any mode, an array or tensor ((H, W), (C, H, W), (H, W, C), or a batch of these with one
-            more axis in front), a path, a URL, base64 text, or nested lists of these. An animation gives the frame it stands at.
+            more axis in front), a path, a URL, base64 text, or nested lists of these. An animated file gives its first
+            frame, an open animation the frame it stands at.
         data_format: `"channels_first"` or `"channels_last"` for arrays that can be read both ways; by default tensors
             are read channels first and arrays channels last.
 
@@ -200,8 +214,8 @@ def load_images(images: ImageInput, data_format: str | None = None) -> list[Imag
         return [image for entry in images for image in load_images(entry, data_format)]
     if not isinstance(images, (str, os.PathLike, Image.Image, np.ndarray, torch.Tensor)):
         raise TypeError(
-            f"an image must be a PIL image, an array, a tensor, a path, a URL or a list of these, got {images!r:.100} of "
-            f"type {type(images).__name__}"
+            "an image must be a PIL image, an array, a tensor, a path, a URL or a list of these, got "
+            f"{images!r:.100} of type {type(images).__name__}"
         )
     if isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim == 4:
         return [_load(image, data_format) for image in images]
@@ -227,15 +241,15 @@ class DevilImageProcessor(PilBackend):
     Args:
         crop_size: `{"height": ..., "width": ...}` of the backbone's input, in pixels.
         crop_pct: the image is resized to `crop_size / crop_pct` before the crop.
-        crop_mode: `"center"` resizes the short side and crops; `"squash"` resizes both sides, ignoring the aspect ratio;
-            `"border"` resizes the long side and pads with the mean colour.
+        crop_mode: `"center"` resizes the short side and crops; `"squash"` resizes both sides, ignoring the aspect
+            ratio; `"border"` resizes the long side and pads with the mean colour.
         resample: the resampling filter, a `PIL.Image.Resampling`.
         image_mean, image_std: per channel, on the scale [0, 1].
     """
 
-    valid_kwargs = DevilImageProcessorKwargs
+    valid_kwargs = DevilImageProcessorKwargs  # type: ignore[assignment]
     model_input_names = ["pixel_values"]
-    crop_size = {"height": 224, "width": 224}
+    crop_size: Any = {"height": 224, "width": 224}  # a SizeDict once the base class has read it
     crop_pct = 0.875
     crop_mode = "center"
     resample = Image.Resampling.BICUBIC
@@ -276,19 +290,21 @@ class DevilImageProcessor(PilBackend):
             image_std=tuple(data_config.get("std", cls.image_std)),
         )
 
-    def _validate_preprocess_kwargs(
+    def _validate_preprocess_kwargs(  # type: ignore[override]
         self, crop_size: SizeDict, crop_pct: float, crop_mode: str, resample: int, **kwargs: Any
     ) -> None:
         if not (crop_size.height and crop_size.width):
             raise ValueError(f"crop_size must hold a positive height and width, got {dict(crop_size)}")
-        if not 0 < crop_pct:
+        if not crop_pct > 0:
             raise ValueError(f"crop_pct must be positive, usually in (0, 1], got {crop_pct}")
         if crop_mode not in CROP_MODES:
             raise ValueError(f"crop_mode {crop_mode!r} is not one of {CROP_MODES}")
         if resample not in list(RESAMPLING.values()):
-            raise ValueError(f"resample {resample!r} is not a PIL.Image.Resampling: {[int(m) for m in Image.Resampling]}")
+            raise ValueError(
+                f"resample {resample!r} is not a PIL.Image.Resampling: {[int(m) for m in Image.Resampling]}"
+            )
 
-    def fetch_images(self, image_url_or_urls: ImageInput) -> list[Image.Image]:
+    def fetch_images(self, image_url_or_urls: ImageSource) -> list[Image.Image]:  # type: ignore[override]
         """Upright RGB pictures of anything that `load_images` accepts."""
         return load_images(image_url_or_urls)
 
@@ -299,20 +315,20 @@ class DevilImageProcessor(PilBackend):
 
     @staticmethod
     def _geometry(image_size: tuple[int, int], crop_size: SizeDict, crop_pct: float, crop_mode: str) -> CropGeometry:
-        crop = (int(crop_size.height), int(crop_size.width))
+        crop = (int(crop_size["height"]), int(crop_size["width"]))
         resized = _resized_size(image_size, crop, crop_pct, crop_mode)
-        top, left = (_crop_offset(*edges) for edges in zip(resized, crop))
+        top, left = (_crop_offset(*edges) for edges in zip(resized, crop, strict=True))
         return CropGeometry(image_size=image_size, resized_size=resized, offset=(top, left), crop_size=crop)
 
     def _preprocess_image_like_inputs(
-        self, images: ImageInput, *args: Any, input_data_format: str | None = None, **kwargs: Any
+        self, images: ImageSource, *args: Any, input_data_format: str | None = None, **kwargs: Any
     ) -> BatchFeature:
         pictures = load_images(images, input_data_format)
         if not pictures:
             raise ValueError("no images given: pass at least one")
         return self._preprocess(pictures, *args, **kwargs)
 
-    def _preprocess(
+    def _preprocess(  # type: ignore[override]
         self,
         images: list[Image.Image],
         crop_size: SizeDict,
@@ -354,4 +370,4 @@ class DevilImageProcessor(PilBackend):
 
 DevilImageProcessor.register_for_auto_class("AutoImageProcessor")
 
-__all__ = ["CropGeometry", "DevilImageProcessor", "load_images"]
+__all__ = ["CropGeometry", "DevilImageProcessor", "ImageSource", "load_images"]

@@ -1,7 +1,7 @@
 """Reading feature maps (B, C, H, W) out of modules that keep them in any layout.
 
-A module's output is captured by a forward hook. Its layout is inferred once, from a probe of known size, and recorded by
-name, so that loading a checkpoint needs no forward pass:
+A module's output is captured by a forward hook. Its layout is inferred once, from a probe of known size, and recorded
+by name, so that loading a checkpoint needs no forward pass:
 
 `NCHW`, `NHWC`  maps; `NLC`, `LNC`  tokens in row order, after `prefix` class or register tokens; `NC`  one location.
 """
@@ -156,16 +156,18 @@ def to_map(tensor: Tensor, layout: str, prefix: int, height: int, width: int) ->
 
 
 def to_token(tensor: Tensor, layout: str) -> Tensor:
-    """The first token of `tensor` in `layout` (`NLC` or `LNC`) -> map of one location `(batch_size, channels, 1, 1)`."""
+    """The first token of `tensor` in `layout` `NLC` or `LNC` -> one location `(batch_size, channels, 1, 1)`."""
     return (tensor[:, 0] if layout == "NLC" else tensor[0])[:, :, None, None]
 
 
 def candidate_layers(module: nn.Module) -> list[str]:
     """Names of the submodules that are likely layers: the elements of lists of blocks, else the children."""
-    lists = [(name, part) for name, part in module.named_modules() if isinstance(part, nn.ModuleList)]
-    outermost = [
-        (name, part)
-        for name, part in lists
-        if not any(name.startswith(f"{other}.") and type(part_of) is not type(part) for other, part_of in lists)
-    ]
-    return []
+    return _block_names(module, "") or [name for name, _ in module.named_children()]
+
+
+def _block_names(module: nn.Module, prefix: str) -> list[str]:
+    names = []
+    for name, child in module.named_children():
+        in_list = isinstance(module, nn.ModuleList) and not isinstance(child, nn.ModuleList)
+        names += [prefix + name] if in_list else _block_names(child, f"{prefix}{name}.")
+    return names

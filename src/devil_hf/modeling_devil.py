@@ -1,8 +1,8 @@
 """DeViL: a frozen vision backbone, a translator, a frozen language model (Dani et al., GCPR 2023, arXiv 2309.01617).
 
 Everything that can be asked is a choice of location weights and a layer mask (`DevilModel.ask`); the answer is a prefix, and two
-verbs read it: `generate` (words) and `score` (log-probability of given words). `describe` and `attribute` ask for many layers
-and places at once. Deviations from the paper, each off by default: feature norms, a learned null prefix, log-uniform location
+verbs read it: `generate` (words) and `score` (log-probability of given words). Questions about many layers and places at once,
+`describe` and `attribute`, stand in `explaining_devil.py`. Deviations from the paper, each off by default: feature norms, a learned null prefix, log-uniform location
 dropout, guidance. Unlike the authors' training, the language model stays in eval mode.
 """
 
@@ -21,27 +21,23 @@ from .backbone_devil import FeatureBackbone
 from .backbone_devil import resolve_layers
 from .checkpoint_devil import CheckpointMixin
 from .configuration_devil import DevilConfig
-from .guidance_devil import EvidenceGuidance
-from .outputs_devil import AttributionOutput
-from .outputs_devil import DescribeOutput
+from .explaining_devil import ExplainMixin
 from .outputs_devil import DevilOutput
 from .outputs_devil import ScoreOutput
 from .pooling_devil import check_locations
 from .pooling_devil import layer_dropout
 from .pooling_devil import location_dropout
 from .pooling_devil import pool
-from .pooling_devil import pool_every_location
 from .pooling_devil import region_weights
 from .pooling_devil import window_weights
+from .scoring_devil import EvidenceGuidance
 from .scoring_devil import rows_per_chunk
 from .scoring_devil import run_language_model
 from .scoring_devil import score_phrases
 from .translator_devil import Translator
 
-ALL_LAYERS = "all"
 
-
-class DevilModel(CheckpointMixin, PreTrainedModel):
+class DevilModel(ExplainMixin, CheckpointMixin, PreTrainedModel):
     """A vision backbone that speaks.
 
     Shapes: B images, L layers with feature maps (B, C_l, H_l, W_l), N questions, K phrases of up to T tokens,
@@ -169,7 +165,9 @@ class DevilModel(CheckpointMixin, PreTrainedModel):
         elif locations is not None:
             if len(set(grids.values())) > 1:
                 named = {self.layer_names[index]: grid for index, grid in grids.items()}
-                raise ValueError(f"locations need one grid, but the visible layers have {named}: name one layer, or use regions.")
+                raise ValueError(
+                    f"locations need one grid, but the visible layers have {named}: name one layer, or use regions."
+                )
             for index, grid in grids.items():
                 check_locations(locations, grid, self.layer_names[index])
                 weights[index] = window_weights(locations, grid, window)
@@ -230,7 +228,9 @@ class DevilModel(CheckpointMixin, PreTrainedModel):
                 feature_maps = self.extract_features(pixel_values)
             if location_weights is None:
                 location_weights = self._training_weights(feature_maps) if self.training else [None] * len(feature_maps)
-            pooled_features = [pool(maps, weights) for maps, weights in zip(feature_maps, location_weights, strict=True)]
+            pooled_features = [
+                pool(maps, weights) for maps, weights in zip(feature_maps, location_weights, strict=True)
+            ]
         rows = pooled_features[0].shape[0]
         if layer_mask is None and self.training:
             config = self.config
@@ -248,7 +248,9 @@ class DevilModel(CheckpointMixin, PreTrainedModel):
     def _training_weights(self, feature_maps: Sequence[Tensor]) -> list[Tensor]:
         config = self.config
         return [
-            location_dropout(len(maps), maps.shape[-2:], config.location_dropout, config.location_schedule, maps.device)[:, None]
+            location_dropout(
+                len(maps), maps.shape[-2:], config.location_dropout, config.location_schedule, maps.device
+            )[:, None]
             for maps in feature_maps
         ]
 
@@ -331,14 +333,18 @@ class DevilModel(CheckpointMixin, PreTrainedModel):
         chunk = rows_per_chunk(self.language_model, start.shape[1], beams, options.get("max_new_tokens", 40))
         outputs = [
             self.language_model.generate(
-                inputs_embeds=rows, attention_mask=torch.ones(rows.shape[:2], dtype=torch.long, device=rows.device), **options
+                inputs_embeds=rows,
+                attention_mask=torch.ones(rows.shape[:2], dtype=torch.long, device=rows.device),
+                **options,
             )
             for rows in start.split(chunk)
         ]
         if len(outputs) == 1:
             return outputs[0]
         if options.get("return_dict_in_generate"):
-            raise ValueError(f"return_dict_in_generate works for up to {chunk} questions at once, not for {len(start)}: ask fewer.")
+            raise ValueError(
+                f"return_dict_in_generate works for up to {chunk} questions at once, not for {len(start)}: ask fewer."
+            )
         longest = max(rows.shape[1] for rows in outputs)
         return torch.cat([F.pad(rows, (0, longest - rows.shape[1]), value=self.padding_token_id) for rows in outputs])
 
@@ -408,219 +414,6 @@ class DevilModel(CheckpointMixin, PreTrainedModel):
         ]
         return torch.cat(log_probs) * phrases["scored_mask"]
 
-    # ------------------------------------------------------------------------------------------- many places at once
-
-    @torch.no_grad()
-    def attribute(
-        self,
-        pixel_values: Tensor | None = None,
-        phrases: Mapping[str, Tensor] | None = None,
-        layers: str | int | Sequence[str | int] | None = None,
-        measure: str = "evidence",
-        window: int | Mapping[str, int] = 1,
-        combine: str | None = None,
-        chunk_size: int | None = None,
-        feature_maps: Sequence[Tensor | None] | None = None,
-    ) -> AttributionOutput:
-        """Open-vocabulary attribution maps: how likely each phrase is at every location (paper, section 3.3).
-
-        Args:
-            pixel_values: (B, 3, H, W).
-            phrases: K phrases, as `processor(text=[...])` makes them.
-            layers: one map per layer named here, each layer asked alone; None for all layers.
-            measure: "sum" of log p over the phrase's tokens (paper), the same "per_token", or "evidence": per token and over
-                the null prefix, which makes maps of different phrases comparable (beyond the paper).
-            window: side of the square pooled around each location, for all layers or by layer name.
-            combine: None; "joint" asks all the layers together, coarser maps interpolated to the finest grid first
-                (paper); "mean" averages the layers' maps on the finest grid (beyond the paper).
-            chunk_size: locations at once; chosen from the shapes when None.
-            feature_maps: what `extract_features` returned, to ask again without running the backbone.
-        """
-        if measure not in ("sum", "per_token", "evidence"):
-            raise ValueError(f"measure={measure!r} is not one of 'sum', 'per_token', 'evidence'.")
-        if combine not in (None, "joint", "mean"):
-            raise ValueError(f"combine={combine!r} is not one of None, 'joint', 'mean'.")
-        checked = self._phrases(phrases or {})
-        visible = resolve_layers(layers, self.layer_names)
-        if feature_maps is None:
-            feature_maps = self.extract_features(pixel_values, visible)
-        windows = self._windows(window, visible)
-        finest = max((tuple(feature_maps[index].shape[-2:]) for index in visible), key=lambda grid: grid[0] * grid[1])
-        if combine == "joint":
-            resized = [
-                F.interpolate(feature_maps[i].float(), finest, mode="bilinear", align_corners=False) if i in visible else None
-                for i in range(len(feature_maps))
-            ]
-            maps = {"joint": self._attribution_map(resized, visible, windows, checked, measure, chunk_size)}
-            return AttributionOutput(maps=maps, measure=measure)
-        maps = {
-            self.layer_names[index]: self._attribution_map(feature_maps, [index], windows, checked, measure, chunk_size)
-            for index in visible
-        }
-        if combine == "mean":
-            resized = [F.interpolate(one, finest, mode="bilinear", align_corners=False) for one in maps.values()]
-            maps = {"mean": torch.stack(resized).mean(dim=0)}
-        return AttributionOutput(maps=maps, measure=measure)
-
-    def _windows(self, window: int | Mapping[str, int], visible: Sequence[int]) -> dict[int, int]:
-        if isinstance(window, int):
-            return dict.fromkeys(visible, window)
-        by_index = {resolve_layers(name, self.layer_names)[0]: side for name, side in window.items()}
-        return {index: by_index.get(index, 1) for index in visible}
-
-    def _attribution_map(self, feature_maps, visible, windows, phrases, measure, chunk_size) -> Tensor:
-        """One map per image and phrase, (B, K, H, W), with the `visible` layers (on one grid) asked together."""
-        B, _, H, W = feature_maps[visible[0]].shape
-        pooled = {i: self._finite(pool_every_location(feature_maps[i], windows[i]), i) for i in visible}
-        K, T = phrases["input_ids"].shape
-        chunk_size = chunk_size or rows_per_chunk(self.language_model, self.config.prefix_length + 1, K, T)
-        scores = []
-        for begin in range(0, B * H * W, chunk_size):
-            rows = [None if i not in pooled else pooled[i][begin : begin + chunk_size] for i in range(len(feature_maps))]
-            scores.append(self._score_rows(self.translate(rows), phrases, chunk_size).sum(dim=-1))
-        score = torch.cat(scores)  # (B * H * W, K)
-        if measure == "evidence":
-            score = score - self._score_rows(self.null_prefix(), phrases).sum(dim=-1)
-        if measure != "sum":
-            score = score / phrases["scored_mask"].sum(dim=-1)
-        return score.view(B, H, W, K).permute(0, 3, 1, 2)
-
-    @torch.no_grad()
-    def describe(
-        self,
-        pixel_values: Tensor | None = None,
-        layers: str | int | Sequence[str | int] | None = None,
-        locations: str | Sequence[tuple[int, int]] | None = None,
-        window: int = 1,
-        evidence: bool = False,
-        guidance: float = 1.0,
-        feature_maps: Sequence[Tensor | None] | None = None,
-        **generation_kwargs,
-    ) -> DescribeOutput:
-        """Describe images x layers x locations in one batched call.
-
-        Args:
-            pixel_values: (B, 3, H, W).
-            layers: each layer named here alone; "all" stands for all layers together. None: all together, then each alone
-                (only each alone when `locations` are given).
-            locations: (row, column) places on each of the layers, or "all" for every place; None for the whole image.
-            window: side of the square around each place, in locations (odd).
-            evidence: also compute how much each word owes to the features, in nats over the null prefix.
-            guidance: see `generate`.
-            generation_kwargs: for the library's `generate`.
-        """
-        asked = self._described_layers(layers, whole=locations is None)
-        if feature_maps is None:
-            feature_maps = self.extract_features(pixel_values)
-        prefixes, rows = [], []
-        for index in asked:
-            prefix, places = self._describe_layer(feature_maps, index, locations, window)
-            images = torch.arange(len(prefix)) // len(places)
-            prefixes.append(prefix)
-            rows.append((images, torch.full_like(images, index), torch.tensor(places).repeat(len(prefix) // len(places), 1)))
-        prefix = torch.cat(prefixes)
-        sequences = self._decode(prefix, guidance, **generation_kwargs)
-        image_index, layer_index, row_locations = (torch.cat(column) for column in zip(*rows, strict=True))
-        return DescribeOutput(
-            sequences=sequences,
-            image_index=image_index,
-            layer_index=layer_index,
-            locations=row_locations,
-            token_evidence=self._token_evidence(prefix, sequences) if evidence else None,
-            layer_names=self.layer_names,
-        )
-
-    def _described_layers(self, layers, whole: bool) -> list[int]:
-        """Indices of the layers to describe, -1 for all together."""
-        if layers is None:
-            return ([-1] if whole else []) + list(range(len(self.layer_names)))
-        requested = [layers] if isinstance(layers, str | int) else list(layers)
-        return [-1 if name == ALL_LAYERS else resolve_layers(name, self.layer_names)[0] for name in requested]
-
-    def _describe_layer(self, feature_maps, index, locations, window) -> tuple[Tensor, list[tuple[int, int]]]:
-        """Prefixes of the described places of one layer (-1 for all), rows by image; and the places."""
-        layers = None if index < 0 else index
-        if locations is None:
-            return self.ask(layers=layers, feature_maps=feature_maps), [(-1, -1)]
-        if locations != ALL_LAYERS:
-            places = [(int(row), int(column)) for row, column in locations]
-            return self.ask(layers=layers, locations=places, window=window, feature_maps=feature_maps), places
-        if index < 0:
-            raise ValueError('locations="all" needs layers asked one by one: leave "all" out of layers.')
-        pooled: list[Tensor | None] = [None] * len(self.layer_names)
-        pooled[index] = self._finite(pool_every_location(feature_maps[index], window), index)
-        H, W = feature_maps[index].shape[-2:]
-        return self.translate(pooled), [(row, column) for row in range(H) for column in range(W)]
-
-    @torch.no_grad()
-    def describe_directions(
-        self,
-        vectors: Tensor,
-        layer: str | int,
-        base: Tensor | None = None,
-        strengths: Sequence[float] = (1.0,),
-        evidence: bool = False,
-        guidance: float = 1.0,
-        **generation_kwargs,
-    ) -> DescribeOutput:
-        """Describe directions of a layer's feature space: class vectors, probes, differences of means, SAE latents.
-
-        Args:
-            vectors: (M, C_l) directions, entering as pooled features of `layer`.
-            layer: the layer whose space they live in, by name or index.
-            base: (C_l,) or (M, C_l) point that the directions start from (a mean feature, say); None for the origin.
-            strengths: each vector is multiplied by each of these; negative ones turn it around.
-
-        Returns:
-            M * len(strengths) rows, by vector, then by strength; `image_index` counts the vectors.
-        """
-        (index,) = resolve_layers(layer, self.layer_names)
-        channels = self.backbone.channels[index]
-        if vectors.ndim != 2 or vectors.shape[1] != channels:
-            raise ValueError(
-                f"vectors of shape {tuple(vectors.shape)}: layer {self.layer_names[index]!r} needs (directions, {channels})."
-            )
-        factors = torch.tensor(strengths, dtype=torch.float32, device=vectors.device)
-        points = vectors[:, None].float() * factors[:, None]  # (M, S, C_l)
-        if base is not None:
-            points = points + base.to(points).view(-1, 1, channels)
-        pooled: list[Tensor | None] = [None] * len(self.layer_names)
-        pooled[index] = self._finite(points.flatten(0, 1), index)
-        prefix = self.translate(pooled)
-        sequences = self._decode(prefix, guidance, **generation_kwargs)
-        return DescribeOutput(
-            sequences=sequences,
-            image_index=torch.arange(len(prefix)) // len(factors),
-            layer_index=torch.full((len(prefix),), index),
-            locations=torch.full((len(prefix), 2), -1),
-            token_evidence=self._token_evidence(prefix, sequences) if evidence else None,
-            layer_names=self.layer_names,
-        )
-
-    def _token_evidence(self, prefix: Tensor, sequences: Tensor) -> Tensor:
-        """(N, T) log p(token | feature) - log p(token | null prefix) of each row's own tokens; 0 on padding."""
-        if len(sequences) != len(prefix):
-            raise ValueError("evidence needs one sequence per question: leave out num_return_sequences.")
-        length = sequences.shape[1]
-        null = self.null_prefix()
-        pieces = []
-        for rows, tokens in zip(prefix.split(64), sequences.split(64), strict=True):
-            words = self.get_input_embeddings()(tokens[:, :-1])
-            pair = []
-            for start in (self._start(rows), self._start(null).expand(len(rows), -1, -1)):
-                embeds = torch.cat([start, words.to(start.dtype)], dim=1)
-                logits = run_language_model(self.language_model, embeds, keep=length).logits.float()
-                pair.append(logits.log_softmax(dim=-1).gather(-1, tokens[..., None])[..., 0])
-            pieces.append(pair[0] - pair[1])
-        return torch.cat(pieces) * self._word_mask(sequences)
-
-    def _word_mask(self, sequences: Tensor) -> Tensor:
-        """True on generated tokens up to and including the first EOS."""
-        if self.config.eos_token_id is None:
-            return torch.ones_like(sequences, dtype=torch.bool)
-        ended = (sequences == self.config.eos_token_id).cumsum(dim=1)
-        return (ended - (sequences == self.config.eos_token_id).long()) == 0
-
 
 def check_language_model(language_model: nn.Module) -> int:
     """Width of the language model's input embeddings.
@@ -630,12 +423,16 @@ def check_language_model(language_model: nn.Module) -> int:
     """
     name = type(language_model).__name__
     if getattr(language_model.config, "is_encoder_decoder", False):
-        raise ValueError(f"{name} is an encoder-decoder: DeViL needs a causal language model, such as OPT, GPT-2 or Llama.")
+        raise ValueError(
+            f"{name} is an encoder-decoder: DeViL needs a causal language model, such as OPT, GPT-2 or Llama."
+        )
     if language_model.get_output_embeddings() is None:
         raise ValueError(f"{name} has no language-model head: load it with AutoModelForCausalLM.")
     embedding = language_model.get_input_embeddings()
     if not isinstance(embedding, nn.Module) or not hasattr(embedding, "weight"):
-        raise ValueError(f"{name} has no input embedding table, so it cannot read a prefix: choose another language model.")
+        raise ValueError(
+            f"{name} has no input embedding table, so it cannot read a prefix: choose another language model."
+        )
     return embedding.weight.shape[-1]
 
 

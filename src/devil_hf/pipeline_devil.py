@@ -9,13 +9,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from transformers import AutoModel
 from transformers.pipelines import PIPELINE_REGISTRY
 from transformers.pipelines.base import Pipeline
 
+from .image_processing_devil import ImageSource
 from .image_processing_devil import load_images
-
 
 TASK = "vision-feature-description"
 # What `config.custom_pipelines` of a checkpoint must hold for `pipeline` to find this file beside the weights.
@@ -47,17 +46,20 @@ class VisionFeatureDescriptionPipeline(Pipeline):
 
     Returns, per image, a dict with
 
-    * `"descriptions"`: a list of dicts with `"layer"` (`"all"` where all layers were shown together), `"location"` ((row,
-      column) or None for the whole image), `"description"`, and with `evidence=True` `"evidence"`, the mean over the tokens
-      in nats, and `"tokens"`, the (token, evidence) pairs;
-    * with phrases, `"phrases"` and `"maps"`: per layer a float tensor (phrases, height, width) in the coordinates of the
-      image, NaN where the backbone's crop does not reach.
+    * `"descriptions"`: a list of dicts with `"layer"` (`"all"` where all layers were shown together), `"location"`
+      ((row, column), or None for the whole image), `"description"`, and with `evidence=True` also `"evidence"`, the
+      mean over the tokens in nats, and `"tokens"`, the (token, evidence) pairs;
+    * with phrases, `"phrases"` and `"maps"`: per layer a float tensor (phrases, height, width) in the coordinates of
+      the image, NaN where the backbone's crop does not reach.
     """
 
-    _load_processor = True
-    _load_image_processor = False
-    _load_tokenizer = False
-    _load_feature_extractor = False
+    # The base class declares these without types.
+    _load_processor: Any = True
+    _load_image_processor: Any = False
+    _load_tokenizer: Any = False
+    _load_feature_extractor: Any = False
+    model: Any
+    processor: Any
 
     def _sanitize_parameters(
         self,
@@ -83,22 +85,22 @@ class VisionFeatureDescriptionPipeline(Pipeline):
             forward["describe"] = kwargs
         return {}, forward, postprocess
 
-    def __call__(self, inputs: Any, **kwargs: Any) -> dict[str, Any] | list[dict[str, Any]]:
+    def __call__(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """Describe one image, or a list of images (`batch_size` at a time)."""
         if isinstance(inputs, (np.ndarray, torch.Tensor)) and inputs.ndim == 4:
             inputs = list(inputs)
         if isinstance(inputs, (list, tuple)) and not inputs:
             raise ValueError("no images given: pass at least one")
-        return super().__call__(list(inputs) if isinstance(inputs, tuple) else inputs, **kwargs)
+        return super().__call__(list(inputs) if isinstance(inputs, tuple) else inputs, *args, **kwargs)
 
-    def preprocess(self, image: str | os.PathLike | Image.Image | np.ndarray | torch.Tensor) -> dict[str, torch.Tensor]:
-        pictures = load_images(image)
+    def preprocess(self, input_: ImageSource) -> dict[str, torch.Tensor]:  # type: ignore[override]
+        pictures = load_images(input_)
         if len(pictures) != 1:
             raise ValueError(f"expected one image per entry, got {len(pictures)}; pass a flat list of images")
         image_size = torch.tensor([[pictures[0].height, pictures[0].width]])
         return {**self.processor(images=pictures, return_tensors="pt"), "image_size": image_size}
 
-    def _forward(
+    def _forward(  # type: ignore[override]
         self,
         model_inputs: dict[str, torch.Tensor],
         phrases: Any = None,
@@ -134,14 +136,16 @@ class VisionFeatureDescriptionPipeline(Pipeline):
         layers = [layers] if isinstance(layers, (str, int)) else list(layers)
         return [layer for layer in layers if layer != "all"] or None
 
-    def postprocess(self, model_outputs: dict[str, Any], phrases: list[str] | None = None) -> dict[str, Any]:
+    def postprocess(  # type: ignore[override]
+        self, model_outputs: dict[str, Any], phrases: list[str] | None = None
+    ) -> dict[str, Any]:
         row = {name: values[0] for name, values in model_outputs.items()}
         evidence = row.get("token_evidence", [None] * len(row["sequences"]))
-        parts = zip(row["layers"], row["locations"].tolist(), row["sequences"], evidence)
+        parts = zip(row["layers"], row["locations"].tolist(), row["sequences"], evidence, strict=True)
         result: dict[str, Any] = {"descriptions": [self._description(*part) for part in parts]}
         if phrases is not None:
             maps = {name: values for name, values in model_outputs.items() if name.startswith(_MAP_PREFIX)}
-            placed = self.processor.post_process_attribution(maps, target_sizes=model_outputs["image_size"])
+            placed = self.processor.post_process_attribution(maps, target_sizes=model_outputs["image_size"].tolist())
             result["phrases"] = phrases
             result["maps"] = {name.removeprefix(_MAP_PREFIX): per_image[0] for name, per_image in placed.items()}
         return result
@@ -157,7 +161,9 @@ class VisionFeatureDescriptionPipeline(Pipeline):
         if evidence is not None:
             special = set(self.processor.tokenizer.all_special_ids)
             tokens = [
-                (self.processor.decode([token]), float(nats)) for token, nats in zip(sequence.tolist(), evidence) if token not in special
+                (self.processor.decode([token]), float(nats))
+                for token, nats in zip(sequence.tolist(), evidence, strict=True)
+                if token not in special
             ]
             described["evidence"] = float(np.mean([nats for _, nats in tokens])) if tokens else 0.0
             described["tokens"] = tokens

@@ -5,7 +5,8 @@ on the right. Attribution maps are up-sampled bilinearly to the crop as in the p
 backbone's crop and resize are undone, so that a map lies on the image that was given, NaN where the crop did not reach.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,14 +15,13 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 from transformers.feature_extraction_utils import BatchFeature
-from transformers.image_utils import ImageInput
 from transformers.processing_utils import ProcessorMixin
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils import ModelOutput
 
 from .image_processing_devil import CropGeometry
+from .image_processing_devil import ImageSource
 from .image_processing_devil import load_images
-
 
 # Anchors of the two colour scales, evenly spaced; the diverging one is transparent at its middle when overlaid.
 DIVERGING = ((5, 68, 140), (63, 142, 206), (222, 226, 230), (240, 130, 40), (176, 30, 20))
@@ -41,7 +41,9 @@ class AttributionOverlays(ModelOutput):
     value_range: tuple[float, float] | None = None
 
 
-def shared_value_range(maps: Mapping[str, Sequence[torch.Tensor]], symmetric: bool = True) -> tuple[float, float]:
+def shared_value_range(
+    maps: Mapping[str, torch.Tensor | Sequence[torch.Tensor]], symmetric: bool = True
+) -> tuple[float, float]:
     """Lowest and highest finite value of all maps; with `symmetric`, widened to lie symmetrically around zero."""
     finite = [values[values.isfinite()] for layer in maps.values() for values in layer]
     finite = [values for values in finite if values.numel()]
@@ -60,7 +62,7 @@ def _scale_position(values: np.ndarray, value_range: tuple[float, float]) -> np.
 
 
 def colorize(values: np.ndarray, value_range: tuple[float, float], symmetric: bool = True) -> np.ndarray:
-    """Colours of `values` (any shape) on the shared scale -> uint8 (..., 3); blue to red if `symmetric`, else dark to light."""
+    """Colours of `values` (any shape) on the shared scale -> uint8 (..., 3); blue to red, or dark to light."""
     anchors = np.array(DIVERGING if symmetric else SEQUENTIAL, dtype=np.float64)
     position = _scale_position(values, value_range) * (len(anchors) - 1)
     lower = np.minimum(position.astype(int), len(anchors) - 2)
@@ -78,8 +80,8 @@ def overlay_map(
 ) -> Image.Image:
     """One image under one map.
 
-    The image fades to grey; colour grows with the distance from zero (`symmetric`) or from the lowest value, so that what
-    says nothing stays readable as a photograph. Where the map is NaN (outside the crop) the image is dark.
+    The image fades to grey; colour grows with the distance from zero (`symmetric`) or from the lowest value, so that
+    what says nothing stays readable as a photograph. Where the map is NaN (outside the crop) the image is dark.
 
     Args:
         image: RGB picture of size (W, H).
@@ -111,14 +113,15 @@ class DevilProcessor(ProcessorMixin):
         if tokenizer.pad_token is None:
             if tokenizer.eos_token is None:
                 raise ValueError(
-                    f"tokenizer {tokenizer.name_or_path!r} has neither a padding nor an EOS token; set `tokenizer.pad_token`"
+                    f"tokenizer {tokenizer.name_or_path!r} has neither a padding nor an EOS token; "
+                    "set `tokenizer.pad_token`"
                 )
             tokenizer.pad_token = tokenizer.eos_token
         super().__init__(image_processor, tokenizer)
 
     def __call__(
         self,
-        images: ImageInput | None = None,
+        images: ImageSource | None = None,
         text: str | Sequence[str] | None = None,
         carrier: str | None = None,
         *,
@@ -206,8 +209,8 @@ class DevilProcessor(ProcessorMixin):
     def post_process_attribution(
         self,
         outputs: Any,
-        images: ImageInput | None = None,
-        target_sizes: Sequence[tuple[int, int]] | torch.Tensor | None = None,
+        images: ImageSource | None = None,
+        target_sizes: Sequence[tuple[int, int]] | None = None,
     ) -> dict[str, list[torch.Tensor]]:
         """Attribution maps in the coordinates of the original images.
 
@@ -215,7 +218,8 @@ class DevilProcessor(ProcessorMixin):
         centres of the locations (as up-sampling with `align_corners=False` does), with crop and resize undone.
 
         Args:
-            outputs: what `model.attribute` returned, or its `maps`: per layer a tensor of shape `(batch_size, K, H_l, W_l)`.
+            outputs: what `model.attribute` returned, or its `maps`: per layer a tensor of shape
+                `(batch_size, K, H_l, W_l)`.
             images: the images that were given to the processor; their sizes are read after EXIF rotation.
             target_sizes: instead of `images`, (height, width) per image.
 
@@ -225,24 +229,24 @@ class DevilProcessor(ProcessorMixin):
         maps = attribution_maps(outputs)
         if (images is None) == (target_sizes is None):
             raise ValueError("pass either `images` or `target_sizes`: the maps are placed into images of that size")
-        sizes = (
-            [(image.height, image.width) for image in load_images(images)]
-            if target_sizes is None
-            else [(int(height), int(width)) for height, width in target_sizes]
-        )
+        if images is not None:
+            target_sizes = [(image.height, image.width) for image in load_images(images)]
+        sizes = [(int(height), int(width)) for height, width in target_sizes or ()]
         for layer, values in maps.items():
             if values.shape[0] != len(sizes):
-                raise ValueError(f"layer {layer!r} has maps of {values.shape[0]} images, but {len(sizes)} images were given")
+                raise ValueError(
+                    f"layer {layer!r} has maps of {values.shape[0]} images, but {len(sizes)} images were given"
+                )
         geometries = [self.image_processor.geometry(size) for size in sizes]
         return {
-            layer: [_place_maps(single.detach(), geometry) for single, geometry in zip(values, geometries)]
+            layer: [_place_maps(single.detach(), geometry) for single, geometry in zip(values, geometries, strict=True)]
             for layer, values in maps.items()
         }
 
     def overlay(
         self,
         outputs: Any,
-        images: ImageInput,
+        images: ImageSource,
         *,
         symmetric: bool | None = None,
         value_range: tuple[float, float] | None = None,
@@ -253,9 +257,9 @@ class DevilProcessor(ProcessorMixin):
         Args:
             outputs: as in `post_process_attribution`.
             images: the images that were given to the processor.
-            symmetric: zero is neutral, warm colours speak for a phrase and cool ones against it: right for evidence, and the
-                default unless `outputs` says that they hold another measure. False runs from the lowest to the highest
-                value: right for log-probabilities, which are all negative.
+            symmetric: zero is neutral, warm colours speak for a phrase and cool ones against it: right for evidence,
+                and the default unless `outputs` says that it holds another measure. False runs from the lowest to the
+                highest value: right for log-probabilities, which are all negative.
             value_range: (lowest, highest) value of the scale; by default that of all maps.
             opacity: weight of the colour at the ends of the scale.
         """
@@ -263,11 +267,14 @@ class DevilProcessor(ProcessorMixin):
         maps = self.post_process_attribution(outputs, target_sizes=[(image.height, image.width) for image in pictures])
         if symmetric is None:
             symmetric = getattr(outputs, "measure", "evidence") in (None, "evidence")
-        value_range = value_range or shared_value_range(maps, symmetric)
+        value_range = value_range or shared_value_range(attribution_maps(outputs), symmetric)
         layers = {
             layer: [
-                [overlay_map(image, one.numpy(), value_range, symmetric=symmetric, opacity=opacity) for one in per_phrase]
-                for image, per_phrase in zip(pictures, placed)
+                [
+                    overlay_map(image, one.numpy(), value_range, symmetric=symmetric, opacity=opacity)
+                    for one in per_phrase
+                ]
+                for image, per_phrase in zip(pictures, placed, strict=True)
             ]
             for layer, placed in maps.items()
         }
@@ -276,7 +283,7 @@ class DevilProcessor(ProcessorMixin):
     def location_to_box(
         self, location: tuple[int, int], grid_size: tuple[int, int], image_size: tuple[int, int]
     ) -> tuple[float, float, float, float]:
-        """The part of an image that a location stands for: its cell of the grid that the feature map lays over the crop.
+        """The part of an image that a location stands for: its cell of the grid that a layer lays over the crop.
 
         Args:
             location: (row, column) in the grid of a layer.
@@ -288,7 +295,9 @@ class DevilProcessor(ProcessorMixin):
         """
         (row, column), (rows, columns) = location, grid_size
         if not (0 <= row < rows and 0 <= column < columns):
-            raise ValueError(f"location {tuple(location)} is outside the {rows} x {columns} grid; rows and columns start at 0")
+            raise ValueError(
+                f"location {tuple(location)} is outside the {rows} x {columns} grid; rows and columns start at 0"
+            )
         geometry = self.image_processor.geometry(image_size)
         crop_height, crop_width = geometry.crop_size
         top, left = geometry.crop_to_image(row * crop_height / rows, column * crop_width / columns)
@@ -313,18 +322,22 @@ class DevilProcessor(ProcessorMixin):
             raise ValueError(f"pixel x={x}, y={y} is outside the image of width {width} and height {height}")
         geometry = self.image_processor.geometry(image_size)
         crop_y, crop_x = geometry.image_to_crop(int(y) + 0.5, int(x) + 0.5)
-        row, column = (int(v * n // edge) for v, n, edge in zip((crop_y, crop_x), grid_size, geometry.crop_size))
+        row, column = (
+            int(v * n // edge) for v, n, edge in zip((crop_y, crop_x), grid_size, geometry.crop_size, strict=True)
+        )
         return (row, column) if 0 <= row < grid_size[0] and 0 <= column < grid_size[1] else None
 
 
 def attribution_maps(outputs: Any) -> dict[str, torch.Tensor]:
-    """The maps per layer, (batch_size, K, H_l, W_l), of what `model.attribute` returned, or of its `maps` themselves."""
+    """The maps per layer, (batch_size, K, H_l, W_l), of what `model.attribute` returned or of its `maps`."""
     maps = getattr(outputs, "maps", outputs)
     if not isinstance(maps, Mapping):
         raise TypeError(f"expected the output of `model.attribute` or its maps per layer, got {type(outputs).__name__}")
     for layer, values in maps.items():
         if not isinstance(values, torch.Tensor) or values.ndim != 4:
-            raise ValueError(f"maps of layer {layer!r} must be a tensor (batch_size, phrases, rows, columns), got {values!r:.100}")
+            raise ValueError(
+                f"maps of layer {layer!r} must be a tensor (batch_size, phrases, rows, columns), got {values!r:.100}"
+            )
     return dict(maps)
 
 
@@ -333,7 +346,9 @@ def _place_maps(maps: torch.Tensor, geometry: CropGeometry) -> torch.Tensor:
     height, width = geometry.image_size
     ys = torch.tensor([geometry.image_to_crop(y + 0.5, 0.5)[0] for y in range(height)]) / geometry.crop_size[0]
     xs = torch.tensor([geometry.image_to_crop(0.5, x + 0.5)[1] for x in range(width)]) / geometry.crop_size[1]
-    grid = torch.stack(torch.meshgrid(2 * xs - 1, 2 * ys - 1, indexing="xy"), dim=-1)  # (H, W, 2), ends of the crop at -1 and 1
+    grid = torch.stack(
+        torch.meshgrid(2 * xs - 1, 2 * ys - 1, indexing="xy"), dim=-1
+    )  # (H, W, 2), ends of the crop at -1 and 1
     values = maps.float().cpu()[None]
     placed = F.grid_sample(values, grid[None], mode="bilinear", padding_mode="border", align_corners=False)[0]
     seen = ((ys >= 0) & (ys < 1))[:, None] & ((xs >= 0) & (xs < 1))[None, :]

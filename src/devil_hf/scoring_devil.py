@@ -1,4 +1,4 @@
-"""Log-probabilities of given phrases under given prefixes.
+"""Reading prefixes: log-probabilities of given phrases, and guidance of the words that `generate` chooses.
 
 Every prefix is read by the language model once. Tokens that all phrases begin with (a carrier such as "the", or a common
 first word) are read with it; the rest of each phrase continues from the shared key-value cache. Logits are computed only where a
@@ -10,6 +10,7 @@ import inspect
 import torch
 from torch import Tensor
 from torch import nn
+from transformers import LogitsProcessor
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 from transformers.cache_utils import DynamicLayer
@@ -35,19 +36,22 @@ def score_phrases(language_model: PreTrainedModel, embeds: Tensor, input_ids: Te
     T = input_ids.shape[1]
     shared = _shared_tokens(input_ids, mask)
     common = language_model.get_input_embeddings()(input_ids[:1, :shared])
-    embeds = torch.cat([embeds, common.to(embeds.dtype).expand(embeds.shape[0], -1, -1)], dim=1)  # (N, P + shared, D_lm)
+    embeds = torch.cat(
+        [embeds, common.to(embeds.dtype).expand(embeds.shape[0], -1, -1)], dim=1
+    )  # (N, P + shared, D_lm)
     continued = mask.sum(dim=1) > shared + 1
     output = run_language_model(language_model, embeds, keep=shared + 1, use_cache=bool(continued.any()))
     log_probs = output.logits.new_zeros(embeds.shape[0], *input_ids.shape, dtype=torch.float32)
-    log_probs[:, :, :shared] = _gather(output.logits[:, :-1], input_ids[:1, :shared].expand(embeds.shape[0], -1))[:, None]
+    log_probs[:, :, :shared] = _gather(output.logits[:, :-1], input_ids[:1, :shared].expand(embeds.shape[0], -1))[
+        :, None
+    ]
     first = input_ids[:, shared].expand(embeds.shape[0], -1)  # (N, K): one distribution, K tokens read from it
     log_probs[:, :, shared] = _gather_many(output.logits[:, -1], first)
     if continued.any():
+        cache = getattr(output, "past_key_values", None)  # recurrent models name theirs otherwise
         rest, rest_mask = input_ids[continued, shared:], mask[continued, shared:]
-        score_rest = _score_with_cache if is_cache_shareable(output.past_key_values) else _score_without_cache
-        log_probs[:, continued, shared + 1 : T] = score_rest(
-            language_model, embeds, output.past_key_values, rest, rest_mask
-        )
+        score_rest = _score_with_cache if is_cache_shareable(cache) else _score_without_cache
+        log_probs[:, continued, shared + 1 : T] = score_rest(language_model, embeds, cache, rest, rest_mask)
     return log_probs * mask
 
 
@@ -87,12 +91,16 @@ def _score_without_cache(language_model, embeds, cache, rest, rest_mask) -> Tens
     K, R = rest.shape
     words = language_model.get_input_embeddings()(rest[:, :-1]).to(embeds.dtype)
     sequence = torch.cat([embeds.repeat_interleave(K, dim=0), words.repeat(N, 1, 1)], dim=1)
-    mask = torch.cat([torch.ones_like(sequence[:, :P, 0], dtype=torch.long), rest_mask[:, :-1].long().repeat(N, 1)], dim=1)
+    mask = torch.cat(
+        [torch.ones_like(sequence[:, :P, 0], dtype=torch.long), rest_mask[:, :-1].long().repeat(N, 1)], dim=1
+    )
     output = run_language_model(language_model, sequence, keep=R - 1, attention_mask=mask)
     return _gather(output.logits, rest[:, 1:].repeat(N, 1)).view(N, K, R - 1)
 
 
-def run_language_model(language_model, embeds: Tensor, keep: int, attention_mask: Tensor | None = None, use_cache=False):
+def run_language_model(
+    language_model, embeds: Tensor, keep: int, attention_mask: Tensor | None = None, use_cache=False
+):
     """Run on input embeddings (N, S, D_lm) and return logits of the last `keep` positions only, (N, keep, V)."""
     if attention_mask is None:
         attention_mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
@@ -101,7 +109,6 @@ def run_language_model(language_model, embeds: Tensor, keep: int, attention_mask
     if not options:
         output.logits = output.logits[:, -keep:]
     return output
-
 
 
 def accepts_logits_to_keep(language_model: nn.Module) -> bool:
@@ -134,4 +141,30 @@ def rows_per_chunk(language_model: PreTrainedModel, prefix_length: int, phrases:
     return max(1, CHUNK_BYTES // (4 * (cache + activations + logits)))
 
 
-__all__ = ["is_cache_shareable", "rows_per_chunk", "run_language_model", "score_phrases"]
+class EvidenceGuidance(LogitsProcessor):
+    """Guidance at decoding: push words towards what the feature adds over the null prefix (beyond the paper).
+
+    The next-token distribution becomes log p(w | null) + g (log p(w | feature) - log p(w | null)), normalised; g = 1 is ordinary
+    decoding, as in the paper.
+
+    Args:
+        language_model: the model that generates.
+        null_embeds: (1, P, D_lm) BOS and null prefix.
+        strength: g above; more than 1 favours what the feature adds, 0 is the null prefix alone.
+    """
+
+    def __init__(self, language_model: PreTrainedModel, null_embeds: Tensor, strength: float):
+        self.language_model = language_model
+        self.null_embeds = null_embeds
+        self.strength = strength
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        # Beam search reorders rows between steps, so the null continuation is read afresh instead of from a cache.
+        words = self.language_model.get_input_embeddings()(input_ids).to(self.null_embeds.dtype)
+        embeds = torch.cat([self.null_embeds.expand(input_ids.shape[0], -1, -1), words], dim=1)
+        null = run_language_model(self.language_model, embeds, keep=1).logits[:, -1].float().log_softmax(dim=-1)
+        guided = null + self.strength * (scores.float().log_softmax(dim=-1) - null)
+        return guided.log_softmax(dim=-1).to(scores.dtype)
+
+
+__all__ = ["EvidenceGuidance", "is_cache_shareable", "rows_per_chunk", "run_language_model", "score_phrases"]

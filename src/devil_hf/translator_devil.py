@@ -90,7 +90,9 @@ class Translator(nn.Module):
         ]
         rows = tokens[0].shape[0] if tokens else rows
         queries = self.queries.expand(rows, -1, -1)
-        sequence = torch.cat([torch.stack(tokens, dim=1), queries], dim=1) if tokens else queries  # (N, L_visible + k, D)
+        sequence = (
+            torch.cat([torch.stack(tokens, dim=1), queries], dim=1) if tokens else queries
+        )  # (N, L_visible + k, D)
         attention_mask = None
         if layer_mask is not None and visible:
             shown = ~layer_mask[:, visible]

@@ -115,10 +115,16 @@ def _parse_record(line: str, where: str) -> dict:
         record = json.loads(line)
     except json.JSONDecodeError as error:
         raise ValueError(f"{where} is not JSON: {error}") from error
-    image = record.get("image", record.get("file_name"))
-    captions = [caption.strip() for caption in record.get("captions", []) if caption.strip()]
+    fields = record if isinstance(record, dict) else {}
+    image, captions = fields.get("image", fields.get("file_name")), fields.get("captions")
+    if isinstance(captions, list) and all(isinstance(caption, str) for caption in captions):
+        captions = [caption.strip() for caption in captions if caption.strip()]
+    else:
+        captions = []
     if not image or not captions:
-        raise ValueError(f'{where} needs "image" and at least one non-empty string in "captions"; it has {sorted(record)}')
+        raise ValueError(
+            f'{where} needs "image" and a list "captions" with at least one non-empty string; it is {line.strip()[:80]}'
+        )
     return {"image": image, "captions": captions, "split": record.get("split")}
 
 

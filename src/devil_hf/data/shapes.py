@@ -36,13 +36,13 @@ ATTRIBUTE_WORDS = {"colour": tuple(COLOURS), "texture": TEXTURES, "shape": SHAPE
 RELATIONS = ("left of", "right of", "above", "below")
 GRAMMAR_WORDS = (
     *("a", "an", "the", "and", "with", "next", "to", "beside", "left", "right", "of", "above", "below", "there", "is", "that", "in", "on", "at", "top", "bottom"),
-    *("middle", "background", "something", "one", "picture", "scene"),
+    *("middle", "background", "something", "one", "picture"),
 )
 VOCABULARY = (*COLOURS, *TEXTURES, *SHAPES, *SIZES, *BACKGROUNDS, *GRAMMAR_WORDS)
 
 COUNT_SHARES = (0.3, 0.4, 0.3)  # of scenes with one, two and three objects
 FRAGMENT_SHARE = 0.2
-DARK_TONE = 0.22  # brightness of a texture's second tone relative to the first
+DARK_TONE = 0.3  # brightness of a texture's second tone relative to the first
 RELATION_MARGIN = 16.0  # pixels between two centres from which on a relation is stated
 
 
@@ -383,9 +383,9 @@ def _tone(item: SceneObject, u: np.ndarray, v: np.ndarray) -> np.ndarray:
     if item.texture == "striped":
         wave = np.cos(first)
     elif item.texture == "dotted":
-        wave = 1.0 - 0.62 * (2.0 - np.cos(0.9 * first) - np.cos(0.9 * second))  # positive in discs
+        wave = 1.0 - 0.86 * (2.0 - np.cos(first) - np.cos(second))  # positive in discs of a quarter period
     else:
-        wave = 1.6 * np.cos(0.75 * first) * np.cos(0.75 * second)
+        wave = 1.6 * np.cos(0.65 * first) * np.cos(0.65 * second)
     dark = np.clip(0.5 + wave / turns, 0.0, 1.0)  # the slope of a wave at its zero is `turns`: one pixel of transition
     return 1.0 - np.float32(1.0 - DARK_TONE) * dark
 

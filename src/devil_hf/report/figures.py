@@ -4,22 +4,22 @@ Three figures: the maps of phrases at every layer (`attribution_figure`), the wo
 (`locations_figure`) and what each layer says about whole images (`layers_figure`). All sizes are in pixels.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
+from PIL import ImageDraw
+from PIL import ImageFont
 
 from devil_hf.image_processing_devil import load_images
-from devil_hf.processing_devil import (
-    DevilProcessor,
-    attribution_maps,
-    colorize,
-    overlay_map,
-    shared_value_range,
-)
-
+from devil_hf.processing_devil import DevilProcessor
+from devil_hf.processing_devil import attribution_maps
+from devil_hf.processing_devil import colorize
+from devil_hf.processing_devil import overlay_map
+from devil_hf.processing_devil import shared_value_range
 
 PAPER, INK, MUTED, RULE = (255, 255, 255), (24, 27, 33), (104, 111, 122), (222, 225, 230)
 MARGIN, GAP = 32, 14
@@ -69,7 +69,12 @@ def _fit(text: str, width: float, height: float, sizes: Sequence[int]) -> tuple[
 
 
 def _write(
-    draw: ImageDraw.ImageDraw, at: tuple[float, float], lines: str | Sequence[str], size: int, color=INK, anchor: str = "la"
+    draw: ImageDraw.ImageDraw,
+    at: tuple[float, float],
+    lines: str | Sequence[str],
+    size: int,
+    color=INK,
+    anchor: str = "la",
 ) -> None:
     for number, line in enumerate([lines] if isinstance(lines, str) else lines):
         draw.text((at[0], at[1] + number * _line_height(size)), line, fill=color, font=_font(size), anchor=anchor)
@@ -88,9 +93,7 @@ def _one(image: Any) -> Image.Image:
     return pictures[0]
 
 
-def color_bar(
-    value_range: tuple[float, float], label: str, *, symmetric: bool = True, width: int = 320
-) -> Image.Image:
+def color_bar(value_range: tuple[float, float], label: str, *, symmetric: bool = True, width: int = 320) -> Image.Image:
     """The colour scale with its ends and middle in numbers, and what it measures.
 
     Args:
@@ -121,7 +124,9 @@ def _peak(values: np.ndarray) -> tuple[int, int]:
     return int(x), int(y)
 
 
-def _map_tile(picture: Image.Image, values: np.ndarray, value_range: tuple[float, float], symmetric: bool) -> Image.Image:
+def _map_tile(
+    picture: Image.Image, values: np.ndarray, value_range: tuple[float, float], symmetric: bool
+) -> Image.Image:
     """One map over its image, a ring at the peak and the peak's value in the corner."""
     tile = overlay_map(picture, values, value_range, symmetric=symmetric)
     if np.isnan(values).all():
@@ -166,7 +171,7 @@ def attribution_figure(
         raise ValueError(f"{len(phrases)} phrases were given, but the maps are of {next(iter(maps.values())).shape[1]}")
     picture = _scaled(_one(image), tile)
     placed = processor.post_process_attribution(maps, target_sizes=[(picture.height, picture.width)])
-    value_range = shared_value_range(placed, symmetric)
+    value_range = shared_value_range(maps, symmetric)
 
     heading, step_x, step_y = 30, picture.width + GAP, picture.height + 34
     grid_left, grid_top = MARGIN + picture.width + 2 * GAP, MARGIN + heading
@@ -188,7 +193,7 @@ def attribution_figure(
             figure.paste(map_tile, (grid_left + column * step_x, top + 24))
     figure.paste(color_bar(value_range, UNITS[measure], symmetric=symmetric), (grid_left, bottom + 8))
     if any(values[0].isnan().any() for values in placed.values()):
-        note = _wrap("dark: outside the crop, not seen by the backbone", 13, picture.width)
+        note = _wrap("Dark: outside the crop, not seen by the backbone.", 13, picture.width)
         _write(draw, (MARGIN, grid_top + picture.height + 34), note, 13, MUTED)
     return figure
 
@@ -213,7 +218,9 @@ def locations_figure(
         cell: smallest side of a location in the figure, so that its words can be read.
     """
     picture = _one(image)
-    boxes = {place: processor.location_to_box(place, grid_size, (picture.height, picture.width)) for place in descriptions}
+    boxes = {
+        place: processor.location_to_box(place, grid_size, (picture.height, picture.width)) for place in descriptions
+    }
     first = processor.location_to_box((0, 0), grid_size, (picture.height, picture.width))
     last = processor.location_to_box((grid_size[0] - 1, grid_size[1] - 1), grid_size, (picture.height, picture.width))
     seen = (*first[:2], *last[2:])  # the crop, as far as it lies on the image
@@ -222,7 +229,7 @@ def locations_figure(
 
     grid = picture.resize(size, Image.Resampling.BICUBIC, box=seen).convert("RGBA")
     for place, text in descriptions.items():
-        x0, y0, x1, y1 = ((edge - start) * scale for edge, start in zip(boxes[place], seen[:2] * 2))
+        x0, y0, x1, y1 = ((edge - start) * scale for edge, start in zip(boxes[place], seen[:2] * 2, strict=True))
         _write_cell(grid, (round(x0) + 1, round(y0) + 1, round(x1) - 2, round(y1) - 2), text)
 
     thumbnail = _scaled(picture, 260)
@@ -230,7 +237,9 @@ def locations_figure(
     outline = tuple(round(edge * shrink) - (number > 1) for number, edge in enumerate(seen))
     if outline != (0, 0, thumbnail.width - 1, thumbnail.height - 1):
         ImageDraw.Draw(thumbnail).rectangle(outline, outline=INK, width=4)
-        ImageDraw.Draw(thumbnail).rectangle([e + d for e, d in zip(outline, (1, 1, -1, -1))], outline=PAPER, width=2)
+        ImageDraw.Draw(thumbnail).rectangle(
+            [e + d for e, d in zip(outline, (1, 1, -1, -1), strict=True)], outline=PAPER, width=2
+        )
     left, top = MARGIN + thumbnail.width + 2 * GAP, MARGIN + 34
     figure = Image.new("RGB", (left + grid.width + MARGIN, top + max(grid.height, thumbnail.height) + MARGIN), PAPER)
     draw = ImageDraw.Draw(figure)
@@ -271,18 +280,21 @@ def layers_figure(
         raise ValueError(f"{len(pictures)} images, but descriptions of {len(descriptions)}")
     label_width = max((_font(14).getlength(layer) for rows in descriptions for layer, _ in rows), default=0) + 18
     blocks = [
-        [(layer, _wrap(text or "(nothing)", 18, text_width - label_width)) for layer, text in rows] for rows in descriptions
+        [(layer, _wrap(text or "(nothing)", 18, text_width - label_width)) for layer, text in rows]
+        for rows in descriptions
     ]
     line, row_gap = _line_height(18), 12
     heights = [
         max(picture.height, sum(len(lines) * line + row_gap for _, lines in block) - row_gap)
-        for picture, block in zip(pictures, blocks)
+        for picture, block in zip(pictures, blocks, strict=True)
     ]
     left = MARGIN + tile + 2 * GAP
-    figure = Image.new("RGB", (left + text_width + MARGIN, sum(heights) + (len(heights) - 1) * 2 * GAP + 2 * MARGIN), PAPER)
+    figure = Image.new(
+        "RGB", (left + text_width + MARGIN, sum(heights) + (len(heights) - 1) * 2 * GAP + 2 * MARGIN), PAPER
+    )
     draw = ImageDraw.Draw(figure)
     top = MARGIN
-    for number, (picture, block, height) in enumerate(zip(pictures, blocks, heights)):
+    for number, (picture, block, height) in enumerate(zip(pictures, blocks, heights, strict=True)):
         if number:
             draw.line((MARGIN, top - GAP, figure.width - MARGIN, top - GAP), fill=RULE)
         figure.paste(picture, (MARGIN + (tile - picture.width) // 2, top))

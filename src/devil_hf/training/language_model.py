@@ -48,9 +48,9 @@ class CaptionLanguageModelArguments:
     own_words_probability: float = field(
         default=0.25, metadata={"help": "Share of documents whose words may also come from the caption itself."}
     )
-    max_steps: int = field(default=7500, metadata={"help": "Optimiser steps."})
+    max_steps: int = field(default=4000, metadata={"help": "Optimiser steps."})
     batch_size: int = field(default=64, metadata={"help": "Documents per step."})
-    learning_rate: float = field(default=1.5e-3, metadata={"help": "Peak learning rate of AdamW, cosine decay to zero."})
+    learning_rate: float = field(default=2e-3, metadata={"help": "Peak learning rate of AdamW, cosine decay to zero."})
     warmup_steps: int = field(default=300, metadata={"help": "Steps of linear warm-up."})
     weight_decay: float = field(default=0.05, metadata={"help": "Weight decay of matrices; none on biases, norms and embeddings."})
     bf16: bool = field(default=False, metadata={"help": "Compute in bfloat16 by autocast; the weights stay in float32."})
@@ -203,7 +203,8 @@ def build_caption_language_model(tokenizer: PreTrainedTokenizerFast, arguments: 
 
 def caption_loss(model: PreTrainedModel, input_ids: torch.Tensor, labels: torch.Tensor, reduction: str = "mean") -> torch.Tensor:
     """Cross-entropy in nats per labelled token; logits are computed at labelled positions only. Both tensors are (B, T)."""
-    hidden = model.base_model(input_ids=input_ids).last_hidden_state[:, :-1]          # padding is on the right: no mask needed
+    # Padding is on the right, where causal attention never looks: no mask, and so the fast causal kernels.
+    hidden = model.base_model(inputs_embeds=model.get_input_embeddings()(input_ids)).last_hidden_state[:, :-1]
     targets = labels[:, 1:]
     wanted = targets != IGNORED_INDEX
     logits = model.get_output_embeddings()(hidden[wanted])                            # (tokens, vocabulary)

@@ -1,0 +1,173 @@
+"""Which networks the package covers, tried one by one.
+
+    python scripts/coverage.py timm [--json PATH]            every timm architecture, shapes only (meta tensors)
+    python scripts/coverage.py timm --real                   40 diverse ones, real features of random weights
+    python scripts/coverage.py transformers [--json PATH]    every transformers backbone class, random weights
+
+Prints a table, one line per network, and exits with 1 if any fails.
+"""
+
+import argparse
+import json
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from collections.abc import Iterator
+from pathlib import Path
+
+import timm
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import CONFIG_MAPPING
+from transformers import MODEL_FOR_BACKBONE_MAPPING
+from transformers import PreTrainedConfig
+
+from devil_hf.backbone_devil import FeatureBackbone
+
+REAL_TIMM = """
+    resnet18 resnet50 seresnet50 resnetv2_50 regnety_002 efficientnet_b0 mobilenetv2_100 mobilenetv3_small_050
+    mobilenetv4_conv_small densenet121 vgg11 dla34 hrnet_w18_small inception_v3 dpn48b convnext_atto convnextv2_atto
+    focalnet_tiny_srf poolformer_s12 mambaout_femto vit_tiny_patch16_224 deit_tiny_distilled_patch16_224
+    vit_small_patch16_dinov3 vit_small_patch14_reg4_dinov2 vit_base_patch32_clip_224 eva02_tiny_patch14_224
+    beit_base_patch16_224 vit_base_patch16_siglip_gap_224 naflexvit_base_patch16_gap hiera_tiny_224
+    swin_tiny_patch4_window7_224 swinv2_tiny_window8_256 xcit_nano_12_p16_224 cait_xxs24_224 crossvit_9_240 coat_tiny
+    levit_128 mvitv2_small_cls volo_d1_224 efficientformer_l1
+"""
+
+# Sizes that let every default configuration of transformers build and run in seconds.
+TINY = {
+    "hidden_size": 48,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+}
+
+
+def check_features(backbone: FeatureBackbone) -> dict:
+    """Run the chosen layers of a backbone and compare what comes out with what it declares."""
+    reference = next(backbone.parameters())
+    size = backbone.config["input_size"]
+    images = torch.rand(2, *size).to(device=reference.device, dtype=reference.dtype)
+    with torch.no_grad():
+        maps = backbone(images)
+    for name, channels, feature_map in zip(backbone.layers, backbone.channels, maps, strict=True):
+        if feature_map.ndim != 4 or feature_map.shape[:2] != (2, channels):
+            raise ValueError(f"{name} declares {channels} channels, but has the shape {tuple(feature_map.shape)}")
+        if not name.endswith(":class") and not _plausible(size[1:], feature_map.shape[2:]):
+            raise ValueError(f"{name} has an implausible grid {tuple(feature_map.shape[2:])} for images of {size[1:]}")
+        if not feature_map.is_meta and not feature_map.isfinite().all():
+            raise ValueError(f"{name} has features that are not finite")
+    grids = [tuple(feature_map.shape[2:]) for feature_map in maps]
+    return {"layers": backbone.layers, "channels": backbone.channels, "grids": grids}
+
+
+def _plausible(size: list[int], grid: torch.Size) -> bool:
+    """A stride between 1 and 64, the same in both directions but for rounding."""
+    strides = [pixels / cells for pixels, cells in zip(size, grid, strict=True)]
+    return all(1 <= stride <= 64 for stride in strides) and max(strides) / min(strides) < 1.3
+
+
+def check_timm(name: str, real: bool) -> dict:
+    """One timm architecture: build, choose layers, read them (and class tokens where the blocks carry one)."""
+    with torch.device("cpu" if real else "meta"):
+        module = timm.create_model(name, num_classes=0)
+    declared = [info["num_chs"] for info in module.feature_info]
+    strides = [info["reduction"] for info in module.feature_info]
+    backbone = FeatureBackbone.from_source(module)
+    for layer, channels in zip(backbone.layers, backbone.channels, strict=True):
+        if declared[index := backbone.layer_names.index(layer)] != channels:
+            raise ValueError(f"{layer} has {channels} channels, timm declares {declared[index]}")
+    found = check_features(backbone)
+    for layer, grid in zip(found["layers"], found["grids"], strict=True):
+        stride = strides[backbone.layer_names.index(layer)]
+        if abs(backbone.config["input_size"][1] / stride - grid[0]) > 1:
+            raise ValueError(f"{layer} has {grid[0]} rows, timm declares a stride of {stride}")
+    return found | {"class_token": _class_tokens(module, found["layers"])}
+
+
+def _class_tokens(module: nn.Module, layers: list[str]) -> bool:
+    try:
+        backbone = FeatureBackbone.from_source(module, layers, class_tokens=True)
+    except ValueError as error:
+        if "class token" in str(error):
+            return False
+        raise
+    check_features(backbone)
+    return True
+
+
+def check_transformers(config_class: type[PreTrainedConfig]) -> dict:
+    """One transformers backbone class from its default configuration, made small where it has the usual fields."""
+    defaults = config_class()
+    fields = {name: value for name, value in TINY.items() if isinstance(getattr(defaults, name, None), int)}
+    module = MODEL_FOR_BACKBONE_MAPPING[config_class](config_class(**fields))
+    return check_features(FeatureBackbone.from_source(module)) | {"class": type(module).__name__}
+
+
+def sweep(checks: Iterator[tuple[str, Callable[[], dict]]], total: int) -> list[dict]:
+    """Run the checks; a row per network, with the error of those that fail."""
+    rows = []
+    for name, check in tqdm(checks, total=total, disable=None):
+        start = time.perf_counter()
+        try:
+            row = {"name": name, "ok": True} | check()
+        except Exception as error:
+            row = {"name": name, "ok": False, "error": f"{type(error).__name__}: {error}"}
+        rows.append(row | {"seconds": round(time.perf_counter() - start, 2)})
+    return rows
+
+
+def timm_rows(options: argparse.Namespace) -> list[dict]:
+    names = REAL_TIMM.split() if options.real else timm.list_models(options.filter)
+    return sweep(((name, lambda name=name: check_timm(name, options.real)) for name in names), len(names))
+
+
+def transformers_rows(options: argparse.Namespace) -> list[dict]:
+    classes = {config.model_type: config for config in CONFIG_MAPPING.values() if config in MODEL_FOR_BACKBONE_MAPPING}
+    return sweep(((name, lambda c=c: check_transformers(c)) for name, c in classes.items()), len(classes))
+
+
+def print_table(rows: list[dict]) -> None:
+    width = max(len(row["name"]) for row in rows)
+    for row in rows:
+        layers = [
+            f"{name} {channels}x{grid[0]}x{grid[1]}"
+            for name, channels, grid in zip(*(row.get(key, []) for key in ("layers", "channels", "grids")), strict=True)
+        ]
+        detail = (
+            ", ".join(layers) + (" (+ class token)" if row.get("class_token") else "") if row["ok"] else row["error"]
+        )
+        print(f"{row['name']:{width}}  {'ok  ' if row['ok'] else 'FAIL'}  {detail}")
+    failed = [row["name"] for row in rows if not row["ok"]]
+    print(f"\n{len(rows) - len(failed)} of {len(rows)} pass" + (f"; failed: {', '.join(failed)}" if failed else ""))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, rows, text in (
+        ("timm", timm_rows, "every timm architecture"),
+        ("transformers", transformers_rows, "every transformers backbone class"),
+    ):
+        command = commands.add_parser(name, help=text)
+        command.add_argument("--json", type=Path, help="also write the table to this file")
+        command.set_defaults(rows=rows)
+        if name == "timm":
+            command.add_argument(
+                "--real", action="store_true", help="40 diverse ones, real features of random weights"
+            )
+            command.add_argument("--filter", default="", help="only names that match this pattern, such as 'vit_*'")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore")
+    rows = options.rows(options)
+    print_table(rows)
+    if options.json:
+        options.json.write_text(json.dumps(rows, indent=1))
+    return int(any(not row["ok"] for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

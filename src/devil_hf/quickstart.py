@@ -1,0 +1,288 @@
+"""`devil quickstart`: the whole life of a DeViL in a few minutes, on the embedded shapes world.
+
+A new translator is trained from scratch between the shipped frozen parts, saved, loaded again in a fresh process, measured on
+held-out scenes, and shown in pictures. Everything is what a user would write for a network of their own.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm.auto import tqdm
+from transformers import TrainingArguments
+from transformers import set_seed
+
+from devil_hf.data.shapes import ATTRIBUTE_WORDS
+from devil_hf.data.shapes import Scene
+from devil_hf.data.shapes import make_scene
+from devil_hf.data.shapes import sample_scene
+from devil_hf.embedded import SCOPE
+from devil_hf.evaluation.pointing import chance_pointing
+from devil_hf.evaluation.pointing import pointing_game
+from devil_hf.evaluation.words import WordCounts
+from devil_hf.loading import load
+from devil_hf.modeling_devil import DevilModel
+from devil_hf.processing_devil import DevilProcessor
+from devil_hf.report.figures import attribution_figure
+from devil_hf.report.figures import layers_figure
+from devil_hf.report.figures import locations_figure
+from devil_hf.training.features import PooledCaptions
+from devil_hf.training.features import pooled_feature_draws
+from devil_hf.training.trainer import DevilTrainer
+
+TRAINING_WORLD, HELD_OUT_WORLD = 0, 1  # seeds; different seeds share no scene
+# The translator of the embedded checkpoint, and what makes training leave the plateau where the prefix is ignored.
+TRANSLATOR = {
+    "prefix_length": 10,
+    "translator_width": 128,
+    "translator_depth": 3,
+    "translator_heads": 4,
+    "translator_feed_forward": 512,
+    "normalize_features": True,
+    "location_schedule": "log_uniform",
+    "null_probability": 0.05,
+    "max_caption_tokens": 40,
+}
+
+
+def quickstart(
+    output_dir: str | Path, scenes: int = 10_000, steps: int = 2_000, held_out: int = 500, seed: int = 0
+) -> dict:
+    """Train, save, reload in a fresh process, measure and draw.
+
+    Args:
+        output_dir: gets `checkpoint/` (the model, to use next), `scores.json` and `pictures/`.
+        scenes: training scenes.
+        steps: training steps of 64 captions.
+        held_out: scenes of another world that the scores are measured on.
+
+    Returns:
+        The content of `scores.json`.
+    """
+    began = time.perf_counter()
+    output_dir = Path(output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    model, processor = train_translator(output_dir / "training", scenes, steps, seed)
+    checkpoint = output_dir / "checkpoint"
+    model.save_pretrained(checkpoint)
+    processor.save_pretrained(checkpoint)
+    command = [
+        sys.executable,
+        "-m",
+        "devil_hf.quickstart",
+        str(checkpoint),
+        str(output_dir),
+        "--held-out",
+        str(held_out),
+    ]
+    subprocess.run(command, check=True)
+    file = output_dir / "scores.json"
+    scores = json.loads(file.read_text())
+    scores["seconds"] = round(time.perf_counter() - began, 1)
+    file.write_text(json.dumps(scores, indent=1) + "\n")
+    return scores
+
+
+def train_translator(
+    training_dir: Path,
+    scenes: int,
+    steps: int,
+    seed: int = 0,
+    checkpoint: str | Path | None = None,
+    learning_rate: float = 2e-3,
+) -> tuple[DevilModel, DevilProcessor]:
+    """Train a new translator between the frozen parts of `checkpoint` (None: the embedded one)."""
+    set_seed(seed)
+    frozen, processor = load(checkpoint, device="cpu")
+    model = DevilModel.from_backbone_and_language_model(
+        frozen.backbone, frozen.language_model, tokenizer=processor.tokenizer, scope=SCOPE, **TRANSLATOR
+    )
+    dataset = shapes_features(model, processor, scenes)
+    arguments = TrainingArguments(
+        output_dir=str(training_dir),
+        max_steps=steps,
+        per_device_train_batch_size=64,
+        learning_rate=learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=steps // 20,
+        weight_decay=1e-6,
+        max_grad_norm=1.0,
+        logging_steps=max(steps // 20, 1),
+        save_strategy="no",
+        seed=seed,
+        report_to=[],
+        dataloader_num_workers=0,
+    )
+    DevilTrainer(model, arguments, processor, train_dataset=dataset).train()
+    return model.cpu().eval(), processor
+
+
+def shapes_features(
+    model: DevilModel,
+    processor: DevilProcessor,
+    scenes: int,
+    draws: int = 8,
+    captions: int = 8,
+    world: int = TRAINING_WORLD,
+) -> PooledCaptions:
+    """Pooled features of the first `scenes` scenes of a world, each with several location draws and captions."""
+    texts: list[list[str]] = []
+
+    def batches(size: int = 64):
+        for start in range(0, scenes, size):
+            pictures = []
+            for index in range(start, min(start + size, scenes)):
+                rng = np.random.default_rng((world, index))
+                scene = sample_scene(rng)
+                pictures.append(scene.image)
+                texts.append([scene.caption(rng) for _ in range(captions)])
+            yield processor(images=[Image.fromarray(picture) for picture in pictures], return_tensors="pt")[
+                "pixel_values"
+            ]
+
+    features = pooled_feature_draws(model, batches(), draws, "features of training scenes", -(-scenes // 64))
+    return PooledCaptions(features, texts)
+
+
+# ------------------------------------------------------------------------------------------------------------- measuring
+
+
+def measure(model: DevilModel, processor: DevilProcessor, scenes: int = 500, batch_size: int = 50) -> dict:
+    """Scores on held-out scenes: F1 of the words by layer and attribute, and the pointing game.
+
+    Returns:
+        `{"description_f1": {"all" or layer: {attribute: F1}}, "pointing": {layer, "joint" or "mean": {attribute: share}},
+        "chance_pointing": share, "pointing_phrases": {attribute: how many}}`.
+    """
+    names = ["all", *model.layer_names]
+    words = {
+        name: {attribute: WordCounts(vocabulary) for attribute, vocabulary in ATTRIBUTE_WORDS.items()} for name in names
+    }
+    hits: dict[str, dict[str, list[bool]]] = {}
+    chances: dict[str, list[float]] = {}
+    for start in tqdm(range(0, scenes, batch_size), desc="held-out scenes", unit="batch", leave=False):
+        batch = [make_scene(HELD_OUT_WORLD, index) for index in range(start, min(start + batch_size, scenes))]
+        pixel_values = processor(images=[Image.fromarray(s.image) for s in batch], return_tensors="pt")["pixel_values"]
+        features = model.extract_features(pixel_values)
+        output = model.describe(feature_maps=features, max_new_tokens=40)
+        texts = processor.batch_decode(output.sequences, skip_special_tokens=True)
+        for row, text in enumerate(texts):
+            scene = batch[int(output.image_index[row])]
+            for attribute, counts in words[output.layer_of(row)].items():
+                counts.add(text, scene.words[attribute])
+        _play_pointing_game(model, processor, batch, features, hits, chances)
+    return {
+        "description_f1": {name: {a: round(c.f1, 4) for a, c in counts.items()} for name, counts in words.items()},
+        "pointing": {name: {a: round(float(np.mean(h)), 4) for a, h in rows.items()} for name, rows in hits.items()},
+        "chance_pointing": round(float(np.mean([c for values in chances.values() for c in values])), 4),
+        "pointing_phrases": {a: len(h) for a, h in next(iter(hits.values())).items()} if hits else {},
+    }
+
+
+def _play_pointing_game(model, processor, scenes: list[Scene], features, hits, chances) -> None:
+    """Point at every word that one object of several has, by every layer's map and by the two combinations."""
+    vocabulary = [word for words in ATTRIBUTE_WORDS.values() for word in words]
+    phrases = processor(text=vocabulary, return_tensors="pt")
+    maps = model.attribute(phrases=phrases, feature_maps=features).maps
+    finest = max((tuple(one.shape[-2:]) for one in maps.values()), key=lambda grid: grid[0] * grid[1])
+    resized = [
+        torch.nn.functional.interpolate(one, finest, mode="bilinear", align_corners=False) for one in maps.values()
+    ]
+    maps = maps | {"mean": torch.stack(resized).mean(dim=0)}
+    for image, scene in enumerate(scenes):
+        for phrase in scene.unique_phrases():
+            mask = scene.masks[phrase.object_index]
+            column = vocabulary.index(phrase.text)
+            for name, values in maps.items():
+                hit = pointing_game(values[image, column].numpy(), mask)
+                hits.setdefault(name, {a: [] for a in ATTRIBUTE_WORDS})[phrase.attribute].append(hit)
+                chances.setdefault(name, []).append(chance_pointing(tuple(values.shape[-2:]), mask))
+
+
+def score_table(scores: dict) -> str:
+    """The scores as text: a row per layer."""
+    attributes = list(ATTRIBUTE_WORDS)
+    header = f"{'':12}" + "".join(f"{a:>10}" for a in attributes)
+    lines = ["F1 of the words in descriptions of held-out scenes", header]
+    lines += [
+        f"{name:12}" + "".join(f"{row[a]:10.3f}" for a in attributes) for name, row in scores["description_f1"].items()
+    ]
+    lines += ["", "pointing game, for words that one object of several has", header]
+    lines += [f"{name:12}" + "".join(f"{row[a]:10.3f}" for a in attributes) for name, row in scores["pointing"].items()]
+    chance = scores["chance_pointing"]
+    lines.append(f"{'chance':12}" + f"{chance:10.3f}" * len(attributes))
+    return "\n".join(lines)
+
+
+# --------------------------------------------------------------------------------------------------------------- showing
+
+
+def draw_pictures(model: DevilModel, processor: DevilProcessor, folder: Path, scenes: int = 3) -> list[Path]:
+    """Pictures of held-out scenes: what each layer says, maps per phrase and layer, descriptions by location."""
+    folder.mkdir(parents=True, exist_ok=True)
+    several = [scene for scene in (make_scene(HELD_OUT_WORLD, index) for index in range(40)) if len(scene.objects) > 1]
+    written = []
+
+    def write(picture: Image.Image, name: str) -> None:
+        picture.save(folder / name)
+        written.append(folder / name)
+
+    images = [Image.fromarray(scene.image) for scene in several[:scenes]]
+    inputs = processor(images=images, return_tensors="pt")
+    output = model.describe(**inputs, max_new_tokens=40)
+    texts = processor.batch_decode(output.sequences, skip_special_tokens=True)
+    rows: list[list[tuple[str, str]]] = [[] for _ in images]
+    for row, text in enumerate(texts):
+        rows[int(output.image_index[row])].append((output.layer_of(row), text))
+    for layer_texts in rows:
+        for layer, text in layer_texts:
+            print(f"  {layer:12} {text}")
+        print()
+    write(layers_figure(images, rows), "layers.png")
+    for index, (image, scene) in enumerate(zip(images, several, strict=False)):
+        words = list(dict.fromkeys(word for item in scene.objects for word in item.attributes.values()))
+        one = processor(images=image, return_tensors="pt")
+        maps = model.attribute(**one, phrases=processor(text=words, return_tensors="pt"))
+        write(attribution_figure(processor, image, maps, words), f"maps_{index}.png")
+        layer = model.layer_names[-2]
+        dense = model.describe(**one, layers=layer, locations="all", max_new_tokens=12)
+        cells = processor.batch_decode(dense.sequences, skip_special_tokens=True)
+        places = [tuple(place) for place in dense.locations.tolist()]
+        grid = tuple(maps.maps[layer].shape[-2:])
+        figure = locations_figure(processor, image, dict(zip(places, cells, strict=True)), grid, layer)
+        write(figure, f"locations_{index}.png")
+    return written
+
+
+def report(checkpoint: Path, output_dir: Path, held_out: int, say: Callable[[str], None] = print) -> dict:
+    """Load `checkpoint`, describe, measure and draw; writes `scores.json` and `pictures/` into `output_dir`."""
+    began = time.perf_counter()
+    model, processor = load(checkpoint)
+    say("What each layer says about held-out scenes:\n")
+    pictures = draw_pictures(model, processor, output_dir / "pictures")
+    scores = measure(model, processor, held_out)
+    say(score_table(scores))
+    scores["seconds"] = round(time.perf_counter() - began, 1)
+    (output_dir / "scores.json").write_text(json.dumps(scores, indent=1) + "\n")
+    say("\npictures: " + ", ".join(str(picture) for picture in pictures))
+    return scores
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Measure and draw a checkpoint of the shapes world.")
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("output_dir", type=Path)
+    parser.add_argument("--held-out", type=int, default=500)
+    arguments = parser.parse_args()
+    report(arguments.checkpoint, arguments.output_dir, arguments.held_out)
+
+
+if __name__ == "__main__":
+    main()
