@@ -155,9 +155,7 @@ def main() -> int:
         command.add_argument("--json", type=Path, help="also write the table to this file")
         command.set_defaults(rows=rows)
         if name == "timm":
-            command.add_argument(
-                "--real", action="store_true", help="40 diverse ones, real features of random weights"
-            )
+            command.add_argument("--real", action="store_true", help="40 diverse ones, real features of random weights")
             command.add_argument("--filter", default="", help="only names that match this pattern, such as 'vit_*'")
     options = parser.parse_args()
     torch.set_num_threads(1)

@@ -29,8 +29,12 @@ class TextArguments:
     output_dir: str = field(metadata={"help": "Where model, tokenizer and training_log.json are written."})
     flickr_tokens: list[str] = field(default_factory=list, metadata={"help": "Flickr token files, plain or .gz."})
     coco_captions: list[str] = field(default_factory=list, metadata={"help": "COCO caption JSON files, plain or .gz."})
-    held_out_images: list[str] = field(default_factory=list, metadata={"help": "Lists of image names to leave out; the first one is measured."})
-    caption_folders: list[str] = field(default_factory=list, metadata={"help": "Caption folders whose images outside split train are left out."})
+    held_out_images: list[str] = field(
+        default_factory=list, metadata={"help": "Lists of image names to leave out; the first one is measured."}
+    )
+    caption_folders: list[str] = field(
+        default_factory=list, metadata={"help": "Caption folders whose images outside split train are left out."}
+    )
     threads: int = field(default=0, metadata={"help": "CPU threads; 0 keeps PyTorch's choice."})
 
 
@@ -42,7 +46,9 @@ def main() -> None:
     lists = [Path(path).read_text(encoding="utf-8").split() for path in text.held_out_images]
     excluded = {name for names in lists for name in names}
     for folder in text.caption_folders:
-        excluded |= {Path(record["image"]).name for record in read_caption_records(folder) if record["split"] != "train"}
+        excluded |= {
+            Path(record["image"]).name for record in read_caption_records(folder) if record["split"] != "train"
+        }
     captions: dict[str, list[str]] = {}
     for path in text.flickr_tokens:
         captions |= read_flickr_captions(path)
@@ -50,7 +56,9 @@ def main() -> None:
         captions |= read_coco_captions(path)
     measured = [captions[name] for name in lists[0] if name in captions] if lists else None
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model, tokenizer, history = train_caption_language_model(without_images(captions, excluded), arguments, measured, device)
+    model, tokenizer, history = train_caption_language_model(
+        without_images(captions, excluded), arguments, measured, device
+    )
     model.save_pretrained(text.output_dir)
     tokenizer.save_pretrained(text.output_dir)
     (Path(text.output_dir) / "training_log.json").write_text(json.dumps(history, indent=1))

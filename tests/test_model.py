@@ -241,6 +241,16 @@ def test_describe_covers_layers_and_every_location(model, pixel_values):
     assert dense.locations.tolist() == [[row, column] for row in range(H) for column in range(W)]
 
 
+def test_several_sequences_per_question_keep_their_question(model, pixel_values):
+    torch.manual_seed(0)
+    sampled = {"do_sample": True, "num_return_sequences": 2, "max_new_tokens": 3}
+    output = model.describe(pixel_values, layers=[-1, "all"], **sampled)
+    assert output.image_index.tolist() == [0, 0, 1, 1, 2, 2] * 2
+    assert len(output.sequences) == len(output.layer_index) == len(output.locations) == 12
+    with pytest.raises(ValueError, match="num_return_sequences"):
+        model.describe(pixel_values, layers=-1, evidence=True, **sampled)
+
+
 @torch.no_grad()
 def test_a_direction_is_described_as_a_pooled_feature(model, pixel_values):
     feature = model.extract_features(pixel_values)[-1].mean(dim=(2, 3))

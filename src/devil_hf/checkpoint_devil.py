@@ -20,6 +20,7 @@ from transformers.utils import logging
 from .backbone_devil import FeatureBackbone
 from .backbone_devil import source_state_dict
 from .backbone_devil import weights_hash
+from .configuration_devil import DevilConfig
 
 logger = logging.get_logger(__name__)
 
@@ -30,8 +31,20 @@ HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "re
 AUTO_CLASSES = ("AutoModel", "AutoModelForImageTextToText")
 
 
-class CheckpointMixin:
-    """Building, saving and loading for `DevilModel`."""
+class DevilPreTrainedModel(PreTrainedModel):
+    """Building, saving and loading of DeViL models."""
+
+    config_class = DevilConfig
+    base_model_prefix = "devil"
+    main_input_name = "pixel_values"
+    input_modalities = ["image", "text"]
+    supports_gradient_checkpointing = False
+    # The Trainer need not count label tokens: the loss is a mean over the batch's own.
+    accepts_loss_kwargs = False
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
 
     @classmethod
     def from_backbone_and_language_model(
@@ -45,7 +58,7 @@ class CheckpointMixin:
         backbone_kwargs: dict | None = None,
         backbone_revision: str | None = None,
         language_model_revision: str | None = None,
-        token: str | bool | None = None,
+        token: str | None = None,
         attn_implementation: str | None = None,
         dtype: torch.dtype = torch.float32,
         **config_fields,
@@ -92,13 +105,16 @@ class CheckpointMixin:
             **special,
             **config_fields,
         )
-        return cls(config, backbone=backbone, language_model=language_model).to(dtype).eval()
+        model: nn.Module = cls(config, backbone=backbone, language_model=language_model)
+        return model.to(dtype).eval()
 
     def trainable_state_dict(self) -> dict[str, Tensor]:
         """The weights that training changes, by their names in the whole model."""
         return {name: tensor for name, tensor in self.state_dict().items() if name.startswith(TRAINED_PREFIX)}
 
-    def save_pretrained(self, save_directory: str | PathLike, *, slim: bool = False, state_dict=None, **kwargs):
+    def save_pretrained(  # type: ignore[override]
+        self, save_directory: str | PathLike, *, slim: bool = False, state_dict=None, **kwargs
+    ):
         """Save a checkpoint with the code that loads it.
 
         Args:
@@ -226,4 +242,4 @@ def _frozen_weights(config, backbone, language_model, token) -> dict[str, Tensor
     return named | {f"language_model.{name}": tensor for name, tensor in model.state_dict().items()}
 
 
-__all__ = ["CheckpointMixin"]
+__all__ = ["DevilPreTrainedModel"]

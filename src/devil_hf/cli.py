@@ -90,12 +90,14 @@ def _question(parser: argparse.ArgumentParser) -> None:
 
 
 def _layers(names: list[str] | None) -> list[str | int] | None:
-    return names and [int(name) if name.lstrip("-").isdigit() else name for name in names]
+    return [int(name) if name.lstrip("-").isdigit() else name for name in names] if names else None
 
 
 def _locations(places: list[str] | None) -> str | list[tuple[int, int]] | None:
-    if places is None or places == ["all"]:
-        return places and "all"
+    if places is None:
+        return None
+    if places == ["all"]:
+        return "all"
     try:
         pairs = [tuple(int(number) for number in place.split(",")) for place in places]
     except ValueError:

@@ -59,8 +59,8 @@ class ExplainMixin:
         if feature_maps is None:
             feature_maps = self.extract_features(pixel_values, visible)
         windows = self._windows(window, visible)
-        finest = max((tuple(feature_maps[index].shape[-2:]) for index in visible), key=lambda grid: grid[0] * grid[1])
         if combine == "joint":
+            finest = _finest_grid([feature_maps[index] for index in visible])
             resized = [
                 F.interpolate(feature_maps[i].float(), finest, mode="bilinear", align_corners=False)
                 if i in visible
@@ -74,8 +74,7 @@ class ExplainMixin:
             for index in visible
         }
         if combine == "mean":
-            resized = [F.interpolate(one, finest, mode="bilinear", align_corners=False) for one in maps.values()]
-            maps = {"mean": torch.stack(resized).mean(dim=0)}
+            maps = {"mean": average_maps(maps)}
         return AttributionOutput(maps=maps, measure=measure)
 
     def _windows(self, window: int | Mapping[str, int], visible: Sequence[int]) -> dict[int, int]:
@@ -140,7 +139,10 @@ class ExplainMixin:
             )
         prefix = torch.cat(prefixes)
         sequences = self._decode(prefix, guidance, **generation_kwargs)
-        image_index, layer_index, row_locations = (torch.cat(column) for column in zip(*rows, strict=True))
+        repeats = len(sequences) // len(prefix)  # more than one with num_return_sequences
+        image_index, layer_index, row_locations = (
+            torch.cat(column).repeat_interleave(repeats, dim=0) for column in zip(*rows, strict=True)
+        )
         return DescribeOutput(
             sequences=sequences,
             image_index=image_index,
@@ -242,4 +244,15 @@ class ExplainMixin:
         return (ended - (sequences == self.config.eos_token_id).long()) == 0
 
 
-__all__ = ["ExplainMixin"]
+def average_maps(maps: Mapping[str, Tensor]) -> Tensor:
+    """Mean of attribution maps (B, K, H_l, W_l) of several layers, interpolated bilinearly to the finest of their grids."""
+    finest = _finest_grid(list(maps.values()))
+    resized = [F.interpolate(one, finest, mode="bilinear", align_corners=False) for one in maps.values()]
+    return torch.stack(resized).mean(dim=0)
+
+
+def _finest_grid(maps: Sequence[Tensor]) -> tuple[int, int]:
+    return max(((one.shape[-2], one.shape[-1]) for one in maps), key=lambda grid: grid[0] * grid[1])
+
+
+__all__ = ["ExplainMixin", "average_maps"]

@@ -8,6 +8,8 @@ dropout, guidance. Unlike the authors' training, the language model stays in eva
 
 from collections.abc import Mapping
 from collections.abc import Sequence
+from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -19,8 +21,7 @@ from transformers import PreTrainedModel
 
 from .backbone_devil import FeatureBackbone
 from .backbone_devil import resolve_layers
-from .checkpoint_devil import CheckpointMixin
-from .configuration_devil import DevilConfig
+from .checkpoint_devil import DevilPreTrainedModel
 from .explaining_devil import ExplainMixin
 from .outputs_devil import DevilOutput
 from .outputs_devil import ScoreOutput
@@ -37,24 +38,12 @@ from .scoring_devil import score_phrases
 from .translator_devil import Translator
 
 
-class DevilModel(ExplainMixin, CheckpointMixin, PreTrainedModel):
+class DevilModel(ExplainMixin, DevilPreTrainedModel):
     """A vision backbone that speaks.
 
     Shapes: B images, L layers with feature maps (B, C_l, H_l, W_l), N questions, K phrases of up to T tokens,
     a prefix of k vectors of the language model's embedding width D_lm.
     """
-
-    config_class = DevilConfig
-    base_model_prefix = "devil"
-    main_input_name = "pixel_values"
-    input_modalities = ("image", "text")
-    supports_gradient_checkpointing = False
-    # The Trainer need not count label tokens: the loss is a mean over the batch's own.
-    accepts_loss_kwargs = False
-    _supports_sdpa = True
-    _supports_flash_attn = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
 
     def __init__(self, config, backbone: nn.Module | None = None, language_model: PreTrainedModel | None = None):
         super().__init__(config)
@@ -78,7 +67,7 @@ class DevilModel(ExplainMixin, CheckpointMixin, PreTrainedModel):
         elif hasattr(module, "init_non_persistent_buffers"):
             module.init_non_persistent_buffers()
 
-    def get_input_embeddings(self) -> nn.Module:
+    def get_input_embeddings(self) -> Any:
         return self.language_model.get_input_embeddings()
 
     def get_output_embeddings(self) -> nn.Module:
@@ -98,12 +87,14 @@ class DevilModel(ExplainMixin, CheckpointMixin, PreTrainedModel):
 
     # ---------------------------------------------------------------------------------------------- features to prefix
 
-    def extract_features(self, pixel_values: Tensor, layers: Sequence[int] | None = None) -> list[Tensor | None]:
+    def extract_features(self, pixel_values: Tensor | None, layers: Sequence[int] | None = None) -> list[Tensor | None]:
         """Feature maps (B, C_l, H_l, W_l) of `pixel_values` (B, 3, H, W), one per layer; None for layers not asked for.
 
         Raises:
             ValueError: for pixel values of a wrong shape, and for features that are not finite.
         """
+        if pixel_values is None:
+            raise ValueError("there is nothing to look at: give pixel_values, or the feature_maps of an earlier call.")
         if pixel_values.ndim != 4 or 0 in pixel_values.shape:
             raise ValueError(
                 f"pixel_values of shape {tuple(pixel_values.shape)}: expected (images, 3, height, width), none of them zero; "
@@ -156,7 +147,7 @@ class DevilModel(ExplainMixin, CheckpointMixin, PreTrainedModel):
         if feature_maps is None:
             feature_maps = self.extract_features(pixel_values, visible)
         grids = {index: tuple(feature_maps[index].shape[-2:]) for index in visible}
-        weights: dict[int, Tensor | None] = dict.fromkeys(visible)
+        weights: Mapping[int, Tensor | None] = dict.fromkeys(visible)
         if location_weights is not None:
             weights = {index: location_weights[index] for index in visible}
         elif regions is not None:
@@ -170,10 +161,10 @@ class DevilModel(ExplainMixin, CheckpointMixin, PreTrainedModel):
                 )
             for index, grid in grids.items():
                 check_locations(locations, grid, self.layer_names[index])
-                weights[index] = window_weights(locations, grid, window)
+            weights = {index: window_weights(locations, grid, window) for index, grid in grids.items()}
         pooled: list[Tensor | None] = [None] * len(self.layer_names)
         for index in visible:
-            pooled[index] = self._finite(pool(feature_maps[index], weights[index]), index)
+            pooled[index] = self._finite(pool(cast(Tensor, feature_maps[index]), weights[index]), index)
         rows = next(vectors.shape[0] for vectors in pooled if vectors is not None)
         if layer_mask is not None:
             layer_mask = layer_mask.bool().expand(rows, -1)
@@ -225,7 +216,7 @@ class DevilModel(ExplainMixin, CheckpointMixin, PreTrainedModel):
         """
         if pooled_features is None:
             if feature_maps is None:
-                feature_maps = self.extract_features(pixel_values)
+                feature_maps = cast(list[Tensor], self.extract_features(pixel_values))
             if location_weights is None:
                 location_weights = self._training_weights(feature_maps) if self.training else [None] * len(feature_maps)
             pooled_features = [
@@ -415,7 +406,7 @@ class DevilModel(ExplainMixin, CheckpointMixin, PreTrainedModel):
         return torch.cat(log_probs) * phrases["scored_mask"]
 
 
-def check_language_model(language_model: nn.Module) -> int:
+def check_language_model(language_model: Any) -> int:
     """Width of the language model's input embeddings.
 
     Raises:
@@ -433,10 +424,10 @@ def check_language_model(language_model: nn.Module) -> int:
         raise ValueError(
             f"{name} has no input embedding table, so it cannot read a prefix: choose another language model."
         )
-    return embedding.weight.shape[-1]
+    return int(embedding.weight.shape[-1])
 
 
-def _keep_weights(module: nn.Module) -> None:
+def _keep_weights(module: Any) -> None:
     """Mark every weight of an already built part as initialised, so that `post_init` leaves it alone."""
     for part in module.modules():
         part._is_hf_initialized = True

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 from transformers.utils import ModelOutput
 
@@ -35,12 +34,12 @@ class DescribeOutput(ModelOutput):
         layer_names: the model's layers, shallowest first.
     """
 
-    sequences: Tensor | None = None
-    image_index: Tensor | None = None
-    layer_index: Tensor | None = None
-    locations: Tensor | None = None
+    sequences: Tensor = None  # type: ignore[assignment]
+    image_index: Tensor = None  # type: ignore[assignment]
+    layer_index: Tensor = None  # type: ignore[assignment]
+    locations: Tensor = None  # type: ignore[assignment]
     token_evidence: Tensor | None = None
-    layer_names: list[str] | None = None
+    layer_names: list[str] = None  # type: ignore[assignment]
 
     def layer_of(self, row: int) -> str:
         """Name of the layer that `row` describes, "all" for all layers together."""
@@ -59,10 +58,10 @@ class ScoreOutput(ModelOutput):
         token_log_probs: (N, K, T) of every scored token, 0 elsewhere.
     """
 
-    log_probs: Tensor | None = None
-    null_log_probs: Tensor | None = None
-    evidence: Tensor | None = None
-    token_log_probs: Tensor | None = None
+    log_probs: Tensor = None  # type: ignore[assignment]
+    null_log_probs: Tensor = None  # type: ignore[assignment]
+    evidence: Tensor = None  # type: ignore[assignment]
+    token_log_probs: Tensor = None  # type: ignore[assignment]
 
 
 @dataclass
@@ -75,8 +74,8 @@ class AttributionOutput(ModelOutput):
         measure: which of the three.
     """
 
-    maps: dict[str, torch.Tensor] | None = None
-    measure: str | None = None
+    maps: dict[str, Tensor] = None  # type: ignore[assignment]
+    measure: str = None  # type: ignore[assignment]
 
 
 __all__ = ["AttributionOutput", "DescribeOutput", "DevilOutput", "ScoreOutput"]

@@ -30,7 +30,7 @@ def pool(feature_map: Tensor, weights: Tensor | None) -> Tensor:
     return torch.einsum(equation, feature_map, weights).flatten(0, 1)
 
 
-def location_dropout(rows: int, grid: tuple[int, int], probability: float, schedule: str, device=None) -> Tensor:
+def location_dropout(rows: int, grid: Sequence[int], probability: float, schedule: str, device=None) -> Tensor:
     """Draw training weights (rows, H, W): uniform over a random, never empty subset of the locations.
 
     `"constant"` drops each location with `probability` (paper); `"log_uniform"` draws the number of kept locations

@@ -11,9 +11,9 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 from tqdm.auto import tqdm
 from transformers import TrainingArguments
@@ -27,6 +27,7 @@ from devil_hf.embedded import SCOPE
 from devil_hf.evaluation.pointing import chance_pointing
 from devil_hf.evaluation.pointing import pointing_game
 from devil_hf.evaluation.words import WordCounts
+from devil_hf.explaining_devil import average_maps
 from devil_hf.loading import load
 from devil_hf.modeling_devil import DevilModel
 from devil_hf.processing_devil import DevilProcessor
@@ -39,7 +40,7 @@ from devil_hf.training.trainer import DevilTrainer
 
 TRAINING_WORLD, HELD_OUT_WORLD = 0, 1  # seeds; different seeds share no scene
 # The translator of the embedded checkpoint, and what makes training leave the plateau where the prefix is ignored.
-TRANSLATOR = {
+TRANSLATOR: dict[str, Any] = {
     "prefix_length": 10,
     "translator_width": 128,
     "translator_depth": 3,
@@ -191,11 +192,7 @@ def _play_pointing_game(model, processor, scenes: list[Scene], features, hits, c
     vocabulary = [word for words in ATTRIBUTE_WORDS.values() for word in words]
     phrases = processor(text=vocabulary, return_tensors="pt")
     maps = model.attribute(phrases=phrases, feature_maps=features).maps
-    finest = max((tuple(one.shape[-2:]) for one in maps.values()), key=lambda grid: grid[0] * grid[1])
-    resized = [
-        torch.nn.functional.interpolate(one, finest, mode="bilinear", align_corners=False) for one in maps.values()
-    ]
-    maps = maps | {"mean": torch.stack(resized).mean(dim=0)}
+    maps = maps | {"mean": average_maps(maps)}
     for image, scene in enumerate(scenes):
         for phrase in scene.unique_phrases():
             mask = scene.masks[phrase.object_index]
@@ -255,7 +252,7 @@ def draw_pictures(model: DevilModel, processor: DevilProcessor, folder: Path, sc
         dense = model.describe(**one, layers=layer, locations="all", max_new_tokens=12)
         cells = processor.batch_decode(dense.sequences, skip_special_tokens=True)
         places = [tuple(place) for place in dense.locations.tolist()]
-        grid = tuple(maps.maps[layer].shape[-2:])
+        grid = (maps.maps[layer].shape[-2], maps.maps[layer].shape[-1])
         figure = locations_figure(processor, image, dict(zip(places, cells, strict=True)), grid, layer)
         write(figure, f"locations_{index}.png")
     return written

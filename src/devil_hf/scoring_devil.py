@@ -6,6 +6,7 @@ label is read. Language models whose cache cannot be shared (recurrent and hybri
 """
 
 import inspect
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -127,7 +128,7 @@ def _gather_many(logits: Tensor, tokens: Tensor) -> Tensor:
     return logits.gather(-1, tokens) - logits.logsumexp(dim=-1, keepdim=True)
 
 
-def rows_per_chunk(language_model: PreTrainedModel, prefix_length: int, phrases: int, phrase_length: int) -> int:
+def rows_per_chunk(language_model: Any, prefix_length: int, phrases: int, phrase_length: int) -> int:
     """How many prefixes can be scored or decoded at once within `CHUNK_BYTES`, from the shapes alone."""
     config = language_model.config
     width = getattr(config, "hidden_size", language_model.get_input_embeddings().weight.shape[1])

@@ -1,20 +1,28 @@
 """The embedded world: rendered scenes of which everything is known.
 
-A scene holds one to three objects with colour, texture, shape, size and place on one of four kinds of background. It is drawn with anti-aliasing by numpy alone,
-with the exact visible mask of each object, and it is described by a small grammar. A scene is a function of (seed, index), so that any process can make any part
-of the world, in any order. Most captions name every object with all three attributes, so that the words of a description of the whole image can be counted;
-the rest are fragments about one object ("red", "a striped star"), which is what a single place of an image can answer.
+A scene holds one to three objects with colour, texture, shape, size and place on one of four kinds of background. It is
+drawn with anti-aliasing by numpy alone, with the exact visible mask of each object, and it is described by a small
+grammar. A scene is a function of (seed, index), so that any process can make any part of the world, in any order. Most
+captions name every object with all three attributes, so that the words of a description of the whole image can be
+counted; the rest are fragments about one object ("red", "a striped star"), which is what a single place of an image can
+answer.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
-from datasets import Dataset, Features, Image, IterableDataset, List, Value
+from datasets import Dataset
+from datasets import Features
+from datasets import Image
+from datasets import IterableDataset
+from datasets import List
+from datasets import Value
 from PIL import Image as PILImage
-
 
 SCENE_SIZE = 128  # side of a scene in pixels
 
@@ -35,7 +43,29 @@ BACKGROUNDS = ("dark", "light", "shaded", "grainy")
 ATTRIBUTE_WORDS = {"colour": tuple(COLOURS), "texture": TEXTURES, "shape": SHAPES}
 RELATIONS = ("left of", "right of", "above", "below")
 GRAMMAR_WORDS = (
-    *("a", "an", "the", "and", "with", "next", "to", "beside", "left", "right", "of", "above", "below", "there", "is", "that", "in", "on", "at", "top", "bottom"),
+    *(
+        "a",
+        "an",
+        "the",
+        "and",
+        "with",
+        "next",
+        "to",
+        "beside",
+        "left",
+        "right",
+        "of",
+        "above",
+        "below",
+        "there",
+        "is",
+        "that",
+        "in",
+        "on",
+        "at",
+        "top",
+        "bottom",
+    ),
     *("middle", "background", "something", "one", "picture"),
 )
 VOCABULARY = (*COLOURS, *TEXTURES, *SHAPES, *SIZES, *BACKGROUNDS, *GRAMMAR_WORDS)
@@ -48,7 +78,10 @@ RELATION_MARGIN = 16.0  # pixels between two centres from which on a relation is
 
 @dataclass(frozen=True)
 class SceneObject:
-    """One object: its words, and the numbers that drew it. Lengths are in pixels of the scene, angles in radians, `x` to the right and `y` down."""
+    """One object: its words, and the numbers that drew it.
+
+    Lengths are in pixels of the scene, angles in radians, `x` to the right and `y` down.
+    """
 
     colour: str
     texture: str
@@ -108,7 +141,10 @@ class Scene:
 
     @property
     def boxes(self) -> list[tuple[int, int, int, int]]:
-        """The box (left, top, right, bottom) around each object's visible pixels, right and bottom exclusive; zeros for a hidden object."""
+        """The box (left, top, right, bottom) around each object's visible pixels, right and bottom exclusive.
+
+        A hidden object has a box of zeros.
+        """
         return [_box(mask) for mask in self.masks]
 
     @property
@@ -138,7 +174,11 @@ class Scene:
         if len(self.objects) < 2:
             return []
         counts = Counter(word for item in self.objects for word in item.attributes.values())
-        every = [UniquePhrase(word, attribute, i) for i, item in enumerate(self.objects) for attribute, word in item.attributes.items()]
+        every = [
+            UniquePhrase(word, attribute, i)
+            for i, item in enumerate(self.objects)
+            for attribute, word in item.attributes.items()
+        ]
         return [phrase for phrase in every if counts[phrase.text] == 1]
 
 
@@ -165,12 +205,14 @@ def sample_scene(rng: np.random.Generator, count: int | None = None) -> Scene:
     while len(objects) < count:
         candidates = (_sample_object(rng) for _ in range(30))
         placed = next((item for item in candidates if _fits(item, objects)), None)
-        objects = [*objects, placed] if placed else []  # a layout without room is given up as a whole, so that no size is favoured late
+        objects = (
+            [*objects, placed] if placed else []
+        )  # a layout without room is given up as a whole, so that no size is favoured late
     return Scene(tuple(objects), _pick(BACKGROUNDS, rng), int(rng.integers(1 << 31)))
 
 
 class ShapesPairs:
-    """A sequence of `{"image": PIL image, "caption": str}`: scene and caption `index` of the world with this seed, made when asked for.
+    """A sequence of `{"image": PIL image, "caption": str}`, made when asked for.
 
     Args:
         size (`int`): Number of pairs.
@@ -224,7 +266,8 @@ def scene_records(start: int, stop: int, seed: int = 0, captions: int = 5) -> It
             "caption": texts[0],
             "captions": texts,
             "objects": [
-                {**item.attributes, "size": item.size, "centre": list(item.centre), "box": list(box)} for item, box in zip(scene.objects, scene.boxes)
+                {**item.attributes, "size": item.size, "centre": list(item.centre), "box": list(box)}
+                for item, box in zip(scene.objects, scene.boxes, strict=True)
             ],
             "masks": [PILImage.fromarray(mask) for mask in scene.masks],
             "relations": [{"subject": i, "relation": relation, "object": j} for i, relation, j in scene.relations],
@@ -239,7 +282,8 @@ def shapes_dataset(size: int, seed: int = 0, captions: int = 5, streaming: bool 
         size (`int`): Number of scenes.
         seed (`int`): Seed of the world; its scenes are those of [`make_scene`] and [`ShapesPairs`].
         captions (`int`): Captions per scene in `captions`; `caption` is the first of them.
-        streaming (`bool`): Give an `IterableDataset` that makes rows when they are read, in up to 64 shards for workers and nodes;
+        streaming (`bool`): Give an `IterableDataset` that makes rows when they are read, in up to 64 shards for workers
+            and nodes;
             otherwise a `Dataset`, written once to the cache of `datasets`.
 
     Raises:
@@ -249,7 +293,7 @@ def shapes_dataset(size: int, seed: int = 0, captions: int = 5, streaming: bool 
         raise ValueError(f"size {size} and captions {captions} must both be positive")
     shards = min(size, 64)
     bounds = [size * shard // shards for shard in range(shards + 1)]
-    arguments = {"ranges": list(zip(bounds[:-1], bounds[1:])), "seed": seed, "captions": captions}
+    arguments = {"ranges": list(pairwise(bounds)), "seed": seed, "captions": captions}
     if streaming:
         return IterableDataset.from_generator(_records_of_ranges, features=SCENE_FEATURES, gen_kwargs=arguments)
     return Dataset.from_generator(_records_of_ranges, features=SCENE_FEATURES, gen_kwargs=arguments)
@@ -260,7 +304,8 @@ def _records_of_ranges(ranges: Sequence[tuple[int, int]], seed: int, captions: i
         yield from scene_records(start, stop, seed, captions)
 
 
-# ---------------------------------------------------------------------------------------------------------------- sampling
+# ----------------------------------------------------------------------------------------------------------------
+# sampling
 
 
 def _pick(choices: Sequence, rng: np.random.Generator):
@@ -298,7 +343,8 @@ def _fits(item: SceneObject, others: Sequence[SceneObject]) -> bool:
     return True
 
 
-# ---------------------------------------------------------------------------------------------------------------- drawing
+# ----------------------------------------------------------------------------------------------------------------
+# drawing
 
 
 def _draw(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
@@ -345,7 +391,10 @@ def _raster(item: SceneObject) -> tuple[slice, slice, np.ndarray, np.ndarray]:
 
 
 def _signed_distance(shape: str, u: np.ndarray, v: np.ndarray, radius: float) -> np.ndarray:
-    """Distance in pixels of the points (u, v) from the outline of a shape around the origin, negative inside; exact at edges, a bound at corners."""
+    """Distance in pixels of the points (u, v) from the outline of a shape around the origin, negative inside.
+
+    It is exact at edges and a bound at corners.
+    """
     radius = np.float32(radius)
     if shape == "circle":
         return np.hypot(u, v) - radius
@@ -367,7 +416,9 @@ def _star_distance(u: np.ndarray, v: np.ndarray, radius: float) -> np.ndarray:
     angle = np.arctan2(u, -v)
     folded = np.abs(angle - 2 * sector * np.round(angle / (2 * sector)))  # 0 on a point's axis, pi / 5 in a notch
     distance = np.hypot(u, v)
-    edge = np.asarray([inner * np.cos(sector) - 1.0, inner * np.sin(sector)], dtype=np.float32)  # from the point to the notch
+    edge = np.asarray(
+        [inner * np.cos(sector) - 1.0, inner * np.sin(sector)], dtype=np.float32
+    )  # from the point to the notch
     edge /= np.hypot(*edge)
     return (distance * np.cos(folded) - radius) * edge[1] - distance * np.sin(folded) * edge[0]
 
@@ -397,13 +448,14 @@ def _box(mask: np.ndarray) -> tuple[int, int, int, int]:
     return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
 
 
-# ---------------------------------------------------------------------------------------------------------------- grammar
+# ----------------------------------------------------------------------------------------------------------------
+# grammar
 
 
 def _relations(item: SceneObject, other: SceneObject) -> list[str]:
     dx, dy = item.centre[0] - other.centre[0], item.centre[1] - other.centre[1]
     holds = (dx < -RELATION_MARGIN, dx > RELATION_MARGIN, dy < -RELATION_MARGIN, dy > RELATION_MARGIN)
-    return [relation for relation, true in zip(RELATIONS, holds) if true]
+    return [relation for relation, true in zip(RELATIONS, holds, strict=True) if true]
 
 
 def _with_article(words: str) -> str:
@@ -456,7 +508,9 @@ def _fragment(item: SceneObject, rng: np.random.Generator) -> str:
         dropped = int(rng.random() * 3)
         return " ".join(word for position, word in enumerate(words) if position != dropped)
     if form < 0.75:
-        return _with_article(f"{_pick(words[:2], rng)} {item.shape}") if rng.random() < 0.6 else _with_article(item.shape)
+        return (
+            _with_article(f"{_pick(words[:2], rng)} {item.shape}") if rng.random() < 0.6 else _with_article(item.shape)
+        )
     if form < 0.85:
         return f"something {_pick((item.texture, item.colour, f'{item.texture} and {item.colour}'), rng)}"
     return f"the {_pick((item.shape, f'{_pick(words[:2], rng)} one', f'{_pick(words[:2], rng)} {item.shape}'), rng)}"

@@ -17,7 +17,9 @@ METRICS = ("bleu", "rouge_l", "cider")
 Texts = dict[int, list[str]]
 
 
-def caption_scores(predictions: Sequence[str], references: Sequence[Sequence[str]], metrics: Sequence[str] = METRICS) -> dict[str, float | str]:
+def caption_scores(
+    predictions: Sequence[str], references: Sequence[Sequence[str]], metrics: Sequence[str] = METRICS
+) -> dict[str, float | str]:
     """Score one description per image against the captions of people.
 
     Args:
@@ -36,7 +38,9 @@ def caption_scores(predictions: Sequence[str], references: Sequence[Sequence[str
     _check(predictions, references, metrics)
     tokenizer = "ptb" if shutil.which("java") else "simple"
     if tokenizer == "simple":
-        logger.warning_once("no Java for the Penn Treebank tokeniser: caption scores use a simple one and differ slightly from published figures")
+        logger.warning_once(
+            "no Java for the Penn Treebank tokeniser: caption scores use a simple one and differ slightly from published figures"
+        )
     tokenize = _tokenize_ptb if tokenizer == "ptb" else _tokenize_simple
     results: Texts = tokenize([[prediction] for prediction in predictions])
     truths: Texts = tokenize(references)
@@ -51,7 +55,9 @@ def _check(predictions: Sequence[str], references: Sequence[Sequence[str]], metr
     if unknown:
         raise ValueError(f"unknown metrics {unknown}; choose from {METRICS}")
     if not predictions or len(predictions) != len(references):
-        raise ValueError(f"{len(predictions)} predictions for {len(references)} lists of references; give one list per prediction, at least one")
+        raise ValueError(
+            f"{len(predictions)} predictions for {len(references)} lists of references; give one list per prediction, at least one"
+        )
     for index, texts in enumerate(references):
         if isinstance(texts, str) or not texts:
             raise ValueError(f"references[{index}] is {texts!r}; give a list of at least one caption")
@@ -75,10 +81,15 @@ def _tokenize_ptb(texts: Sequence[Sequence[str]]) -> Texts:
     from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
     # The tokeniser answers line by line: a line break inside a caption would shift every later one.
-    rows = {index: [{"caption": " ".join(caption.split())} for caption in captions] for index, captions in enumerate(texts)}
+    rows = {
+        index: [{"caption": " ".join(caption.split())} for caption in captions] for index, captions in enumerate(texts)
+    }
     return PTBTokenizer().tokenize(rows)
 
 
 def _tokenize_simple(texts: Sequence[Sequence[str]]) -> Texts:
     pattern = re.compile(r"'(?:s|re|ve|ll|d|m)\b|[^\W_]+(?:-[^\W_]+)*")
-    return {index: [" ".join(pattern.findall(caption.lower())) for caption in captions] for index, captions in enumerate(texts)}
+    return {
+        index: [" ".join(pattern.findall(caption.lower())) for caption in captions]
+        for index, captions in enumerate(texts)
+    }

@@ -1,7 +1,8 @@
-"""The pointing game: is the maximum of an attribution map on the object, within a tolerance that is measured in cells of the map's own grid?
+"""The pointing game: is the maximum of an attribution map on the object, within a tolerance in cells of the map's grid?
 
-A cell stands for its centre, which is also where the maximum of a bilinearly enlarged map lies. It hits when a pixel of the object's mask is closer to that centre
-than the tolerance, half a cell by default: coarse layers can say no more than which cell. `chance_pointing` is what a map without any knowledge would score.
+A cell stands for its centre, which is also where the maximum of a bilinearly enlarged map lies. It hits when a pixel of
+the object's mask is closer to that centre than the tolerance, half a cell by default: coarse layers can say no more
+than which cell. `chance_pointing` is what a map without any knowledge would score.
 """
 
 from itertools import product
@@ -11,13 +12,14 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 
-def hit_cells(mask: ArrayLike, grid: tuple[int, int], tolerance_cells: float = 0.5) -> np.ndarray:
+def hit_cells(grid: tuple[int, int], mask: ArrayLike, tolerance_cells: float = 0.5) -> np.ndarray:
     """Mark the cells whose centre lies within `tolerance_cells` of the mask.
 
     Args:
-        mask (array of shape `(height, width)`): True or non-zero on the object, in image coordinates.
         grid (`tuple[int, int]`): Rows and columns of the map.
-        tolerance_cells (`float`): Largest distance, in cells, between a cell's centre and the centre of the nearest pixel of the mask.
+        mask (array of shape `(height, width)`): True or non-zero on the object, in image coordinates.
+        tolerance_cells (`float`): Largest distance, in cells, between a cell's centre and the centre of the nearest
+            pixel of the mask.
 
     Returns:
         `np.ndarray` of bool with shape `grid`.
@@ -27,11 +29,15 @@ def hit_cells(mask: ArrayLike, grid: tuple[int, int], tolerance_cells: float = 0
     """
     mask = np.asarray(mask).astype(bool)
     if mask.ndim != 2 or not mask.any():
-        raise ValueError(f"a mask of shape {mask.shape} with {int(mask.sum())} pixels shows no object; leave hidden objects out")
+        raise ValueError(
+            f"a mask of shape {mask.shape} with {int(mask.sum())} pixels shows no object; leave hidden objects out"
+        )
     if tolerance_cells < 0:
         raise ValueError(f"tolerance_cells {tolerance_cells} is negative; 0 means no tolerance")
     rows, columns = grid
-    y, x = ((axis + 0.5) * cells / size for axis, cells, size in zip(np.nonzero(mask), grid, mask.shape))   # in cells
+    y, x = (
+        (axis + 0.5) * cells / size for axis, cells, size in zip(np.nonzero(mask), grid, mask.shape, strict=True)
+    )  # in cells
     hits = np.zeros(grid, dtype=bool)
     # Without tolerance a centre counts when it lies in a pixel of the mask, which is half a pixel away at most.
     slack = max(tolerance_cells, 0.5 * float(np.hypot(rows / mask.shape[0], columns / mask.shape[1])))
@@ -57,11 +63,17 @@ def pointing_game(attribution: ArrayLike, mask: ArrayLike, tolerance_cells: floa
     """
     attribution = np.asarray(attribution)
     if attribution.ndim != 2 or np.isnan(attribution).any():
-        raise ValueError(f"a map of shape {attribution.shape} must have two dimensions and no NaN; give one phrase of one layer of one image")
-    hits = hit_cells(mask, attribution.shape, tolerance_cells)
+        raise ValueError(
+            f"a map of shape {attribution.shape} must have two dimensions and no NaN; "
+            "give one phrase of one layer of one image"
+        )
+    hits = hit_cells(attribution.shape, mask, tolerance_cells)
     return bool(hits.flat[int(attribution.argmax())])
 
 
-def chance_pointing(mask: ArrayLike, grid: tuple[int, int], tolerance_cells: float = 0.5) -> float:
-    """The probability that a cell drawn at random hits the object: the score of a map without knowledge. Arguments as for [`hit_cells`]."""
-    return float(hit_cells(mask, grid, tolerance_cells).mean())
+def chance_pointing(grid: tuple[int, int], mask: ArrayLike, tolerance_cells: float = 0.5) -> float:
+    """The probability that a cell drawn at random hits the object, which is the score of a map without knowledge.
+
+    Arguments and errors are those of [`hit_cells`].
+    """
+    return float(hit_cells(grid, mask, tolerance_cells).mean())

@@ -1,21 +1,13 @@
-"""Precision, recall and F1 of the words in descriptions, against exact ground truth, class by class.
+"""Precision, recall and F1 of the words in descriptions, against exact ground truth, for one class of words.
 
-Each text and each truth is a set of words: a word said twice counts once, a word outside the class does not count. Counts are summed over all texts before
-the ratios are taken (micro average), so that a text about nothing costs recall and is not left out.
+Each text and each truth is a set of words: a word said twice counts once, a word outside the class does not count.
+Counts are summed over all texts before the ratios are taken (micro average), so that a text about nothing costs recall
+and is not left out.
 """
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
-
-
-@dataclass(frozen=True)
-class WordScore:
-    """Scores between 0 and 1; 0 where a ratio has nothing to count."""
-
-    precision: float
-    recall: float
-    f1: float
 
 
 def words_of(text: str) -> set[str]:
@@ -23,39 +15,43 @@ def words_of(text: str) -> set[str]:
     return set(re.findall(r"[^\W_]+(?:[-'][^\W_]+)*", text.lower()))
 
 
-def word_f1(texts: Sequence[str], truths: Sequence[Collection[str]], vocabulary: Collection[str]) -> WordScore:
-    """Score the words of one class.
+@dataclass
+class WordCounts:
+    """Counts the words of one class over many descriptions; `precision`, `recall` and `f1` are ready at any time.
 
     Args:
-        texts (`Sequence[str]`): Descriptions.
-        truths (`Sequence[Collection[str]]`): For each description the words that it should contain; words outside `vocabulary` are ignored.
-        vocabulary (`Collection[str]`): The words of the class, lower case.
-
-    Raises:
-        ValueError: if there is not one truth per text.
+        vocabulary (`Collection[str]`): The words of the class in lower case, such as `ATTRIBUTE_WORDS["colour"]`.
     """
-    if len(texts) != len(truths):
-        raise ValueError(f"{len(texts)} texts need as many truths, not {len(truths)}")
-    known = frozenset(vocabulary)
-    pairs = [(words_of(text) & known, known.intersection(truth)) for text, truth in zip(texts, truths)]
-    hits = sum(len(said & true) for said, true in pairs)
-    precision = hits / max(sum(len(said) for said, _ in pairs), 1)
-    recall = hits / max(sum(len(true) for _, true in pairs), 1)
-    return WordScore(precision, recall, 2 * precision * recall / (precision + recall) if hits else 0.0)
 
+    vocabulary: Collection[str]
+    said: int = 0
+    true: int = 0
+    hits: int = 0
 
-def word_f1_by_class(
-    texts: Sequence[str], truths: Sequence[Mapping[str, Collection[str]]], classes: Mapping[str, Collection[str]]
-) -> dict[str, WordScore]:
-    """Score each class of words.
+    def add(self, text: str, truth: Collection[str]) -> None:
+        """Count one description.
 
-    Args:
-        texts (`Sequence[str]`): Descriptions.
-        truths (`Sequence[Mapping[str, Collection[str]]]`): For each description the true words by class, as [`~devil_hf.data.shapes.Scene.words`] gives them.
-        classes (`Mapping[str, Collection[str]]`): The vocabulary of each class, as in `ATTRIBUTE_WORDS`.
+        Args:
+            text (`str`): The description.
+            truth (`Collection[str]`): The words that it should contain; those outside the vocabulary are ignored.
+        """
+        known = set(self.vocabulary)
+        said, true = words_of(text) & known, known.intersection(truth)
+        self.said += len(said)
+        self.true += len(true)
+        self.hits += len(said & true)
 
-    Raises:
-        ValueError: if there is not one truth per text.
-        KeyError: if a truth lacks a class.
-    """
-    return {name: word_f1(texts, [truth[name] for truth in truths], vocabulary) for name, vocabulary in classes.items()}
+    @property
+    def precision(self) -> float:
+        """Share of the words said that are true; 0 when none was said."""
+        return self.hits / max(self.said, 1)
+
+    @property
+    def recall(self) -> float:
+        """Share of the true words that were said; 0 when there was none."""
+        return self.hits / max(self.true, 1)
+
+    @property
+    def f1(self) -> float:
+        """Harmonic mean of precision and recall."""
+        return 2 * self.hits / max(self.said + self.true, 1)

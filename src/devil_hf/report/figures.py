@@ -187,14 +187,16 @@ def attribution_figure(
     draw.line((MARGIN, MARGIN + 24, width - MARGIN, MARGIN + 24), fill=RULE)
     for row, phrase in enumerate(phrases):
         top = grid_top + row * step_y
-        _write(draw, (grid_left, top + 1), _fit(phrase, width - grid_left - MARGIN, 23, (17, 14))[1], 17)
+        size, lines = _fit(phrase, width - grid_left - MARGIN, 23, (17, 14))
+        _write(draw, (grid_left, top + 1), lines, size)
         for column, values in enumerate(placed.values()):
             map_tile = _map_tile(picture, values[0][row].numpy(), value_range, symmetric)
             figure.paste(map_tile, (grid_left + column * step_x, top + 24))
     figure.paste(color_bar(value_range, UNITS[measure], symmetric=symmetric), (grid_left, bottom + 8))
+    note = "Ring and number: the highest value."
     if any(values[0].isnan().any() for values in placed.values()):
-        note = _wrap("Dark: outside the crop, not seen by the backbone.", 13, picture.width)
-        _write(draw, (MARGIN, grid_top + picture.height + 34), note, 13, MUTED)
+        note += " Dark: outside the crop, not seen by the backbone."
+    _write(draw, (MARGIN, grid_top + picture.height + 34), _wrap(note, 13, picture.width), 13, MUTED)
     return figure
 
 

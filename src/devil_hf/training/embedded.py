@@ -1,18 +1,23 @@
-"""The frozen parts of the embedded world, trained from its exact ground truth and from its grammar: a small timm backbone and a small causal language model.
+"""The frozen parts of the embedded world: a small timm backbone and a small causal language model.
 
-The backbone is a narrow ResNet that names the attributes of objects: where they are, from `layer2` on, and for the whole picture after mean pooling. Shape is asked for
-from `layer3` on only, so that it emerges with depth as in large networks. Pairs and triples of attributes are asked for too: without them a pooled feature
-tells that red and stripes are there, but not that the red thing is striped.
+The backbone is a narrow ResNet that names the attributes of objects: where they are, from `layer2` on, and for the
+whole picture after mean pooling. Shape is asked for from `layer3` on only, so that it emerges with depth as in large
+networks. Pairs and triples of attributes are asked for too: without them a pooled feature tells that red and stripes
+are there, but not that the red thing is striped.
 
-The language model reads text alone. A model of bare captions learns to ignore a prefix, so it learns documents `<bos> keywords <sep> caption <eos>` with the loss on the
-caption. Keywords stand in groups, one group per object, in shuffled order, sometimes incomplete, and sometimes a group is packed into a single position as the mean of its
-embeddings, which is nearer to what a prefix vector is. Documents without keywords define what a caption is when nothing is known.
+The language model reads text alone. A model of bare captions learns to ignore a prefix, so it learns documents `<bos>
+keywords <sep> caption <eos>` with the loss on the caption. Keywords stand in groups, one group per object, in shuffled
+order, sometimes incomplete, and sometimes a group is packed into a single position as the mean of its embeddings, which
+is nearer to what a prefix vector is. Documents without keywords define what a caption is when nothing is known.
 """
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from contextlib import nullcontext
+from dataclasses import dataclass
+from dataclasses import field
 from itertools import combinations
 from math import prod
 
@@ -20,15 +25,25 @@ import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from tokenizers import Tokenizer
+from tokenizers import models
+from tokenizers import normalizers
+from tokenizers import pre_tokenizers
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, get_cosine_schedule_with_warmup
+from transformers import GPT2Config
+from transformers import GPT2LMHeadModel
+from transformers import PreTrainedTokenizerFast
+from transformers import get_cosine_schedule_with_warmup
 from transformers.utils import logging
 
-from devil_hf.data.shapes import ATTRIBUTE_WORDS, BACKGROUNDS, SCENE_SIZE, VOCABULARY, Scene, SceneObject, sample_scene
+from devil_hf.data.shapes import ATTRIBUTE_WORDS
+from devil_hf.data.shapes import SCENE_SIZE
+from devil_hf.data.shapes import VOCABULARY
+from devil_hf.data.shapes import Scene
+from devil_hf.data.shapes import SceneObject
+from devil_hf.data.shapes import sample_scene
 
 from .language_model import IGNORED_INDEX
-
 
 logger = logging.get_logger(__name__)
 
@@ -67,16 +82,24 @@ class EmbeddedLanguageModelArguments:
     width: int = field(default=128, metadata={"help": "Width of the embeddings and layers."})
     layers: int = field(default=4, metadata={"help": "Number of transformer layers."})
     heads: int = field(default=4, metadata={"help": "Number of attention heads."})
-    context_length: int = field(default=96, metadata={"help": "Longest document, and so prefix plus caption, in tokens."})
+    context_length: int = field(
+        default=96, metadata={"help": "Longest document, and so prefix plus caption, in tokens."}
+    )
     bare_share: float = field(default=0.12, metadata={"help": "Share of documents without keywords."})
-    partial_share: float = field(default=0.3, metadata={"help": "Share of documents from whose keywords some are missing."})
-    packed_share: float = field(default=0.5, metadata={"help": "Share of documents whose groups of keywords take one position each."})
+    partial_share: float = field(
+        default=0.3, metadata={"help": "Share of documents from whose keywords some are missing."}
+    )
+    packed_share: float = field(
+        default=0.5, metadata={"help": "Share of documents whose groups of keywords take one position each."}
+    )
     single_steps: int = field(default=400, metadata={"help": "First steps, on scenes with one object only."})
     max_steps: int = field(default=3000, metadata={"help": "Optimiser steps."})
     batch_size: int = field(default=64, metadata={"help": "Documents per step."})
     learning_rate: float = field(default=2e-3, metadata={"help": "Peak learning rate of AdamW, cosine decay to zero."})
     warmup_steps: int = field(default=200, metadata={"help": "Steps of linear warm-up."})
-    weight_decay: float = field(default=0.05, metadata={"help": "Weight decay of matrices; none on biases, norms and embeddings."})
+    weight_decay: float = field(
+        default=0.05, metadata={"help": "Weight decay of matrices; none on biases, norms and embeddings."}
+    )
     seed: int = field(default=0, metadata={"help": "Seed of initialisation and of the documents."})
     logging_steps: int = field(default=100, metadata={"help": "Steps between two rows of the history."})
 
@@ -85,11 +108,12 @@ class EmbeddedLanguageModelArguments:
             raise ValueError(f"width {self.width} is not divisible by heads {self.heads}; choose a multiple")
 
 
-# ---------------------------------------------------------------------------------------------------------------- backbone
+# ----------------------------------------------------------------------------------------------------------------
+# backbone
 
 
 class AttributeLabels:
-    """Numbers the attribute words, then their pairs, then their triples: 18 + 104 + 192 labels of which an object has 3 + 3 + 1."""
+    """Numbers attribute words, their pairs, their triples: 18 + 104 + 192 labels of which an object has 3 + 3 + 1."""
 
     def __init__(self):
         self.words = list(ATTRIBUTE_WORDS.values())
@@ -100,8 +124,11 @@ class AttributeLabels:
 
     def of(self, item: SceneObject) -> list[int]:
         """The labels of one object."""
-        places = [words.index(value) for words, value in zip(self.words, item.attributes.values())]
-        return [int(start) + self._rank(subset, places) for start, subset in zip(self.starts, self.subsets)]
+        places = [words.index(value) for words, value in zip(self.words, item.attributes.values(), strict=True)]
+        return [
+            int(start) + self._rank(subset, places)
+            for start, subset in zip(self.starts[:-1], self.subsets, strict=True)
+        ]
 
     def _rank(self, subset: tuple[int, ...], places: Sequence[int]) -> int:
         rank = 0
@@ -130,7 +157,7 @@ def scene_targets(scenes: Sequence[Scene], labels: AttributeLabels) -> torch.Ten
     shares = np.zeros((len(scenes), labels.count, DENSE_GRID, DENSE_GRID), dtype=np.float32)
     for row, scene in enumerate(scenes):
         cells = scene.masks.reshape(-1, DENSE_GRID, step, DENSE_GRID, step).mean((2, 4))
-        for item, share in zip(scene.objects, cells):
+        for item, share in zip(scene.objects, cells, strict=True):
             shares[row, labels.of(item)] += share
     return torch.from_numpy(shares)
 
@@ -141,25 +168,30 @@ class AttributeHeads(nn.Module):
     def __init__(self, channels: Sequence[int], labels: AttributeLabels):
         super().__init__()
         early = labels.singles - len(ATTRIBUTE_WORDS["shape"])
-        self.dense = nn.ModuleList(nn.Conv2d(width, size, 1) for width, size in zip(channels, (early, labels.pairs, labels.count)))
+        self.dense = nn.ModuleList(
+            nn.Conv2d(width, size, 1) for width, size in zip(channels, (early, labels.pairs, labels.count), strict=True)
+        )
         self.whole = nn.Linear(channels[-1], labels.count)
         for head in (*self.dense, self.whole):
             nn.init.constant_(head.bias, -4.0)  # labels are rare: from 0 the first hundred steps would only learn that
 
     def forward(self, features: Sequence[torch.Tensor], shares: torch.Tensor) -> torch.Tensor:
-        """Cross-entropy in nats, summed over labels. `features`: three maps (B, C_l, H_l, W_l); `shares`: (B, labels, 16, 16)."""
+        """Cross-entropy, summed over labels, for three maps (B, C_l, H_l, W_l) and `shares` (B, 314, 16, 16)."""
         loss = features[0].new_zeros(())
-        for head, feature, full in zip(self.dense, features, (0.5, 0.4, 0.25)):
+        for head, feature, full in zip(self.dense, features, (0.5, 0.4, 0.25), strict=True):
             target = F.adaptive_avg_pool2d(shares[:, : head.out_channels], feature.shape[-2:])
-            # A cell counts in full as soon as an object fills the share `full` of it: objects are smaller than deep cells.
+            # A cell counts in full once an object fills the share `full` of it: objects are smaller than deep cells.
             target = (target / full).clamp(max=1.0)
-            loss = loss + F.binary_cross_entropy_with_logits(head(feature).float(), target, reduction="none").sum(1).mean()
+            cells = F.binary_cross_entropy_with_logits(head(feature).float(), target, reduction="none")
+            loss = loss + cells.sum(1).mean()
         present = (shares.amax((2, 3)) > 0).float()
         whole = self.whole(features[-1].mean((2, 3))).float()
         return loss + F.binary_cross_entropy_with_logits(whole, present, reduction="none").sum(1).mean()
 
 
-def train_embedded_backbone(arguments: EmbeddedBackboneArguments, device: str | torch.device = "cpu") -> tuple[nn.Module, list[dict[str, float]]]:
+def train_embedded_backbone(
+    arguments: EmbeddedBackboneArguments, device: str | torch.device = "cpu"
+) -> tuple[nn.Module, list[dict[str, float]]]:
     """Train the backbone on scenes that are made as they are needed.
 
     Args:
@@ -167,7 +199,8 @@ def train_embedded_backbone(arguments: EmbeddedBackboneArguments, device: str | 
         device (`str` or `torch.device`): Where to train.
 
     Returns:
-        The backbone in eval mode, and the history: `step`, running `loss` in nats per scene, `seconds`, once per `logging_steps`.
+        The backbone in eval mode, and the history: `step`, running `loss` in nats per scene, `seconds`, once per
+        `logging_steps`.
 
     Raises:
         FloatingPointError: if the loss is no longer finite.
@@ -194,13 +227,21 @@ def pooled_features(backbone: nn.Module, scenes: Sequence[Scene], batch_size: in
     """Mean-pooled features (scenes, C_l) of `layer1` to `layer4`, by layer."""
     parts = []
     for start in range(0, len(scenes), batch_size):
-        maps = backbone.forward_intermediates(scene_pixels(scenes[start : start + batch_size]), indices=[1, 2, 3, 4], intermediates_only=True)
+        maps = backbone.forward_intermediates(
+            scene_pixels(scenes[start : start + batch_size]), indices=[1, 2, 3, 4], intermediates_only=True
+        )
         parts.append([feature.mean((2, 3)) for feature in maps])
-    return {f"layer{depth}": torch.cat(part) for depth, part in enumerate(zip(*parts), 1)}
+    return {f"layer{depth}": torch.cat(part) for depth, part in enumerate(zip(*parts, strict=True), 1)}
 
 
-def probe_embedded_backbone(backbone: nn.Module, train_scenes: int = 4000, test_scenes: int = 1000, seed: int = 99) -> dict[str, dict[str, float]]:
-    """Ask linear probes which attribute words a scene's mean-pooled features tell: micro F1 on held-out scenes, by layer and attribute."""
+def probe_embedded_backbone(
+    backbone: nn.Module, train_scenes: int = 4000, test_scenes: int = 1000, seed: int = 99
+) -> dict[str, dict[str, float]]:
+    """Ask linear probes which attribute words a scene's mean-pooled features tell.
+
+    Returns:
+        Micro F1 on held-out scenes, by layer and attribute.
+    """
     rng = np.random.default_rng(seed)
     labels = AttributeLabels()
     scenes = [sample_scene(rng) for _ in range(train_scenes + test_scenes)]
@@ -229,19 +270,22 @@ def _probe(features: torch.Tensor, present: torch.Tensor, train: int, labels: At
     optimizer.step(closure)
     guess, truth = probe(inputs[train:]) > 0, present[train:]
     scores = {}
-    for attribute, start, stop in zip(ATTRIBUTE_WORDS, labels.starts[:3], labels.starts[1:4]):
+    for attribute, start, stop in zip(ATTRIBUTE_WORDS, labels.starts[:3], labels.starts[1:4], strict=True):
         hits = (guess & truth)[:, start:stop].sum()
         scores[attribute] = float(2 * hits / (guess[:, start:stop].sum() + truth[:, start:stop].sum()))
     return scores
 
 
-# ---------------------------------------------------------------------------------------------------------------- language model
+# ----------------------------------------------------------------------------------------------------------------
+# language model
 
 
 def build_embedded_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per word of the shapes world, joined by single spaces; a word from outside is `<unk>`. It adds no special token by itself."""
+    """One token per word of the shapes world; a word from outside is `<unk>`. It adds no special token by itself."""
     special = ("<pad>", "<bos>", "<eos>", "<unk>", "<sep>")
-    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate((*special, *VOCABULARY))}, unk_token="<unk>"))
+    tokenizer = Tokenizer(
+        models.WordLevel({word: index for index, word in enumerate((*special, *VOCABULARY))}, unk_token="<unk>")
+    )
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     return PreTrainedTokenizerFast(
@@ -275,7 +319,11 @@ class KeywordDocuments:
         with_size, with_zone = rng.random(2) < 0.3
         groups = []
         for item in scene.objects:
-            words = [*item.attributes.values(), *([item.size] if with_size else []), *(item.zone.split() if with_zone else [])]
+            words = [
+                *item.attributes.values(),
+                *([item.size] if with_size else []),
+                *(item.zone.split() if with_zone else []),
+            ]
             groups.append([word for word in words if rng.random() >= missing])
         if rng.random() < 0.3:
             groups.append([scene.background, "background"])
@@ -297,7 +345,8 @@ class KeywordDocuments:
         """Make documents about scenes of `count` objects (any number by default).
 
         Returns:
-            `input_ids` (B, T, W), the words of each position, padded on the right with the pad token; `labels` (B, T), on captions and EOS only.
+            `input_ids` (B, T, W), the words of each position, padded on the right with the pad token; `labels` (B, T),
+                on captions and EOS only.
         """
         documents = [self.document(sample_scene(rng, count), rng) for _ in range(size)]
         length = max(len(positions) for positions, _ in documents)
@@ -311,7 +360,9 @@ class KeywordDocuments:
         return torch.from_numpy(input_ids), torch.from_numpy(labels)
 
 
-def build_embedded_language_model(tokenizer: PreTrainedTokenizerFast, arguments: EmbeddedLanguageModelArguments) -> GPT2LMHeadModel:
+def build_embedded_language_model(
+    tokenizer: PreTrainedTokenizerFast, arguments: EmbeddedLanguageModelArguments
+) -> GPT2LMHeadModel:
     """Build the untrained language model, a GPT-2 with tied embeddings and without dropout: documents never repeat."""
     config = GPT2Config(
         vocab_size=len(tokenizer),
@@ -330,10 +381,13 @@ def build_embedded_language_model(tokenizer: PreTrainedTokenizerFast, arguments:
 
 
 def document_loss(model: GPT2LMHeadModel, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Mean cross-entropy in nats per labelled token. `input_ids` is (B, T, W): a position's embedding is the mean over its words; `labels` is (B, T)."""
-    real = (input_ids != model.config.pad_token_id).unsqueeze(-1)                                  # (B, T, W, 1)
+    """Mean cross-entropy in nats per labelled token.
+
+    `input_ids` is (B, T, W): the embedding of a position is the mean over its words; `labels` is (B, T).
+    """
+    real = (input_ids != model.config.pad_token_id).unsqueeze(-1)  # (B, T, W, 1)
     embeddings = model.get_input_embeddings()(input_ids)
-    embeddings = (embeddings * real).sum(2) / real.sum(2).clamp(min=1)                             # (B, T, D)
+    embeddings = (embeddings * real).sum(2) / real.sum(2).clamp(min=1)  # (B, T, D)
     hidden = model.base_model(inputs_embeds=embeddings).last_hidden_state[:, :-1]
     wanted = labels[:, 1:] != IGNORED_INDEX
     return F.cross_entropy(model.get_output_embeddings()(hidden[wanted]).float(), labels[:, 1:][wanted])
@@ -349,7 +403,8 @@ def train_embedded_language_model(
         device (`str` or `torch.device`): Where to train.
 
     Returns:
-        The model in eval mode, its tokenizer, and the history: `step`, running `loss` in nats per token, `seconds`, once per `logging_steps`.
+        The model in eval mode, its tokenizer, and the history: `step`, running `loss` in nats per token, `seconds`,
+        once per `logging_steps`.
 
     Raises:
         FloatingPointError: if the loss is no longer finite.
@@ -361,7 +416,9 @@ def train_embedded_language_model(
     rng = np.random.default_rng((arguments.seed, 2))
 
     def loss_of_step(step: int) -> torch.Tensor:
-        input_ids, labels = documents.batch(arguments.batch_size, rng, count=1 if step <= arguments.single_steps else None)
+        input_ids, labels = documents.batch(
+            arguments.batch_size, rng, count=1 if step <= arguments.single_steps else None
+        )
         return document_loss(model, input_ids.to(device), labels.to(device))
 
     history = _optimise(model, loss_of_step, arguments)
@@ -369,17 +426,24 @@ def train_embedded_language_model(
 
 
 @torch.inference_mode()
-def held_out_document_losses(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, documents: int = 512, seed: int = 77) -> dict[str, float]:
-    """Loss in nats per token on fresh documents `with_keywords`, one word per position or packed, and `without_keywords`."""
+def held_out_document_losses(
+    model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, documents: int = 512, seed: int = 77
+) -> dict[str, float]:
+    """Loss in nats per token on fresh documents with keywords, one per position or packed, and without."""
     losses = {}
-    for name, bare, packed in (("with_keywords", 0.0, 0.0), ("with_packed_keywords", 0.0, 1.0), ("without_keywords", 1.0, 0.0)):
+    for name, bare, packed in (
+        ("with_keywords", 0.0, 0.0),
+        ("with_packed_keywords", 0.0, 1.0),
+        ("without_keywords", 1.0, 0.0),
+    ):
         arguments = EmbeddedLanguageModelArguments(bare_share=bare, packed_share=packed, partial_share=0.0)
         batch = KeywordDocuments(tokenizer, arguments).batch(documents, np.random.default_rng(seed))
         losses[name] = float(document_loss(model, *batch))
     return losses
 
 
-# ---------------------------------------------------------------------------------------------------------------- optimisation
+# ----------------------------------------------------------------------------------------------------------------
+# optimisation
 
 
 def _shuffled(items: Sequence, rng: np.random.Generator) -> list:
@@ -390,8 +454,12 @@ def _autocast(device: str | torch.device, bf16: bool) -> AbstractContextManager:
     return torch.autocast(torch.device(device).type, torch.bfloat16) if bf16 else nullcontext()
 
 
-def _optimise(module: nn.Module, loss_of_step, arguments: EmbeddedBackboneArguments | EmbeddedLanguageModelArguments) -> list[dict[str, float]]:
-    """Minimise `loss_of_step(step)` for `step` from 1 to `max_steps`, with AdamW, warm-up and cosine decay; returns the history."""
+def _optimise(
+    module: nn.Module,
+    loss_of_step: Callable[[int], torch.Tensor],
+    arguments: EmbeddedBackboneArguments | EmbeddedLanguageModelArguments,
+) -> list[dict[str, float]]:
+    """Minimise `loss_of_step(step)` for `step` from 1 to `max_steps` by AdamW with warm-up and cosine decay."""
     embeddings = {id(child.weight) for child in module.modules() if isinstance(child, nn.Embedding)}
     plain = [p for p in module.parameters() if p.ndim < 2 or id(p) in embeddings]
     decayed = [p for p in module.parameters() if p.ndim >= 2 and id(p) not in embeddings]
@@ -409,7 +477,9 @@ def _optimise(module: nn.Module, loss_of_step, arguments: EmbeddedBackboneArgume
         schedule.step()
         value = float(loss.detach())
         if not np.isfinite(value):
-            raise FloatingPointError(f"the loss is {value} at step {step}; lower learning_rate {arguments.learning_rate}")
+            raise FloatingPointError(
+                f"the loss is {value} at step {step}; lower learning_rate {arguments.learning_rate}"
+            )
         running = value if running is None else 0.95 * running + 0.05 * value
         if step % arguments.logging_steps == 0 or step == arguments.max_steps:
             history.append({"step": step, "loss": running, "seconds": time.perf_counter() - start})

@@ -35,8 +35,11 @@ def pooled_feature_draws(
     collected: list[list[Tensor]] = [[] for _ in model.layer_names]
     for pixel_values in tqdm(batches, desc=description, total=total, unit="batch", leave=False):
         for maps, layer in zip(model.extract_features(pixel_values), collected, strict=True):
+            assert maps is not None, "every layer was asked for"
             B, _, H, W = maps.shape
-            weights = location_dropout(B * draws, (H, W), config.location_dropout, config.location_schedule, maps.device)
+            weights = location_dropout(
+                B * draws, (H, W), config.location_dropout, config.location_schedule, maps.device
+            )
             layer.append(pool(maps, weights.view(B, draws, H, W)).view(B, draws, -1).half().cpu())
     return [torch.cat(layer) for layer in collected]
 

@@ -17,7 +17,13 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerFast, get_cosine_schedule_with_warmup
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    get_cosine_schedule_with_warmup,
+)
 from transformers.utils import logging
 
 
@@ -37,13 +43,19 @@ IGNORED_INDEX = -100
 class CaptionLanguageModelArguments:
     """How a caption language model is built and trained."""
 
-    vocab_size: int = field(default=6000, metadata={"help": "Size of the byte-level BPE vocabulary, special tokens included."})
+    vocab_size: int = field(
+        default=6000, metadata={"help": "Size of the byte-level BPE vocabulary, special tokens included."}
+    )
     width: int = field(default=256, metadata={"help": "Width of the embeddings and layers."})
     layers: int = field(default=6, metadata={"help": "Number of transformer layers."})
     heads: int = field(default=4, metadata={"help": "Number of attention heads."})
     dropout: float = field(default=0.1, metadata={"help": "Dropout in training."})
-    context_length: int = field(default=128, metadata={"help": "Longest document, and so prefix plus caption, in tokens."})
-    max_words: int = field(default=12, metadata={"help": "Most content words in front of a caption; the number is drawn from 1 to this."})
+    context_length: int = field(
+        default=128, metadata={"help": "Longest document, and so prefix plus caption, in tokens."}
+    )
+    max_words: int = field(
+        default=12, metadata={"help": "Most content words in front of a caption; the number is drawn from 1 to this."}
+    )
     null_probability: float = field(default=0.12, metadata={"help": "Share of documents without any content word."})
     own_words_probability: float = field(
         default=0.25, metadata={"help": "Share of documents whose words may also come from the caption itself."}
@@ -52,8 +64,12 @@ class CaptionLanguageModelArguments:
     batch_size: int = field(default=64, metadata={"help": "Documents per step."})
     learning_rate: float = field(default=2e-3, metadata={"help": "Peak learning rate of AdamW, cosine decay to zero."})
     warmup_steps: int = field(default=300, metadata={"help": "Steps of linear warm-up."})
-    weight_decay: float = field(default=0.05, metadata={"help": "Weight decay of matrices; none on biases, norms and embeddings."})
-    bf16: bool = field(default=False, metadata={"help": "Compute in bfloat16 by autocast; the weights stay in float32."})
+    weight_decay: float = field(
+        default=0.05, metadata={"help": "Weight decay of matrices; none on biases, norms and embeddings."}
+    )
+    bf16: bool = field(
+        default=False, metadata={"help": "Compute in bfloat16 by autocast; the weights stay in float32."}
+    )
     seed: int = field(default=0, metadata={"help": "Seed of initialisation and of the drawn documents."})
     eval_steps: int = field(default=500, metadata={"help": "Steps between two measurements of the held-out loss."})
 
@@ -61,7 +77,9 @@ class CaptionLanguageModelArguments:
         if self.width % self.heads:
             raise ValueError(f"width {self.width} is not divisible by heads {self.heads}; choose a multiple")
         if not 0 <= self.null_probability < 1:
-            raise ValueError(f"null_probability {self.null_probability} is outside [0, 1); with 1 the model would never see a word")
+            raise ValueError(
+                f"null_probability {self.null_probability} is outside [0, 1); with 1 the model would never see a word"
+            )
 
 
 def content_words(caption: str) -> list[str]:
@@ -83,7 +101,12 @@ def train_caption_tokenizer(captions: Iterable[str], vocab_size: int = 6000) -> 
     tokenizer = Tokenizer(models.BPE())
     punctuation = Regex(r"[.,!?;:\"`()\[\]{}]+|(?<!\w)'|'(?!\w)")
     tokenizer.normalizer = normalizers.Sequence(
-        [normalizers.Lowercase(), normalizers.Replace(punctuation, " "), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip()]
+        [
+            normalizers.Lowercase(),
+            normalizers.Replace(punctuation, " "),
+            normalizers.Replace(Regex(r"\s+"), " "),
+            normalizers.Strip(),
+        ]
     )
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     tokenizer.decoder = decoders.ByteLevel()
@@ -97,7 +120,12 @@ def train_caption_tokenizer(captions: Iterable[str], vocab_size: int = 6000) -> 
     )
     tokenizer.train_from_iterator(captions, trainer)
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", sep_token="<sep>", clean_up_tokenization_spaces=False
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<bos>",
+        eos_token="<eos>",
+        sep_token="<sep>",
+        clean_up_tokenization_spaces=False,
     )
 
 
@@ -110,14 +138,21 @@ class KeywordCaptions:
         arguments (`CaptionLanguageModelArguments`): The shares and bounds of the documents.
     """
 
-    def __init__(self, groups: Sequence[Sequence[str]], tokenizer: PreTrainedTokenizerFast, arguments: CaptionLanguageModelArguments):
+    def __init__(
+        self,
+        groups: Sequence[Sequence[str]],
+        tokenizer: PreTrainedTokenizerFast,
+        arguments: CaptionLanguageModelArguments,
+    ):
         self.arguments, self.tokenizer = arguments, tokenizer
         self.words = [[content_words(caption) for caption in group] for group in groups]
         flat = [caption for group in groups for caption in group]
         tokens = iter(tokenizer(flat, add_special_tokens=False)["input_ids"])
         self.captions = [[next(tokens) for _ in group] for group in groups]
         vocabulary = sorted({word for group in self.words for words in group for word in words})
-        self.word_tokens = dict(zip(vocabulary, tokenizer(vocabulary, add_special_tokens=False)["input_ids"])) if vocabulary else {}
+        self.word_tokens = (
+            dict(zip(vocabulary, tokenizer(vocabulary, add_special_tokens=False)["input_ids"])) if vocabulary else {}
+        )
         self.places = [(image, index) for image, group in enumerate(groups) for index in range(len(group))]
 
     def draw_words(self, image: int, index: int, generator: random.Random) -> list[str]:
@@ -142,13 +177,17 @@ class KeywordCaptions:
         start = [tokenizer.bos_token_id, *context[: room - len(caption)], tokenizer.sep_token_id]
         return [*start, *caption, tokenizer.eos_token_id], len(start)
 
-    def batches(self, generator: random.Random, size: int, pool: int = 8) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def batches(
+        self, generator: random.Random, size: int, pool: int = 8
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yield `input_ids` and `labels`, both (B, T), without end; documents of similar length share a batch."""
         places: list[tuple[int, int]] = []
         while True:
             while len(places) < pool * size:
                 places += generator.sample(self.places, len(self.places))
-            documents = sorted((self._draw(place, generator) for place in places[: pool * size]), key=lambda document: len(document[0]))
+            documents = sorted(
+                (self._draw(place, generator) for place in places[: pool * size]), key=lambda document: len(document[0])
+            )
             places = places[pool * size :]
             batches = [documents[begin : begin + size] for begin in range(0, len(documents), size)]
             generator.shuffle(batches)
@@ -182,7 +221,9 @@ def collate(documents: Sequence[tuple[list[int], int]], pad_token_id: int) -> tu
     return input_ids, labels
 
 
-def build_caption_language_model(tokenizer: PreTrainedTokenizerFast, arguments: CaptionLanguageModelArguments) -> GPT2LMHeadModel:
+def build_caption_language_model(
+    tokenizer: PreTrainedTokenizerFast, arguments: CaptionLanguageModelArguments
+) -> GPT2LMHeadModel:
     """Build the untrained model, a small GPT-2 with tied embeddings."""
     config = GPT2Config(
         vocab_size=len(tokenizer),
@@ -201,13 +242,15 @@ def build_caption_language_model(tokenizer: PreTrainedTokenizerFast, arguments: 
     return GPT2LMHeadModel(config)
 
 
-def caption_loss(model: PreTrainedModel, input_ids: torch.Tensor, labels: torch.Tensor, reduction: str = "mean") -> torch.Tensor:
+def caption_loss(
+    model: PreTrainedModel, input_ids: torch.Tensor, labels: torch.Tensor, reduction: str = "mean"
+) -> torch.Tensor:
     """Cross-entropy in nats per labelled token; logits are computed at labelled positions only. Both tensors are (B, T)."""
     # Padding is on the right, where causal attention never looks: no mask, and so the fast causal kernels.
     hidden = model.base_model(inputs_embeds=model.get_input_embeddings()(input_ids)).last_hidden_state[:, :-1]
     targets = labels[:, 1:]
     wanted = targets != IGNORED_INDEX
-    logits = model.get_output_embeddings()(hidden[wanted])                            # (tokens, vocabulary)
+    logits = model.get_output_embeddings()(hidden[wanted])  # (tokens, vocabulary)
     return F.cross_entropy(logits.float(), targets[wanted], reduction=reduction)
 
 
@@ -261,17 +304,24 @@ def train_caption_language_model(
         optimizer.zero_grad()
         running = float(loss.detach()) if step == 1 else 0.98 * running + 0.02 * float(loss.detach())
         if not math.isfinite(running):
-            raise FloatingPointError(f"the loss is {running} at step {step}; lower learning_rate {arguments.learning_rate}")
+            raise FloatingPointError(
+                f"the loss is {running} at step {step}; lower learning_rate {arguments.learning_rate}"
+            )
         if step % arguments.eval_steps == 0 or step == arguments.max_steps:
             history.append(_measure(model, held_out, step, running, time.perf_counter() - start))
             logger.info(f"{history[-1]}")
     return model.eval(), tokenizer, history
 
 
-def _measure(model: PreTrainedModel, held_out: KeywordCaptions | None, step: int, loss: float, seconds: float) -> dict[str, float]:
+def _measure(
+    model: PreTrainedModel, held_out: KeywordCaptions | None, step: int, loss: float, seconds: float
+) -> dict[str, float]:
     row = {"step": step, "loss": loss, "seconds": seconds}
     if held_out is not None:
-        row |= {"loss_with_words": held_out_loss(model, held_out, True), "loss_without_words": held_out_loss(model, held_out, False)}
+        row |= {
+            "loss_with_words": held_out_loss(model, held_out, True),
+            "loss_without_words": held_out_loss(model, held_out, False),
+        }
     return row
 
 

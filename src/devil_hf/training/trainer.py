@@ -1,6 +1,6 @@
 """One trainer for every translator: the transformers Trainer, with checkpoints that hold what is trained."""
 
-import os
+from pathlib import Path
 
 import torch
 from transformers import Trainer
@@ -23,8 +23,8 @@ class CaptionCollator:
         self.max_caption_tokens = max_caption_tokens
 
     def __call__(self, items: list[dict]) -> dict:
-        batch = dict(self.processor(text=[item["caption"] for item in items], return_tensors="pt"))
-        batch = {name: tokens[:, : self.max_caption_tokens] for name, tokens in batch.items()}
+        captions = [item["caption"] for item in items]
+        batch = dict(self.processor(text=captions, max_length=self.max_caption_tokens, return_tensors="pt"))
         if "pooled_features" in items[0]:
             layers = zip(*(item["pooled_features"] for item in items), strict=True)
             batch["pooled_features"] = [torch.stack(layer).float() for layer in layers]
@@ -42,12 +42,14 @@ class DevilTrainer(Trainer):
 
     def __init__(self, model: DevilModel, args: TrainingArguments, processing_class: DevilProcessor, **kwargs):
         args.remove_unused_columns = False
+        self.processor = processing_class
         collator = CaptionCollator(processing_class, model.config.max_caption_tokens)
         super().__init__(model=model, args=args, processing_class=processing_class, data_collator=collator, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        output_dir = output_dir or self.args.output_dir
-        os.makedirs(output_dir, exist_ok=True)
-        self.model.save_pretrained(output_dir, slim=self.model.has_sources)
-        self.processing_class.save_pretrained(output_dir)
-        torch.save(self.args, os.path.join(output_dir, "training_args.bin"))
+        folder = Path(output_dir or str(self.args.output_dir))
+        folder.mkdir(parents=True, exist_ok=True)
+        model: DevilModel = self.accelerator.unwrap_model(self.model)
+        model.save_pretrained(folder, slim=model.has_sources)
+        self.processor.save_pretrained(folder)
+        torch.save(self.args, folder / "training_args.bin")
