@@ -19,11 +19,11 @@ from pathlib import Path
 import timm
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 from transformers import CONFIG_MAPPING
 from transformers import MODEL_FOR_BACKBONE_MAPPING
 from transformers import PreTrainedConfig
 
+from devil_hf.backbone_devil import CLASS_SUFFIX
 from devil_hf.backbone_devil import FeatureBackbone
 
 REAL_TIMM = """
@@ -55,7 +55,7 @@ def check_features(backbone: FeatureBackbone) -> dict:
     for name, channels, feature_map in zip(backbone.layers, backbone.channels, maps, strict=True):
         if feature_map.ndim != 4 or feature_map.shape[:2] != (2, channels):
             raise ValueError(f"{name} declares {channels} channels, but has the shape {tuple(feature_map.shape)}")
-        if not name.endswith(":class") and not _plausible(size[1:], feature_map.shape[2:]):
+        if not name.endswith(CLASS_SUFFIX) and not _plausible(size[1:], feature_map.shape[2:]):
             raise ValueError(f"{name} has an implausible grid {tuple(feature_map.shape[2:])} for images of {size[1:]}")
         if not feature_map.is_meta and not feature_map.isfinite().all():
             raise ValueError(f"{name} has features that are not finite")
@@ -70,32 +70,30 @@ def _plausible(size: list[int], grid: torch.Size) -> bool:
 
 
 def check_timm(name: str, real: bool) -> dict:
-    """One timm architecture: build, choose layers, read them (and class tokens where the blocks carry one)."""
+    """One timm architecture: build, choose layers, read them, with class tokens where the blocks carry one."""
     with torch.device("cpu" if real else "meta"):
         module = timm.create_model(name, num_classes=0)
-    declared = [info["num_chs"] for info in module.feature_info]
-    strides = [info["reduction"] for info in module.feature_info]
-    backbone = FeatureBackbone.from_source(module)
-    for layer, channels in zip(backbone.layers, backbone.channels, strict=True):
-        if declared[index := backbone.layer_names.index(layer)] != channels:
-            raise ValueError(f"{layer} has {channels} channels, timm declares {declared[index]}")
+    backbone = _with_class_tokens(module)
+    infos = {backbone.layer_names[index]: info for index, info in enumerate(module.feature_info)}
     found = check_features(backbone)
-    for layer, grid in zip(found["layers"], found["grids"], strict=True):
-        stride = strides[backbone.layer_names.index(layer)]
-        if abs(backbone.config["input_size"][1] / stride - grid[0]) > 1:
-            raise ValueError(f"{layer} has {grid[0]} rows, timm declares a stride of {stride}")
-    return found | {"class_token": _class_tokens(module, found["layers"])}
+    for layer, channels, grid in zip(found["layers"], found["channels"], found["grids"], strict=True):
+        info = infos[layer.removesuffix(CLASS_SUFFIX)]
+        if info["num_chs"] != channels:
+            raise ValueError(f"{layer} has {channels} channels, timm declares {info['num_chs']}")
+        rows = backbone.config["input_size"][1] / info["reduction"]
+        if not layer.endswith(CLASS_SUFFIX) and abs(rows - grid[0]) > 1:
+            raise ValueError(f"{layer} has {grid[0]} rows, timm declares a stride of {info['reduction']}")
+    return found
 
 
-def _class_tokens(module: nn.Module, layers: list[str]) -> bool:
-    try:
-        backbone = FeatureBackbone.from_source(module, layers, class_tokens=True)
-    except ValueError as error:
-        if "class token" in str(error):
-            return False
-        raise
-    check_features(backbone)
-    return True
+def _with_class_tokens(module: nn.Module) -> FeatureBackbone:
+    if getattr(module, "num_prefix_tokens", 0):
+        try:
+            return FeatureBackbone.from_source(module, class_tokens=True)
+        except ValueError as error:  # only registers, or a class token that joins after the blocks
+            if "class_tokens" not in str(error):
+                raise
+    return FeatureBackbone.from_source(module)
 
 
 def check_transformers(config_class: type[PreTrainedConfig]) -> dict:
@@ -106,42 +104,37 @@ def check_transformers(config_class: type[PreTrainedConfig]) -> dict:
     return check_features(FeatureBackbone.from_source(module)) | {"class": type(module).__name__}
 
 
-def sweep(checks: Iterator[tuple[str, Callable[[], dict]]], total: int) -> list[dict]:
-    """Run the checks; a row per network, with the error of those that fail."""
+def sweep(checks: Iterator[tuple[str, Callable[[], dict]]]) -> list[dict]:
+    """Run the checks and print a row per network, with the error of those that fail."""
     rows = []
-    for name, check in tqdm(checks, total=total, disable=None):
+    for name, check in checks:
         start = time.perf_counter()
         try:
             row = {"name": name, "ok": True} | check()
         except Exception as error:
             row = {"name": name, "ok": False, "error": f"{type(error).__name__}: {error}"}
         rows.append(row | {"seconds": round(time.perf_counter() - start, 2)})
+        print(describe(rows[-1]), flush=True)
     return rows
 
 
 def timm_rows(options: argparse.Namespace) -> list[dict]:
     names = REAL_TIMM.split() if options.real else timm.list_models(options.filter)
-    return sweep(((name, lambda name=name: check_timm(name, options.real)) for name in names), len(names))
+    return sweep((name, lambda name=name: check_timm(name, options.real)) for name in names)
 
 
 def transformers_rows(options: argparse.Namespace) -> list[dict]:
     classes = {config.model_type: config for config in CONFIG_MAPPING.values() if config in MODEL_FOR_BACKBONE_MAPPING}
-    return sweep(((name, lambda c=c: check_transformers(c)) for name, c in classes.items()), len(classes))
+    return sweep((name, lambda c=c: check_transformers(c)) for name, c in classes.items())
 
 
-def print_table(rows: list[dict]) -> None:
-    width = max(len(row["name"]) for row in rows)
-    for row in rows:
-        layers = [
-            f"{name} {channels}x{grid[0]}x{grid[1]}"
-            for name, channels, grid in zip(*(row.get(key, []) for key in ("layers", "channels", "grids")), strict=True)
-        ]
-        detail = (
-            ", ".join(layers) + (" (+ class token)" if row.get("class_token") else "") if row["ok"] else row["error"]
-        )
-        print(f"{row['name']:{width}}  {'ok  ' if row['ok'] else 'FAIL'}  {detail}")
-    failed = [row["name"] for row in rows if not row["ok"]]
-    print(f"\n{len(rows) - len(failed)} of {len(rows)} pass" + (f"; failed: {', '.join(failed)}" if failed else ""))
+def describe(row: dict) -> str:
+    """One line of the table: the layers of a network as channels x rows x columns, or its error."""
+    if not row["ok"]:
+        return f"FAIL  {row['name']:40}  {row['error']}"
+    columns = zip(row["layers"], row["channels"], row["grids"], strict=True)
+    layers = [f"{name} {channels}x{grid[0]}x{grid[1]}" for name, channels, grid in columns]
+    return f"ok    {row['name']:40}  {', '.join(layers)}"
 
 
 def main() -> int:
@@ -161,10 +154,11 @@ def main() -> int:
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     rows = options.rows(options)
-    print_table(rows)
+    failed = [row["name"] for row in rows if not row["ok"]]
+    print(f"\n{len(rows) - len(failed)} of {len(rows)} pass" + (f"; failed: {', '.join(failed)}" if failed else ""))
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1))
-    return int(any(not row["ok"] for row in rows))
+    return int(bool(failed))
 
 
 if __name__ == "__main__":

@@ -1,23 +1,28 @@
-"""Train a caption language model from text alone.
+r"""Train a caption language model from text alone.
 
-    python scripts/prepare_language_model.py --flickr_tokens Flickr8k.token.txt.gz --coco_captions captions_val2017.json.gz \
-        --held_out_images Flickr_8k.devImages.txt Flickr_8k.testImages.txt --caption_folders flickr8k coco --output_dir language_model
+    python scripts/prepare_language_model.py --output_dir language_model --bf16 \
+        --flickr_tokens Flickr8k.token.txt.gz --coco_captions captions_val2017.json.gz \
+        --held_out_images Flickr_8k.devImages.txt Flickr_8k.testImages.txt --caption_folders flickr8k coco
 
-Captions of the images named in `held_out_images`, and of every image of `caption_folders` whose split is not `train`, are left out of the text;
-those of the first `held_out_images` file measure the loss.
+Captions of the images named in `held_out_images`, and of every image of `caption_folders` whose split is not `train`,
+are left out of the text; those of the first `held_out_images` file measure the loss.
 """
 
 import json
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from dataclasses import field
 from pathlib import Path
 
 import torch
 from transformers import HfArgumentParser
 
-from devil_hf.data.captions import read_caption_records, read_coco_captions, read_flickr_captions, without_images
-from devil_hf.training.language_model import CaptionLanguageModelArguments, train_caption_language_model
-
+from devil_hf.data.captions import read_caption_records
+from devil_hf.data.captions import read_coco_captions
+from devil_hf.data.captions import read_flickr_captions
+from devil_hf.data.captions import without_images
+from devil_hf.training.language_model import CaptionLanguageModelArguments
+from devil_hf.training.language_model import train_caption_language_model
 
 logger = logging.getLogger("devil_hf")
 

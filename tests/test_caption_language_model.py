@@ -4,19 +4,17 @@ import random
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
+from transformers import AutoTokenizer
 
-from devil_hf.training.language_model import (
-    IGNORED_INDEX,
-    CaptionLanguageModelArguments,
-    KeywordCaptions,
-    caption_loss,
-    content_words,
-    held_out_loss,
-    train_caption_language_model,
-    train_caption_tokenizer,
-)
-
+from devil_hf.training.language_model import IGNORED_INDEX
+from devil_hf.training.language_model import CaptionLanguageModelArguments
+from devil_hf.training.language_model import KeywordCaptions
+from devil_hf.training.language_model import caption_loss
+from devil_hf.training.language_model import content_words
+from devil_hf.training.language_model import held_out_loss
+from devil_hf.training.language_model import train_caption_language_model
+from devil_hf.training.language_model import train_caption_tokenizer
 
 COLOURS, ANIMALS, PLACES = (
     ["black", "white", "brown", "red"],
@@ -92,7 +90,7 @@ def test_batches_label_captions_only_and_repeat_with_the_seed(documents):
     assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
     input_ids, labels = first
     tokenizer = documents.tokenizer
-    for row, label in zip(input_ids, labels):
+    for row, label in zip(input_ids, labels, strict=True):
         separator = int((row == tokenizer.sep_token_id).nonzero())
         assert (label[: separator + 1] == IGNORED_INDEX).all()
         end = int((row == tokenizer.eos_token_id).nonzero())
@@ -113,7 +111,7 @@ def test_caption_loss_equals_the_library_loss_over_all_positions(trained):
 
 
 def test_the_trained_model_listens_to_the_words(trained):
-    model, tokenizer, history = trained
+    history = trained[2]
     assert [row["step"] for row in history] == [120, 240]
     assert history[-1]["loss_with_words"] < history[-1]["loss_without_words"] - 0.1
 
@@ -122,7 +120,7 @@ def test_training_repeats_with_its_seed_and_leaves_the_held_out_measure_alone():
     arguments = CaptionLanguageModelArguments(**TINY, max_steps=4, batch_size=8, eval_steps=2)
     measured, _, _ = train_caption_language_model(GROUPS, arguments, GROUPS[:2])
     plain, _, _ = train_caption_language_model(GROUPS, arguments)
-    assert all(torch.equal(a, b) for a, b in zip(measured.parameters(), plain.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(measured.parameters(), plain.parameters(), strict=True))
 
 
 def test_model_and_tokenizer_load_through_the_auto_classes(trained, tmp_path):

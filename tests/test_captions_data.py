@@ -6,15 +6,12 @@ import json
 import pytest
 from PIL import Image
 
-from devil_hf.data.captions import (
-    load_caption_folder,
-    read_caption_records,
-    read_coco_captions,
-    read_flickr_captions,
-    without_images,
-)
+from devil_hf.data.captions import load_caption_folder
+from devil_hf.data.captions import read_caption_records
+from devil_hf.data.captions import read_coco_captions
+from devil_hf.data.captions import read_flickr_captions
+from devil_hf.data.captions import without_images
 from devil_hf.evaluation.captions import caption_scores
-
 
 ROWS = [
     {"image": "images/a.jpg", "captions": ["A red dog .", " A dog "], "split": "train"},
@@ -62,7 +59,7 @@ def test_missing_files_are_named_before_any_work(folder, tmp_path):
     (folder / "images/b.jpg").unlink()
     with pytest.raises(FileNotFoundError, match=r"1 of 2 images .*b\.jpg"):
         load_caption_folder(folder)
-    with pytest.raises(FileNotFoundError, match="captions.jsonl"):
+    with pytest.raises(FileNotFoundError, match=r"captions\.jsonl"):
         load_caption_folder(tmp_path / "images")
 
 

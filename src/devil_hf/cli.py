@@ -65,6 +65,12 @@ def build_parser() -> argparse.ArgumentParser:
     attribute.add_argument(
         "--output", type=Path, default=Path("maps.png"), help="picture to write (default: %(default)s)"
     )
+
+    example = "devil train --config scripts/recipes/flickr8k_small.yaml --output_dir runs/flickr8k"
+    train = _verb(verbs, "train", run_train, "train a translator between your backbone and language model", example)
+    from devil_hf.training.recipe import add_recipe_options
+
+    add_recipe_options(train)
     return parser
 
 
@@ -119,6 +125,13 @@ def run_quickstart(arguments: argparse.Namespace) -> None:
     checkpoint = arguments.output_dir / "checkpoint"
     print(f"\ndone in {scores['seconds']:.0f} s; the model to use next is {checkpoint}:")
     print(f"  devil describe {arguments.output_dir}/pictures/scene_0.png --checkpoint {checkpoint}")
+
+
+def run_train(arguments: argparse.Namespace) -> None:
+    from devil_hf.training.recipe import recipe_of
+    from devil_hf.training.recipe import train
+
+    print(f"checkpoint: {train(recipe_of(arguments))}")
 
 
 def run_describe(arguments: argparse.Namespace) -> None:

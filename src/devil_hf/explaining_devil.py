@@ -60,7 +60,7 @@ class ExplainMixin:
             feature_maps = self.extract_features(pixel_values, visible)
         windows = self._windows(window, visible)
         if combine == "joint":
-            finest = _finest_grid([feature_maps[index] for index in visible])
+            finest = _finest_grid([maps for maps in (feature_maps[i] for i in visible) if maps is not None])
             resized = [
                 F.interpolate(feature_maps[i].float(), finest, mode="bilinear", align_corners=False)
                 if i in visible

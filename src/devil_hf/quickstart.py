@@ -16,9 +16,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel
 from transformers import TrainingArguments
 from transformers import set_seed
 
+from devil_hf.backbone_devil import FeatureBackbone
 from devil_hf.data.shapes import ATTRIBUTE_WORDS
 from devil_hf.data.shapes import Scene
 from devil_hf.data.shapes import make_scene
@@ -47,7 +49,7 @@ TRANSLATOR: dict[str, Any] = {
     "translator_heads": 4,
     "translator_feed_forward": 512,
     "normalize_features": True,
-    "location_schedule": "log_uniform",
+    "location_schedule": "windows",
     "null_probability": 0.05,
     "max_caption_tokens": 40,
 }
@@ -70,7 +72,10 @@ def quickstart(
     began = time.perf_counter()
     output_dir = Path(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
-    model, processor = train_translator(output_dir / "training", scenes, steps, seed)
+    shipped, processor = load(device="cpu")
+    model = train_translator(
+        shipped.backbone, shipped.language_model, processor, output_dir / "training", scenes, steps, seed
+    )
     checkpoint = output_dir / "checkpoint"
     model.save_pretrained(checkpoint)
     processor.save_pretrained(checkpoint)
@@ -92,18 +97,19 @@ def quickstart(
 
 
 def train_translator(
-    training_dir: Path,
+    backbone: FeatureBackbone,
+    language_model: PreTrainedModel,
+    processor: DevilProcessor,
+    training_dir: str | Path,
     scenes: int,
     steps: int,
     seed: int = 0,
-    checkpoint: str | Path | None = None,
     learning_rate: float = 2e-3,
-) -> tuple[DevilModel, DevilProcessor]:
-    """Train a new translator between the frozen parts of `checkpoint` (None: the embedded one)."""
+) -> DevilModel:
+    """Train a new translator between frozen parts on scenes of the shapes world; the model comes back on the CPU."""
     set_seed(seed)
-    frozen, processor = load(checkpoint, device="cpu")
     model = DevilModel.from_backbone_and_language_model(
-        frozen.backbone, frozen.language_model, tokenizer=processor.tokenizer, scope=SCOPE, **TRANSLATOR
+        backbone, language_model, tokenizer=processor.tokenizer, scope=SCOPE, **TRANSLATOR
     )
     dataset = shapes_features(model, processor, scenes)
     arguments = TrainingArguments(
@@ -122,7 +128,7 @@ def train_translator(
         dataloader_num_workers=0,
     )
     DevilTrainer(model, arguments, processor, train_dataset=dataset).train()
-    return model.cpu().eval(), processor
+    return model.cpu().eval()
 
 
 def shapes_features(
@@ -221,7 +227,9 @@ def score_table(scores: dict) -> str:
 # --------------------------------------------------------------------------------------------------------------- showing
 
 
-def draw_pictures(model: DevilModel, processor: DevilProcessor, folder: Path, scenes: int = 3) -> list[Path]:
+def draw_pictures(
+    model: DevilModel, processor: DevilProcessor, folder: Path, scenes: int = 3, say: Callable[[str], None] = print
+) -> list[Path]:
     """Pictures of held-out scenes: what each layer says, maps per phrase and layer, descriptions by location."""
     folder.mkdir(parents=True, exist_ok=True)
     several = [scene for scene in (make_scene(HELD_OUT_WORLD, index) for index in range(40)) if len(scene.objects) > 1]
@@ -238,12 +246,12 @@ def draw_pictures(model: DevilModel, processor: DevilProcessor, folder: Path, sc
     rows: list[list[tuple[str, str]]] = [[] for _ in images]
     for row, text in enumerate(texts):
         rows[int(output.image_index[row])].append((output.layer_of(row), text))
-    for layer_texts in rows:
-        for layer, text in layer_texts:
-            print(f"  {layer:12} {text}")
-        print()
+    for scene, layer_texts in zip(several, rows, strict=False):
+        objects = ", ".join(" ".join(item.attributes.values()) for item in scene.objects)
+        say("\n".join([f"  {'(truth)':12} {objects}", *(f"  {layer:12} {text}" for layer, text in layer_texts), ""]))
     write(layers_figure(images, rows), "layers.png")
     for index, (image, scene) in enumerate(zip(images, several, strict=False)):
+        write(image, f"scene_{index}.png")
         words = list(dict.fromkeys(word for item in scene.objects for word in item.attributes.values()))
         one = processor(images=image, return_tensors="pt")
         maps = model.attribute(**one, phrases=processor(text=words, return_tensors="pt"))
@@ -263,7 +271,7 @@ def report(checkpoint: Path, output_dir: Path, held_out: int, say: Callable[[str
     began = time.perf_counter()
     model, processor = load(checkpoint)
     say("What each layer says about held-out scenes:\n")
-    pictures = draw_pictures(model, processor, output_dir / "pictures")
+    pictures = draw_pictures(model, processor, output_dir / "pictures", say=say)
     scores = measure(model, processor, held_out)
     say(score_table(scores))
     scores["seconds"] = round(time.perf_counter() - began, 1)

@@ -1,7 +1,8 @@
 """Captioned images and caption texts from the files in which they are usually handed out.
 
-A caption folder holds `captions.jsonl` or `metadata.jsonl`, one line `{"image": ..., "captions": [...], "split": ...}` per image, paths relative to the folder.
-It becomes a `datasets.Dataset` whose images are decoded when a row is read. Flickr token files and COCO caption JSON give texts by image file name, plain or gzipped.
+A caption folder holds `captions.jsonl` or `metadata.jsonl`, one line `{"image": ..., "captions": [...], "split": ...}`
+per image, paths relative to the folder. It becomes a `datasets.Dataset` whose images are decoded when a row is read.
+Flickr token files and COCO caption JSON give texts by image file name, plain or gzipped.
 """
 
 import gzip
@@ -11,9 +12,9 @@ from os import PathLike
 from pathlib import Path
 from typing import IO
 
-from datasets import Dataset, Image
+from datasets import Dataset
+from datasets import Image
 from transformers.utils import logging
-
 
 logger = logging.get_logger(__name__)
 
@@ -28,7 +29,8 @@ def read_caption_records(folder: str | PathLike, split: str | None = None) -> li
         split (`str`, *optional*): Only the images of this split; `None` takes all.
 
     Returns:
-        `list[dict]`: `{"image": path relative to the folder, "captions": list[str], "split": str or None}` in the order of the file.
+        `list[dict]`: `{"image": path relative to the folder, "captions": list[str], "split": str or None}`,
+        in the order of the file.
 
     Raises:
         FileNotFoundError: if the folder holds neither file.
@@ -47,7 +49,9 @@ def read_caption_records(folder: str | PathLike, split: str | None = None) -> li
 
 
 def load_caption_folder(folder: str | PathLike, split: str | None = None) -> Dataset:
-    """Open a caption folder as a data set with the columns `image` (decoded on access), `captions` (list of str), `key` (file name).
+    """Open a caption folder as a data set.
+
+    Its columns are `image` (decoded on access), `captions` (list of str) and `key` (file name of the image).
 
     Args:
         folder (`str` or `PathLike`): Folder with `captions.jsonl` or `metadata.jsonl`.

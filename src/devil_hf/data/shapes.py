@@ -395,7 +395,6 @@ def _signed_distance(shape: str, u: np.ndarray, v: np.ndarray, radius: float) ->
 
     It is exact at edges and a bound at corners.
     """
-    radius = np.float32(radius)
     if shape == "circle":
         return np.hypot(u, v) - radius
     if shape == "square":

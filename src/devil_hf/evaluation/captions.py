@@ -1,7 +1,8 @@
 """Caption metrics of descriptions: BLEU, ROUGE-L and CIDEr as the COCO caption toolkit (pycocoevalcap) computes them.
 
-The numbers depend on the tokenisation. The toolkit's own, the Penn Treebank tokeniser, needs Java; without Java a simple one takes its place
-(lower-cased runs of letters and digits, hyphens inside words kept, clitics such as `'s` split off, all other punctuation dropped), and the result says so.
+The numbers depend on the tokenisation. The toolkit's own, the Penn Treebank tokeniser, needs Java; without Java a
+simple one takes its place (lower-cased runs of letters and digits, hyphens inside words kept, clitics such as `'s`
+split off, all other punctuation dropped), and the result says so.
 """
 
 import re
@@ -9,7 +10,6 @@ import shutil
 from collections.abc import Sequence
 
 from transformers.utils import logging
-
 
 logger = logging.get_logger(__name__)
 
@@ -24,12 +24,13 @@ def caption_scores(
 
     Args:
         predictions (`Sequence[str]`): One description per image.
-        references (`Sequence[Sequence[str]]`): The reference captions of each image, at least one. CIDEr takes its document frequencies from them.
+        references (`Sequence[Sequence[str]]`): The reference captions of each image, at least one.
+            CIDEr takes its document frequencies from them.
         metrics (`Sequence[str]`): Which of `"bleu"`, `"rouge_l"`, `"cider"`.
 
     Returns:
-        `dict`: `bleu_1` to `bleu_4`, `rouge_l` in [0, 1] and `cider` in [0, 10], the toolkit's units (papers print them times 100),
-        and `tokenizer`, `"ptb"` or `"simple"`.
+        `dict`: `bleu_1` to `bleu_4` and `rouge_l` in [0, 1], `cider` in [0, 10], the toolkit's units (papers print
+        them times 100), and `tokenizer`, `"ptb"` or `"simple"`.
 
     Raises:
         ValueError: if a metric is unknown, the lengths differ, or an image has no reference.
@@ -39,7 +40,7 @@ def caption_scores(
     tokenizer = "ptb" if shutil.which("java") else "simple"
     if tokenizer == "simple":
         logger.warning_once(
-            "no Java for the Penn Treebank tokeniser: caption scores use a simple one and differ slightly from published figures"
+            "no Java for the Penn Treebank tokeniser: caption scores use a simple one and differ a little from published ones"
         )
     tokenize = _tokenize_ptb if tokenizer == "ptb" else _tokenize_simple
     results: Texts = tokenize([[prediction] for prediction in predictions])
@@ -56,7 +57,8 @@ def _check(predictions: Sequence[str], references: Sequence[Sequence[str]], metr
         raise ValueError(f"unknown metrics {unknown}; choose from {METRICS}")
     if not predictions or len(predictions) != len(references):
         raise ValueError(
-            f"{len(predictions)} predictions for {len(references)} lists of references; give one list per prediction, at least one"
+            f"{len(predictions)} predictions for {len(references)} lists of references; "
+            "give at least one prediction and one list for each"
         )
     for index, texts in enumerate(references):
         if isinstance(texts, str) or not texts:

@@ -20,11 +20,13 @@ from dataclasses import dataclass
 from dataclasses import field
 from itertools import combinations
 from math import prod
+from typing import Any
 
 import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
+from timm.models.resnet import ResNet
 from tokenizers import Tokenizer
 from tokenizers import models
 from tokenizers import normalizers
@@ -48,15 +50,25 @@ from .language_model import IGNORED_INDEX
 logger = logging.get_logger(__name__)
 
 BACKBONE_ARCHITECTURE = "resnet10t"
-BACKBONE_ARGUMENTS = {"stem_width": 12, "channels": [32, 64, 128, 256], "layers": [1, 1, 2, 1], "num_classes": 0}
+BACKBONE_ARGUMENTS: dict[str, Any] = {
+    "stem_width": 12,
+    "channels": [32, 64, 128, 256],
+    "layers": [1, 1, 2, 1],
+    "num_classes": 0,
+}
 PIXEL_MEAN, PIXEL_STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
-BACKBONE_DATA_CONFIG = {
+BACKBONE_DATA_CONFIG: dict[str, Any] = {
     "input_size": (3, SCENE_SIZE, SCENE_SIZE),
     "interpolation": "bilinear",
     "crop_pct": 1.0,
     "crop_mode": "center",
     "mean": PIXEL_MEAN,
     "std": PIXEL_STD,
+    "num_classes": 0,
+    "pool_size": (4, 4),
+    "first_conv": "conv1.0",
+    "classifier": "fc",
+    "license": "apache-2.0",
 }
 DENSE_GRID = 16  # cells per side of layer2; deeper layers have halves of it
 
@@ -93,7 +105,7 @@ class EmbeddedLanguageModelArguments:
         default=0.5, metadata={"help": "Share of documents whose groups of keywords take one position each."}
     )
     single_steps: int = field(default=400, metadata={"help": "First steps, on scenes with one object only."})
-    max_steps: int = field(default=3000, metadata={"help": "Optimiser steps."})
+    max_steps: int = field(default=6000, metadata={"help": "Optimiser steps."})
     batch_size: int = field(default=64, metadata={"help": "Documents per step."})
     learning_rate: float = field(default=2e-3, metadata={"help": "Peak learning rate of AdamW, cosine decay to zero."})
     warmup_steps: int = field(default=200, metadata={"help": "Steps of linear warm-up."})
@@ -137,11 +149,9 @@ class AttributeLabels:
         return rank
 
 
-def build_embedded_backbone() -> nn.Module:
+def build_embedded_backbone() -> ResNet:
     """Build the untrained backbone; its preprocessing is in `pretrained_cfg`."""
-    backbone = timm.create_model(BACKBONE_ARCHITECTURE, pretrained=False, **BACKBONE_ARGUMENTS)
-    backbone.pretrained_cfg.update(BACKBONE_DATA_CONFIG, num_classes=0)
-    return backbone
+    return timm.create_model(BACKBONE_ARCHITECTURE, pretrained_cfg=BACKBONE_DATA_CONFIG, **BACKBONE_ARGUMENTS)
 
 
 def scene_pixels(scenes: Sequence[Scene]) -> torch.Tensor:
@@ -179,7 +189,7 @@ class AttributeHeads(nn.Module):
         """Cross-entropy, summed over labels, for three maps (B, C_l, H_l, W_l) and `shares` (B, 314, 16, 16)."""
         loss = features[0].new_zeros(())
         for head, feature, full in zip(self.dense, features, (0.5, 0.4, 0.25), strict=True):
-            target = F.adaptive_avg_pool2d(shares[:, : head.out_channels], feature.shape[-2:])
+            target = F.adaptive_avg_pool2d(shares[:, : head.out_channels], tuple(feature.shape[-2:]))
             # A cell counts in full once an object fills the share `full` of it: objects are smaller than deep cells.
             target = (target / full).clamp(max=1.0)
             cells = F.binary_cross_entropy_with_logits(head(feature).float(), target, reduction="none")
@@ -191,7 +201,7 @@ class AttributeHeads(nn.Module):
 
 def train_embedded_backbone(
     arguments: EmbeddedBackboneArguments, device: str | torch.device = "cpu"
-) -> tuple[nn.Module, list[dict[str, float]]]:
+) -> tuple[ResNet, list[dict[str, float]]]:
     """Train the backbone on scenes that are made as they are needed.
 
     Args:
@@ -207,7 +217,7 @@ def train_embedded_backbone(
     """
     torch.manual_seed(arguments.seed)
     labels = AttributeLabels()
-    backbone = build_embedded_backbone().to(device, memory_format=torch.channels_last).train()
+    backbone = build_embedded_backbone().to(torch.device(device)).to(memory_format=torch.channels_last).train()
     heads = AttributeHeads([info["num_chs"] for info in backbone.feature_info[2:]], labels).to(device)
     rng = np.random.default_rng((arguments.seed, 1))
 
@@ -223,7 +233,7 @@ def train_embedded_backbone(
 
 
 @torch.inference_mode()
-def pooled_features(backbone: nn.Module, scenes: Sequence[Scene], batch_size: int = 64) -> dict[str, torch.Tensor]:
+def pooled_features(backbone: ResNet, scenes: Sequence[Scene], batch_size: int = 64) -> dict[str, torch.Tensor]:
     """Mean-pooled features (scenes, C_l) of `layer1` to `layer4`, by layer."""
     parts = []
     for start in range(0, len(scenes), batch_size):
@@ -235,7 +245,7 @@ def pooled_features(backbone: nn.Module, scenes: Sequence[Scene], batch_size: in
 
 
 def probe_embedded_backbone(
-    backbone: nn.Module, train_scenes: int = 4000, test_scenes: int = 1000, seed: int = 99
+    backbone: ResNet, train_scenes: int = 4000, test_scenes: int = 1000, seed: int = 99
 ) -> dict[str, dict[str, float]]:
     """Ask linear probes which attribute words a scene's mean-pooled features tell.
 
@@ -385,7 +395,7 @@ def document_loss(model: GPT2LMHeadModel, input_ids: torch.Tensor, labels: torch
 
     `input_ids` is (B, T, W): the embedding of a position is the mean over its words; `labels` is (B, T).
     """
-    real = (input_ids != model.config.pad_token_id).unsqueeze(-1)  # (B, T, W, 1)
+    real = input_ids.ne(model.config.pad_token_id).unsqueeze(-1)  # (B, T, W, 1)
     embeddings = model.get_input_embeddings()(input_ids)
     embeddings = (embeddings * real).sum(2) / real.sum(2).clamp(min=1)  # (B, T, D)
     hidden = model.base_model(inputs_embeds=embeddings).last_hidden_state[:, :-1]
@@ -412,7 +422,8 @@ def train_embedded_language_model(
     torch.manual_seed(arguments.seed)
     tokenizer = build_embedded_tokenizer()
     documents = KeywordDocuments(tokenizer, arguments)
-    model = build_embedded_language_model(tokenizer, arguments).to(device).train()
+    model = build_embedded_language_model(tokenizer, arguments)
+    model.to(torch.device(device)).train()
     rng = np.random.default_rng((arguments.seed, 2))
 
     def loss_of_step(step: int) -> torch.Tensor:

@@ -19,17 +19,21 @@ from devil_hf.pooling_devil import pool
 
 @torch.no_grad()
 def pooled_feature_draws(
-    model: DevilModel, batches: Iterable[Tensor], draws: int, description: str = "features", total: int | None = None
+    model: DevilModel,
+    batches: Iterable[Tensor],
+    draws: int | None = None,
+    description: str = "features",
+    total: int | None = None,
 ) -> list[Tensor]:
-    """Pool every image `draws` times with the model's own location dropout.
+    """Pool every image `draws` times with the model's own location dropout, or once over all locations.
 
     Args:
         batches: pixel values, (B, 3, H, W) each.
-        draws: how many location draws each image gets.
+        draws: how many location draws each image gets; None for one uniform pooling, as evaluation wants it.
         total: number of batches, for the progress bar.
 
     Returns:
-        Per layer an fp16 tensor (images, draws, C_l).
+        Per layer an fp16 tensor (images, draws or 1, C_l).
     """
     config = model.config
     collected: list[list[Tensor]] = [[] for _ in model.layer_names]
@@ -52,9 +56,10 @@ class PooledCaptions(Dataset):
     Args:
         features: per layer (images, draws, C_l), as `pooled_feature_draws` returns them.
         captions: the captions of each image, at least one.
+        every_caption: make an item of every caption instead, with its image's first draw: nothing random, for validation.
     """
 
-    def __init__(self, features: Sequence[Tensor], captions: Sequence[Sequence[str]]):
+    def __init__(self, features: Sequence[Tensor], captions: Sequence[Sequence[str]], every_caption: bool = False):
         if len(features[0]) != len(captions):
             raise ValueError(f"{len(features[0])} images have features, but {len(captions)} have captions.")
         bare = [index for index, texts in enumerate(captions) if not texts]
@@ -62,11 +67,15 @@ class PooledCaptions(Dataset):
             raise ValueError(f"images {bare[:5]} have no caption: leave them out.")
         self.features = features
         self.captions = captions
+        self.pairs = [(i, j) for i, texts in enumerate(captions) for j in range(len(texts))] if every_caption else None
 
     def __len__(self) -> int:
-        return len(self.captions)
+        return len(self.captions if self.pairs is None else self.pairs)
 
     def __getitem__(self, index: int) -> dict:
+        if self.pairs is not None:
+            image, text = self.pairs[index]
+            return {"pooled_features": [f[image, 0] for f in self.features], "caption": self.captions[image][text]}
         texts = self.captions[index]
         draw = int(torch.randint(self.features[0].shape[1], ()))
         return {

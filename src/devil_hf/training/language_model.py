@@ -1,8 +1,9 @@
 """A small causal language model of captions, from text alone, that listens to what stands before the caption.
 
-A model of bare captions learns to ignore a prefix, and a translator in front of it stays on the plateau of the unconditional loss.
-So it learns documents `<bos> shuffled content words <sep> caption <eos>`: the words come from other captions of the same image, which makes them a noisy picture of
-the scene as a prefix is, and the loss is taken on the caption only. Some documents have no words at all: they define what a caption is when nothing is known.
+A model of bare captions learns to ignore a prefix, and a translator in front of it stays on the plateau of the
+unconditional loss. So it learns documents `<bos> shuffled content words <sep> caption <eos>`: the words come from
+other captions of the same image, which makes them a noisy picture of the scene as a prefix is, and the loss is taken
+on the caption only. Some documents have no words at all: they define what a caption is when nothing is known.
 """
 
 import math
@@ -10,32 +11,42 @@ import random
 import re
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from collections.abc import Iterator
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from contextlib import nullcontext
+from dataclasses import dataclass
+from dataclasses import field
 
 import torch
 import torch.nn.functional as F
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-    get_cosine_schedule_with_warmup,
-)
+from tokenizers import Regex
+from tokenizers import Tokenizer
+from tokenizers import decoders
+from tokenizers import models
+from tokenizers import normalizers
+from tokenizers import pre_tokenizers
+from tokenizers import trainers
+from transformers import GPT2Config
+from transformers import GPT2LMHeadModel
+from transformers import PreTrainedModel
+from transformers import PreTrainedTokenizerFast
+from transformers import get_cosine_schedule_with_warmup
 from transformers.utils import logging
-
 
 logger = logging.get_logger(__name__)
 
-FUNCTION_WORDS = frozenset(
-    """a about above across after against all along also am among an and another any are around as at away back be been before behind being below beneath beside
-    besides between both but by can could did do does doing down during each either etc every few for from front further had has have having he her here hers him his
-    how i if in inside into is it its itself just like made many more most much near next no nor not of off on once one only onto or other others out outside over own
-    past several she so some something such that the their them themselves then there these they this those through to together top toward towards under until up upon
-    very was we were what when where which while who whose will with within without would you your""".split()
-)
+_FUNCTION_WORDS = """
+    a about above across after against all along also am among an and another any are around as at away back be been
+    before behind being below beneath beside besides between both but by can could did do does doing down during
+    each either etc every few for from front further had has have having he her here hers him his how i if in inside
+    into is it its itself just like made many more most much near next no nor not of off on once one only onto or
+    other others out outside over own past several she so some something such that the their them themselves then
+    there these they this those through to together top toward towards under until up upon very was we were what
+    when where which while who whose will with within without would you your
+"""
+FUNCTION_WORDS = frozenset(_FUNCTION_WORDS.split())
 IGNORED_INDEX = -100
 
 
@@ -151,7 +162,9 @@ class KeywordCaptions:
         self.captions = [[next(tokens) for _ in group] for group in groups]
         vocabulary = sorted({word for group in self.words for words in group for word in words})
         self.word_tokens = (
-            dict(zip(vocabulary, tokenizer(vocabulary, add_special_tokens=False)["input_ids"])) if vocabulary else {}
+            dict(zip(vocabulary, tokenizer(vocabulary, add_special_tokens=False)["input_ids"], strict=True))
+            if vocabulary
+            else {}
         )
         self.places = [(image, index) for image, group in enumerate(groups) for index in range(len(group))]
 
@@ -160,7 +173,7 @@ class KeywordCaptions:
         others = [words for other, words in enumerate(self.words[image]) if other != index]
         sources = generator.sample(others, generator.randint(1, len(others))) if others else []
         if not others or generator.random() < self.arguments.own_words_probability:
-            sources = sources + [self.words[image][index]]
+            sources.append(self.words[image][index])
         counts = Counter(word for words in sources for word in words)
         # Exponential races: sorting by them samples without replacement in proportion to the counts, in random order.
         ranked = sorted(counts, key=lambda word: generator.expovariate(counts[word]))
@@ -282,8 +295,8 @@ def train_caption_language_model(
         device (`str` or `torch.device`): Where to train.
 
     Returns:
-        The model in eval mode, its tokenizer, and the history: one dict per `eval_steps` with `step`, `loss`, `seconds` and, with held-out
-        captions, `loss_with_words` and `loss_without_words`, in nats per token.
+        The model in eval mode, its tokenizer, and the history: one dict per `eval_steps` with `step`, `loss`, `seconds`
+        and, with held-out captions, `loss_with_words` and `loss_without_words`, in nats per token.
     """
     tokenizer = train_caption_tokenizer((caption for group in groups for caption in group), arguments.vocab_size)
     documents = KeywordCaptions(groups, tokenizer, arguments)
