@@ -1,7 +1,7 @@
 """Build the embedded world's checkpoint: `python scripts/build_embedded.py --output_dir runs/embedded --stage all`.
 
 Stages: `backbone` and `language-model` train the frozen parts and may run at the same time; `translator` trains between
-them.
+them and writes the self-contained checkpoint, in half precision, that belongs into `src/devil_hf/embedded/checkpoint`.
 """
 
 import json
@@ -13,8 +13,15 @@ from typing import Literal
 
 import timm
 import torch
+from transformers import AutoModelForCausalLM
+from transformers import AutoTokenizer
 from transformers import HfArgumentParser
 
+from devil_hf import DevilImageProcessor
+from devil_hf import DevilProcessor
+from devil_hf import FeatureBackbone
+from devil_hf.quickstart import report
+from devil_hf.quickstart import train_translator
 from devil_hf.training.embedded import EmbeddedBackboneArguments
 from devil_hf.training.embedded import EmbeddedLanguageModelArguments
 from devil_hf.training.embedded import held_out_document_losses
@@ -23,6 +30,8 @@ from devil_hf.training.embedded import train_embedded_backbone
 from devil_hf.training.embedded import train_embedded_language_model
 
 logger = logging.getLogger("devil_hf.build_embedded")
+
+LAYERS = ["layer1", "layer2", "layer3", "layer4"]
 
 
 @dataclass
@@ -43,6 +52,8 @@ class BuildArguments:
     language_model_steps: int = field(
         default=EmbeddedLanguageModelArguments.max_steps, metadata={"help": "Optimiser steps of the language model."}
     )
+    translator_steps: int = field(default=4000, metadata={"help": "Optimiser steps of the translator."})
+    scenes: int = field(default=20_000, metadata={"help": "Training scenes of the translator."})
 
 
 def build_backbone(arguments: BuildArguments, folder: Path) -> None:
@@ -67,6 +78,31 @@ def build_language_model(arguments: BuildArguments, folder: Path) -> None:
     logger.info(f"{folder}: held-out losses {report['held_out_losses']}")
 
 
+def build_translator(arguments: BuildArguments, output: Path) -> None:
+    """Train the translator between the two parts and save all three as one half-precision checkpoint."""
+    backbone = FeatureBackbone.from_source(output / "backbone", LAYERS)
+    # The checkpoint holds the weights itself; the folder they came from means nothing elsewhere.
+    backbone.config |= {"source": None, "revision": None}
+    language_model = AutoModelForCausalLM.from_pretrained(output / "language_model")
+    tokenizer = AutoTokenizer.from_pretrained(output / "language_model")
+    processor = DevilProcessor(DevilImageProcessor.from_data_config(backbone.config["data_config"]), tokenizer)
+    model = train_translator(
+        backbone,
+        language_model.eval(),
+        processor,
+        output / "training",
+        arguments.scenes,
+        arguments.translator_steps,
+        arguments.seed,
+    )
+    model.half().save_pretrained(output / "checkpoint")
+    processor.save_pretrained(output / "checkpoint")
+    for code in (output / "checkpoint").glob("*.py"):
+        code.unlink()  # inside the package, the package is the code
+    scores = report(output / "checkpoint", output, held_out=500, say=logger.info)
+    logger.info(f"{output / 'checkpoint'}: {scores}")
+
+
 def main() -> None:
     (arguments,) = HfArgumentParser(BuildArguments).parse_args_into_dataclasses()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
@@ -77,6 +113,8 @@ def main() -> None:
         build_backbone(arguments, output / "backbone")
     if arguments.stage in ("language-model", "all"):
         build_language_model(arguments, output / "language_model")
+    if arguments.stage in ("translator", "all"):
+        build_translator(arguments, output)
 
 
 if __name__ == "__main__":

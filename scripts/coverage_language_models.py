@@ -36,15 +36,18 @@ SMALL = (
 )
 # Families whose sizes depend on each other in ways of their own.
 OWN = {
-    "codegen": {"n_head": 4, "rotary_dim": 4},
+    "codegen": {"n_head": 4, "num_attention_heads": 4, "rotary_dim": 4},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "mamba2": {"num_heads": 4, "head_dim": 16, "state_size": 16, "n_groups": 1},
     "bamba": {"mamba_n_heads": 4, "mamba_d_head": 16, "attn_layer_indices": [1]},
     "granitemoehybrid": {"mamba_n_heads": 4, "mamba_d_head": 16, "layer_types": ["attention", "attention"]},
-    "deepseek_v3": {"qk_rope_head_dim": 8, "head_dim": 8},
+    **dict.fromkeys(("axk1", "deepseek_v3", "longcat_flash", "youtu"), {"qk_rope_head_dim": 8, "head_dim": 8}),
+    # Every fourth layer of these has a key-value cache.
+    **dict.fromkeys(("bailing_hybrid", "kimi_linear", "lfm3", "qwen4_exp_text"), {"num_hidden_layers": 4}),
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "qwen3_next": {"layer_types": ["linear_attention", "full_attention"]},
     "qwen3_5_text": {"layer_types": ["linear_attention", "full_attention"]},
+    "qwen3_5_moe_text": {"layer_types": ["linear_attention", "full_attention"]},
     "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
     "reformer": {"axial_pos_embds_dim": [16, 16], "axial_pos_shape": [8, 8]},
     "gemma4_text": {"vocab_size_per_layer_input": 128},

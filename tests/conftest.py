@@ -19,7 +19,26 @@ from transformers import PreTrainedTokenizerFast
 
 torch.set_num_threads(2)
 
-WORDS = "a the red blue green dog cat circle square on grass left of right small large striped dotted".split()
+WORDS = [
+    "a",
+    "the",
+    "red",
+    "blue",
+    "green",
+    "dog",
+    "cat",
+    "circle",
+    "square",
+    "on",
+    "grass",
+    "left",
+    "of",
+    "right",
+    "small",
+    "large",
+    "striped",
+    "dotted",
+]
 SMALL_TRANSLATOR = {
     "translator_width": 32,
     "translator_depth": 2,

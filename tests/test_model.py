@@ -117,7 +117,7 @@ def test_region_weights_sum_to_one_and_flag_what_vanishes():
     assert weights[0, 0, 1, 1] > 0.2 and weights[0, 0, 3, 3] == 0
 
 
-@pytest.mark.parametrize("schedule", ["constant", "log_uniform", "windows"])
+@pytest.mark.parametrize("schedule", ["constant", "log_uniform"])
 def test_location_dropout_is_uniform_over_a_subset_that_is_never_empty(schedule):
     torch.manual_seed(0)
     weights = location_dropout(4000, (3, 4), 0.5, schedule).flatten(1)
@@ -125,22 +125,13 @@ def test_location_dropout_is_uniform_over_a_subset_that_is_never_empty(schedule)
     assert kept.min() >= 1 and kept.max() == 12
     torch.testing.assert_close(weights.sum(dim=1), torch.ones(4000))
     torch.testing.assert_close(weights.max(dim=1).values, 1 / kept.float())
-    expected_mean = 6.0 if schedule == "constant" else 11 / torch.log(torch.tensor(12.0)).item()
-    assert abs(kept.float().mean().item() - expected_mean) < 0.4
+    few, whole = (kept == 1).float().mean().item(), (kept == 12).float().mean().item()
+    if schedule == "constant":
+        assert abs(kept.float().mean().item() - 6.0) < 0.3 and few < 0.01
+    else:
+        assert 0.08 < few < 0.16 and 0.2 < whole < 0.33
     assert location_dropout(5, (3, 4), 1.0, "constant").gt(0).flatten(1).sum(dim=1).tolist() == [1] * 5
     assert location_dropout(5, (1, 1), 0.5, schedule).flatten().tolist() == [1.0] * 5
-
-
-def test_half_of_the_windows_are_rectangles():
-    torch.manual_seed(0)
-    kept = location_dropout(2000, (8, 8), 0.5, "windows") > 0
-    height, width = kept.any(dim=2).sum(dim=1), kept.any(dim=1).sum(dim=1)
-    rows, columns = kept.any(dim=2).float(), kept.any(dim=1).float()
-    filled = kept.flatten(1).sum(dim=1) == height * width
-    contiguous = ((rows.diff(dim=1) > 0).sum(dim=1) <= 1) & ((columns.diff(dim=1) > 0).sum(dim=1) <= 1)
-    several = kept.flatten(1).sum(dim=1) > 3
-    share = (filled & contiguous)[several].float().mean().item()
-    assert 0.4 < share < 0.6
 
 
 def test_layers_are_all_hidden_only_where_the_null_prefix_is_drawn():

@@ -9,8 +9,8 @@ from typing import Any
 from typing import Literal
 
 from huggingface_hub.dataclasses import strict
-from transformers import AutoConfig
 from transformers import CONFIG_MAPPING
+from transformers import AutoConfig
 from transformers import PreTrainedConfig
 
 FORMAT_VERSION = 1
@@ -35,8 +35,8 @@ class DevilConfig(PreTrainedConfig):
         layer_dropout: probability that training hides a layer (paper: 0.5); one layer always stays visible.
         location_dropout: probability that training drops a location (paper: 0.5); one location always stays.
         location_schedule: `"constant"` drops every location with `location_dropout` (paper); `"log_uniform"` draws how many
-            locations are kept log-uniformly between one and all of them, which makes single places point better;
-            `"windows"` does so too, and half of the time keeps a rectangle, which makes windows and regions speak.
+            locations are kept log-uniformly between one and all of them, which makes single places point better
+            (a quarter of the draws keep all).
         null_probability: how often training hides every layer, so that the null prefix is learned (paper: 0).
         max_caption_tokens: training captions are cut to this many tokens (paper: 100).
         bos_token_id: token in front of the prefix; None for a language model without one.
@@ -66,7 +66,7 @@ class DevilConfig(PreTrainedConfig):
 
     layer_dropout: float = 0.5
     location_dropout: float = 0.5
-    location_schedule: Literal["constant", "log_uniform", "windows"] = "constant"
+    location_schedule: Literal["constant", "log_uniform"] = "constant"
     null_probability: float = 0.0
     max_caption_tokens: int = 100
 

@@ -33,37 +33,21 @@ def pool(feature_map: Tensor, weights: Tensor | None) -> Tensor:
 def location_dropout(rows: int, grid: Sequence[int], probability: float, schedule: str, device=None) -> Tensor:
     """Draw training weights (rows, H, W): uniform over a random, never empty subset of the locations.
 
-    Args:
-        probability: how often `"constant"` drops a location (paper: 0.5).
-        schedule: `"constant"` drops every location alike (paper); `"log_uniform"` draws the number of kept locations
-            log-uniformly between one and H * W, so that few places and many are both common; `"windows"` does the same, but
-            half of the draws keep a rectangle in place of scattered locations, which is what a window or a region looks like.
+    `"constant"` drops each location with `probability` (paper); `"log_uniform"` draws the number of kept locations
+    log-uniformly between one and H * W in three draws of four and keeps all in the fourth, so that few places, many and the
+    whole map are all common.
     """
     H, W = grid
     draw = torch.rand(rows, H * W, device=device)
     rank = draw.argsort(dim=1).argsort(dim=1)  # (rows, H * W), a random order of the locations
-    if schedule == "constant":
-        keep = (draw >= probability) | (rank == H * W - 1)
+    if schedule == "log_uniform":
+        # Past the end of the range all are kept: a quarter of the draws show the whole map, as most questions do.
+        kept = torch.exp(torch.rand(rows, 1, device=device) * math.log(H * W) * 4 / 3).round()
+        keep = rank < kept
     else:
-        count = torch.exp(torch.rand(rows, 1, device=device) * math.log(H * W))
-        keep = rank < count.round()
-        if schedule == "windows":
-            scattered = torch.rand(rows, 1, device=device) < 0.5
-            keep = torch.where(scattered, keep, _random_rectangles(count, H, W))
+        keep = (draw >= probability) | (rank == H * W - 1)
     weights = keep.float()
     return (weights / weights.sum(dim=1, keepdim=True)).view(rows, H, W)
-
-
-def _random_rectangles(area: Tensor, H: int, W: int) -> Tensor:
-    """(rows, H * W) bool: in each row a random rectangle of about `area` (rows, 1) locations."""
-    aspect = torch.exp(torch.rand_like(area) - 0.5)  # of the sides, between 0.6 and 1.6
-    height = (area.sqrt() * aspect).round().clamp(1, H)
-    width = (area / height).round().clamp(1, W)
-    top = (torch.rand_like(area) * (H - height + 1)).floor()
-    left = (torch.rand_like(area) * (W - width + 1)).floor()
-    row = torch.arange(H, device=area.device).repeat_interleave(W)
-    column = torch.arange(W, device=area.device).repeat(H)
-    return (row >= top) & (row < top + height) & (column >= left) & (column < left + width)
 
 
 def layer_dropout(rows: int, layers: int, probability: float, null_probability: float, device=None) -> Tensor:

@@ -40,6 +40,7 @@ from devil_hf.training.features import PooledCaptions
 from devil_hf.training.features import pooled_feature_draws
 from devil_hf.training.trainer import DevilTrainer
 
+CARRIER = "the"  # the paper's neutral word before a phrase; a bare "circle" is no way to begin a caption
 TRAINING_WORLD, HELD_OUT_WORLD = 0, 1  # seeds; different seeds share no scene
 # The translator of the embedded checkpoint, and what makes training leave the plateau where the prefix is ignored.
 TRANSLATOR: dict[str, Any] = {
@@ -49,7 +50,7 @@ TRANSLATOR: dict[str, Any] = {
     "translator_heads": 4,
     "translator_feed_forward": 512,
     "normalize_features": True,
-    "location_schedule": "windows",
+    "location_schedule": "log_uniform",
     "null_probability": 0.05,
     "max_caption_tokens": 40,
 }
@@ -165,7 +166,7 @@ def measure(model: DevilModel, processor: DevilProcessor, scenes: int = 500, bat
     """Scores on held-out scenes: F1 of the words by layer and attribute, and the pointing game.
 
     Returns:
-        `{"description_f1": {"all" or layer: {attribute: F1}}, "pointing": {layer, "joint" or "mean": {attribute: share}},
+        `{"description_f1": {"all" or layer: {attribute: F1}}, "pointing": {layer or "mean": {attribute: share}},
         "chance_pointing": share, "pointing_phrases": {attribute: how many}}`.
     """
     names = ["all", *model.layer_names]
@@ -194,9 +195,13 @@ def measure(model: DevilModel, processor: DevilProcessor, scenes: int = 500, bat
 
 
 def _play_pointing_game(model, processor, scenes: list[Scene], features, hits, chances) -> None:
-    """Point at every word that one object of several has, by every layer's map and by the two combinations."""
+    """Point at every word that one object of several has, by every layer's map and by their mean."""
+    several = [image for image, scene in enumerate(scenes) if len(scene.objects) > 1]
+    if not several:
+        return
+    scenes, features = [scenes[image] for image in several], [maps[several] for maps in features]
     vocabulary = [word for words in ATTRIBUTE_WORDS.values() for word in words]
-    phrases = processor(text=vocabulary, return_tensors="pt")
+    phrases = processor(text=vocabulary, carrier=CARRIER, return_tensors="pt")
     maps = model.attribute(phrases=phrases, feature_maps=features).maps
     maps = maps | {"mean": average_maps(maps)}
     for image, scene in enumerate(scenes):

@@ -105,7 +105,7 @@ class EmbeddedLanguageModelArguments:
         default=0.5, metadata={"help": "Share of documents whose groups of keywords take one position each."}
     )
     single_steps: int = field(default=400, metadata={"help": "First steps, on scenes with one object only."})
-    max_steps: int = field(default=6000, metadata={"help": "Optimiser steps."})
+    max_steps: int = field(default=3000, metadata={"help": "Optimiser steps."})
     batch_size: int = field(default=64, metadata={"help": "Documents per step."})
     learning_rate: float = field(default=2e-3, metadata={"help": "Peak learning rate of AdamW, cosine decay to zero."})
     warmup_steps: int = field(default=200, metadata={"help": "Steps of linear warm-up."})
@@ -151,7 +151,8 @@ class AttributeLabels:
 
 def build_embedded_backbone() -> ResNet:
     """Build the untrained backbone; its preprocessing is in `pretrained_cfg`."""
-    return timm.create_model(BACKBONE_ARCHITECTURE, pretrained_cfg=BACKBONE_DATA_CONFIG, **BACKBONE_ARGUMENTS)
+    backbone: Any = timm.create_model(BACKBONE_ARCHITECTURE, pretrained_cfg=BACKBONE_DATA_CONFIG, **BACKBONE_ARGUMENTS)
+    return backbone
 
 
 def scene_pixels(scenes: Sequence[Scene]) -> torch.Tensor:
@@ -189,7 +190,7 @@ class AttributeHeads(nn.Module):
         """Cross-entropy, summed over labels, for three maps (B, C_l, H_l, W_l) and `shares` (B, 314, 16, 16)."""
         loss = features[0].new_zeros(())
         for head, feature, full in zip(self.dense, features, (0.5, 0.4, 0.25), strict=True):
-            target = F.adaptive_avg_pool2d(shares[:, : head.out_channels], tuple(feature.shape[-2:]))
+            target = F.adaptive_avg_pool2d(shares[:, : head.out_channels], (feature.shape[-2], feature.shape[-1]))
             # A cell counts in full once an object fills the share `full` of it: objects are smaller than deep cells.
             target = (target / full).clamp(max=1.0)
             cells = F.binary_cross_entropy_with_logits(head(feature).float(), target, reduction="none")
@@ -218,14 +219,14 @@ def train_embedded_backbone(
     torch.manual_seed(arguments.seed)
     labels = AttributeLabels()
     backbone = build_embedded_backbone().to(torch.device(device)).to(memory_format=torch.channels_last).train()
-    heads = AttributeHeads([info["num_chs"] for info in backbone.feature_info[2:]], labels).to(device)
+    heads = AttributeHeads(BACKBONE_ARGUMENTS["channels"][1:], labels).to(device)
     rng = np.random.default_rng((arguments.seed, 1))
 
     def loss_of_step(step: int) -> torch.Tensor:
         scenes = [sample_scene(rng) for _ in range(arguments.batch_size)]
         pixels = scene_pixels(scenes).to(device, memory_format=torch.channels_last)
         with _autocast(device, arguments.bf16):
-            features = backbone.forward_intermediates(pixels, indices=[2, 3, 4], intermediates_only=True)
+            features: Any = backbone.forward_intermediates(pixels, indices=[2, 3, 4], intermediates_only=True)
             return heads(features, scene_targets(scenes, labels).to(device))
 
     history = _optimise(nn.ModuleList([backbone, heads]), loss_of_step, arguments)
@@ -237,9 +238,8 @@ def pooled_features(backbone: ResNet, scenes: Sequence[Scene], batch_size: int =
     """Mean-pooled features (scenes, C_l) of `layer1` to `layer4`, by layer."""
     parts = []
     for start in range(0, len(scenes), batch_size):
-        maps = backbone.forward_intermediates(
-            scene_pixels(scenes[start : start + batch_size]), indices=[1, 2, 3, 4], intermediates_only=True
-        )
+        pixels = scene_pixels(scenes[start : start + batch_size])
+        maps: Any = backbone.forward_intermediates(pixels, indices=[1, 2, 3, 4], intermediates_only=True)
         parts.append([feature.mean((2, 3)) for feature in maps])
     return {f"layer{depth}": torch.cat(part) for depth, part in enumerate(zip(*parts, strict=True), 1)}
 
@@ -395,7 +395,8 @@ def document_loss(model: GPT2LMHeadModel, input_ids: torch.Tensor, labels: torch
 
     `input_ids` is (B, T, W): the embedding of a position is the mean over its words; `labels` is (B, T).
     """
-    real = input_ids.ne(model.config.pad_token_id).unsqueeze(-1)  # (B, T, W, 1)
+    pad: Any = model.config.pad_token_id
+    real = input_ids.ne(pad).unsqueeze(-1)  # (B, T, W, 1)
     embeddings = model.get_input_embeddings()(input_ids)
     embeddings = (embeddings * real).sum(2) / real.sum(2).clamp(min=1)  # (B, T, D)
     hidden = model.base_model(inputs_embeds=embeddings).last_hidden_state[:, :-1]
@@ -423,7 +424,7 @@ def train_embedded_language_model(
     tokenizer = build_embedded_tokenizer()
     documents = KeywordDocuments(tokenizer, arguments)
     model = build_embedded_language_model(tokenizer, arguments)
-    model.to(torch.device(device)).train()
+    model.to(device).train()  # type: ignore[arg-type]
     rng = np.random.default_rng((arguments.seed, 2))
 
     def loss_of_step(step: int) -> torch.Tensor:
