@@ -29,6 +29,7 @@ from devil_hf.layouts_devil import to_map
 from devil_hf.layouts_devil import token_grid
 
 TINY = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 64}
+SMALL_SWIN = {"embed_dim": 24, "depths": (1, 2, 1, 1), "num_heads": (1, 2, 2, 4)}
 SMALL_IMAGES = {"image_size": 64, "patch_size": 16}
 
 
@@ -85,8 +86,10 @@ def test_an_unknown_layer_is_named_with_the_layers_there_are(requested):
 
 
 def test_default_layers_are_the_stages_of_the_paper_or_four_blocks():
-    assert FeatureBackbone.from_source(build("resnet50")).layers == ["layer1", "layer2", "layer3", "layer4"]
-    blocks = FeatureBackbone.from_source(build("vit_tiny_patch16_224"))
+    with torch.device("meta"):
+        resnet, vit = build("resnet50"), build("vit_tiny_patch16_224")
+    assert FeatureBackbone.from_source(resnet).layers == ["layer1", "layer2", "layer3", "layer4"]
+    blocks = FeatureBackbone.from_source(vit)
     assert blocks.layers == ["blocks.2", "blocks.5", "blocks.8", "blocks.11"]
     assert blocks.layer_names == [f"blocks.{index}" for index in range(12)]
 
@@ -109,12 +112,14 @@ def test_errors_about_layers_name_the_value_and_the_layers():
 
 
 @pytest.mark.parametrize(
-    "name", ["test_resnet", "test_efficientnet", "test_convnext", "test_byobnet", "swin_tiny_patch4_window7_224"]
+    ("name", "kwargs"),
+    [(f"test_{family}", {}) for family in ("resnet", "efficientnet", "convnext", "byobnet")]
+    + [("swin_tiny_patch4_window7_224", SMALL_SWIN)],
 )
-def test_stages_equal_timms_own_features(name):
-    network = build(name)
+def test_stages_equal_timms_own_features(name, kwargs):
+    network = build(name, **kwargs)
     backbone = FeatureBackbone.from_source(network)
-    own = timm.create_model(name, features_only=True).eval()
+    own = timm.create_model(name, features_only=True, **kwargs).eval()
     weights = {key.replace(".", "_"): tensor for key, tensor in network.state_dict().items()}
     own.load_state_dict({key: weights[key.replace(".", "_")] for key in own.state_dict()})
     images = images_for(backbone)
@@ -173,7 +178,7 @@ def test_hooks_read_the_same_features_as_the_networks_own_way():
 
 
 def test_any_submodule_is_a_layer_and_is_read_before_in_place_changes():
-    network = build("resnet18")
+    network = build("resnet18", channels=(8, 16, 24, 32))
     backbone = FeatureBackbone.from_source(network, ["layer2.0.bn1", "layer2.1.conv2", "layer3"])
     images = images_for(backbone)
     with torch.no_grad():
@@ -181,13 +186,13 @@ def test_any_submodule_is_a_layer_and_is_read_before_in_place_changes():
         x = network.layer1(network.maxpool(network.act1(network.bn1(network.conv1(images)))))
         torch.testing.assert_close(bn1, network.layer2[0].bn1(network.layer2[0].conv1(x)))
         torch.testing.assert_close(stage, network.layer3(network.layer2(x)))
-    assert backbone.channels == [128, 128, 256]
+    assert backbone.channels == [16, 16, 24]
 
 
 def test_channels_last_layers_come_out_channels_first():
-    network = build("swin_tiny_patch4_window7_224", depths=(1, 1, 1, 1))
+    network = build("swin_tiny_patch4_window7_224", **SMALL_SWIN)
     backbone = FeatureBackbone.from_source(network, ["layers.1", "layers.2.blocks.0"])
-    assert [tuple(m.shape) for m in backbone(images_for(backbone))] == [(2, 192, 28, 28), (2, 384, 14, 14)]
+    assert [tuple(m.shape) for m in backbone(images_for(backbone))] == [(2, 48, 28, 28), (2, 96, 14, 14)]
 
 
 def test_nothing_deeper_than_the_deepest_layer_asked_for_is_computed():
@@ -258,8 +263,8 @@ class Outer(PreTrainedModel):
 @pytest.mark.parametrize(
     ("name", "kwargs"),
     [
-        ("swin_tiny_patch4_window7_224", {"depths": (1, 2, 1, 1)}),
-        ("eva02_tiny_patch14_224", {"depth": 2}),
+        ("swin_tiny_patch4_window7_224", SMALL_SWIN),
+        ("eva02_tiny_patch14_224", {"depth": 2, "img_size": 56}),
         ("vit_small_patch16_dinov3", {"depth": 2}),
     ],
 )
@@ -343,7 +348,7 @@ def test_a_users_module_must_be_given_again():
 
 
 def test_windows_are_not_taken_for_a_feature_map():
-    network = build("swin_tiny_patch4_window7_224", depths=(1, 1, 1, 1))
+    network = build("swin_tiny_patch4_window7_224", **SMALL_SWIN)
     with pytest.raises(ValueError, match=r"'layers.0.blocks.0.attn' is no feature map"):
         FeatureBackbone.from_source(network, "layers.0.blocks.0.attn")
 

@@ -91,14 +91,17 @@ def _folder(name: str, revision: str | None, token: str | None) -> tuple[Path, s
     except Exception as error:
         close = difflib.get_close_matches(name.rsplit("/")[-1].split(".")[0], timm.list_models(), n=3)
         raise OSError(
-            f"backbone {name!r} is neither a timm architecture{f' (similar: {close})' if close else ''}, a local directory "
-            f"nor a Hub repository within reach ({type(error).__name__}); pass as `backbone=` where it lies"
+            f"backbone {name!r} is neither a timm architecture{f' (similar: {close})' if close else ''}, a local "
+            f"directory nor a Hub repository within reach ({type(error).__name__}); pass as `backbone=` where it lies"
         ) from error
     return folder, folder.name
 
 
 def _load_timm_name(name: str, kwargs: dict[str, Any], revision: str | None) -> tuple[nn.Module, dict[str, Any]]:
-    cfg = timm.models.get_pretrained_cfg(name, allow_unregistered=False)
+    try:
+        cfg = timm.models.get_pretrained_cfg(name, allow_unregistered=False)
+    except RuntimeError:  # the architecture has no such tag
+        cfg = None
     if cfg is None or not cfg.has_weights:
         known = timm.list_pretrained(f"{name.split('.')[0]}*")[:8]
         raise OSError(

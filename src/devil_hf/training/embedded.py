@@ -105,7 +105,7 @@ class EmbeddedLanguageModelArguments:
         default=0.5, metadata={"help": "Share of documents whose groups of keywords take one position each."}
     )
     single_steps: int = field(default=400, metadata={"help": "First steps, on scenes with one object only."})
-    max_steps: int = field(default=3000, metadata={"help": "Optimiser steps."})
+    max_steps: int = field(default=5000, metadata={"help": "Optimiser steps."})
     batch_size: int = field(default=64, metadata={"help": "Documents per step."})
     learning_rate: float = field(default=2e-3, metadata={"help": "Peak learning rate of AdamW, cosine decay to zero."})
     warmup_steps: int = field(default=200, metadata={"help": "Steps of linear warm-up."})
