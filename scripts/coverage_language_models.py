@@ -41,9 +41,9 @@ OWN = {
     "mamba2": {"num_heads": 4, "head_dim": 16, "state_size": 16, "n_groups": 1},
     "bamba": {"mamba_n_heads": 4, "mamba_d_head": 16, "attn_layer_indices": [1]},
     "granitemoehybrid": {"mamba_n_heads": 4, "mamba_d_head": 16, "layer_types": ["attention", "attention"]},
-    **dict.fromkeys(("axk1", "deepseek_v3", "longcat_flash", "youtu"), {"qk_rope_head_dim": 8, "head_dim": 8}),
-    # Every fourth layer of these has a key-value cache.
-    **dict.fromkeys(("bailing_hybrid", "kimi_linear", "lfm3", "qwen4_exp_text"), {"num_hidden_layers": 4}),
+    "deepseek_v3": {"qk_rope_head_dim": 8, "head_dim": 8},
+    "youtu": {"qk_rope_head_dim": 8, "head_dim": 8},
+    "lfm3": {"num_hidden_layers": 4},  # every fourth layer of it has a key-value cache
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "qwen3_next": {"layer_types": ["linear_attention", "full_attention"]},
     "qwen3_5_text": {"layer_types": ["linear_attention", "full_attention"]},

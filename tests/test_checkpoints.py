@@ -144,7 +144,7 @@ def test_other_weights_than_the_trained_ones_are_refused(part, checkpoints, sour
     name = next(key for key in sorted(weights) if weights[key].is_floating_point())
     weights[name] = weights[name] + 1e-3
     save_file(weights, file, metadata={"format": "pt"})
-    with pytest.raises(ValueError, match="(?i)sha-?256"):
+    with pytest.raises(ValueError, match=r"(?i)sha-?256"):
         DevilModel.from_pretrained(checkpoints / "slim", **moved)
 
 
@@ -162,7 +162,7 @@ def test_incomplete_and_future_checkpoints_are_refused(checkpoints, tmp_path):
         broken / "model.safetensors",
         metadata={"format": "pt"},
     )
-    with pytest.raises(ValueError, match="translator.queries"):
+    with pytest.raises(ValueError, match=r"translator\.queries"):
         DevilModel.from_pretrained(broken)
     (broken / "model.safetensors").unlink()
     with pytest.raises(OSError, match=r"model\.safetensors"):

@@ -1,9 +1,10 @@
 """DeViL: a frozen vision backbone, a translator, a frozen language model (Dani et al., GCPR 2023, arXiv 2309.01617).
 
-Everything that can be asked is a choice of location weights and a layer mask (`DevilModel.ask`); the answer is a prefix, and two
-verbs read it: `generate` (words) and `score` (log-probability of given words). Questions about many layers and places at once,
-`describe` and `attribute`, stand in `explaining_devil.py`. Deviations from the paper, each off by default: feature norms, a learned null prefix, log-uniform location
-dropout, guidance. Unlike the authors' training, the language model stays in eval mode.
+Everything that can be asked is a choice of location weights and a layer mask (`DevilModel.ask`); the answer is a prefix,
+and two verbs read it: `generate` (words) and `score` (log-probability of given words). Questions about many layers and
+places at once, `describe` and `attribute`, stand in `explaining_devil.py`. Deviations from the paper, each off by default:
+feature norms, a learned null prefix, log-uniform location dropout, guidance. Unlike the authors' training, the language
+model stays in eval mode.
 """
 
 from collections.abc import Mapping

@@ -35,17 +35,20 @@ def pooled_feature_draws(
     Returns:
         Per layer an fp16 tensor (images, draws or 1, C_l).
     """
-    config = model.config
     collected: list[list[Tensor]] = [[] for _ in model.layer_names]
     for pixel_values in tqdm(batches, desc=description, total=total, unit="batch", leave=False):
         for maps, layer in zip(model.extract_features(pixel_values), collected, strict=True):
             assert maps is not None, "every layer was asked for"
             B, _, H, W = maps.shape
-            weights = location_dropout(
-                B * draws, (H, W), config.location_dropout, config.location_schedule, maps.device
-            )
-            layer.append(pool(maps, weights.view(B, draws, H, W)).view(B, draws, -1).half().cpu())
+            weights = None if draws is None else _draw_weights(model, B, draws, (H, W), maps.device)
+            layer.append(pool(maps, weights).view(B, draws or 1, -1).half().cpu())
     return [torch.cat(layer) for layer in collected]
+
+
+def _draw_weights(model: DevilModel, images: int, draws: int, grid: tuple[int, int], device: torch.device) -> Tensor:
+    config = model.config
+    rows = location_dropout(images * draws, grid, config.location_dropout, config.location_schedule, device)
+    return rows.view(images, draws, *grid)
 
 
 class PooledCaptions(Dataset):
