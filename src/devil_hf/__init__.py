@@ -20,7 +20,10 @@ from devil_hf.processing_devil import DevilProcessor
 AutoConfig.register(DevilConfig.model_type, DevilConfig)
 AutoModel.register(DevilConfig, DevilModel)
 AutoModelForImageTextToText.register(DevilConfig, DevilModel)
-AutoImageProcessor.register(DevilConfig, DevilImageProcessor)
+# PIL whatever backend is asked for: only its resampling equals the backbones' own preprocessing.
+AutoImageProcessor.register(
+    DevilConfig, image_processor_classes={"pil": DevilImageProcessor, "torchvision": DevilImageProcessor}
+)
 AutoProcessor.register(DevilConfig, DevilProcessor)
 
 __version__ = "0.1.0"

@@ -5,15 +5,20 @@ import json
 import sys
 from pathlib import Path
 
+from huggingface_hub.errors import StrictDataclassError
+from transformers.utils import logging
+
 EPILOG = "Checkpoints are directories or Hub ids; without one, the shapes-world checkpoint of the package answers."
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     arguments = build_parser().parse_args(argv)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()  # of loading weights; training shows its own
     try:
         return arguments.run(arguments) or 0
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, StrictDataclassError) as error:
         if arguments.debug:
             raise
         print(f"devil {arguments.verb}: {error}", file=sys.stderr)

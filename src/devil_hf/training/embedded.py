@@ -3,7 +3,8 @@
 The backbone is a narrow ResNet that names the attributes of objects: where they are, from `layer2` on, and for the
 whole picture after mean pooling. Shape is asked for from `layer3` on only, so that it emerges with depth as in large
 networks. Pairs and triples of attributes are asked for too: without them a pooled feature tells that red and stripes
-are there, but not that the red thing is striped.
+are there, but not that the red thing is striped. Deep cells see most of the picture and, left alone, tell of objects
+that are not there; activity on cells without any object has a price, so that a map of a layer means its places.
 
 The language model reads text alone. A model of bare captions learns to ignore a prefix, so it learns documents `<bos>
 keywords <sep> caption <eos>` with the loss on the caption. Keywords stand in groups, one group per object, in shuffled
@@ -77,11 +78,14 @@ DENSE_GRID = 16  # cells per side of layer2; deeper layers have halves of it
 class EmbeddedBackboneArguments:
     """How the backbone of the embedded world is trained."""
 
-    max_steps: int = field(default=3500, metadata={"help": "Optimiser steps."})
+    max_steps: int = field(default=2500, metadata={"help": "Optimiser steps."})
     batch_size: int = field(default=64, metadata={"help": "Scenes per step, each seen once."})
     learning_rate: float = field(default=3e-3, metadata={"help": "Peak learning rate of AdamW, cosine decay to zero."})
     warmup_steps: int = field(default=200, metadata={"help": "Steps of linear warm-up."})
     weight_decay: float = field(default=0.05, metadata={"help": "Weight decay of matrices; none on biases and norms."})
+    quiet_weight: float = field(
+        default=0.1, metadata={"help": "Price of activity on cells of layer3 and layer4 that no object touches."}
+    )
     bf16: bool = field(default=True, metadata={"help": "Compute in bfloat16 by autocast; the weights stay in float32."})
     seed: int = field(default=0, metadata={"help": "Seed of initialisation and of the scenes."})
     logging_steps: int = field(default=100, metadata={"help": "Steps between two rows of the history."})
@@ -105,7 +109,7 @@ class EmbeddedLanguageModelArguments:
         default=0.5, metadata={"help": "Share of documents whose groups of keywords take one position each."}
     )
     single_steps: int = field(default=400, metadata={"help": "First steps, on scenes with one object only."})
-    max_steps: int = field(default=5000, metadata={"help": "Optimiser steps."})
+    max_steps: int = field(default=3500, metadata={"help": "Optimiser steps."})
     batch_size: int = field(default=64, metadata={"help": "Documents per step."})
     learning_rate: float = field(default=2e-3, metadata={"help": "Peak learning rate of AdamW, cosine decay to zero."})
     warmup_steps: int = field(default=200, metadata={"help": "Steps of linear warm-up."})
@@ -200,6 +204,16 @@ class AttributeHeads(nn.Module):
         return loss + F.binary_cross_entropy_with_logits(whole, present, reduction="none").sum(1).mean()
 
 
+def stray_activity(features: Sequence[torch.Tensor], shares: torch.Tensor) -> torch.Tensor:
+    """Activity on cells that no object touches: summed over channels and maps (B, C_l, H_l, W_l), mean over such cells."""
+    covered = shares.amax(1, keepdim=True)  # (B, 1, 16, 16)
+    total = features[0].new_zeros((), dtype=torch.float32)
+    for feature in features:
+        empty = (F.adaptive_max_pool2d(covered, (feature.shape[-2], feature.shape[-1])) == 0).float()
+        total = total + (feature.float().abs() * empty).sum() / empty.sum().clamp(min=1)
+    return total
+
+
 def train_embedded_backbone(
     arguments: EmbeddedBackboneArguments, device: str | torch.device = "cpu"
 ) -> tuple[ResNet, list[dict[str, float]]]:
@@ -227,7 +241,8 @@ def train_embedded_backbone(
         pixels = scene_pixels(scenes).to(device, memory_format=torch.channels_last)
         with _autocast(device, arguments.bf16):
             features: Any = backbone.forward_intermediates(pixels, indices=[2, 3, 4], intermediates_only=True)
-            return heads(features, scene_targets(scenes, labels).to(device))
+            shares = scene_targets(scenes, labels).to(device)
+            return heads(features, shares) + arguments.quiet_weight * stray_activity(features[1:], shares)
 
     history = _optimise(nn.ModuleList([backbone, heads]), loss_of_step, arguments)
     return backbone.to(memory_format=torch.contiguous_format).eval(), history
