@@ -121,6 +121,38 @@ def test_building_keeps_pretrained_weights(sources):
     assert all(torch.equal(weights[name], tensor) for name, tensor in stored.items())
 
 
+@pytest.mark.parametrize("kind", ["slim", "full"])
+def test_loaded_models_are_frozen_too(kind, checkpoints):
+    loaded = AutoModel.from_pretrained(checkpoints / kind)
+    assert {name.split(".")[0] for name, p in loaded.named_parameters() if p.requires_grad} == {"translator"}
+
+
+def test_fields_can_be_overridden_and_misspelt_ones_are_refused(checkpoints, sources):
+    assert DevilModel.from_pretrained(checkpoints / "full", null_probability=0.5).config.null_probability == 0.5
+    with pytest.raises(TypeError, match="translator_widht"):
+        DevilModel.from_backbone_and_language_model(**sources, translator_widht=3)
+
+
+def test_descriptions_do_not_follow_decoding_habits_of_the_language_model(sources, language_model, tmp_path):
+    import copy
+
+    habitual = copy.deepcopy(language_model)
+    habitual.generation_config.repetition_penalty = 9.0
+    habitual.save_pretrained(tmp_path / "lm")
+    torch.manual_seed(2)
+    built = DevilModel.from_backbone_and_language_model(sources["backbone"], str(tmp_path / "lm"), **SMALL_TRANSLATOR)
+    built.save_pretrained(tmp_path / "model")
+    loaded = DevilModel.from_pretrained(tmp_path / "model")
+    pixels = torch.randn(2, 3, 96, 96)
+    assert built.generate(pixels, max_new_tokens=8).tolist() == loaded.generate(pixels, max_new_tokens=8).tolist()
+
+
+def test_a_module_for_a_slim_checkpoint_is_verified_too(checkpoints):
+    other = timm.create_model("test_resnet.r160_in1k", pretrained=False, num_classes=0)
+    with pytest.raises(ValueError, match=r"(?i)sha-?256"):
+        DevilModel.from_pretrained(checkpoints / "slim", backbone=other)
+
+
 def test_half_precision_and_device_map_are_respected(checkpoints, pixel_values):
     for kind in ("slim", "full"):
         model = AutoModel.from_pretrained(checkpoints / kind, dtype=torch.bfloat16, device_map="cpu")
@@ -169,7 +201,7 @@ def test_incomplete_and_future_checkpoints_are_refused(checkpoints, tmp_path):
         DevilModel.from_pretrained(broken)
     config = json.loads((broken / "config.json").read_text()) | {"format_version": 99}
     (broken / "config.json").write_text(json.dumps(config))
-    with pytest.raises(StrictDataclassClassValidationError, match="99"):
+    with pytest.raises(ValueError, match="99"):
         DevilConfig.from_pretrained(broken)
 
 

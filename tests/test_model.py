@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch.nn import functional as F
+from transformers import GenerationConfig
 from transformers import TextIteratorStreamer
 
 from devil_hf.pooling_devil import layer_dropout
@@ -303,6 +304,14 @@ BAD_QUESTIONS = [
     (dict(layers=-1, locations=[(0, 0)], window=2), ValueError, "window=2"),
     (dict(locations=[(0, 0)]), ValueError, "one grid"),
     (dict(max_new_tokens=4000), ValueError, "max_new_tokens"),
+    (dict(max_length=4000), ValueError, "max_new_tokens"),
+    (dict(layers=-1, locations=[]), ValueError, "empty"),
+    (dict(layers=-1, locations=(0, 0)), ValueError, "pairs"),
+    (dict(layers=-1, locations=[(0.5, 0)]), ValueError, "pairs"),
+    (dict(layers=-1, locations=[(0, 0)], regions=torch.ones(3, 8, 8)), ValueError, "one of them"),
+    (dict(regions=torch.ones(2, 8, 8)), ValueError, "for 3 images"),
+    (dict(layer_mask=torch.zeros(7, 9)), ValueError, "layer_mask"),
+    (dict(attention_mask=torch.ones(1, 1)), ValueError, "attribute"),
 ]
 
 
@@ -323,6 +332,34 @@ def test_bad_phrases_and_pixels_get_a_clear_error(model, pixel_values, phrases):
         model.attribute(pixel_values, phrases, measure="loud")
     with pytest.raises(ValueError, match="expected"):
         model.generate(torch.zeros(1, 3, 0, 64))
+
+
+def test_location_weights_must_be_a_distribution(model, pixel_values):
+    features = model.extract_features(pixel_values)
+    weights = [torch.ones(1, *maps.shape[-2:]) for maps in features]
+    with pytest.raises(ValueError, match="sum to one"):
+        model.generate(feature_maps=features, location_weights=weights)
+    with pytest.raises(ValueError, match="shape"):
+        model.generate(feature_maps=features, location_weights=[maps[:, :1] for maps in weights])
+    even = [one / one.sum() for one in weights]
+    torch.testing.assert_close(
+        model.ask(feature_maps=features, location_weights=even), model.ask(pixel_values), atol=1e-4, rtol=1e-4
+    )
+
+
+def test_a_generation_config_is_followed(model, pixel_values):
+    asked = GenerationConfig(max_new_tokens=3, do_sample=False)
+    assert model.generate(pixel_values, generation_config=asked).shape[1] <= 3
+    assert model.generate(pixel_values).shape[1] <= 64 - 5
+
+
+def test_a_layer_mask_per_image_covers_its_questions(model, pixel_values):
+    mask = torch.zeros(3, len(model.layer_names), dtype=torch.bool)
+    mask[1, :-1] = True
+    regions = torch.ones(3, 2, *pixel_values.shape[-2:])
+    found = model.ask(pixel_values, regions=regions, layer_mask=mask)
+    alone = model.ask(pixel_values[1:2], layers=-1)
+    torch.testing.assert_close(found[2:4], alone.expand(2, -1, -1), atol=1e-4, rtol=1e-4)
 
 
 def test_features_that_are_not_finite_are_reported_not_decoded(model, pixel_values, phrases):

@@ -4,8 +4,11 @@ Two kinds of checkpoint load alike through `from_pretrained`: self-contained one
 trained, and name the sources of the frozen parts with revision and a hash of their weights, which is verified on loading.
 """
 
+import dataclasses
+import os
 from collections.abc import Mapping
 from os import PathLike
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -45,6 +48,7 @@ class DevilPreTrainedModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
+    _no_split_modules = ["FeatureBackbone", "Translator"]
 
     @classmethod
     def from_backbone_and_language_model(
@@ -60,7 +64,7 @@ class DevilPreTrainedModel(PreTrainedModel):
         language_model_revision: str | None = None,
         token: str | None = None,
         attn_implementation: str | None = None,
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | None = None,
         **config_fields,
     ):
         """Put an untrained translator between a pretrained backbone and a pretrained language model.
@@ -72,10 +76,26 @@ class DevilPreTrainedModel(PreTrainedModel):
             tokenizer: the language model's tokenizer; its special tokens win over those of the model's configuration.
             class_tokens: also read each ViT layer's class token, as a layer of its own.
             backbone_kwargs: further arguments of the backbone's architecture (`pad_type="same"`, `img_size=...`).
-            dtype: of all weights.
+            dtype: of the translator and of parts loaded here (None: fp32); modules keep the dtype and device they have, and
+                are frozen as they are.
             config_fields: fields of `DevilConfig`.
+
+        Raises:
+            TypeError: for arguments that are no field of `DevilConfig`.
+            ValueError: for arguments that an already built module cannot follow.
         """
+        known = {option.name for option in dataclasses.fields(cls.config_class)}
+        if unknown := sorted(set(config_fields) - known):
+            raise TypeError(f"unknown arguments {unknown}: further arguments are fields of DevilConfig.")
+        if isinstance(backbone, FeatureBackbone) and (layers is not None or class_tokens or backbone_kwargs):
+            raise ValueError("a FeatureBackbone brings its layers: choose them when building it.")
+        if isinstance(language_model, nn.Module) and attn_implementation is not None:
+            raise ValueError(
+                f"attn_implementation={attn_implementation!r} is for a language model that is loaded here."
+            )
+        dtype = torch.float32 if dtype is None else dtype
         if not isinstance(backbone, FeatureBackbone):
+            given = isinstance(backbone, nn.Module)
             backbone = FeatureBackbone.from_source(
                 backbone,
                 layers,
@@ -84,13 +104,17 @@ class DevilPreTrainedModel(PreTrainedModel):
                 class_tokens=class_tokens,
                 backbone_kwargs=backbone_kwargs,
             )
+            backbone = backbone if given else backbone.to(dtype)
         source = None
         if not isinstance(language_model, nn.Module):
             # The hash is taken in fp32, so that it does not depend on the dtype asked for.
-            source = {"source": str(language_model), "revision": language_model_revision}
+            place = os.path.abspath(language_model) if os.path.isdir(language_model) else str(language_model)
+            source = {"source": place, "revision": language_model_revision}
             language_model = _load_language_model(source, token=token, attn_implementation=attn_implementation)
             source["revision"] = getattr(language_model.config, "_commit_hash", None) or language_model_revision
             source["sha256"] = weights_hash(language_model)
+            language_model = language_model.to(dtype)
+        check_language_model(language_model)
         text_config = language_model.config
         special = {
             name: config_fields.pop(name, _special_token(name, tokenizer, text_config))
@@ -105,8 +129,10 @@ class DevilPreTrainedModel(PreTrainedModel):
             **special,
             **config_fields,
         )
-        model: nn.Module = cls(config, backbone=backbone, language_model=language_model)
-        return model.to(dtype).eval()
+        model = cls(config, backbone=backbone, language_model=language_model)
+        table = language_model.get_input_embeddings().weight
+        model.translator.to(device=table.device, dtype=dtype)
+        return model.eval()
 
     def trainable_state_dict(self) -> dict[str, Tensor]:
         """The weights that training changes, by their names in the whole model."""
@@ -170,13 +196,27 @@ class DevilPreTrainedModel(PreTrainedModel):
 
         Args:
             backbone: for a slim checkpoint, where the backbone's weights lie now; for a custom backbone, the module itself.
-            language_model: for a slim checkpoint, where the language model's weights lie now.
+            language_model: for a slim checkpoint, where the language model's weights lie now, an id or a directory.
+
+        Raises:
+            OSError: when the checkpoint or a source of a slim one is not there.
+            ValueError: when weights are missing, or are not those that the translator was trained with.
         """
         path = pretrained_model_name_or_path
         report = kwargs.pop("output_loading_info", False)
         hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
         if not isinstance(config, PreTrainedConfig):
-            config = cls.config_class.from_pretrained(config or path, **hub)
+            fields = {f.name for f in dataclasses.fields(cls.config_class)} - {"dtype"}
+            overrides = {name: kwargs.pop(name) for name in list(kwargs) if name in fields}
+            config = cls.config_class.from_pretrained(config or path, **hub, **overrides)
+        if isinstance(language_model, nn.Module):
+            raise TypeError(
+                "language_model must be an id or a directory; a module goes to from_backbone_and_language_model."
+            )
+        if config.frozen_weights == "embedded" and (language_model or isinstance(backbone, str | PathLike)):
+            raise ValueError(f"{path} holds its frozen weights itself: leave backbone and language_model out.")
+        if isinstance(backbone, FeatureBackbone):
+            backbone = backbone.module
         module = backbone if isinstance(backbone, nn.Module) else None
         if module is not None:
             kwargs["backbone"] = module
@@ -194,7 +234,32 @@ class DevilPreTrainedModel(PreTrainedModel):
                 f"{path} lacks {len(missing)} weights, {missing[0]} among them: the checkpoint is incomplete."
             )
         model.config.name_or_path = model.name_or_path = str(path)
+        model.freeze()
         return (model, info) if report else model
+
+
+def check_language_model(language_model: Any) -> int:
+    """Width of the language model's input embeddings.
+
+    Raises:
+        TypeError: when it is no model of transformers.
+        ValueError: when it is not a causal language model that reads embeddings.
+    """
+    name = type(language_model).__name__
+    if not isinstance(language_model, PreTrainedModel):
+        raise TypeError(f"{name} is no language model of transformers: give an id, a directory, or one that it loaded.")
+    if getattr(language_model.config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"{name} is an encoder-decoder: DeViL needs a causal language model, such as OPT, GPT-2 or Llama."
+        )
+    if language_model.get_output_embeddings() is None:
+        raise ValueError(f"{name} has no language-model head: load it with AutoModelForCausalLM.")
+    embedding = language_model.get_input_embeddings()
+    if not isinstance(embedding, nn.Module) or not hasattr(embedding, "weight"):
+        raise ValueError(
+            f"{name} has no input embedding table, so it cannot read a prefix: choose another language model."
+        )
+    return int(embedding.weight.shape[-1])
 
 
 def _special_token(name: str, tokenizer, text_config) -> int | None:
@@ -224,10 +289,7 @@ def _trained_weights(path: str | PathLike, hub: Mapping) -> dict[str, Tensor]:
 
 def _frozen_weights(config, backbone, language_model, token) -> dict[str, Tensor]:
     """Weights of the frozen parts from their sources, verified, by their names in the whole model."""
-    if isinstance(backbone, nn.Module):
-        vision = {f"module.{name}": tensor for name, tensor in backbone.state_dict().items()}
-    else:
-        vision = source_state_dict(config.backbone_config, backbone)
+    vision = source_state_dict(config.backbone_config, backbone, token=token)
     source = dict(config.language_model_source)
     if language_model is not None:
         source |= {"source": str(language_model), "revision": None}
@@ -242,4 +304,4 @@ def _frozen_weights(config, backbone, language_model, token) -> dict[str, Tensor
     return named | {f"language_model.{name}": tensor for name, tensor in model.state_dict().items()}
 
 
-__all__ = ["DevilPreTrainedModel"]
+__all__ = ["DevilPreTrainedModel", "check_language_model"]

@@ -4,6 +4,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from subprocess import CalledProcessError
 
 from huggingface_hub.errors import StrictDataclassError
 from transformers.utils import logging
@@ -18,7 +19,7 @@ def main(argv: list[str] | None = None) -> int:
     logging.disable_progress_bar()  # of loading weights; training shows its own
     try:
         return arguments.run(arguments) or 0
-    except (OSError, ValueError, TypeError, StrictDataclassError) as error:
+    except (OSError, ValueError, TypeError, RuntimeError, StrictDataclassError, CalledProcessError) as error:
         if arguments.debug:
             raise
         print(f"devil {arguments.verb}: {error}", file=sys.stderr)

@@ -107,12 +107,16 @@ class DevilConfig(PreTrainedConfig):
                 return length
         return None
 
-    def validate_format(self):
-        if self.format_version > FORMAT_VERSION:
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        # Before the fields are read: those of a newer format may well be wrong for this one.
+        version = config_dict.get("format_version", FORMAT_VERSION)
+        if version > FORMAT_VERSION:
             raise ValueError(
-                f"this checkpoint has format_version {self.format_version}, newer than the {FORMAT_VERSION} that this code "
-                "reads: upgrade devil-hf (or load it with trust_remote_code=True from a newer revision)."
+                f"this checkpoint has format_version {version}, newer than the {FORMAT_VERSION} that this code reads: "
+                "upgrade devil-hf."
             )
+        return super().from_dict(config_dict, **kwargs)
 
     def validate_probabilities(self):
         for name in ("layer_dropout", "location_dropout", "null_probability"):

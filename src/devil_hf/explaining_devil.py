@@ -15,6 +15,8 @@ from .backbone_devil import resolve_layers
 from .outputs_devil import AttributionOutput
 from .outputs_devil import DescribeOutput
 from .pooling_devil import pool_every_location
+from .pooling_devil import read_locations
+from .scoring_devil import gather_log_probs
 from .scoring_devil import rows_per_chunk
 from .scoring_devil import run_language_model
 
@@ -99,7 +101,7 @@ class ExplainMixin:
         if measure == "evidence":
             score = score - self._score_rows(self.null_prefix(), phrases).sum(dim=-1)
         if measure != "sum":
-            score = score / phrases["scored_mask"].sum(dim=-1)
+            score = score / phrases["scored_mask"].sum(dim=-1).to(score.device)
         return score.view(B, H, W, K).permute(0, 3, 1, 2)
 
     @torch.no_grad()
@@ -124,11 +126,12 @@ class ExplainMixin:
             window: side of the square around each place, in locations (odd).
             evidence: also compute how much each word owes to the features, in nats over the null prefix.
             guidance: see `generate`.
+            feature_maps: what `extract_features` returned, to ask again without running the backbone.
             generation_kwargs: for the library's `generate`.
         """
         asked = self._described_layers(layers, whole=locations is None)
         if feature_maps is None:
-            feature_maps = self.extract_features(pixel_values)
+            feature_maps = self.extract_features(pixel_values, None if -1 in asked else sorted(set(asked)))
         prefixes, rows = [], []
         for index in asked:
             prefix, places = self._describe_layer(feature_maps, index, locations, window)
@@ -137,17 +140,21 @@ class ExplainMixin:
             rows.append(
                 (images, torch.full_like(images, index), torch.tensor(places).repeat(len(prefix) // len(places), 1))
             )
-        prefix = torch.cat(prefixes)
+        columns = [torch.cat(column) for column in zip(*rows, strict=True)]
+        return self._describe_prefixes(torch.cat(prefixes), columns, evidence, guidance, generation_kwargs)
+
+    def _describe_prefixes(self, prefix, columns, evidence: bool, guidance: float, generation_kwargs) -> DescribeOutput:
+        """Decode prefixes (N, k, D_lm) whose image, layer and location are the `columns`."""
+        if generation_kwargs.get("return_dict_in_generate"):
+            raise ValueError("descriptions are sequences: leave out return_dict_in_generate, or call `generate`.")
         sequences = self._decode(prefix, guidance, **generation_kwargs)
         repeats = len(sequences) // len(prefix)  # more than one with num_return_sequences
-        image_index, layer_index, row_locations = (
-            torch.cat(column).repeat_interleave(repeats, dim=0) for column in zip(*rows, strict=True)
-        )
+        image_index, layer_index, locations = (column.repeat_interleave(repeats, dim=0) for column in columns)
         return DescribeOutput(
             sequences=sequences,
             image_index=image_index,
             layer_index=layer_index,
-            locations=row_locations,
+            locations=locations,
             token_evidence=self._token_evidence(prefix, sequences) if evidence else None,
             layer_names=self.layer_names,
         )
@@ -164,15 +171,23 @@ class ExplainMixin:
         layers = None if index < 0 else index
         if locations is None:
             return self.ask(layers=layers, feature_maps=feature_maps), [(-1, -1)]
-        if locations != ALL_LAYERS:
-            places = [(int(row), int(column)) for row, column in locations]
-            return self.ask(layers=layers, locations=places, window=window, feature_maps=feature_maps), places
-        if index < 0:
-            raise ValueError('locations="all" needs layers asked one by one: leave "all" out of layers.')
-        pooled: list[Tensor | None] = [None] * len(self.layer_names)
-        pooled[index] = self._finite(pool_every_location(feature_maps[index], window), index)
+        if not isinstance(locations, str):
+            prefix = self.ask(layers=layers, locations=locations, window=window, feature_maps=feature_maps)
+            grid = tuple(feature_maps[max(index, 0)].shape[-2:])
+            return prefix, read_locations(locations, grid, self.layer_names[index])
+        if locations != ALL_LAYERS or index < 0:
+            raise ValueError(f'locations={locations!r}: "all" is the only word, and needs layers asked one by one.')
+        vectors = self._finite(pool_every_location(feature_maps[index], window), index)
+        chunk = rows_per_chunk(self.language_model, self.config.prefix_length + 1, 1, 1)
+        prefixes = [self._translate_one(part, index) for part in vectors.split(chunk)]
         H, W = feature_maps[index].shape[-2:]
-        return self.translate(pooled), [(row, column) for row in range(H) for column in range(W)]
+        return torch.cat(prefixes), [(row, column) for row in range(H) for column in range(W)]
+
+    def _translate_one(self, vectors: Tensor, index: int) -> Tensor:
+        """Prefixes of pooled features (N, C_l) of one layer, the others hidden."""
+        pooled: list[Tensor | None] = [None] * len(self.layer_names)
+        pooled[index] = vectors
+        return self.translate(pooled)
 
     @torch.no_grad()
     def describe_directions(
@@ -206,18 +221,10 @@ class ExplainMixin:
         points = vectors[:, None].float() * factors[:, None]  # (M, S, C_l)
         if base is not None:
             points = points + base.to(points).view(-1, 1, channels)
-        pooled: list[Tensor | None] = [None] * len(self.layer_names)
-        pooled[index] = self._finite(points.flatten(0, 1), index)
-        prefix = self.translate(pooled)
-        sequences = self._decode(prefix, guidance, **generation_kwargs)
-        return DescribeOutput(
-            sequences=sequences,
-            image_index=torch.arange(len(prefix)) // len(factors),
-            layer_index=torch.full((len(prefix),), index),
-            locations=torch.full((len(prefix), 2), -1),
-            token_evidence=self._token_evidence(prefix, sequences) if evidence else None,
-            layer_names=self.layer_names,
-        )
+        prefix = self._translate_one(self._finite(points.flatten(0, 1), index), index)
+        rows = torch.arange(len(prefix))
+        columns = [rows // len(factors), torch.full_like(rows, index), torch.full((len(prefix), 2), -1)]
+        return self._describe_prefixes(prefix, columns, evidence, guidance, generation_kwargs)
 
     def _token_evidence(self, prefix: Tensor, sequences: Tensor) -> Tensor:
         """(N, T) log p(token | feature) - log p(token | null prefix) of each row's own tokens; 0 on padding."""
@@ -226,15 +233,17 @@ class ExplainMixin:
         length = sequences.shape[1]
         null = self.null_prefix()
         pieces = []
-        for rows, tokens in zip(prefix.split(64), sequences.split(64), strict=True):
+        chunk = rows_per_chunk(self.language_model, self.config.prefix_length + 1, 1, length, logit_positions=length)
+        for rows, tokens in zip(prefix.split(chunk), sequences.split(chunk), strict=True):
             words = self.get_input_embeddings()(tokens[:, :-1])
             pair = []
             for start in (self._start(rows), self._start(null).expand(len(rows), -1, -1)):
                 embeds = torch.cat([start, words.to(start.dtype)], dim=1)
-                logits = run_language_model(self.language_model, embeds, keep=length).logits.float()
-                pair.append(logits.log_softmax(dim=-1).gather(-1, tokens[..., None])[..., 0])
+                logits = run_language_model(self.language_model, embeds, keep=length).logits
+                pair.append(gather_log_probs(logits, tokens))
             pieces.append(pair[0] - pair[1])
-        return torch.cat(pieces) * self._word_mask(sequences)
+        evidence = torch.cat(pieces)
+        return evidence * self._word_mask(sequences).to(evidence.device)
 
     def _word_mask(self, sequences: Tensor) -> Tensor:
         """True on generated tokens up to and including the first EOS."""

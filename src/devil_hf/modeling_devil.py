@@ -7,6 +7,7 @@ feature norms, a learned null prefix, log-uniform location dropout, guidance. Un
 model stays in eval mode.
 """
 
+import copy
 from collections.abc import Mapping
 from collections.abc import Sequence
 from typing import Any
@@ -17,19 +18,22 @@ from torch import Tensor
 from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
+from transformers import GenerationConfig
 from transformers import LogitsProcessorList
 from transformers import PreTrainedModel
 
 from .backbone_devil import FeatureBackbone
 from .backbone_devil import resolve_layers
 from .checkpoint_devil import DevilPreTrainedModel
+from .checkpoint_devil import check_language_model
 from .explaining_devil import ExplainMixin
 from .outputs_devil import DevilOutput
 from .outputs_devil import ScoreOutput
-from .pooling_devil import check_locations
+from .pooling_devil import check_weights
 from .pooling_devil import layer_dropout
 from .pooling_devil import location_dropout
 from .pooling_devil import pool
+from .pooling_devil import read_locations
 from .pooling_devil import region_weights
 from .pooling_devil import window_weights
 from .scoring_devil import EvidenceGuidance
@@ -37,6 +41,8 @@ from .scoring_devil import rows_per_chunk
 from .scoring_devil import run_language_model
 from .scoring_devil import score_phrases
 from .translator_devil import Translator
+
+DEFAULT_NEW_TOKENS = 40
 
 
 class DevilModel(ExplainMixin, DevilPreTrainedModel):
@@ -54,12 +60,20 @@ class DevilModel(ExplainMixin, DevilPreTrainedModel):
             self.backbone = FeatureBackbone.from_config(config.backbone_config, module=backbone)
         self.language_model = language_model or AutoModelForCausalLM.from_config(config.text_config)
         embedding_width = check_language_model(self.language_model)
+        # Descriptions follow the arguments of the call alone, not decoding habits that came with the language model.
+        self.language_model.generation_config = GenerationConfig.from_model_config(self.language_model.config)
         self.translator = Translator(self.backbone.channels, embedding_width, config)
-        self.language_model.requires_grad_(False)
         for given in (backbone, language_model):
             if given is not None:
                 _keep_weights(given)
         self.post_init()
+        self.freeze()
+
+    def freeze(self) -> "DevilModel":
+        """Switch the gradients of the frozen parts off: loading makes every weight trainable again."""
+        self.backbone.requires_grad_(False)
+        self.language_model.requires_grad_(False)
+        return self
 
     def _init_weights(self, module: nn.Module) -> None:
         # Only our own parts: the base class would overwrite the weights of a timm backbone.
@@ -109,9 +123,17 @@ class DevilModel(ExplainMixin, DevilPreTrainedModel):
     def translate(self, pooled: Sequence[Tensor | None], layer_mask: Tensor | None = None, rows: int = 1) -> Tensor:
         """Prefix (N, k, D_lm) for pooled features, one (N, C_l) per layer or None where hidden (paper, section 3.1)."""
         weight = self.translator.output.weight
+        if weight.is_meta:
+            raise ValueError(
+                "the translator's weights are offloaded: keep them on a device, for instance by device_map."
+            )
         pooled = [None if vectors is None else vectors.to(weight) for vectors in pooled]
         if layer_mask is not None:
             layer_mask = layer_mask.to(weight.device)
+            # A layer that no row may see is not computed at all.
+            hidden = layer_mask.all(dim=0).tolist()
+            rows = layer_mask.shape[0]
+            pooled = [None if gone else vectors for vectors, gone in zip(pooled, hidden, strict=True)]
         return self.translator(pooled, layer_mask, rows)
 
     def null_prefix(self) -> Tensor:
@@ -138,7 +160,7 @@ class DevilModel(ExplainMixin, DevilPreTrainedModel):
             window: side of the square around each place, in locations (odd).
             regions: (B, H, W) or (B, R, H, W) soft masks over the pixel values; a layer where one vanishes is hidden from it.
             location_weights: per layer (B, R, H_l, W_l) or (R, H_l, W_l), non-negative, summing to one; None for uniform.
-            layer_mask: (L,) or (B * R, L) bool, True hides a layer, beside those that `layers` leaves out.
+            layer_mask: (L,), (B, L) or (B * R, L) bool, True hides a layer, beside those that `layers` leaves out.
             feature_maps: what `extract_features` returned, to ask again without running the backbone.
 
         Returns:
@@ -147,35 +169,67 @@ class DevilModel(ExplainMixin, DevilPreTrainedModel):
         visible = resolve_layers(layers, self.layer_names)
         if feature_maps is None:
             feature_maps = self.extract_features(pixel_values, visible)
-        grids = {index: tuple(feature_maps[index].shape[-2:]) for index in visible}
-        weights: Mapping[int, Tensor | None] = dict.fromkeys(visible)
-        if location_weights is not None:
-            weights = {index: location_weights[index] for index in visible}
-        elif regions is not None:
-            regions = regions[:, None] if regions.ndim == 3 else regions
-            weights, layer_mask = self._region_question(regions.to(self.device), grids, layer_mask)
-        elif locations is not None:
-            if len(set(grids.values())) > 1:
-                named = {self.layer_names[index]: grid for index, grid in grids.items()}
-                raise ValueError(
-                    f"locations need one grid, but the visible layers have {named}: name one layer, or use regions."
-                )
-            for index, grid in grids.items():
-                check_locations(locations, grid, self.layer_names[index])
-            weights = {index: window_weights(locations, grid, window) for index, grid in grids.items()}
+        weights, layer_mask = self._location_weights(
+            feature_maps, visible, locations, window, regions, location_weights, layer_mask
+        )
         pooled: list[Tensor | None] = [None] * len(self.layer_names)
         for index in visible:
             pooled[index] = self._finite(pool(cast(Tensor, feature_maps[index]), weights[index]), index)
-        rows = next(vectors.shape[0] for vectors in pooled if vectors is not None)
         if layer_mask is not None:
-            layer_mask = layer_mask.bool().expand(rows, -1)
+            layer_mask = self._rows_of_mask(layer_mask, len(cast(Tensor, pooled[visible[0]])), feature_maps[visible[0]])
         return self.translate(pooled, layer_mask)
+
+    def _location_weights(self, feature_maps, visible, locations, window, regions, location_weights, layer_mask):
+        """Location weights by layer index (None for uniform), and the layer mask, of the one way in which places are named."""
+        named = [
+            name
+            for name, given in (("locations", locations), ("regions", regions), ("location_weights", location_weights))
+            if given is not None
+        ]
+        if len(named) > 1:
+            raise ValueError(f"{' and '.join(named)} both say where to look: give one of them.")
+        images = feature_maps[visible[0]].shape[0]
+        grids = {index: tuple(feature_maps[index].shape[-2:]) for index in visible}
+        if location_weights is not None:
+            for index, grid in grids.items():
+                check_weights(location_weights[index], images, grid, self.layer_names[index])
+            return {index: location_weights[index] for index in visible}, layer_mask
+        if regions is not None:
+            if regions.ndim not in (3, 4) or regions.shape[0] != images:
+                raise ValueError(
+                    f"regions of shape {tuple(regions.shape)} for {images} images: expected ({images}, height, width) or "
+                    f"({images}, regions, height, width), over the pixel values."
+                )
+            regions = regions[:, None] if regions.ndim == 3 else regions
+            return self._region_question(regions.to(feature_maps[visible[0]].device), grids, layer_mask)
+        if locations is not None:
+            if len(set(grids.values())) > 1:
+                shown = {self.layer_names[index]: grid for index, grid in grids.items()}
+                raise ValueError(
+                    f"locations need one grid, but the visible layers have {shown}: name one layer, or use regions."
+                )
+            places = read_locations(locations, grids[visible[0]], self.layer_names[visible[0]])
+            return dict.fromkeys(visible, window_weights(places, grids[visible[0]], window)), layer_mask
+        return dict.fromkeys(visible), layer_mask
+
+    def _rows_of_mask(self, layer_mask: Tensor, rows: int, feature_map: Any) -> Tensor:
+        """A layer mask of (L,), (B, L) or (rows, L) as (rows, L)."""
+        images, layers = feature_map.shape[0], len(self.layer_names)
+        if layer_mask.shape == (layers,):
+            return layer_mask.bool().expand(rows, -1)
+        if layer_mask.shape == (images, layers):
+            return layer_mask.bool().repeat_interleave(rows // images, dim=0)
+        if layer_mask.shape == (rows, layers):
+            return layer_mask.bool()
+        raise ValueError(
+            f"layer_mask of shape {tuple(layer_mask.shape)}: expected ({layers},), ({images}, {layers}) or ({rows}, {layers})."
+        )
 
     def _region_question(self, regions, grids, layer_mask) -> tuple[dict[int, Tensor], Tensor]:
         B, R = regions.shape[:2]
         mask = torch.zeros(B * R, len(self.layer_names), dtype=torch.bool, device=regions.device)
         if layer_mask is not None:
-            mask |= layer_mask.to(mask)
+            mask |= self._rows_of_mask(layer_mask.to(regions.device), B * R, regions)
         weights = {}
         for index, grid in grids.items():
             weights[index], empty = region_weights(regions, grid)
@@ -221,7 +275,8 @@ class DevilModel(ExplainMixin, DevilPreTrainedModel):
             if location_weights is None:
                 location_weights = self._training_weights(feature_maps) if self.training else [None] * len(feature_maps)
             pooled_features = [
-                pool(maps, weights) for maps, weights in zip(feature_maps, location_weights, strict=True)
+                self._finite(pool(maps, weights), index)
+                for index, (maps, weights) in enumerate(zip(feature_maps, location_weights, strict=True))
             ]
         rows = pooled_features[0].shape[0]
         if layer_mask is None and self.training:
@@ -303,42 +358,57 @@ class DevilModel(ExplainMixin, DevilPreTrainedModel):
         Returns:
             (N, T) new tokens, greedy unless told otherwise (paper, section 4.1).
         """
+        if "input_ids" in generation_kwargs or "attention_mask" in generation_kwargs:
+            raise ValueError("generate reads images only: phrases go to `score` or `attribute`.")
         prefix = self.ask(pixel_values, layers, locations, window, regions, location_weights, layer_mask, feature_maps)
         return self._decode(prefix, guidance, **generation_kwargs)
 
     def _decode(self, prefix: Tensor, guidance: float = 1.0, **generation_kwargs) -> Tensor:
         start = self._start(prefix)
-        options = {"max_new_tokens": 40, "do_sample": False} | generation_kwargs
-        options.setdefault("pad_token_id", self.config.pad_token_id)
-        options.setdefault("eos_token_id", self.config.eos_token_id)
-        if "max_length" in generation_kwargs:
-            del options["max_new_tokens"]
-        else:
-            length = start.shape[1] + options["max_new_tokens"]
-            self._check_context(length, "the prefix and max_new_tokens", "lower max_new_tokens")
+        options, config = self._generation_options(start.shape[1], generation_kwargs)
         if guidance != 1.0:
             null = self._start(self.null_prefix())
-            processors = list(options.pop("logits_processor", []))
+            processors = list(options.pop("logits_processor", None) or [])
             processor = EvidenceGuidance(self.language_model, null, guidance)
             options["logits_processor"] = LogitsProcessorList([processor, *processors])
-        beams = options.get("num_beams", 1) * options.get("num_return_sequences", 1)
-        chunk = rows_per_chunk(self.language_model, start.shape[1], beams, options.get("max_new_tokens", 40))
-        outputs = [
-            self.language_model.generate(
-                inputs_embeds=rows,
-                attention_mask=torch.ones(rows.shape[:2], dtype=torch.long, device=rows.device),
-                **options,
-            )
-            for rows in start.split(chunk)
-        ]
-        if len(outputs) == 1:
-            return outputs[0]
-        if options.get("return_dict_in_generate"):
+        rows = (config.num_beams or 1) * (config.num_return_sequences or 1)
+        new_tokens = config.max_new_tokens or config.max_length or DEFAULT_NEW_TOKENS
+        chunk = rows_per_chunk(self.language_model, start.shape[1], rows, new_tokens, logit_positions=1)
+        if len(start) > chunk and config.return_dict_in_generate:
             raise ValueError(
                 f"return_dict_in_generate works for up to {chunk} questions at once, not for {len(start)}: ask fewer."
             )
-        longest = max(rows.shape[1] for rows in outputs)
-        return torch.cat([F.pad(rows, (0, longest - rows.shape[1]), value=self.padding_token_id) for rows in outputs])
+        outputs = [
+            self.language_model.generate(
+                inputs_embeds=part,
+                attention_mask=torch.ones(part.shape[:2], dtype=torch.long, device=part.device),
+                **options,
+            )
+            for part in start.split(chunk)
+        ]
+        if len(outputs) == 1:
+            return outputs[0]
+        longest = max(part.shape[1] for part in outputs)
+        return torch.cat([F.pad(part, (0, longest - part.shape[1]), value=self.padding_token_id) for part in outputs])
+
+    def _generation_options(self, start_length: int, given: dict) -> tuple[dict, GenerationConfig]:
+        """Arguments for the library's `generate`, our defaults under the caller's, and the configuration they amount to."""
+        options = dict(given)
+        config = copy.deepcopy(options.get("generation_config") or GenerationConfig())
+        known = config.to_dict()
+        config.update(**{name: value for name, value in given.items() if name in known})
+        if config.max_new_tokens is None and config.max_length is None:
+            limit = self.config.context_length
+            room = DEFAULT_NEW_TOKENS if limit is None else min(DEFAULT_NEW_TOKENS, limit - start_length)
+            options["max_new_tokens"] = config.max_new_tokens = max(room, 1)
+        # A given length counts the prefix in the library's `max_length`, and not in `max_new_tokens`.
+        length = start_length + config.max_new_tokens if config.max_new_tokens else config.max_length
+        self._check_context(length, "the prefix and the new tokens", "lower max_new_tokens")
+        if config.pad_token_id is None:
+            options["pad_token_id"] = self.padding_token_id
+        if config.eos_token_id is None:
+            options["eos_token_id"] = self.config.eos_token_id
+        return options, config
 
     @property
     def padding_token_id(self) -> int:
@@ -370,20 +440,28 @@ class DevilModel(ExplainMixin, DevilPreTrainedModel):
         token_log_probs = self._score_rows(prefix, phrases)
         null_token_log_probs = self._score_rows(self.null_prefix(), phrases)
         log_probs, null_log_probs = token_log_probs.sum(dim=-1), null_token_log_probs.sum(dim=-1)[0]
-        evidence = (log_probs - null_log_probs) / phrases["scored_mask"].sum(dim=-1)
+        evidence = (log_probs - null_log_probs) / phrases["scored_mask"].sum(dim=-1).to(log_probs.device)
         return ScoreOutput(
             log_probs=log_probs, null_log_probs=null_log_probs, evidence=evidence, token_log_probs=token_log_probs
         )
 
     def _phrases(self, phrases: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
         """Checked phrase tensors on the language model's device, with defaults for the masks."""
+        if not isinstance(phrases, Mapping):
+            raise TypeError(f"phrases must come from processor(text=[...], return_tensors='pt'), got {phrases!r:.80}")
         input_ids = phrases.get("input_ids")
         if input_ids is None or input_ids.ndim != 2 or 0 in input_ids.shape:
             shape = None if input_ids is None else tuple(input_ids.shape)
             raise ValueError(
                 f"phrases need input_ids of shape (phrases, tokens), got {shape}: make them with processor(text=[...])."
             )
-        device = self.get_input_embeddings().weight.device
+        table = self.get_input_embeddings().weight
+        device = table.device
+        if not 0 <= int(input_ids.min()) <= int(input_ids.max()) < table.shape[0]:
+            raise ValueError(
+                f"phrases hold token {int(input_ids.max())}, but the language model knows {table.shape[0]}: "
+                "make them with the processor of this checkpoint."
+            )
         input_ids = input_ids.to(device)
         given = phrases.get("attention_mask")
         attention_mask = torch.ones_like(input_ids) if given is None else given.to(device)
@@ -404,28 +482,7 @@ class DevilModel(ExplainMixin, DevilPreTrainedModel):
             score_phrases(self.language_model, self._start(rows), input_ids, phrases["attention_mask"])
             for rows in prefix.split(chunk_size)
         ]
-        return torch.cat(log_probs) * phrases["scored_mask"]
-
-
-def check_language_model(language_model: Any) -> int:
-    """Width of the language model's input embeddings.
-
-    Raises:
-        ValueError: when it is not a causal language model that reads embeddings.
-    """
-    name = type(language_model).__name__
-    if getattr(language_model.config, "is_encoder_decoder", False):
-        raise ValueError(
-            f"{name} is an encoder-decoder: DeViL needs a causal language model, such as OPT, GPT-2 or Llama."
-        )
-    if language_model.get_output_embeddings() is None:
-        raise ValueError(f"{name} has no language-model head: load it with AutoModelForCausalLM.")
-    embedding = language_model.get_input_embeddings()
-    if not isinstance(embedding, nn.Module) or not hasattr(embedding, "weight"):
-        raise ValueError(
-            f"{name} has no input embedding table, so it cannot read a prefix: choose another language model."
-        )
-    return int(embedding.weight.shape[-1])
+        return torch.cat(log_probs) * phrases["scored_mask"].to(log_probs[0].device)
 
 
 def _keep_weights(module: Any) -> None:

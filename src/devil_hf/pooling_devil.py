@@ -6,7 +6,9 @@ training dropout differ only in w. The weights are built here; nothing here know
 """
 
 import math
+import operator
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,14 +61,45 @@ def layer_dropout(rows: int, layers: int, probability: float, null_probability: 
     return hidden | null
 
 
-def check_locations(locations: Sequence[tuple[int, int]], grid: tuple[int, int], layer: str) -> None:
-    """Raise an error naming the first location outside the grid of `layer`."""
-    for row, column in locations:
+def read_locations(locations: Any, grid: tuple[int, int], layer: str) -> list[tuple[int, int]]:
+    """(row, column) pairs on the grid of `layer`, checked.
+
+    Raises:
+        ValueError: for no places at all, for what is no pair of whole numbers, and for the first place outside the grid.
+    """
+    try:
+        places = [(operator.index(row), operator.index(column)) for row, column in locations]
+    except TypeError as error:
+        raise ValueError(
+            f"locations {locations!r} are not (row, column) pairs of whole numbers, such as [(3, 4)]."
+        ) from error
+    if not places:
+        raise ValueError("locations are empty: name at least one (row, column), or leave them out for the whole image.")
+    for row, column in places:
         if not (0 <= row < grid[0] and 0 <= column < grid[1]):
             raise ValueError(
                 f"location ({row}, {column}) is outside the {grid[0]} x {grid[1]} grid of layer {layer!r}: "
                 f"rows go from 0 to {grid[0] - 1}, columns from 0 to {grid[1] - 1}."
             )
+    return places
+
+
+def check_weights(weights: Tensor | None, images: int, grid: tuple[int, int], layer: str) -> None:
+    """Raise an error for location weights of a wrong shape, and for weights that are no distribution over the grid."""
+    if weights is None:
+        return
+    shape = tuple(weights.shape)
+    if shape[-2:] != grid or not (len(shape) == 3 or (len(shape) == 4 and shape[0] == images)):
+        raise ValueError(
+            f"location weights of layer {layer!r} have the shape {shape}: expected (questions, {grid[0]}, {grid[1]}) or "
+            f"({images}, questions, {grid[0]}, {grid[1]})."
+        )
+    mass = weights.float().sum(dim=(-2, -1))
+    if weights.min() < 0 or (mass - 1).abs().max() > 1e-2:
+        raise ValueError(
+            f"location weights of layer {layer!r} must not be negative and must sum to one over the grid; they sum to "
+            f"{mass.min().item():.3g} to {mass.max().item():.3g}: divide them by their sum."
+        )
 
 
 def window_weights(locations: Sequence[tuple[int, int]], grid: tuple[int, int], window: int = 1) -> Tensor:
@@ -108,11 +141,12 @@ def pool_every_location(feature_map: Tensor, window: int = 1) -> Tensor:
 
 
 __all__ = [
-    "check_locations",
+    "check_weights",
     "layer_dropout",
     "location_dropout",
     "pool",
     "pool_every_location",
+    "read_locations",
     "region_weights",
     "window_weights",
 ]

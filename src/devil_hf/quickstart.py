@@ -202,7 +202,7 @@ def _play_pointing_game(model, processor, scenes: list[Scene], features, hits, c
     scenes, features = [scenes[image] for image in several], [maps[several] for maps in features]
     vocabulary = [word for words in ATTRIBUTE_WORDS.values() for word in words]
     phrases = processor(text=vocabulary, carrier=CARRIER, return_tensors="pt")
-    maps = model.attribute(phrases=phrases, feature_maps=features).maps
+    maps = {name: one.cpu() for name, one in model.attribute(phrases=phrases, feature_maps=features).maps.items()}
     maps = maps | {"mean": average_maps(maps)}
     for image, scene in enumerate(scenes):
         for phrase in scene.unique_phrases():

@@ -43,9 +43,9 @@ def score_phrases(language_model: PreTrainedModel, embeds: Tensor, input_ids: Te
     continued = mask.sum(dim=1) > shared + 1
     output = run_language_model(language_model, embeds, keep=shared + 1, use_cache=bool(continued.any()))
     log_probs = output.logits.new_zeros(embeds.shape[0], *input_ids.shape, dtype=torch.float32)
-    log_probs[:, :, :shared] = _gather(output.logits[:, :-1], input_ids[:1, :shared].expand(embeds.shape[0], -1))[
-        :, None
-    ]
+    log_probs[:, :, :shared] = gather_log_probs(
+        output.logits[:, :-1], input_ids[:1, :shared].expand(embeds.shape[0], -1)
+    )[:, None]
     first = input_ids[:, shared].expand(embeds.shape[0], -1)  # (N, K): one distribution, K tokens read from it
     log_probs[:, :, shared] = _gather_many(output.logits[:, -1], first)
     if continued.any():
@@ -53,7 +53,7 @@ def score_phrases(language_model: PreTrainedModel, embeds: Tensor, input_ids: Te
         rest, rest_mask = input_ids[continued, shared:], mask[continued, shared:]
         score_rest = _score_with_cache if is_cache_shareable(cache) else _score_without_cache
         log_probs[:, continued, shared + 1 : T] = score_rest(language_model, embeds, cache, rest, rest_mask)
-    return log_probs * mask
+    return log_probs * mask.to(log_probs.device)
 
 
 def _shared_tokens(input_ids: Tensor, mask: Tensor) -> int:
@@ -83,7 +83,7 @@ def _score_with_cache(language_model, embeds, cache, rest, rest_mask) -> Tensor:
         past_key_values=cache,
         use_cache=True,
     )
-    return _gather(output.logits, tokens[:, 1:]).view(N, K, R - 1)
+    return gather_log_probs(output.logits, tokens[:, 1:]).view(N, K, R - 1)
 
 
 def _score_without_cache(language_model, embeds, cache, rest, rest_mask) -> Tensor:
@@ -96,7 +96,7 @@ def _score_without_cache(language_model, embeds, cache, rest, rest_mask) -> Tens
         [torch.ones_like(sequence[:, :P, 0], dtype=torch.long), rest_mask[:, :-1].long().repeat(N, 1)], dim=1
     )
     output = run_language_model(language_model, sequence, keep=R - 1, attention_mask=mask)
-    return _gather(output.logits, rest[:, 1:].repeat(N, 1)).view(N, K, R - 1)
+    return gather_log_probs(output.logits, rest[:, 1:].repeat(N, 1)).view(N, K, R - 1)
 
 
 def run_language_model(
@@ -116,29 +116,39 @@ def accepts_logits_to_keep(language_model: nn.Module) -> bool:
     return "logits_to_keep" in inspect.signature(language_model.forward).parameters
 
 
-def _gather(logits: Tensor, tokens: Tensor) -> Tensor:
+def gather_log_probs(logits: Tensor, tokens: Tensor) -> Tensor:
     """Log-probability (N, S) of `tokens` (N, S) under `logits` (N, S, V)."""
-    logits = logits.float()
+    logits, tokens = logits.float(), tokens.to(logits.device)
     return logits.gather(-1, tokens[..., None])[..., 0] - logits.logsumexp(dim=-1)
 
 
 def _gather_many(logits: Tensor, tokens: Tensor) -> Tensor:
     """Log-probability (N, K) of each of `tokens` (N, K) under the one distribution `logits` (N, V)."""
-    logits = logits.float()
+    logits, tokens = logits.float(), tokens.to(logits.device)
     return logits.gather(-1, tokens) - logits.logsumexp(dim=-1, keepdim=True)
 
 
-def rows_per_chunk(language_model: Any, prefix_length: int, phrases: int, phrase_length: int) -> int:
-    """How many prefixes can be scored or decoded at once within `CHUNK_BYTES`, from the shapes alone."""
+def rows_per_chunk(
+    language_model: Any, prefix_length: int, phrases: int, phrase_length: int, logit_positions: int | None = None
+) -> int:
+    """How many prefixes can be scored or decoded at once within `CHUNK_BYTES`, from the shapes alone.
+
+    Args:
+        prefix_length: input positions in front of the phrases or the new tokens.
+        phrases: phrases (or beams) per prefix.
+        phrase_length: tokens of each.
+        logit_positions: positions of each phrase that logits are held for at once; None for those that scoring needs.
+    """
     config = language_model.config
     width = getattr(config, "hidden_size", language_model.get_input_embeddings().weight.shape[1])
     depth = getattr(config, "num_hidden_layers", 12)
     vocabulary = language_model.get_input_embeddings().weight.shape[0]
-    length = prefix_length + 1 + phrase_length
+    length = prefix_length + phrase_length
+    positions = max(1, phrase_length - 1) if logit_positions is None else logit_positions
     # Keys and values of every phrase (copied once when they grow), activations of one layer, logits and their fp32 copy.
     cache = 4 * depth * width * length * phrases
     activations = 16 * width * length * phrases
-    logits = 2 * vocabulary * max(1, phrases * (phrase_length - 1))
+    logits = 2 * vocabulary * phrases * positions
     return max(1, CHUNK_BYTES // (4 * (cache + activations + logits)))
 
 
@@ -165,7 +175,16 @@ class EvidenceGuidance(LogitsProcessor):
         embeds = torch.cat([self.null_embeds.expand(input_ids.shape[0], -1, -1), words], dim=1)
         null = run_language_model(self.language_model, embeds, keep=1).logits[:, -1].float().log_softmax(dim=-1)
         guided = null + self.strength * (scores.float().log_softmax(dim=-1) - null)
+        # What other processors have ruled out stays ruled out.
+        guided = guided.masked_fill(scores == -float("inf"), -float("inf"))
         return guided.log_softmax(dim=-1).to(scores.dtype)
 
 
-__all__ = ["EvidenceGuidance", "is_cache_shareable", "rows_per_chunk", "run_language_model", "score_phrases"]
+__all__ = [
+    "EvidenceGuidance",
+    "gather_log_probs",
+    "is_cache_shareable",
+    "rows_per_chunk",
+    "run_language_model",
+    "score_phrases",
+]

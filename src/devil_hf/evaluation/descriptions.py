@@ -37,8 +37,8 @@ def score_descriptions(
 ) -> dict[str, dict]:
     """Caption scores by layer, with two controls that use no image.
 
-    "shuffled" gives each image the all-layers description of another one; "constant" gives every image the single description
-    that scores best for all of them in CIDEr, chosen with the references in hand: the figure that no prior can beat.
+    "shuffled" gives each image the all-layers description of another one; "constant" gives every image the same description:
+    of the twenty that the model says most often, the one with the best CIDEr, chosen with the references in hand.
     """
     scores = {name: caption_scores(rows, references) for name, rows in texts.items()}
     generator = torch.Generator().manual_seed(seed)

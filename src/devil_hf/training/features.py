@@ -37,11 +37,17 @@ def pooled_feature_draws(
     """
     collected: list[list[Tensor]] = [[] for _ in model.layer_names]
     for pixel_values in tqdm(batches, desc=description, total=total, unit="batch", leave=False):
-        for maps, layer in zip(model.extract_features(pixel_values), collected, strict=True):
+        for name, maps, layer in zip(model.layer_names, model.extract_features(pixel_values), collected, strict=True):
             assert maps is not None, "every layer was asked for"
             B, _, H, W = maps.shape
             weights = None if draws is None else _draw_weights(model, B, draws, (H, W), maps.device)
-            layer.append(pool(maps, weights).view(B, draws or 1, -1).half().cpu())
+            pooled = pool(maps, weights).view(B, draws or 1, -1)
+            if not pooled.abs().max() < torch.finfo(torch.float16).max:
+                raise ValueError(
+                    f"features of layer {name!r} are not finite, or too large to be stored in fp16 "
+                    f"(largest {pooled.abs().max().item():.3g}): leave that layer out."
+                )
+            layer.append(pooled.half().cpu())
     return [torch.cat(layer) for layer in collected]
 
 

@@ -81,6 +81,10 @@ class Recipe:
         for name in ("views", "draws", "max_steps", "batch_size", "evaluation_steps", "patience"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if not 0 < self.smallest_crop <= 1:
+            raise ValueError(f"smallest_crop={self.smallest_crop} must be a share of the image, above 0 and up to 1")
+        if self.resize not in ("backbone", "paper"):
+            raise ValueError(f"resize={self.resize!r} is neither 'backbone' nor 'paper'")
         known = {f.name for f in dataclasses.fields(DevilConfig)}
         unknown = sorted(set(self.model) - known)
         if unknown:
@@ -120,6 +124,13 @@ def recipe_of(namespace: argparse.Namespace) -> Recipe:
         if unknown:
             raise ValueError(f"{namespace.config} has fields {unknown} that no recipe has; fields are {sorted(names)}")
     values |= {name: value for name, value in vars(namespace).items() if name in names}
+    hints = typing.get_type_hints(Recipe)
+    for name, value in values.items():
+        if hints[name] in (int, float):  # YAML reads 1e-3 as text
+            try:
+                values[name] = hints[name](value)
+            except ValueError as error:
+                raise ValueError(f"{name}={value!r} is not a number") from error
     recipe = Recipe(**values)
     recipe.validate()
     return recipe
@@ -146,8 +157,6 @@ def train(recipe: Recipe) -> Path:
     )
     data_config = model.config.backbone_config["data_config"]
     processor = DevilProcessor(DevilImageProcessor.from_data_config(data_config, resize=recipe.resize), tokenizer)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model.to(device)
     arguments = TrainingArguments(
         output_dir=recipe.output_dir,
         max_steps=recipe.max_steps,
@@ -167,10 +176,10 @@ def train(recipe: Recipe) -> Path:
         metric_for_best_model="eval_loss",
         greater_is_better=False,
         prediction_loss_only=True,
-        label_names=["input_ids"],
         seed=recipe.seed,
         report_to=[],
     )
+    model.to(arguments.device)
     trainer = DevilTrainer(
         model,
         arguments,
@@ -181,9 +190,9 @@ def train(recipe: Recipe) -> Path:
     )
     trainer.train()
     checkpoint = Path(recipe.output_dir) / CHECKPOINT_FOLDER
-    model.save_pretrained(checkpoint, slim=model.has_sources)
-    processor.save_pretrained(checkpoint)
-    recipe.save(checkpoint)
+    trainer.save_model(str(checkpoint))
+    if trainer.is_world_process_zero():
+        recipe.save(checkpoint)
     return checkpoint
 
 
