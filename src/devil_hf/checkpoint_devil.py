@@ -113,7 +113,7 @@ class DevilPreTrainedModel(PreTrainedModel):
             language_model = _load_language_model(source, token=token, attn_implementation=attn_implementation)
             source["revision"] = getattr(language_model.config, "_commit_hash", None) or language_model_revision
             source["sha256"] = weights_hash(language_model)
-            language_model = language_model.to(dtype)
+            nn.Module.to(language_model, dtype)
         check_language_model(language_model)
         text_config = language_model.config
         special = {
@@ -130,7 +130,7 @@ class DevilPreTrainedModel(PreTrainedModel):
             **config_fields,
         )
         model = cls(config, backbone=backbone, language_model=language_model)
-        table = language_model.get_input_embeddings().weight
+        table: Any = language_model.get_input_embeddings().weight
         model.translator.to(device=table.device, dtype=dtype)
         return model.eval()
 

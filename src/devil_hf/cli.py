@@ -14,7 +14,8 @@ EPILOG = "Checkpoints are directories or Hub ids; without one, the shapes-world 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    arguments = build_parser().parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    arguments = build_parser(full="train" in argv).parse_args(argv)
     logging.set_verbosity_error()
     logging.disable_progress_bar()  # of loading weights; training shows its own
     try:
@@ -26,7 +27,8 @@ def main(argv: list[str] | None = None) -> int:
         return 1
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser(full: bool = True) -> argparse.ArgumentParser:
+    """The parser; without `full`, `train` has no options yet, whose reading imports half of the ecosystem."""
     parser = argparse.ArgumentParser(prog="devil", description="Ask a vision model what it sees.", epilog=EPILOG)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     verbs = parser.add_subparsers(dest="verb", required=True)
@@ -74,9 +76,10 @@ def build_parser() -> argparse.ArgumentParser:
 
     example = "devil train --config scripts/recipes/flickr8k_small.yaml --output_dir runs/flickr8k"
     train = _verb(verbs, "train", run_train, "train a translator between your backbone and language model", example)
-    from devil_hf.training.recipe import add_recipe_options
+    if full:
+        from devil_hf.training.recipe import add_recipe_options
 
-    add_recipe_options(train)
+        add_recipe_options(train)
     return parser
 
 

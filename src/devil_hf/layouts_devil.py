@@ -100,7 +100,7 @@ def token_grid(tokens: int, height: int, width: int) -> tuple[int, int] | None:
     """The grid (rows, columns) of `tokens` square patches of a `height` x `width` image; None if there is none."""
     pairs = [(rows, tokens // rows) for rows in range(1, tokens + 1) if tokens % rows == 0]
     pairs = [pair for pair in pairs if _is_patch_grid(*pair, height, width)]
-    return min(pairs, key=lambda pair: _skew(*pair, height, width), default=None)
+    return min(pairs, key=lambda pair: _skew(pair[0], pair[1], height, width), default=None)
 
 
 def _is_patch_grid(rows: int, columns: int, height: int, width: int) -> bool:

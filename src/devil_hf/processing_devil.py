@@ -18,10 +18,13 @@ from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import ProcessorMixin
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils import ModelOutput
+from transformers.utils import logging
 
 from .image_processing_devil import CropGeometry
 from .image_processing_devil import ImageSource
 from .image_processing_devil import load_images
+
+logger = logging.get_logger(__name__)
 
 # Anchors of the two colour scales, evenly spaced; the diverging one is transparent at its middle when overlaid.
 DIVERGING = ((5, 68, 140), (63, 142, 206), (222, 226, 230), (240, 130, 40), (176, 30, 20))
@@ -177,6 +180,11 @@ class DevilProcessor(ProcessorMixin):
                 shared += 1
             if len(ids) == shared:
                 raise ValueError(f"phrase {phrase!r} has no token of its own in the vocabulary of the language model")
+            unknown = [token == self.tokenizer.unk_token_id for token in ids[shared:]]
+            if self.tokenizer.unk_token_id is not None and any(unknown):
+                if all(unknown):
+                    raise ValueError(f"phrase {phrase!r} has no word that the language model knows: choose another")
+                logger.warning(f"phrase {phrase!r} holds words that the language model does not know, read as unknown")
             rows.append(ids[:max_length])
             scored.append([position >= shared for position in range(len(ids))][:max_length])
         limit, longest = self.tokenizer.model_max_length, max(rows, key=len)

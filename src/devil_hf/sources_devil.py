@@ -12,6 +12,7 @@ import os
 from os import PathLike
 from pathlib import Path
 from typing import Any
+from typing import cast
 
 import timm
 import torch
@@ -334,8 +335,8 @@ def _rebuild_message(description: dict[str, Any], found: str) -> str:
 def _last_features(module: nn.Module, images: Tensor) -> Tensor:
     """What the network says about images, as much of it as every kind of network has."""
     if hasattr(module, "forward_features"):
-        return first_tensor(module.forward_features(images))
-    return first_tensor(run(module, images))
+        return cast(Tensor, first_tensor(module.forward_features(images)))
+    return cast(Tensor, first_tensor(run(module, images)))
 
 
 def probe_images(description: dict[str, Any], batch: int, module: nn.Module) -> Tensor:
