@@ -301,8 +301,8 @@ def train_caption_language_model(
     tokenizer = train_caption_tokenizer((caption for group in groups for caption in group), arguments.vocab_size)
     documents = KeywordCaptions(groups, tokenizer, arguments)
     held_out = KeywordCaptions(held_out_groups, tokenizer, arguments) if held_out_groups else None
-    model: torch.nn.Module = build_caption_language_model(tokenizer, arguments)
-    model = model.to(device).train()
+    model = build_caption_language_model(tokenizer, arguments)
+    torch.nn.Module.to(model, device).train()
     optimizer = _optimizer(model, arguments)
     schedule = get_cosine_schedule_with_warmup(optimizer, arguments.warmup_steps, arguments.max_steps)
     batches = documents.batches(random.Random(arguments.seed), arguments.batch_size)
