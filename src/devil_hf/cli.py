@@ -38,9 +38,9 @@ def build_parser(full: bool = True) -> argparse.ArgumentParser:
     )
     quickstart.add_argument("--output-dir", type=Path, default=Path("devil-quickstart"), help="default: %(default)s")
     quickstart.add_argument(
-        "--steps", type=int, default=2_000, help="training steps of 64 captions (default: %(default)s)"
+        "--steps", type=int, default=1_000, help="training steps of 64 captions (default: %(default)s)"
     )
-    quickstart.add_argument("--scenes", type=int, default=10_000, help="training scenes (default: %(default)s)")
+    quickstart.add_argument("--scenes", type=int, default=6_000, help="training scenes (default: %(default)s)")
     quickstart.add_argument("--held-out", type=int, default=500, help="scenes to measure on (default: %(default)s)")
     quickstart.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     quickstart.add_argument("--json", action="store_true", help="print the scores as JSON at the end")

@@ -57,7 +57,7 @@ TRANSLATOR: dict[str, Any] = {
 
 
 def quickstart(
-    output_dir: str | Path, scenes: int = 10_000, steps: int = 2_000, held_out: int = 500, seed: int = 0
+    output_dir: str | Path, scenes: int = 6_000, steps: int = 1_000, held_out: int = 500, seed: int = 0
 ) -> dict:
     """Train, save, reload in a fresh process, measure and draw.
 

@@ -71,6 +71,7 @@ class Recipe:
     warmup_steps: int = _option("steps of linear warm-up", 100)
     evaluation_steps: int = _option("steps between two validations", 100)
     patience: int = _option("validations without gain after which training stops", 10)
+    bf16: bool = _option("compute in bfloat16 by autocast; weights stay in fp32", False)
     seed: int = _option("of initialisation, views, draws and order", 0)
 
     def validate(self) -> None:
@@ -145,18 +146,6 @@ def train(recipe: Recipe) -> Path:
     recipe.validate()
     set_seed(recipe.seed)
     training, validation = (_open(recipe.folders, split) for split in (recipe.train_split, recipe.validation_split))
-    tokenizer = AutoTokenizer.from_pretrained(recipe.language_model)
-    model = DevilModel.from_backbone_and_language_model(
-        recipe.backbone,
-        recipe.language_model,
-        recipe.layers,
-        tokenizer=tokenizer,
-        class_tokens=recipe.class_tokens,
-        backbone_kwargs=recipe.backbone_kwargs,
-        **recipe.model,
-    )
-    data_config = model.config.backbone_config["data_config"]
-    processor = DevilProcessor(DevilImageProcessor.from_data_config(data_config, resize=recipe.resize), tokenizer)
     arguments = TrainingArguments(
         output_dir=recipe.output_dir,
         max_steps=recipe.max_steps,
@@ -176,9 +165,23 @@ def train(recipe: Recipe) -> Path:
         metric_for_best_model="eval_loss",
         greater_is_better=False,
         prediction_loss_only=True,
+        bf16=recipe.bf16,
+        use_cpu=not torch.accelerator.is_available(),  # asked for by bf16 where there is no accelerator
         seed=recipe.seed,
         report_to=[],
     )
+    tokenizer = AutoTokenizer.from_pretrained(recipe.language_model)
+    model = DevilModel.from_backbone_and_language_model(
+        recipe.backbone,
+        recipe.language_model,
+        recipe.layers,
+        tokenizer=tokenizer,
+        class_tokens=recipe.class_tokens,
+        backbone_kwargs=recipe.backbone_kwargs,
+        **recipe.model,
+    )
+    data_config = model.config.backbone_config["data_config"]
+    processor = DevilProcessor(DevilImageProcessor.from_data_config(data_config, resize=recipe.resize), tokenizer)
     model.to(arguments.device)
     trainer = DevilTrainer(
         model,
