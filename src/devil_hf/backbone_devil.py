@@ -328,11 +328,16 @@ def _timm_layers(module: Any, config: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _stage_layers(module: Any, config: dict[str, Any]) -> list[dict[str, Any]]:
-    staged = stage_module(module, module.stage_names)
+    names = list(module.stage_names)
+    try:
+        staged = stage_module(module, names)
+    except ValueError:  # some do not hand out their stem
+        staged = stage_module(module, names[1:])
     images = probe_images(config, 2, module)
     output = staged(images, output_hidden_states=True)
     layers = []
-    for name, feature_map, hidden in zip(staged.out_features, output.feature_maps, output.hidden_states, strict=False):
+    for name, feature_map in zip(staged.out_features, output.feature_maps, strict=True):
+        hidden = output.hidden_states[names.index(name)]
         layout = infer_layout(feature_map.shape, *images.shape[:1], *images.shape[2:])
         if layout is None:
             continue
