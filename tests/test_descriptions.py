@@ -8,7 +8,12 @@ from devil_hf.evaluation.descriptions import caption_table
 from devil_hf.evaluation.descriptions import describe_dataset
 from devil_hf.evaluation.descriptions import score_descriptions
 
-REFERENCES = [["a red dog on grass"], ["two cats sit on a wall"], ["a blue circle left of a square"], ["the sea at night"]]
+REFERENCES = [
+    ["a red dog on grass"],
+    ["two cats sit on a wall"],
+    ["a blue circle left of a square"],
+    ["the sea at night"],
+]
 
 
 def test_every_image_is_described_by_every_layer_in_order(model, processor, images, tmp_path):

@@ -121,7 +121,7 @@ def test_region_weights_sum_to_one_and_flag_what_vanishes():
 @pytest.mark.parametrize("schedule", ["constant", "log_uniform"])
 def test_location_dropout_is_uniform_over_a_subset_that_is_never_empty(schedule):
     torch.manual_seed(0)
-    weights = location_dropout(4000, (3, 4), 0.5, schedule).flatten(1)
+    weights = location_dropout(4000, [(3, 4)], 0.5, schedule)[0].flatten(1)
     kept = (weights > 0).sum(dim=1)
     assert kept.min() >= 1 and kept.max() == 12
     torch.testing.assert_close(weights.sum(dim=1), torch.ones(4000))
@@ -131,8 +131,16 @@ def test_location_dropout_is_uniform_over_a_subset_that_is_never_empty(schedule)
         assert abs(kept.float().mean().item() - 6.0) < 0.3 and few < 0.01
     else:
         assert 0.08 < few < 0.16 and 0.2 < whole < 0.33
-    assert location_dropout(5, (3, 4), 1.0, "constant").gt(0).flatten(1).sum(dim=1).tolist() == [1] * 5
-    assert location_dropout(5, (1, 1), 0.5, schedule).flatten().tolist() == [1.0] * 5
+    assert location_dropout(5, [(3, 4)], 1.0, "constant")[0].gt(0).flatten(1).sum(dim=1).tolist() == [1] * 5
+    assert location_dropout(5, [(1, 1)], 0.5, schedule)[0].flatten().tolist() == [1.0] * 5
+
+
+def test_an_image_shown_whole_is_whole_in_every_layer():
+    torch.manual_seed(0)
+    first, second = location_dropout(2000, [(8, 8), (6, 6)], 0.5, "log_uniform")
+    whole = (first > 0).flatten(1).all(dim=1)
+    assert 0.2 < whole.float().mean() < 0.3
+    assert (second > 0).flatten(1).all(dim=1)[whole].float().mean() > 0.9
 
 
 def test_layers_are_all_hidden_only_where_the_null_prefix_is_drawn():

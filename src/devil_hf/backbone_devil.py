@@ -310,15 +310,11 @@ def _timm_layers(module: Any, config: dict[str, Any]) -> list[dict[str, Any]]:
         f"{name}@{info['reduction']}" if plain.count(name) > 1 else name
         for name, info in zip(plain, infos, strict=True)
     ]
-    prefix = "return_prefix_tokens" in inspect.signature(module.forward_intermediates).parameters
+    # Networks without such tokens may fail when asked for them.
+    takes_prefix = "return_prefix_tokens" in inspect.signature(module.forward_intermediates).parameters
+    prefix = {"return_prefix_tokens": True} if takes_prefix and getattr(module, "num_prefix_tokens", 0) else {}
     images = probe_images(config, 1, module)
-    found = module.forward_intermediates(
-        images,
-        norm=False,
-        intermediates_only=True,
-        output_fmt="NCHW",
-        **({"return_prefix_tokens": True} if prefix else {}),
-    )
+    found = module.forward_intermediates(images, norm=False, intermediates_only=True, output_fmt="NCHW", **prefix)
     layers = []
     for index, (name, item) in enumerate(zip(names, found, strict=True)):
         grid, tokens = item if isinstance(item, tuple) else (item, None)

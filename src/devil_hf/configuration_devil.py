@@ -36,7 +36,7 @@ class DevilConfig(PreTrainedConfig):
         location_dropout: probability that training drops a location (paper: 0.5); one location always stays.
         location_schedule: `"constant"` drops every location with `location_dropout` (paper); `"log_uniform"` draws how many
             locations are kept log-uniformly between one and all of them, which makes single places point better
-            (a quarter of the draws keep all).
+            (a quarter of the images stay whole).
         null_probability: how often training hides every layer, so that the null prefix is learned (paper: 0).
         max_caption_tokens: training captions are cut to this many tokens (paper: 100).
         bos_token_id: token in front of the prefix; None for a language model without one.
@@ -88,9 +88,11 @@ class DevilConfig(PreTrainedConfig):
                     "upgrade transformers, or name a causal language model that it has."
                 )
             self.text_config = CONFIG_MAPPING[model_type](**text_config)
-        else:
+        elif self.text_config is not None:
             # The base class resets the attention implementation of its sub-configurations: not that of a living model.
             self.text_config = copy.deepcopy(self.text_config)
+            # Where it was loaded from is written in language_model_source, if anywhere.
+            self.text_config._name_or_path = ""
         super().__post_init__(**kwargs)
 
     @property

@@ -293,13 +293,10 @@ class DevilModel(ExplainMixin, DevilPreTrainedModel):
         return DevilOutput(loss=loss, logits=logits, prefix=prefix)
 
     def _training_weights(self, feature_maps: Sequence[Tensor]) -> list[Tensor]:
-        config = self.config
-        return [
-            location_dropout(
-                len(maps), maps.shape[-2:], config.location_dropout, config.location_schedule, maps.device
-            )[:, None]
-            for maps in feature_maps
-        ]
+        config, first = self.config, feature_maps[0]
+        grids = [maps.shape[-2:] for maps in feature_maps]
+        rows = location_dropout(len(first), grids, config.location_dropout, config.location_schedule, first.device)
+        return [weights[:, None] for weights in rows]
 
     def _caption_inputs(self, prefix: Tensor, input_ids: Tensor, attention_mask: Tensor | None):
         """Labels (B, T + 1), -100 on padding; input embeddings of BOS, prefix, caption, EOS; their attention mask."""

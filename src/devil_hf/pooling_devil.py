@@ -32,24 +32,32 @@ def pool(feature_map: Tensor, weights: Tensor | None) -> Tensor:
     return torch.einsum(equation, feature_map, weights).flatten(0, 1)
 
 
-def location_dropout(rows: int, grid: Sequence[int], probability: float, schedule: str, device=None) -> Tensor:
-    """Draw training weights (rows, H, W): uniform over a random, never empty subset of the locations.
+# Share of training rows that the log-uniform schedule shows whole, in all their layers: what most questions will be.
+WHOLE_SHARE = 0.25
 
-    `"constant"` drops each location with `probability` (paper); `"log_uniform"` draws the number of kept locations
-    log-uniformly between one and H * W in three draws of four and keeps all in the fourth, so that few places, many and the
-    whole map are all common.
+
+def location_dropout(
+    rows: int, grids: Sequence[Sequence[int]], probability: float, schedule: str, device=None
+) -> list[Tensor]:
+    """Draw training weights, one (rows, H_l, W_l) per layer: uniform over a random, never empty subset of its locations.
+
+    `"constant"` drops each location with `probability` (paper). `"log_uniform"` draws the number of kept locations of each
+    layer log-uniformly between one and all, so that few places and many are both common, and shows a quarter of the rows
+    whole in every layer.
     """
-    H, W = grid
-    draw = torch.rand(rows, H * W, device=device)
-    rank = draw.argsort(dim=1).argsort(dim=1)  # (rows, H * W), a random order of the locations
-    if schedule == "log_uniform":
-        # Past the end of the range all are kept: a quarter of the draws show the whole map, as most questions do.
-        kept = torch.exp(torch.rand(rows, 1, device=device) * math.log(H * W) * 4 / 3).round()
-        keep = rank < kept
-    else:
-        keep = (draw >= probability) | (rank == H * W - 1)
-    weights = keep.float()
-    return (weights / weights.sum(dim=1, keepdim=True)).view(rows, H, W)
+    whole = torch.rand(rows, 1, device=device) < WHOLE_SHARE
+    weights = []
+    for H, W in grids:
+        draw = torch.rand(rows, H * W, device=device)
+        rank = draw.argsort(dim=1).argsort(dim=1)  # (rows, H * W), a random order of the locations
+        if schedule == "log_uniform":
+            kept = torch.exp(torch.rand(rows, 1, device=device) * math.log(H * W)).round()
+            keep = (rank < kept) | whole
+        else:
+            keep = (draw >= probability) | (rank == H * W - 1)
+        mass = keep.float()
+        weights.append((mass / mass.sum(dim=1, keepdim=True)).view(rows, H, W))
+    return weights
 
 
 def layer_dropout(rows: int, layers: int, probability: float, null_probability: float, device=None) -> Tensor:

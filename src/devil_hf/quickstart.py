@@ -50,6 +50,7 @@ TRANSLATOR: dict[str, Any] = {
     "translator_heads": 4,
     "translator_feed_forward": 512,
     "normalize_features": True,
+    "layer_dropout": 0.3,
     "location_schedule": "log_uniform",
     "null_probability": 0.05,
     "max_caption_tokens": 40,

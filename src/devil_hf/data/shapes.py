@@ -465,11 +465,10 @@ def _noun_phrase(item: SceneObject, rng: np.random.Generator) -> str:
     """All three attributes of an object, in one of four orders, now and then with its size."""
     size = f"{item.size} " if rng.random() < 0.2 else ""
     form = rng.random()
-    # Colour stands first as a rule: of all attributes it is shared least often, so the next words have one object to fit.
-    if form < 0.6:
-        return _with_article(f"{size}{item.colour} {item.texture} {item.shape}")
-    if form < 0.8:
+    if form < 0.5:
         return _with_article(f"{size}{item.texture} {item.colour} {item.shape}")
+    if form < 0.8:
+        return _with_article(f"{size}{item.colour} {item.texture} {item.shape}")
     if form < 0.9:
         return _with_article(f"{size}{item.colour} {item.shape} that is {item.texture}")
     return _with_article(f"{size}{item.shape} in {item.texture} {item.colour}")

@@ -109,7 +109,7 @@ class EmbeddedLanguageModelArguments:
         default=0.5, metadata={"help": "Share of documents whose groups of keywords take one position each."}
     )
     single_steps: int = field(default=400, metadata={"help": "First steps, on scenes with one object only."})
-    max_steps: int = field(default=3500, metadata={"help": "Optimiser steps."})
+    max_steps: int = field(default=2500, metadata={"help": "Optimiser steps."})
     batch_size: int = field(default=64, metadata={"help": "Documents per step."})
     learning_rate: float = field(default=2e-3, metadata={"help": "Peak learning rate of AdamW, cosine decay to zero."})
     warmup_steps: int = field(default=200, metadata={"help": "Steps of linear warm-up."})
@@ -402,7 +402,13 @@ def build_embedded_language_model(
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    return GPT2LMHeadModel(config)
+    model = GPT2LMHeadModel(config)
+    # Learned embeddings of words put colours into opposite pairs, and then the mean of red and yellow is that of cyan and
+    # purple. Fixed orthogonal ones let any set of words be told from its sum.
+    embedding = model.get_input_embeddings()
+    nn.init.orthogonal_(embedding.weight)
+    embedding.weight.requires_grad_(False)
+    return model
 
 
 def document_loss(model: GPT2LMHeadModel, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

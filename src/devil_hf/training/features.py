@@ -6,6 +6,7 @@ dropout (paper, section 3.2), and training picks one draw at random each time it
 
 from collections.abc import Iterable
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -38,11 +39,10 @@ def pooled_feature_draws(
     collected: list[list[Tensor]] = [[] for _ in model.layer_names]
     for pixel_values in tqdm(batches, desc=description, total=total, unit="batch", leave=False):
         pixel_values = pixel_values.to(memory_format=torch.channels_last)  # convolutions run faster on this layout
-        for name, maps, layer in zip(model.layer_names, model.extract_features(pixel_values), collected, strict=True):
-            assert maps is not None, "every layer was asked for"
-            B, _, H, W = maps.shape
-            weights = None if draws is None else _draw_weights(model, B, draws, (H, W), maps.device)
-            pooled = pool(maps, weights).view(B, draws or 1, -1)
+        feature_maps = cast(list[Tensor], model.extract_features(pixel_values))
+        weights = _draw_weights(model, feature_maps, draws)
+        for name, maps, layer_weights, layer in zip(model.layer_names, feature_maps, weights, collected, strict=True):
+            pooled = pool(maps, layer_weights).view(len(maps), draws or 1, -1)
             if not pooled.abs().max() < torch.finfo(torch.float16).max:
                 raise ValueError(
                     f"features of layer {name!r} are not finite, or too large to be stored in fp16 "
@@ -52,10 +52,16 @@ def pooled_feature_draws(
     return [torch.cat(layer) for layer in collected]
 
 
-def _draw_weights(model: DevilModel, images: int, draws: int, grid: tuple[int, int], device: torch.device) -> Tensor:
-    config = model.config
-    rows = location_dropout(images * draws, grid, config.location_dropout, config.location_schedule, device)
-    return rows.view(images, draws, *grid)
+def _draw_weights(model: DevilModel, feature_maps: list[Tensor], draws: int | None) -> list[Tensor] | list[None]:
+    """Per layer, weights (B, draws, H_l, W_l), or None for uniform ones."""
+    if draws is None:
+        return [None] * len(feature_maps)
+    config, images = model.config, len(feature_maps[0])
+    grids = [maps.shape[-2:] for maps in feature_maps]
+    rows = location_dropout(
+        images * draws, grids, config.location_dropout, config.location_schedule, feature_maps[0].device
+    )
+    return [weights.view(images, draws, *weights.shape[1:]) for weights in rows]
 
 
 class PooledCaptions(Dataset):
