@@ -52,8 +52,8 @@ class BuildArguments:
     language_model_steps: int = field(
         default=EmbeddedLanguageModelArguments.max_steps, metadata={"help": "Optimiser steps of the language model."}
     )
-    translator_steps: int = field(default=1200, metadata={"help": "Optimiser steps of the translator."})
-    scenes: int = field(default=8_000, metadata={"help": "Training scenes of the translator."})
+    translator_steps: int = field(default=1000, metadata={"help": "Optimiser steps of the translator."})
+    scenes: int = field(default=6_000, metadata={"help": "Training scenes of the translator."})
 
 
 def build_backbone(arguments: BuildArguments, folder: Path) -> None:

@@ -75,9 +75,12 @@ def check_timm(name: str, real: bool) -> dict:
     """One timm architecture: build, choose layers, read them, with class tokens where the blocks carry one."""
     with torch.device("cpu" if real else "meta"):
         module = timm.create_model(name, num_classes=0)
-    backbone = (
-        _with_class_tokens(module) if getattr(module, "num_prefix_tokens", 0) else FeatureBackbone.from_source(module)
-    )
+    smallest = module.pretrained_cfg.get("min_input_size")
+    kwargs = {"data_config": {"input_size": list(smallest)}} if real and smallest else {}
+    if getattr(module, "num_prefix_tokens", 0):
+        backbone = _with_class_tokens(module, kwargs)
+    else:
+        backbone = FeatureBackbone.from_source(module, backbone_kwargs=kwargs)
     infos = {backbone.layer_names[index]: info for index, info in enumerate(module.feature_info)}
     found = check_features(backbone)
     for layer, channels, grid in zip(found["layers"], found["channels"], found["grids"], strict=True):
@@ -91,13 +94,13 @@ def check_timm(name: str, real: bool) -> dict:
     return found
 
 
-def _with_class_tokens(module: nn.Module) -> FeatureBackbone:
+def _with_class_tokens(module: nn.Module, kwargs: dict | None = None) -> FeatureBackbone:
     try:
-        return FeatureBackbone.from_source(module, class_tokens=True)
+        return FeatureBackbone.from_source(module, class_tokens=True, backbone_kwargs=kwargs)
     except ValueError as error:  # none, only registers, or a class token that joins after the blocks
         if "class_tokens" not in str(error):
             raise
-    return FeatureBackbone.from_source(module)
+    return FeatureBackbone.from_source(module, backbone_kwargs=kwargs)
 
 
 def check_transformers(config_class: type[PreTrainedConfig]) -> dict:

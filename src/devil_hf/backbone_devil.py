@@ -24,6 +24,7 @@ from torch import nn
 
 from .layouts_devil import candidate_layers
 from .layouts_devil import capture
+from .layouts_devil import first_tensor
 from .layouts_devil import infer_layout
 from .layouts_devil import observe
 from .layouts_devil import to_map
@@ -333,7 +334,7 @@ def _stage_layers(module: Any, config: dict[str, Any]) -> list[dict[str, Any]]:
     output = staged(images, output_hidden_states=True)
     layers = []
     for name, feature_map in zip(staged.out_features, output.feature_maps, strict=True):
-        hidden = output.hidden_states[names.index(name)]
+        hidden = first_tensor(output.hidden_states[names.index(name)])
         layout = infer_layout(feature_map.shape, *images.shape[:1], *images.shape[2:])
         if layout is None:
             continue
