@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from collections.abc import Sequence
 from os import PathLike
 from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -313,7 +314,8 @@ def _timm_layers(module: Any, config: dict[str, Any]) -> list[dict[str, Any]]:
     ]
     # Networks without such tokens may fail when asked for them.
     takes_prefix = "return_prefix_tokens" in inspect.signature(module.forward_intermediates).parameters
-    prefix = {"return_prefix_tokens": True} if takes_prefix and getattr(module, "num_prefix_tokens", 0) else {}
+    carries_prefix = bool(getattr(module, "num_prefix_tokens", 0))
+    prefix = {"return_prefix_tokens": True} if takes_prefix and carries_prefix else {}
     images = probe_images(config, 1, module)
     found = module.forward_intermediates(images, norm=False, intermediates_only=True, output_fmt="NCHW", **prefix)
     layers = []
@@ -334,7 +336,7 @@ def _stage_layers(module: Any, config: dict[str, Any]) -> list[dict[str, Any]]:
     output = staged(images, output_hidden_states=True)
     layers = []
     for name, feature_map in zip(staged.out_features, output.feature_maps, strict=True):
-        hidden = first_tensor(output.hidden_states[names.index(name)])
+        hidden = cast(Tensor, first_tensor(output.hidden_states[names.index(name)]))
         layout = infer_layout(feature_map.shape, *images.shape[:1], *images.shape[2:])
         if layout is None:
             continue

@@ -405,7 +405,7 @@ def build_embedded_language_model(
     model = GPT2LMHeadModel(config)
     # Learned embeddings of words put colours into opposite pairs, and then the mean of red and yellow is that of cyan and
     # purple. Fixed orthogonal ones let any set of words be told from its sum.
-    embedding = model.get_input_embeddings()
+    embedding: Any = model.get_input_embeddings()
     nn.init.orthogonal_(embedding.weight)
     embedding.weight.requires_grad_(False)
     return model
