@@ -60,6 +60,7 @@ class DevilModel(ExplainMixin, DevilPreTrainedModel):
             self.backbone = FeatureBackbone.from_config(config.backbone_config, module=backbone)
         self.language_model = language_model or AutoModelForCausalLM.from_config(config.text_config)
         embedding_width = check_language_model(self.language_model)
+        self.language_model.get_output_embeddings().register_forward_pre_hook(_contiguous_input)
         # Descriptions follow the arguments of the call alone, not decoding habits that came with the language model.
         self.language_model.generation_config = GenerationConfig.from_model_config(self.language_model.config)
         self.translator = Translator(self.backbone.channels, embedding_width, config)
@@ -480,6 +481,11 @@ class DevilModel(ExplainMixin, DevilPreTrainedModel):
             for rows in prefix.split(chunk_size)
         ]
         return torch.cat(log_probs) * phrases["scored_mask"].to(log_probs[0].device)
+
+
+def _contiguous_input(head: nn.Module, arguments: tuple) -> tuple:
+    # Logits of the last positions are asked of a slice, on which bf16 kernels of the CPU are hundreds of times slower.
+    return (arguments[0].contiguous(), *arguments[1:])
 
 
 def _keep_weights(module: Any) -> None:
