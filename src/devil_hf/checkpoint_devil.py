@@ -24,11 +24,14 @@ from .backbone_devil import FeatureBackbone
 from .backbone_devil import source_state_dict
 from .backbone_devil import weights_hash
 from .configuration_devil import DevilConfig
+from .lora_devil import LORA_NAME
+from .lora_devil import add_lora
+from .lora_devil import lora_layers
+from .lora_devil import merge_lora
 
 logger = logging.get_logger(__name__)
 
 WEIGHTS_FILE = "model.safetensors"
-# The translator is all that is trained.
 TRAINED_PREFIX = "translator."
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 AUTO_CLASSES = ("AutoModel", "AutoModelForImageTextToText")
@@ -134,9 +137,44 @@ class DevilPreTrainedModel(PreTrainedModel):
         model.translator.to(device=table.device, dtype=dtype)
         return model.eval()
 
-    def trainable_state_dict(self) -> dict[str, Tensor]:
-        """The weights that training changes, by their names in the whole model."""
-        return {name: tensor for name, tensor in self.state_dict().items() if name.startswith(TRAINED_PREFIX)}
+    def freeze(self) -> "DevilPreTrainedModel":
+        """Switch the gradients of the frozen parts off: loading makes every weight trainable again."""
+        self.backbone.requires_grad_(False)
+        for name, parameter in self.language_model.named_parameters():
+            parameter.requires_grad_(LORA_NAME in name)
+        return self
+
+    def train(self, mode: bool = True) -> "DevilPreTrainedModel":
+        """Switch the mode of what is trained; the frozen parts stay in eval mode (batch-norm statistics, dropout)."""
+        super().train(mode)
+        self.backbone.eval()
+        self.language_model.eval()
+        for _, layer in lora_layers(self.language_model):
+            layer.lora_dropout.train(mode)
+        return self
+
+    def merge_lora(self) -> "DevilPreTrainedModel":
+        """Add the LoRA adapters to the language model's weights, in place; the model can then only be saved self-contained.
+
+        Raises:
+            ValueError: for a model without adapters.
+        """
+        if self.config.lora is None:
+            raise ValueError("this model has no LoRA adapters to merge.")
+        merge_lora(self.language_model)
+        self.config.lora = self.config.language_model_source = None
+        return self.freeze()
+
+    def trainable_state_dict(self, state_dict: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """The weights that training changes (translator, LoRA), by their names in the whole model.
+
+        Args:
+            state_dict: where to take them from, when the model's own tensors are sharded over processes.
+        """
+        state_dict = self.state_dict() if state_dict is None else state_dict
+        return {
+            name: tensor for name, tensor in state_dict.items() if name.startswith(TRAINED_PREFIX) or LORA_NAME in name
+        }
 
     def save_pretrained(  # type: ignore[override]
         self, save_directory: str | PathLike, *, slim: bool = False, state_dict=None, **kwargs
@@ -221,9 +259,8 @@ class DevilPreTrainedModel(PreTrainedModel):
         if module is not None:
             kwargs["backbone"] = module
         if path is not None and state_dict is None and config.frozen_weights == "reference":
-            state_dict = _trained_weights(path, hub) | _frozen_weights(
-                config, backbone, language_model, hub.get("token")
-            )
+            # Trained weights come last: those of fresh adapters give way to them.
+            state_dict = _frozen_weights(config, backbone, language_model, hub.get("token")) | _trained_weights(path, hub)
         source = None if state_dict is not None else path
         model, info = super().from_pretrained(
             source, *args, config=config, state_dict=state_dict, output_loading_info=True, **kwargs
@@ -300,6 +337,9 @@ def _frozen_weights(config, backbone, language_model, token) -> dict[str, Tensor
             f"the weights of the language model {source['source']!r} have sha256 {found}, but this checkpoint was trained "
             f"with {source['sha256']}: load the revision {source.get('revision')}, or name the right one with language_model=..."
         )
+    if config.lora is not None:
+        # The hash is one of the weights without adapters; with them, the same weights have longer names.
+        add_lora(model, config.lora)
     named = {f"backbone.{name}": tensor for name, tensor in vision.items()}
     return named | {f"language_model.{name}": tensor for name, tensor in model.state_dict().items()}
 

@@ -13,6 +13,8 @@ from transformers import CONFIG_MAPPING
 from transformers import AutoConfig
 from transformers import PreTrainedConfig
 
+from .lora_devil import check_lora
+
 FORMAT_VERSION = 1
 
 
@@ -39,6 +41,8 @@ class DevilConfig(PreTrainedConfig):
             (a quarter of the images stay whole).
         null_probability: how often training hides every layer, so that the null prefix is learned (paper: 0).
         max_caption_tokens: training captions are cut to this many tokens (paper: 100).
+        lora: `rank`, `alpha`, `dropout` and `target_modules` of LoRA adapters in the language model, see `add_lora`
+            (paper: none).
         bos_token_id: token in front of the prefix; None for a language model without one.
         eos_token_id: token that ends a caption; None for a language model without one.
         pad_token_id: token that fills finished rows of a generation.
@@ -69,6 +73,7 @@ class DevilConfig(PreTrainedConfig):
     location_schedule: Literal["constant", "log_uniform"] = "constant"
     null_probability: float = 0.0
     max_caption_tokens: int = 100
+    lora: dict[str, Any] | None = None
 
     bos_token_id: int | None = None
     eos_token_id: int | None = None
@@ -141,6 +146,10 @@ class DevilConfig(PreTrainedConfig):
             raise ValueError(
                 f"translator_width={self.translator_width} is not a multiple of translator_heads={self.translator_heads}."
             )
+
+    def validate_lora(self):
+        if self.lora is not None:
+            check_lora(self.lora)
 
     def validate_prefix_fits_the_context(self):
         # BOS, the prefix and at least one word have to fit.

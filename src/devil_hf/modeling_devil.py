@@ -27,6 +27,8 @@ from .backbone_devil import resolve_layers
 from .checkpoint_devil import DevilPreTrainedModel
 from .checkpoint_devil import check_language_model
 from .explaining_devil import ExplainMixin
+from .lora_devil import add_lora
+from .lora_devil import lora_layers
 from .outputs_devil import DevilOutput
 from .outputs_devil import ScoreOutput
 from .pooling_devil import check_weights
@@ -67,14 +69,14 @@ class DevilModel(ExplainMixin, DevilPreTrainedModel):
         for given in (backbone, language_model):
             if given is not None:
                 _keep_weights(given)
+        if config.lora is not None:
+            add_lora(self.language_model, config.lora)
+            # The language model would initialise them as its own layers, and fresh adapters would say something.
+            for _, layer in lora_layers(self.language_model):
+                _keep_weights(layer.lora_A)
+                _keep_weights(layer.lora_B)
         self.post_init()
         self.freeze()
-
-    def freeze(self) -> "DevilModel":
-        """Switch the gradients of the frozen parts off: loading makes every weight trainable again."""
-        self.backbone.requires_grad_(False)
-        self.language_model.requires_grad_(False)
-        return self
 
     def _init_weights(self, module: nn.Module) -> None:
         # Only our own parts: the base class would overwrite the weights of a timm backbone.
@@ -88,13 +90,6 @@ class DevilModel(ExplainMixin, DevilPreTrainedModel):
 
     def get_output_embeddings(self) -> nn.Module:
         return self.language_model.get_output_embeddings()
-
-    def train(self, mode: bool = True) -> "DevilModel":
-        """Switch the translator's mode; the frozen parts stay in eval mode (batch-norm statistics, dropout)."""
-        super().train(mode)
-        self.backbone.eval()
-        self.language_model.eval()
-        return self
 
     @property
     def layer_names(self) -> list[str]:
