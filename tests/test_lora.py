@@ -113,15 +113,15 @@ def test_only_what_is_trained_is_in_training_mode(sources, tokenizer):
             num_attention_heads=2,
             ffn_dim=32,
         ),
-        LlamaConfig(
-            vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
-        ),
+        LlamaConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32),
     ],
     ids=lambda config: config.model_type,
 )
 def test_every_family_has_default_targets(config, model):
     language_model = AutoModelForCausalLM.from_config(config)
-    lora = DevilModel.from_backbone_and_language_model(model.backbone, language_model, lora={"rank": 2}, **SMALL_TRANSLATOR)
+    lora = DevilModel.from_backbone_and_language_model(
+        model.backbone, language_model, lora={"rank": 2}, **SMALL_TRANSLATOR
+    )
     assert any(True for _ in lora_layers(lora.language_model))
     assert not any("lm_head" in name for name, _ in lora_layers(lora.language_model))
 

@@ -1,20 +1,94 @@
-"""Training: cached features equal fresh ones, recipes round-trip, a run ends in a checkpoint that loads."""
+"""Training by recipe: frozen parts stay frozen, runs go on exactly, checkpoints are whole, what is wrong is found first."""
 
+import io
 import json
+import os
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 from transformers import AutoModel
 from transformers import AutoProcessor
 
+from devil_hf import DevilModel
+from devil_hf.data.decoding import TooManyBadSamples
 from devil_hf.pooling_devil import pool
+from devil_hf.training import run
+from devil_hf.training.feature_cache import CachedFeatures
+from devil_hf.training.feature_cache import StaleCache
 from devil_hf.training.features import PooledCaptions
 from devil_hf.training.features import pooled_feature_draws
 from devil_hf.training.recipe import Recipe
 from devil_hf.training.recipe import parse_recipe
-from devil_hf.training.recipe import train
+from devil_hf.training.run import train
+from devil_hf.training.trainer import DevilTrainer
 from tests.conftest import SMALL_TRANSLATOR
+
+ROOT = Path(__file__).parents[1]
+CAPTIONS = ["a red dog", "the cat on grass", "a square", "a blue circle left of the cat"]
+
+
+@pytest.fixture(scope="module")
+def caption_folder(images, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("captions")
+    lines = []
+    for index in range(9):
+        images[index % 3].rotate(10 * index).save(folder / f"{index}.png")
+        record = {"image": f"{index}.png", "captions": CAPTIONS[index % 3 : index % 3 + 2]}
+        lines.append(json.dumps(record | {"split": "train" if index < 6 else "val"}))
+    (folder / "captions.jsonl").write_text("\n".join(lines))
+    return str(folder)
+
+
+def write_shards(folder, images, shards: int = 3, samples: int = 8):
+    """CC3M as img2dataset leaves it: 00000.tar, ... with NAME.jpg, NAME.txt and NAME.json of each pair."""
+    for shard in range(shards):
+        with tarfile.open(folder / f"{shard:05d}.tar", "w") as archive:
+            for index in range(samples):
+                name = f"{shard:05d}{index:04d}"
+                picture = io.BytesIO()
+                images[index % 3].rotate(7 * (index + 11 * shard)).save(picture, "JPEG")
+                caption = CAPTIONS[(index + shard) % len(CAPTIONS)]
+                fields = {"jpg": picture.getvalue(), "txt": caption.encode(), "json": b'{"status": "success"}'}
+                for ending, content in fields.items():
+                    member = tarfile.TarInfo(f"{name}.{ending}")
+                    member.size = len(content)
+                    archive.addfile(member, io.BytesIO(content))
+
+
+@pytest.fixture(scope="module")
+def shards(images, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cc3m")
+    write_shards(folder, images)
+    return folder
+
+
+@pytest.fixture
+def fields(sources, caption_folder, tmp_path):
+    """A tiny run on files."""
+    return {
+        "output_dir": str(tmp_path / "run"),
+        "backbone": sources["backbone"],
+        "language_model": sources["language_model"],
+        "train_data": [{"kind": "folder", "path": caption_folder, "split": "train"}],
+        "validation_data": [{"kind": "folder", "path": caption_folder, "split": "val"}],
+        "model": SMALL_TRANSLATOR,
+        "batch_size": 4,
+        "max_steps": 6,
+        "evaluation_steps": 2,
+        "logging_steps": 2,
+        "warmup_steps": 1,
+        "report_to": "none",
+        "precision": "fp32",
+    }
+
+
+# ----------------------------------------------------------------------------------------------------------- features
 
 
 def test_cached_features_equal_those_of_the_model(model, pixel_values):
@@ -35,66 +109,266 @@ def test_draws_of_one_image_differ_and_come_from_its_locations(model, pixel_valu
     assert (cached[0] >= low[:, None] - tolerance).all() and (cached[0] <= high[:, None] + tolerance).all()
 
 
-def test_items_pair_an_images_draw_with_one_of_its_captions():
+def test_samples_pair_an_images_draw_with_one_of_its_captions():
     features = [torch.arange(6.0).view(3, 2, 1)]
     captions = [["a", "b"], ["c"], ["d", "e", "f"]]
     dataset = PooledCaptions(features, captions)
-    seen = {(item["pooled_features"][0].item(), item["caption"]) for _ in range(60) for item in [dataset[2]]}
-    assert seen == {(value, text) for value in (4.0, 5.0) for text in "def"}
-    every = PooledCaptions(features, captions, every_caption=True)
-    assert [every[i]["caption"] for i in range(len(every))] == ["a", "b", "c", "d", "e", "f"]
+    items = [dataset.sample(2, epoch) for epoch in range(60)]
+    assert {(i["pooled_features"][0].item(), i["caption"]) for i in items} == {
+        (v, t) for v in (4.0, 5.0) for t in "def"
+    }
+    assert dataset.sample(2, 7) == items[7]
+    assert [text for _, text in dataset.every_caption()] == ["a", "c", "d", "b", "e", "f"]
     with pytest.raises(ValueError, match="no caption"):
         PooledCaptions(features, [["a"], [], ["b"]])
 
 
-@pytest.fixture
-def caption_folder(images, tmp_path):
-    folder = tmp_path / "captions"
-    folder.mkdir()
-    lines = []
-    for index in range(6):
-        images[index % 3].save(folder / f"{index}.png")
-        record = {"image": f"{index}.png", "captions": ["a red dog", "the cat on grass"]}
-        lines.append(json.dumps(record | {"split": "train" if index < 4 else "val"}))
-    (folder / "captions.jsonl").write_text("\n".join(lines))
-    return str(folder)
+# --------------------------------------------------------------------------------------------------------- whole runs
 
 
-def test_a_run_by_recipe_ends_in_a_checkpoint_that_loads_and_trains_again(sources, caption_folder, images, tmp_path):
+def test_a_run_ends_in_a_checkpoint_that_loads_and_trains_again(fields, images, tmp_path):
     file = tmp_path / "recipe.yaml"
-    fields = {
-        "backbone": sources["backbone"],
-        "language_model": sources["language_model"],
-        "folders": [caption_folder],
-        "model": SMALL_TRANSLATOR,
-        "views": 2,
-        "draws": 2,
-        "batch_size": 2,
-        "max_steps": 4,
-        "evaluation_steps": 2,
-        "warmup_steps": 1,
-    }
     file.write_text(yaml.safe_dump(fields))
-    recipe = parse_recipe(["--config", str(file), "--output_dir", str(tmp_path / "run"), "--draws", "3"])
-    assert (recipe.draws, recipe.views, recipe.batch_size) == (3, 2, 2)
+    recipe = parse_recipe(["--config", str(file), "--batch-size", "3", "--learning_rate", "2e-3"])
+    assert (recipe.batch_size, recipe.learning_rate) == (3, 2e-3)
     checkpoint = train(recipe)
     model, processor = AutoModel.from_pretrained(checkpoint), AutoProcessor.from_pretrained(checkpoint)
     assert model.config.frozen_weights == "reference"
     assert model.generate(**processor(images=images, return_tensors="pt"), max_new_tokens=3).shape[0] == 3
-    again = Recipe(**yaml.safe_load((checkpoint / "recipe.yaml").read_text()))
+    again = parse_recipe(["--config", str(checkpoint)])
     assert again == recipe
+    again.output_dir = str(tmp_path / "again")
+    torch.testing.assert_close(weights(train(again)), weights(checkpoint), rtol=0, atol=0)
+
+
+def weights(checkpoint) -> dict[str, torch.Tensor]:
+    return load_file(Path(checkpoint) / "model.safetensors")
+
+
+def losses(output_dir) -> list[tuple]:
+    """The loss curve of a run, training and validation."""
+    newest = max(Path(output_dir).glob("checkpoint-*"), key=lambda folder: int(folder.name.rpartition("-")[2]))
+    history = json.loads((newest / "trainer_state.json").read_text())["log_history"]
+    return [(entry["step"], name, entry[name]) for entry in history for name in ("loss", "eval_loss") if name in entry]
+
+
+def test_frozen_means_frozen(fields, monkeypatch):
+    kept = {}
+
+    def build(recipe):
+        kept["model"], kept["processor"] = original(recipe)
+        kept["before"] = {name: tensor.clone() for name, tensor in kept["model"].state_dict().items()}
+        return kept["model"], kept["processor"]
+
+    original = run.build
+    monkeypatch.setattr(run, "build", build)
+    train(Recipe(**fields, lora={"rank": 2, "dropout": 0.1}))
+    model, before = kept["model"], kept["before"]
+    trained = set(model.trainable_state_dict())
+    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert changed <= trained
+    assert any(name.startswith("translator.") for name in changed) and any(".lora_B" in name for name in changed)
+    assert all(parameter.grad is None for name, parameter in model.named_parameters() if name not in trained)
+    folder = Path(fields["output_dir"]) / "checkpoint-6"
+    assert set(weights(folder)) == trained
+    state = torch.load(folder / "optimizer.pt", weights_only=True)["state"]
+    assert len(state) == len(trained)
+
+
+def test_validation_loss_is_that_of_every_caption_in_nats_per_token(fields, caption_folder):
+    checkpoint = train(Recipe(**fields))
+    model, processor = DevilModel.from_pretrained(checkpoint), AutoProcessor.from_pretrained(checkpoint)
+    rows = [json.loads(line) for line in (Path(caption_folder) / "captions.jsonl").read_text().splitlines()]
+    total = tokens = 0.0
+    for row in rows[6:]:
+        pixels = processor(images=str(Path(caption_folder) / row["image"]), return_tensors="pt")["pixel_values"]
+        for caption in row["captions"]:
+            text = processor(text=[caption], return_tensors="pt")
+            with torch.no_grad():
+                loss = model(pixels, text["input_ids"], text["attention_mask"]).loss.item()
+            total, tokens = total + loss * (text["input_ids"].numel() + 1), tokens + text["input_ids"].numel() + 1
+    best = min(value for _, name, value in losses(fields["output_dir"]) if name == "eval_loss")
+    assert best == pytest.approx(total / tokens, abs=2e-3)  # features are kept in fp16
+
+
+# ------------------------------------------------------------------------------------------------------- exact resume
+
+
+class Killed(Exception):
+    pass
+
+
+def kill_at(monkeypatch, step: int) -> None:
+    """Let the next run end in the middle of a step."""
+    original, steps = DevilTrainer.training_step, []
+
+    def training_step(self, *args, **kwargs):
+        steps.append(1)
+        if len(steps) == step:
+            monkeypatch.setattr(DevilTrainer, "training_step", original)
+            raise Killed
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(DevilTrainer, "training_step", training_step)
 
 
 @pytest.mark.parametrize(
-    ("fields", "text"),
+    ("kind", "more"),
     [
-        ({}, "backbone"),
-        ({"backbone": "b", "language_model": "l", "folders": ["f"], "draws": 0}, "draws=0"),
-        ({"backbone": "b", "language_model": "l", "folders": ["f"], "model": {"widht": 3}}, "widht"),
+        ("table", {"smallest_crop": 0.5, "lora": {"dropout": 0.2}}),
+        ("cache", {"accumulation": 2}),
+        ("stream", {"workers": 2}),
     ],
 )
-def test_a_wrong_recipe_is_refused_before_anything_is_loaded(fields, text):
-    with pytest.raises(ValueError, match=text):
+def test_a_stopped_run_goes_on_as_if_it_had_not_been(kind, more, fields, shards, tmp_path, monkeypatch):
+    fields |= more
+    if kind == "stream":
+        fields["train_data"] = [{"kind": "webdataset", "urls": str(shards / "{00000..00002}.tar")}]
+    if kind == "cache":
+        fields["cache_features"] = str(tmp_path / "features")
+    straight = train(Recipe(**fields))
+    stopped = fields | {"output_dir": str(tmp_path / "stopped")}
+    kill_at(monkeypatch, 5 * fields.get("accumulation", 1))  # after checkpoint 4
+    with pytest.raises(Killed):
+        train(Recipe(**stopped))
+    # What a kill in the middle of saving leaves behind.
+    half = tmp_path / "stopped" / ".unfinished" / "checkpoint-6"
+    half.mkdir(parents=True)
+    (half / "model.safetensors").write_bytes(b"half")
+    with pytest.raises(ValueError, match="--resume"):
+        train(Recipe(**stopped))
+    resumed = train(Recipe(**stopped, resume=True))
+    torch.testing.assert_close(weights(resumed), weights(straight), rtol=0, atol=0)
+    assert losses(tmp_path / "stopped") == losses(fields["output_dir"])
+    # A run that had come to its end is only saved again.
+    torch.testing.assert_close(weights(train(Recipe(**stopped, resume=True))), weights(straight), rtol=0, atol=0)
+
+
+# ------------------------------------------------------------------------------------------------------ feature cache
+
+
+def test_training_from_a_cache_reads_no_pixels_and_refuses_a_stale_one(fields, caption_folder, tmp_path, monkeypatch):
+    fields |= {"cache_features": str(tmp_path / "features"), "views": 2, "draws": 3, "smallest_crop": 0.5}
+    first = train(Recipe(**fields))
+    cache = CachedFeatures(tmp_path / "features", seed=0)
+    assert len(cache) == 6 and load_file(cache.shards[0])["layer.0"].shape[:2] == (6, 6)
+    assert load_file(cache.shards[0])["layer.0"].dtype == torch.float16
+
+    def fail(*args, **kwargs):
+        raise AssertionError("a pixel was touched")
+
+    monkeypatch.setattr("devil_hf.data.decoding._decode", fail)
+    fields |= {"output_dir": str(tmp_path / "second"), "validation_data": []}
+    second = train(Recipe(**fields))
+    assert set(weights(second)) == set(weights(first))
+    monkeypatch.undo()
+    for change, text in (
+        ({"layers": [0, 1]}, "layers"),
+        ({"resize": "paper"}, "image_transform"),
+        ({"draws": 4}, "draws"),
+        ({"train_data": [{"kind": "folder", "path": caption_folder}]}, "data"),
+    ):
+        with pytest.raises(StaleCache, match=text):
+            train(Recipe(**(fields | change | {"output_dir": str(tmp_path / "third")})))
+
+
+def test_an_interrupted_cache_is_finished_and_equal(fields, tmp_path, monkeypatch):
+    monkeypatch.setattr("devil_hf.training.feature_cache.SHARD_IMAGES", 2)
+    fields |= {"cache_features": str(tmp_path / "whole"), "max_steps": 2, "validation_data": []}
+    train(Recipe(**fields))
+    original, calls = pooled_feature_draws, []
+
+    def draw(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 2:
+            raise Killed
+        return original(*args, **kwargs)
+
+    fields |= {"cache_features": str(tmp_path / "parts"), "output_dir": str(tmp_path / "other")}
+    monkeypatch.setattr("devil_hf.training.feature_cache.pooled_feature_draws", draw)
+    with pytest.raises(Killed):
+        train(Recipe(**fields))
+    train(Recipe(**fields))
+    assert len(calls) == 4  # one shard, the one that failed, and the two that were left
+    whole, parts = (CachedFeatures(tmp_path / name, seed=0) for name in ("whole", "parts"))
+    assert len(whole.shards) == 3 and whole.captions == parts.captions
+    for one, other in zip(whole.shards, parts.shards, strict=True):
+        torch.testing.assert_close(load_file(one), load_file(other), rtol=0, atol=0)
+
+
+# ------------------------------------------------------------------------------------------------------------- recipes
+
+
+def test_the_cc3m_recipe_runs_on_a_miniature_with_a_truncated_shard(sources, images, tmp_path):
+    folder = tmp_path / "cc3m"
+    folder.mkdir()
+    write_shards(folder, images, samples=12)
+    shard = folder / "00001.tar"
+    shard.write_bytes(shard.read_bytes()[: shard.stat().st_size * 2 // 3])
+    recipe = parse_recipe(
+        [
+            *("--config", str(ROOT / "scripts/recipes/cc3m_resnet50_opt125m.yaml")),
+            # Where things lie, and their size; streaming, order, dropouts, schedule and the rest are the recipe's.
+            *("--output_dir", str(tmp_path / "run"), "--layers", "null", "--model", json.dumps(SMALL_TRANSLATOR)),
+            *("--backbone", sources["backbone"], "--language_model", sources["language_model"]),
+            *("--train_data", json.dumps([{"kind": "webdataset", "urls": str(folder / "{00000..00002}.tar")}])),
+            *("--validation_data", json.dumps([{"kind": "webdataset", "urls": str(folder / "00000.tar")}])),
+            *("--max_steps", "4", "--evaluation_steps", "2", "--logging_steps", "1", "--batch_size", "8"),
+            *("--workers", "2", "--report_to", "none"),
+        ]
+    )
+    train(recipe)
+    history = json.loads((tmp_path / "run" / "checkpoint-4" / "trainer_state.json").read_text())["log_history"]
+    last = [entry for entry in history if "loss" in entry][-1]
+    assert 0 < last["bad_samples"] <= 0.05
+    assert set(last) >= {"images_per_second", "learning_rate", "visible/none"}
+    with pytest.raises(TooManyBadSamples, match=r"limit of 1\.0%"):
+        train(parse_recipe_again(recipe, tmp_path / "strict", bad_samples=0.01, max_steps=60))
+
+
+def parse_recipe_again(recipe: Recipe, output_dir, **changes) -> Recipe:
+    fields = yaml.safe_load(recipe.to_yaml()) | {"output_dir": str(output_dir)} | changes
+    return Recipe(**fields)
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "scripts/recipes").glob("*.yaml")), ids=lambda file: file.stem)
+def test_every_recipe_is_valid(file):
+    recipe = parse_recipe(["--config", str(file), "--report_to", "none"])
+    assert recipe.output_dir == f"runs/{file.stem}"
+    if file.stem.startswith("cc3m"):  # the paper's settings
+        assert (recipe.learning_rate, recipe.final_learning_rate, recipe.batch_size) == (1e-4, 1e-6, 64)
+        assert (recipe.warmup_steps, recipe.schedule, recipe.max_steps) == (5000, "linear", 1_000_000)
+        assert (recipe.weight_decay, recipe.resize) == (1e-6, "paper")
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"backbone": ""}, "backbone"),
+        ({"draws": 0}, "draws=0"),
+        ({"model": {"widht": 3}}, "widht"),
+        ({"lora": {"r": 3}}, "'r'"),
+        ({"precision": "half"}, "half"),
+        ({"save_steps": 3}, "save_steps=3"),
+        ({"logging_steps": 4}, "logging_steps=4"),
+        ({"report_to": "tensorbored"}, "tensorbored"),
+        ({"layers": ["layer9"]}, "layer9"),
+        ({"model": SMALL_TRANSLATOR | {"prefix_length": 80}}, "prefix_length=80"),
+        ({"train_data": [{"kind": "folder", "path": "nowhere"}]}, "nowhere"),
+        ({"processes": 3}, "3"),
+        ({"save": "merged"}, "lora"),
+        ({"checkpoint": "embedded"}, "leave backbone"),
+    ],
+)
+def test_what_is_wrong_is_found_before_the_first_step(change, text, fields, monkeypatch):
+    monkeypatch.setattr(DevilTrainer, "train", lambda *_, **__: pytest.fail("training began"))
+    with pytest.raises((ValueError, OSError), match=text):
+        train(Recipe(**(fields | change)))
+
+
+def test_a_full_disk_is_found_before_the_first_step(fields, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda place: type("Usage", (), {"free": 1000}))
+    with pytest.raises(OSError, match="GB free"):
         train(Recipe(**fields))
 
 
@@ -102,3 +376,49 @@ def test_an_unknown_field_of_a_recipe_file_is_named(tmp_path):
     (tmp_path / "r.yaml").write_text("batchsize: 3\n")
     with pytest.raises(ValueError, match="batchsize"):
         parse_recipe(["--config", str(tmp_path / "r.yaml")])
+
+
+def test_training_goes_on_from_a_checkpoint_with_lora_and_ends_merged(fields, tmp_path):
+    base = train(Recipe(**fields))
+    more = {name: value for name, value in fields.items() if name not in ("backbone", "language_model", "model")}
+    more |= {"output_dir": str(tmp_path / "tuned"), "checkpoint": str(base), "lora": {"rank": 2}, "save": "merged"}
+    tuned = train(Recipe(**more))
+    model = AutoModel.from_pretrained(tuned)
+    assert model.config.lora is None and model.config.frozen_weights == "embedded"
+    first = next(value for _, name, value in losses(tmp_path / "tuned") if name == "eval_loss")
+    last = [value for _, name, value in losses(fields["output_dir"]) if name == "eval_loss"][-1]
+    assert abs(first - last) < 0.5  # it did not begin anew
+
+
+# --------------------------------------------------------------------------------------------------- several processes
+
+WITHOUT_PACKAGE = (
+    "import sys, torch\nfrom transformers import AutoModel\nassert 'devil_hf' not in sys.modules\n"
+    "model = AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True)\n"
+    "print(type(model).__module__, tuple(model.null_prefix().shape))\n"
+)
+
+
+def launch(file: Path, processes: int, *options: str) -> list[str]:
+    several = ["--multi_gpu"] if processes > 1 else []
+    port = str(20_000 + os.getpid() % 20_000)
+    command = [sys.executable, "-m", "accelerate.commands.launch", *several, "--num_processes", str(processes)]
+    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", port]
+    return [*command, str(ROOT / "scripts/train.py"), "--config", str(file), *options]
+
+
+def environment(home: Path) -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": str(ROOT / "src"), "HF_HOME": str(home), "OMP_NUM_THREADS": "1"}
+
+
+def test_two_processes_train_one_model_that_loads_without_the_package(fields, tmp_path):
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(fields | {"processes": 2, "batch_size": 2, "max_steps": 4}))
+    result = subprocess.run(launch(file, 2), env=environment(tmp_path / "home"), capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "training on 2 processes" in result.stderr
+    checkpoint = Path(fields["output_dir"]) / "checkpoint"
+    bare = {k: v for k, v in environment(tmp_path / "bare").items() if k != "PYTHONPATH"}
+    command = [sys.executable, "-c", WITHOUT_PACKAGE, str(checkpoint)]
+    printed = subprocess.run(command, env=bare, cwd=tmp_path, check=True, capture_output=True, text=True).stdout
+    assert printed.startswith("transformers_modules.") and printed.strip().endswith("(1, 4, 32)")

@@ -138,8 +138,9 @@ def run_quickstart(arguments: argparse.Namespace) -> None:
 
 def run_train(arguments: argparse.Namespace) -> None:
     from devil_hf.training.recipe import recipe_of
-    from devil_hf.training.recipe import train
+    from devil_hf.training.run import train
 
+    logging.set_verbosity_warning()  # skipped images are named there
     print(f"checkpoint: {train(recipe_of(arguments))}")
 
 

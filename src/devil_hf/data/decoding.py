@@ -159,10 +159,14 @@ class PairTable(torch.utils.data.Dataset):
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.sample(index, int(self._epoch))
+
+    def sample(self, index: int, epoch: int) -> dict[str, Any]:
+        """The sample of a row in an epoch, whichever was set."""
         rng = np.random.default_rng((self.decoder.seed, index))
         row = index
         for _ in range(REPLACEMENTS):
-            sample = self.decoder(self.dataset[row], int(self._epoch))
+            sample = self.decoder(self.dataset[row], epoch)
             if sample is not None:
                 return sample
             row = int(rng.integers(len(self.dataset)))

@@ -8,9 +8,9 @@ from collections.abc import Iterable
 from collections.abc import Sequence
 from typing import cast
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from devil_hf.modeling_devil import DevilModel
@@ -25,6 +25,7 @@ def pooled_feature_draws(
     draws: int | None = None,
     description: str = "features",
     total: int | None = None,
+    progress: bool = True,
 ) -> list[Tensor]:
     """Pool every image `draws` times with the model's own location dropout, or once over all locations.
 
@@ -32,12 +33,13 @@ def pooled_feature_draws(
         batches: pixel values, (B, 3, H, W) each.
         draws: how many location draws each image gets; None for one uniform pooling, as evaluation wants it.
         total: number of batches, for the progress bar.
+        progress: show one.
 
     Returns:
         Per layer an fp16 tensor (images, draws or 1, C_l).
     """
     collected: list[list[Tensor]] = [[] for _ in model.layer_names]
-    for pixel_values in tqdm(batches, desc=description, total=total, unit="batch", leave=False):
+    for pixel_values in tqdm(batches, desc=description, total=total, unit="batch", leave=False, disable=not progress):
         pixel_values = pixel_values.to(memory_format=torch.channels_last)  # convolutions run faster on this layout
         feature_maps = cast(list[Tensor], model.extract_features(pixel_values))
         weights = _draw_weights(model, feature_maps, draws)
@@ -64,18 +66,16 @@ def _draw_weights(model: DevilModel, feature_maps: list[Tensor], draws: int | No
     return [weights.view(images, draws, *weights.shape[1:]) for weights in rows]
 
 
-class PooledCaptions(Dataset):
+class PooledCaptions:
     """Images as cached draws of pooled features, each with its captions.
-
-    An item is one image with one of its draws and one of its captions, both drawn by torch's generator.
 
     Args:
         features: per layer (images, draws, C_l), as `pooled_feature_draws` returns them.
         captions: the captions of each image, at least one.
-        every_caption: make an item of every caption instead, with its image's first draw: nothing random, for validation.
+        seed: of which draw and which caption an epoch takes.
     """
 
-    def __init__(self, features: Sequence[Tensor], captions: Sequence[Sequence[str]], every_caption: bool = False):
+    def __init__(self, features: Sequence[Tensor], captions: Sequence[Sequence[str]], seed: int = 0):
         if len(features[0]) != len(captions):
             raise ValueError(f"{len(features[0])} images have features, but {len(captions)} have captions.")
         bare = [index for index, texts in enumerate(captions) if not texts]
@@ -83,18 +83,21 @@ class PooledCaptions(Dataset):
             raise ValueError(f"images {bare[:5]} have no caption: leave them out.")
         self.features = features
         self.captions = captions
-        self.pairs = [(i, j) for i, texts in enumerate(captions) for j in range(len(texts))] if every_caption else None
+        self.seed = seed
 
     def __len__(self) -> int:
-        return len(self.captions if self.pairs is None else self.pairs)
+        return len(self.captions)
 
-    def __getitem__(self, index: int) -> dict:
-        if self.pairs is not None:
-            image, text = self.pairs[index]
-            return {"pooled_features": [f[image, 0] for f in self.features], "caption": self.captions[image][text]}
-        texts = self.captions[index]
-        draw = int(torch.randint(self.features[0].shape[1], ()))
+    def sample(self, index: int, epoch: int) -> dict:
+        """An image with one of its draws and one of its captions, both drawn by (seed, epoch, index)."""
+        rng = np.random.default_rng((self.seed, epoch, index))
+        draw, text = rng.integers(self.features[0].shape[1]), rng.integers(len(self.captions[index]))
         return {
             "pooled_features": [layer[index, draw] for layer in self.features],
-            "caption": texts[int(torch.randint(len(texts), ()))],
+            "caption": self.captions[index][text],
         }
+
+    def every_caption(self) -> list[tuple[int, str]]:
+        """(index of the image, caption) of all captions: every image's first, then every image's second, ..."""
+        most = max(map(len, self.captions), default=0)
+        return [(i, texts[j]) for j in range(most) for i, texts in enumerate(self.captions) if j < len(texts)]

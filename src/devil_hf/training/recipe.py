@@ -1,11 +1,12 @@
 """A recipe: everything that a training run is, in one dataclass and one YAML file of the same fields.
 
-Any field can be given on the command line over the file. The resolved recipe is written beside the checkpoint, and can be
-trained again from there.
+Any field can be given on the command line over the file. The resolved recipe is written into every checkpoint, and can be trained
+again from there.
 """
 
 import argparse
 import dataclasses
+import importlib.util
 import json
 import typing
 from dataclasses import dataclass
@@ -13,31 +14,17 @@ from dataclasses import field
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
-from datasets import Dataset
-from datasets import concatenate_datasets
-from PIL import Image
-from torchvision.transforms import v2
-from transformers import AutoTokenizer
-from transformers import EarlyStoppingCallback
-from transformers import TrainingArguments
-from transformers import set_seed
-from transformers.utils import logging
 
 from devil_hf.configuration_devil import DevilConfig
-from devil_hf.data.captions import load_caption_folder
-from devil_hf.image_processing_devil import DevilImageProcessor
-from devil_hf.modeling_devil import DevilModel
-from devil_hf.processing_devil import DevilProcessor
-from devil_hf.training.features import PooledCaptions
-from devil_hf.training.features import pooled_feature_draws
-from devil_hf.training.trainer import DevilTrainer
-
-logger = logging.get_logger(__name__)
+from devil_hf.lora_devil import check_lora
 
 RECIPE_FILE = "recipe.yaml"
 CHECKPOINT_FOLDER = "checkpoint"
+EMBEDDED = "embedded"
+TRACKERS = ("tensorboard", "trackio", "wandb")
+# What a run does, not what it is: left out when two recipes are compared.
+OF_THE_CALL = ("output_dir", "resume", "report_to", "push_to_hub", "processes", "keep_checkpoints", "workers")
 
 
 def _option(help: str, default: Any = dataclasses.MISSING) -> Any:
@@ -48,186 +35,219 @@ def _option(help: str, default: Any = dataclasses.MISSING) -> Any:
 
 @dataclass
 class Recipe:
-    """A training run of one translator on captioned images, with the backbone's features computed once."""
+    """A training run: frozen parts, captioned images, the translator between them, and how it is trained."""
 
     output_dir: str = _option("folder of the run; the model ends up in its `checkpoint` folder", "runs/devil")
+
     backbone: str = _option("timm or transformers id, or local directory, of the backbone", "")
     language_model: str = _option("id or local directory of the language model and its tokenizer", "")
-    folders: list = _option("caption folders: images with a captions.jsonl or metadata.jsonl", [])
+    checkpoint: str = _option("instead of both: a DeViL checkpoint to go on from; `embedded` is the shipped one", "")
+    new_translator: bool = _option("with a checkpoint: keep its frozen parts only", False)
     backbone_kwargs: dict = _option("further arguments of the backbone's architecture", {})
     layers: list | None = _option("names or indices of layers; default: the backbone's stages", None)
     class_tokens: bool = _option("also read class tokens, as layers of their own", False)
     resize: str = _option("`backbone`: its own evaluation preprocessing; `paper`: short side to the crop", "backbone")
-    train_split: str = _option("split to train on", "train")
-    validation_split: str = _option("split whose loss chooses the checkpoint; never the test split", "val")
     model: dict = _option("fields of DevilConfig: translator sizes, dropouts, null_probability", {})
-    views: int = _option("views of each training image: itself, then mirrored random crops", 1)
-    smallest_crop: float = _option("smallest share of the image that a random crop keeps", 0.6)
-    draws: int = _option("location draws of each view", 8)
+    lora: dict | None = _option(
+        "LoRA on the language model: rank, alpha, dropout, target_modules; {} for the defaults", None
+    )
+
+    train_data: list = _option("sources of captioned images, each with a `kind`; see devil_hf/data/sources.py", [])
+    validation_data: list = _option("sources whose loss chooses the checkpoint; never the test split", [])
+    validation_images: int = _option("validate on the first so many images", 2_000)
+    bad_samples: float = _option("share of broken images or empty captions above which the run stops", 0.05)
+    shuffle_buffer: int = _option("rows in the shuffle buffer of a stream, per worker", 1_000)
+    workers: int = _option("processes that decode images, per training process", 0)
+    smallest_crop: float = _option("smallest share of an image in a random view of it; 1: whole and as it is", 1.0)
+    cache_features: str = _option("folder of frozen features, computed once; training then reads no pixels", "")
+    views: int = _option("cached views of each image: itself, then random views", 1)
+    draws: int = _option("cached draws of location dropout of each view", 8)
+
     max_steps: int = _option("optimiser steps", 2_000)
-    batch_size: int = _option("captions per step", 64)
-    learning_rate: float = _option("peak learning rate of AdamW, cosine decay to zero", 1e-3)
+    batch_size: int = _option("captions per step and process", 64)
+    accumulation: int = _option("batches that make one step", 1)
+    learning_rate: float = _option("peak learning rate of AdamW", 1e-3)
+    final_learning_rate: float = _option("learning rate at the end", 0.0)
+    schedule: str = _option("decay of the learning rate after warm-up: `cosine` or `linear` (paper)", "cosine")
     weight_decay: float = _option("of matrices; none on biases and norms", 1e-6)
     warmup_steps: int = _option("steps of linear warm-up", 100)
-    evaluation_steps: int = _option("steps between two validations", 100)
-    patience: int = _option("validations without gain after which training stops", 10)
-    bf16: bool = _option("compute in bfloat16 by autocast; weights stay in fp32", False)
+    gradient_norm: float = _option("gradients are clipped to this norm; 0: never", 1.0)
+    precision: str = _option(
+        "`fp32`, `bf16` (autocast; weights stay fp32), or `auto`: bf16 on GPUs that have it", "auto"
+    )
     seed: int = _option("of initialisation, views, draws and order", 0)
 
+    evaluation_steps: int = _option("steps between two validations", 100)
+    save_steps: int = _option("steps between two checkpoints, a multiple of evaluation_steps; 0: the same", 0)
+    logging_steps: int = _option("steps between two records of loss and throughput", 10)
+    keep_checkpoints: int = _option("checkpoints that are kept, beside the best", 2)
+    patience: int = _option("validations without gain after which training stops; 0: never", 0)
+    describe_validation: int = _option("validation images per process to describe and score at each validation", 0)
+    save: str = _option("final checkpoint: `slim`, `full`, `merged` (LoRA), or `auto`: slim where possible", "auto")
+    report_to: str = _option(
+        f"trackers, separated by commas, of {', '.join(TRACKERS)}; `auto`: those installed", "auto"
+    )
+    push_to_hub: str = _option("Hub repository (user/name) that gets the final checkpoint", "")
+    processes: int = _option("stop unless the run has this many processes; 0: any number", 0)
+    resume: bool = _option("go on from the newest checkpoint of output_dir, if there is one", False)
+
+    @property
+    def trackers(self) -> list[str]:
+        """Names of the trackers to report to."""
+        if self.report_to == "auto":
+            return [name for name in TRACKERS if importlib.util.find_spec(name)]
+        return [name.strip() for name in self.report_to.split(",") if name.strip() not in ("", "none")]
+
+    @property
+    def steps_between_checkpoints(self) -> int:
+        return self.save_steps or self.evaluation_steps
+
     def validate(self) -> None:
-        """Raise a clear error for what can be seen to be wrong before anything is loaded."""
-        for name in ("backbone", "language_model", "folders"):
+        """Raise a ValueError for what can be seen to be wrong before anything is loaded."""
+        if self.checkpoint and (self.backbone or self.language_model):
+            raise ValueError(
+                f"checkpoint={self.checkpoint!r} brings its frozen parts: leave backbone and language_model out"
+            )
+        needed = ["train_data"] if self.checkpoint else ["backbone", "language_model", "train_data"]
+        for name in needed:
             if not getattr(self, name):
                 raise ValueError(f"the recipe names no {name}: set it in the YAML file or by --{name}")
-        for name in ("views", "draws", "max_steps", "batch_size", "evaluation_steps", "patience"):
+        for name in ("views", "draws", "max_steps", "batch_size", "accumulation", "evaluation_steps", "logging_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        for name in ("workers", "patience", "save_steps", "warmup_steps", "describe_validation", "gradient_norm"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+        self._validate_choices()
+        self._validate_steps()
+        if not 0 <= self.final_learning_rate < self.learning_rate:
+            raise ValueError(
+                f"final_learning_rate={self.final_learning_rate} must be below learning_rate={self.learning_rate}"
+            )
         if not 0 < self.smallest_crop <= 1:
             raise ValueError(f"smallest_crop={self.smallest_crop} must be a share of the image, above 0 and up to 1")
-        if self.resize not in ("backbone", "paper"):
-            raise ValueError(f"resize={self.resize!r} is neither 'backbone' nor 'paper'")
+        if self.cache_features and self.views > 1 and self.smallest_crop == 1:
+            raise ValueError(f"views={self.views} would be {self.views} times the same: set smallest_crop below 1")
         known = {f.name for f in dataclasses.fields(DevilConfig)}
-        unknown = sorted(set(self.model) - known)
-        if unknown:
+        if unknown := sorted(set(self.model) - known):
             raise ValueError(f"model has fields {unknown} that DevilConfig does not have")
+        if self.checkpoint and not self.new_translator and self.model:
+            raise ValueError(
+                f"model has fields {sorted(self.model)}, but the translator is that of {self.checkpoint}: "
+                "set new_translator, or leave them out"
+            )
+        if self.lora is not None:
+            check_lora(self.lora)
+        if self.save == "merged" and self.lora is None and not self.checkpoint:
+            raise ValueError("save='merged' merges LoRA adapters, but the recipe has no lora")
 
-    def save(self, folder: Path) -> None:
-        """Write the recipe as YAML into `folder`."""
-        (folder / RECIPE_FILE).write_text(yaml.safe_dump(dataclasses.asdict(self), sort_keys=False))
+    def _validate_choices(self) -> None:
+        choices = {
+            "resize": ("backbone", "paper"),
+            "schedule": ("cosine", "linear"),
+            "precision": ("auto", "fp32", "bf16"),
+            "save": ("auto", "slim", "full", "merged"),
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r} is none of {', '.join(allowed)}")
+        for name in self.trackers:
+            if name not in TRACKERS:
+                raise ValueError(f"report_to names {name!r}, which is none of {', '.join(TRACKERS)}")
+            if not importlib.util.find_spec(name):
+                raise ValueError(f"report_to names {name!r}, which is not installed: pip install {name}")
+        if self.describe_validation and not importlib.util.find_spec("pycocoevalcap"):
+            raise ValueError("describe_validation needs pycocoevalcap: pip install 'devil-hf[metrics]'")
+
+    def _validate_steps(self) -> None:
+        saving = self.steps_between_checkpoints
+        if self.validation_data and saving % self.evaluation_steps:
+            raise ValueError(
+                f"save_steps={saving} must be a multiple of evaluation_steps={self.evaluation_steps}: the best "
+                "checkpoint is one that was validated"
+            )
+        if saving % self.logging_steps:
+            raise ValueError(
+                f"logging_steps={self.logging_steps} must divide the {saving} steps between two checkpoints: a run "
+                "that goes on from one could not repeat the loss curve otherwise"
+            )
+        if not self.validation_data and self.patience:
+            raise ValueError("patience needs validation_data: without them nothing says when to stop")
+
+    def to_yaml(self) -> str:
+        """The recipe as YAML, as it can be trained again."""
+        return yaml.safe_dump(dataclasses.asdict(self) | {"resume": False}, sort_keys=False)
+
+    def differences(self, other: dict[str, Any]) -> list[str]:
+        """Fields in which another recipe describes another run."""
+        mine = dataclasses.asdict(self)
+        return [name for name in mine if name not in OF_THE_CALL and name in other and other[name] != mine[name]]
 
 
 def parse_recipe(arguments: list[str] | None = None, description: str = "") -> Recipe:
     """A recipe from `--config FILE` and one option per field; lists and dictionaries are given as JSON."""
-    parser = argparse.ArgumentParser(description=description)
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_recipe_options(parser)
     return recipe_of(parser.parse_args(arguments))
 
 
 def add_recipe_options(parser: argparse.ArgumentParser) -> None:
-    """Add `--config` and one option per field of `Recipe`."""
-    parser.add_argument("--config", type=Path, help="YAML file of these fields")
+    """Add `--config` and one option per field of `Recipe`, with hyphens or underscores."""
+    parser.add_argument("--config", type=Path, help="YAML file of these fields, or a checkpoint that holds one")
     hints = typing.get_type_hints(Recipe)
     for option in dataclasses.fields(Recipe):
-        plain = hints[option.name] in (str, int, float)
-        kind = hints[option.name] if plain else json.loads
-        default = getattr(Recipe, option.name, None)  # lists and dictionaries have a factory, and are empty
-        note = option.metadata["help"] + ("" if default in ("", None) else f" (default: {default})")
-        parser.add_argument(f"--{option.name}", type=kind, default=argparse.SUPPRESS, help=note)
+        hint, name = hints[option.name], option.name
+        default = getattr(Recipe, name, None)  # lists and dictionaries have a factory, and are empty
+        note = option.metadata["help"] + ("" if default in ("", None, False) else f" (default: {default})")
+        names = dict.fromkeys([f"--{name}", f"--{name.replace('_', '-')}"])
+        settings: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS, "help": note}
+        if hint is bool:
+            parser.add_argument(*names, action=argparse.BooleanOptionalAction, **settings)
+        else:
+            kind = hint if hint in (str, int, float) else _json
+            parser.add_argument(*names, type=kind, metavar=name.upper() if kind is not _json else "JSON", **settings)
+
+
+def _json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not JSON ({error})") from error
 
 
 def recipe_of(namespace: argparse.Namespace) -> Recipe:
-    """The recipe of parsed options: the file's fields, and over them those given on the command line."""
+    """The recipe of parsed options: the file's fields, and over them those given on the command line.
+
+    Raises:
+        FileNotFoundError: when there is no such file.
+        ValueError: for unknown fields, values of a wrong type, and whatever `Recipe.validate` finds.
+    """
     names = {option.name for option in dataclasses.fields(Recipe)}
     values: dict[str, Any] = {}
     if namespace.config is not None:
-        values = yaml.safe_load(namespace.config.read_text()) or {}
-        unknown = sorted(set(values) - names)
-        if unknown:
-            raise ValueError(f"{namespace.config} has fields {unknown} that no recipe has; fields are {sorted(names)}")
+        values = read_recipe(namespace.config)
     values |= {name: value for name, value in vars(namespace).items() if name in names}
     hints = typing.get_type_hints(Recipe)
     for name, value in values.items():
         if hints[name] in (int, float):  # YAML reads 1e-3 as text
             try:
                 values[name] = hints[name](value)
-            except ValueError as error:
+            except (TypeError, ValueError) as error:
                 raise ValueError(f"{name}={value!r} is not a number") from error
+        elif not isinstance(value, hints[name]):
+            raise ValueError(f"{name}={value!r} must be of type {getattr(hints[name], '__name__', hints[name])}")
     recipe = Recipe(**values)
     recipe.validate()
     return recipe
 
 
-def train(recipe: Recipe) -> Path:
-    """Train a translator by a recipe.
-
-    Returns:
-        The folder of the best checkpoint by validation loss, with its processor and the recipe.
-    """
-    recipe.validate()
-    set_seed(recipe.seed)
-    training, validation = (_open(recipe.folders, split) for split in (recipe.train_split, recipe.validation_split))
-    arguments = TrainingArguments(
-        output_dir=recipe.output_dir,
-        max_steps=recipe.max_steps,
-        per_device_train_batch_size=recipe.batch_size,
-        per_device_eval_batch_size=recipe.batch_size,
-        learning_rate=recipe.learning_rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=recipe.warmup_steps,
-        weight_decay=recipe.weight_decay,
-        eval_strategy="steps",
-        eval_steps=recipe.evaluation_steps,
-        save_strategy="steps",
-        save_steps=recipe.evaluation_steps,
-        save_total_limit=2,
-        logging_steps=recipe.evaluation_steps,
-        load_best_model_at_end=True,
-        metric_for_best_model="eval_loss",
-        greater_is_better=False,
-        prediction_loss_only=True,
-        bf16=recipe.bf16,
-        use_cpu=not torch.accelerator.is_available(),  # asked for by bf16 where there is no accelerator
-        seed=recipe.seed,
-        report_to=[],
-    )
-    tokenizer = AutoTokenizer.from_pretrained(recipe.language_model)
-    model = DevilModel.from_backbone_and_language_model(
-        recipe.backbone,
-        recipe.language_model,
-        recipe.layers,
-        tokenizer=tokenizer,
-        class_tokens=recipe.class_tokens,
-        backbone_kwargs=recipe.backbone_kwargs,
-        **recipe.model,
-    )
-    data_config = model.config.backbone_config["data_config"]
-    processor = DevilProcessor(DevilImageProcessor.from_data_config(data_config, resize=recipe.resize), tokenizer)
-    model.to(arguments.device)
-    trainer = DevilTrainer(
-        model,
-        arguments,
-        processor,
-        train_dataset=cached_captions(model, processor, training, recipe),
-        eval_dataset=cached_captions(model, processor, validation, None),
-        callbacks=[EarlyStoppingCallback(recipe.patience)],
-    )
-    trainer.train()
-    checkpoint = Path(recipe.output_dir) / CHECKPOINT_FOLDER
-    trainer.save_model(str(checkpoint))
-    if trainer.is_world_process_zero():
-        recipe.save(checkpoint)
-    return checkpoint
-
-
-def cached_captions(
-    model: DevilModel, processor: DevilProcessor, dataset: Dataset, recipe: Recipe | None, batch_size: int = 32
-) -> PooledCaptions:
-    """Pooled features of captioned images: views and draws as the recipe says, or (None) each image whole, for validation."""
-    views = 1 if recipe is None else recipe.views
-    per_view = []
-    for view in range(views):
-
-        def batches(view: int = view):
-            for start in range(0, len(dataset), batch_size):
-                images = dataset[start : start + batch_size]["image"]
-                if view > 0 and recipe is not None:
-                    images = [random_view(image, recipe.smallest_crop) for image in images]
-                yield processor(images=images, return_tensors="pt")["pixel_values"]
-
-        name = "validation features" if recipe is None else f"training features, view {view + 1} of {views}"
-        draws = None if recipe is None else recipe.draws
-        per_view.append(pooled_feature_draws(model, batches(), draws, name, -(-len(dataset) // batch_size)))
-    features = [torch.cat(layers, dim=1) for layers in zip(*per_view, strict=True)]
-    return PooledCaptions(features, dataset["captions"][:], every_caption=recipe is None)
-
-
-def random_view(image: Image.Image, smallest_crop: float) -> Image.Image:
-    """A random crop of at least `smallest_crop` of the image's area, mirrored half of the time."""
-    image = image.convert("RGB")
-    top, left, height, width = v2.RandomResizedCrop.get_params(image, [smallest_crop, 1.0], [0.75, 4 / 3])
-    crop = image.crop((left, top, left + width, top + height))
-    return crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if torch.rand(()) < 0.5 else crop
-
-
-def _open(folders: list[str], split: str) -> Dataset:
-    return concatenate_datasets([load_caption_folder(folder, split) for folder in folders])
+def read_recipe(path: Path) -> dict[str, Any]:
+    """Fields of a recipe file, or of the one in a checkpoint folder."""
+    file = path / RECIPE_FILE if path.is_dir() else path
+    if not file.is_file():
+        raise FileNotFoundError(f"there is no recipe {file}")
+    values = yaml.safe_load(file.read_text()) or {}
+    names = sorted(option.name for option in dataclasses.fields(Recipe))
+    if unknown := sorted(set(values) - set(names)):
+        raise ValueError(f"{file} has fields {unknown} that no recipe has; fields are {names}")
+    return values

@@ -1,37 +1,49 @@
-"""One trainer for every translator: the transformers Trainer, with checkpoints that hold what is trained."""
+"""One trainer for every translator: the transformers Trainer, with batches, draws and checkpoints that make resuming exact.
 
+Every draw of a step (location and layer dropout, LoRA's dropout) comes from a seed made of the run's seed, the number of the batch and the
+process, and what the step reads is a function of the same (`feed.py`): a run that goes on from a checkpoint cannot tell that it was
+ever stopped. Checkpoints are written beside their place and moved there when they are whole.
+"""
+
+import json
+import os
+import shutil
+import time
 from pathlib import Path
+from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
+from accelerate.utils import gather_object
+from torch import Tensor
 from transformers import Trainer
+from transformers import TrainerState
 from transformers import TrainingArguments
+from transformers.integrations import TensorBoardCallback
+from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import rotate_checkpoints
+from transformers.utils import logging
 
+from devil_hf.data.decoding import BadSamples
+from devil_hf.evaluation.captions import caption_scores
 from devil_hf.modeling_devil import DevilModel
+from devil_hf.pooling_devil import layer_dropout
 from devil_hf.processing_devil import DevilProcessor
+from devil_hf.training.features import PooledCaptions
+from devil_hf.training.feed import CaptionCollator
+from devil_hf.training.feed import CaptionStream
+from devil_hf.training.feed import StreamLoader
+from devil_hf.training.feed import StreamPosition
+from devil_hf.training.feed import Table
+from devil_hf.training.feed import seed_of
+from devil_hf.training.feed import table_loader
 
+logger = logging.get_logger(__name__)
 
-class CaptionCollator:
-    """Makes batches of images (or of their pooled features) and caption tokens.
-
-    Args:
-        processor: tokenises the captions and, for items with an "image", preprocesses the images.
-        max_caption_tokens: captions are cut to this length (paper: 100).
-    """
-
-    def __init__(self, processor: DevilProcessor, max_caption_tokens: int = 100):
-        self.processor = processor
-        self.max_caption_tokens = max_caption_tokens
-
-    def __call__(self, items: list[dict]) -> dict:
-        captions = [item["caption"] for item in items]
-        batch = dict(self.processor(text=captions, max_length=self.max_caption_tokens, return_tensors="pt"))
-        if "pooled_features" in items[0]:
-            layers = zip(*(item["pooled_features"] for item in items), strict=True)
-            batch["pooled_features"] = [torch.stack(layer).float() for layer in layers]
-        else:
-            images = [item["image"] for item in items]
-            batch["pixel_values"] = self.processor(images=images, return_tensors="pt")["pixel_values"]
-        return batch
+STAGING_FOLDER = ".unfinished"
+SAMPLES_FILE = "descriptions.jsonl"
+SAMPLE_IMAGES = 4
+SAMPLE_TOKENS = 24
 
 
 def longest_caption(model: DevilModel) -> int:
@@ -53,24 +65,323 @@ def longest_caption(model: DevilModel) -> int:
 
 
 class DevilTrainer(Trainer):
-    """Trains the translator; the frozen parts stay in eval mode (`DevilModel.train`) and out of the optimiser.
+    """Trains the translator, and LoRA where there is one; the frozen parts stay in eval mode and out of the optimiser.
 
     Every checkpoint is one that `AutoModel.from_pretrained` loads: slim where the frozen parts have sources, else whole.
+
+    Args:
+        model: the model to train.
+        args: `max_steps` must be given; how data are loaded is decided here, but for the number of workers.
+        processing_class: goes into the checkpoints.
+        train_dataset: a `Table`, or a `CaptionStream`, each the same on every process.
+        eval_dataset: features of validation images, of this process's share of them.
+        bad_samples: where bad training samples are counted, to be logged.
+        described: images of each process's share that an evaluation describes and scores against their captions.
+        recipe_file: name and content of a file that goes into every checkpoint.
     """
 
-    def __init__(self, model: DevilModel, args: TrainingArguments, processing_class: DevilProcessor, **kwargs):
+    def __init__(
+        self,
+        model: DevilModel,
+        args: TrainingArguments,
+        processing_class: DevilProcessor,
+        train_dataset: Table | CaptionStream | None = None,
+        eval_dataset: PooledCaptions | None = None,
+        bad_samples: BadSamples | None = None,
+        described: int = 0,
+        recipe_file: tuple[str, str] | None = None,
+        **kwargs,
+    ):
         args.remove_unused_columns = False
-        args.label_names = args.label_names or ["input_ids"]  # without labels there would be no validation loss
+        args.ignore_data_skip = True  # the loader begins where it has to
         self.processor = processing_class
-        collator = CaptionCollator(processing_class, longest_caption(model))
-        super().__init__(model=model, args=args, processing_class=processing_class, data_collator=collator, **kwargs)
+        self.collator = CaptionCollator(processing_class, longest_caption(model))
+        self.bad_samples, self.described, self.recipe_file = bad_samples, described, recipe_file
+        super().__init__(
+            model=model,
+            args=args,
+            processing_class=processing_class,
+            data_collator=self.collator,
+            train_dataset=train_dataset,  # type: ignore[arg-type]
+            eval_dataset=eval_dataset,  # type: ignore[arg-type]
+            **kwargs,
+        )
+        self._batch = 0  # micro-batches that this process has trained on
+        self._position = StreamPosition()
+        self._staging: Path | None = None
+        self._shown = torch.zeros(len(model.layer_names), device=args.device)
+        self._rows, self._empty_rows, self._clock = 0, torch.zeros((), device=args.device), time.perf_counter()
+
+    # ------------------------------------------------------------------------------------------------- data and draws
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
+        """Train, from the beginning or from a checkpoint of this trainer; True takes the newest of `output_dir`."""
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = get_last_checkpoint(str(self.args.output_dir))
+        self._batch, self._position = 0, StreamPosition(self._stream_workers())
+        if resume_from_checkpoint:
+            folder = Path(str(resume_from_checkpoint))
+            state = TrainerState.load_from_json(str(folder / "trainer_state.json"))
+            self._batch = state.global_step * self.args.gradient_accumulation_steps
+            if isinstance(self.train_dataset, CaptionStream):
+                self._position = self._read_position(folder)
+            if state.global_step >= self.args.max_steps:
+                return self._take_up(folder, state)
+        self._clock = time.perf_counter()
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def _take_up(self, folder: Path, state: TrainerState) -> None:
+        """Load a run that had come to its end."""
+        self.state = state
+        self._load_from_checkpoint(str(folder))
+        if self.args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            self._load_best_model()
+
+    def _stream_workers(self) -> int:
+        if not isinstance(self.train_dataset, CaptionStream):
+            return 1
+        shards = self.train_dataset.part(self.args.process_index, self.args.world_size).dataset.num_shards
+        workers = min(self.args.dataloader_num_workers, shards)
+        if workers < self.args.dataloader_num_workers:
+            logger.warning(f"{workers} data workers, not {self.args.dataloader_num_workers}: there are {shards} shards")
+        return max(workers, 1)
+
+    def _read_position(self, folder: Path) -> StreamPosition:
+        file = folder / f"stream_{self.args.process_index}.json"
+        if not file.is_file():
+            raise ValueError(f"{folder} has no {file.name}: go on with as many processes as the run had before.")
+        content = json.loads(file.read_text())
+        now = (self.args.world_size, self._position.workers)
+        if (content["processes"], content["workers"]) != now:
+            raise ValueError(
+                f"{folder} was written by {content['processes']} processes with {content['workers']} data workers each, "
+                f"not by {now[0]} with {now[1]}: a stream goes on exactly with as many as before."
+            )
+        return StreamPosition.of_state(content)
+
+    def get_train_dataloader(self) -> Any:
+        """Batches of this process, from the one that is next on."""
+        args, data = self.args, self.train_dataset
+        options = {"num_workers": args.dataloader_num_workers, "pin_memory": torch.cuda.is_available()}
+        if isinstance(data, CaptionStream):
+            options["num_workers"] = min(args.dataloader_num_workers, self._position.workers)
+            return StreamLoader(
+                data,
+                self.collator,
+                args.train_batch_size,
+                self._position,
+                args.process_index,
+                args.world_size,
+                **options,
+            )
+        return table_loader(
+            data,  # type: ignore[arg-type]
+            self.collator,
+            args.train_batch_size,
+            args.seed,
+            args.process_index,
+            args.world_size,
+            self._batch,
+            **options,
+        )
+
+    def training_step(self, model, inputs, num_items_in_batch=None) -> Tensor:
+        """One micro-batch, with draws of its own."""
+        torch.manual_seed(seed_of(self.args.seed, self._batch, self.args.process_index))
+        self._batch += 1
+        if (place := inputs.pop("place", None)) is not None:
+            self._position.advance(place)
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """The model's caption loss, with a layer mask that is drawn here, so that it can be counted."""
+        config = self.accelerator.unwrap_model(self.model).config
+        rows, layers = len(inputs["input_ids"]), len(self._shown)
+        mask = layer_dropout(rows, layers, config.layer_dropout, config.null_probability, self.args.device)
+        self._shown += (~mask).sum(dim=0)
+        self._empty_rows += mask.all(dim=1).sum()
+        self._rows += rows
+        return super().compute_loss(model, inputs | {"layer_mask": mask}, return_outputs, num_items_in_batch)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log; beside a training loss, throughput and how often each layer was visible (of this process's rows)."""
+        if "loss" in logs and self._rows:
+            names = self.accelerator.unwrap_model(self.model).layer_names
+            logs |= {
+                f"visible/{name}": share for name, share in zip(names, (self._shown / self._rows).tolist(), strict=True)
+            }
+            logs["visible/none"] = (self._empty_rows / self._rows).item()
+            now = time.perf_counter()
+            logs["images_per_second"] = self._rows * self.args.world_size / (now - self._clock)
+            if torch.cuda.is_available():
+                logs["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 2**30
+            if self.bad_samples is not None and self.bad_samples.read:
+                logs["bad_samples"] = self.bad_samples.bad / self.bad_samples.read
+            self._shown.zero_()
+            self._empty_rows.zero_()
+            self._rows, self._clock = 0, now
+        if not isinstance(self.train_dataset, CaptionStream):
+            batch = self.args.train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps
+            self.state.epoch = self.state.global_step * batch / len(self.train_dataset)  # type: ignore[arg-type]
+        super().log(logs, start_time)
+
+    # --------------------------------------------------------------------------------------------------- evaluation
+
+    @torch.no_grad()
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """Loss in nats per token over every caption of all processes; and on each image's first caption, every layer alone.
+
+        `loss` is what chooses the checkpoint. `evidence` is the null prefix's loss less the loss, over the first captions;
+        `loss_LAYER` that of one layer alone. Where images are described, their caption scores follow.
+        """
+        data: PooledCaptions = eval_dataset or self.eval_dataset
+        clock, model = time.perf_counter(), self.model.eval()
+        pairs = data.every_caption()
+        names = self.accelerator.unwrap_model(model).layer_names
+        sums = torch.zeros(
+            3 + len(names), 2, dtype=torch.float64, device=self.args.device
+        )  # (which loss, nats and tokens)
+        size = self.args.eval_batch_size
+        for start in range(0, len(pairs), size):
+            part = pairs[start : start + size]
+            batch = self._prepare_inputs(self.collator([self._whole(data, index, text) for index, text in part]))
+            _add(sums[0], model, batch)
+            if start < len(data):  # first captions come first
+                _add(sums[1], model, batch)
+                for row, mask in enumerate(_masks(len(names), len(part), self.args.device), 2):
+                    _add(sums[row], model, batch, mask)
+        total = self.accelerator.reduce(sums, "sum")
+        losses = (total[:, 0] / total[:, 1]).tolist()
+        metrics = {"loss": losses[0], "evidence": losses[2] - losses[1]}
+        metrics |= {f"loss_{name}": loss for name, loss in zip(names, losses[3:], strict=True)}
+        if self.described:
+            metrics |= self._caption_scores(data)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        metrics[f"{metric_key_prefix}_runtime"] = time.perf_counter() - clock
+        self.log(metrics)
+        if self.is_world_process_zero():
+            self._show_descriptions(data)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self._clock = time.perf_counter()
+        return metrics
+
+    def _whole(self, data: PooledCaptions, index: int, text: str) -> dict[str, Any]:
+        return {"pooled_features": [layer[index, 0] for layer in data.features], "caption": text}
+
+    def _describe(self, data: PooledCaptions, images: range, layer_mask: Tensor | None = None) -> list[str]:
+        model = self.accelerator.unwrap_model(self.model).eval()
+        pooled = [layer[list(images), 0].to(self.args.device).float() for layer in data.features]
+        tokens = model._decode(model.translate(pooled, layer_mask), max_new_tokens=SAMPLE_TOKENS)
+        return [text.strip() for text in self.processor.batch_decode(tokens, skip_special_tokens=True)]
+
+    def _caption_scores(self, data: PooledCaptions) -> dict[str, float]:
+        images, size = min(self.described, len(data)), self.args.eval_batch_size
+        texts = [
+            text
+            for start in range(0, images, size)
+            for text in self._describe(data, range(start, min(start + size, images)))
+        ]
+        found = gather_object(list(zip(texts, data.captions[:images], strict=True)))
+        scores: list[dict] = [{}]
+        if self.is_world_process_zero():
+            scores = [caption_scores([text for text, _ in found], [captions for _, captions in found])]
+        if self.args.world_size > 1:
+            broadcast_object_list(scores)
+        return {name: value for name, value in scores[0].items() if not isinstance(value, str)}
+
+    def _show_descriptions(self, data: PooledCaptions) -> None:
+        """What all layers and each layer alone say of a few validation images, into a file and the trackers."""
+        images = range(min(SAMPLE_IMAGES, len(data)))
+        names = self.accelerator.unwrap_model(self.model).layer_names
+        rows = {"all": self._describe(data, images)}
+        for name, mask in zip(names, list(_masks(len(names), len(images), self.args.device))[1:], strict=True):
+            rows[name] = self._describe(data, images, mask)
+        record = {
+            "step": self.state.global_step,
+            "captions": [data.captions[i][0] for i in images],
+            "descriptions": rows,
+        }
+        with (Path(str(self.args.output_dir)) / SAMPLES_FILE).open("a") as file:
+            file.write(json.dumps(record) + "\n")
+        lines = [f"| {'layer'} | " + " | ".join(record["captions"]) + " |", "|---" * (len(images) + 1) + "|"]
+        lines += [f"| {name} | " + " | ".join(texts) + " |" for name, texts in rows.items()]
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
+                callback.tb_writer.add_text("descriptions", "\n".join(lines), self.state.global_step)
+        for name in ("wandb", "trackio"):
+            if name in self.args.report_to:
+                tracker = __import__(name)
+                table = tracker.Table(
+                    columns=["layer", "image", "description"],
+                    data=[[layer, i, text] for layer, texts in rows.items() for i, text in enumerate(texts)],
+                )
+                tracker.log({"descriptions": table})
+
+    # -------------------------------------------------------------------------------------------------- checkpoints
+
+    def _get_output_dir(self, trial) -> str:
+        return str(self._staging or self.args.output_dir)
+
+    def _save_checkpoint(self, model, trial) -> None:
+        """Write a checkpoint beside its place, and move it there when every process has written its part."""
+        output_dir = Path(str(self.args.output_dir))
+        name = f"checkpoint-{self.state.global_step}"
+        self._staging = output_dir / STAGING_FOLDER
+        best = self.state.best_model_checkpoint
+        if self.is_world_process_zero():
+            shutil.rmtree(self._staging, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        try:
+            super()._save_checkpoint(model, trial)
+            whole = self._staging / name
+            if isinstance(self.train_dataset, CaptionStream):
+                whole.mkdir(parents=True, exist_ok=True)
+                content = self._position.state() | {"processes": self.args.world_size}
+                (whole / f"stream_{self.args.process_index}.json").write_text(json.dumps(content))
+            if self.state.best_global_step == self.state.global_step:
+                best = str(output_dir / name)
+            self.state.best_model_checkpoint = best
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                self.state.save_to_json(str(whole / "trainer_state.json"))
+                shutil.rmtree(output_dir / name, ignore_errors=True)
+                os.replace(whole, output_dir / name)
+                rotate_checkpoints(
+                    output_dir=str(output_dir), save_total_limit=self.args.save_total_limit, best_model_checkpoint=best
+                )
+            self.accelerator.wait_for_everyone()
+        finally:
+            self._staging = None
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         folder = Path(output_dir or str(self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
+        if not self.args.should_save:
+            return
         model: DevilModel = self.accelerator.unwrap_model(self.model)
-        if state_dict is not None and model.has_sources:
-            state_dict = {name: tensor for name, tensor in state_dict.items() if name.startswith("translator.")}
-        model.save_pretrained(folder, slim=model.has_sources, state_dict=state_dict)
+        slim = model.has_sources
+        if state_dict is not None and slim:
+            state_dict = model.trainable_state_dict(state_dict)
+        model.save_pretrained(folder, slim=slim, state_dict=state_dict)
         self.processor.save_pretrained(folder)
-        torch.save(self.args, folder / "training_args.bin")
+        if self.recipe_file is not None:
+            (folder / self.recipe_file[0]).write_text(self.recipe_file[1])
+
+
+def _masks(layers: int, rows: int, device):
+    """Layer masks (rows, L): everything hidden, then every layer visible alone."""
+    hidden = torch.ones(layers, dtype=torch.bool, device=device)
+    yield hidden.expand(rows, -1)
+    for layer in range(layers):
+        mask = hidden.clone()
+        mask[layer] = False
+        yield mask.expand(rows, -1)
+
+
+def _add(sums: Tensor, model, batch: dict[str, Any], layer_mask: Tensor | None = None) -> None:
+    """Add the summed loss of a batch and the number of its tokens to `sums` (2,)."""
+    tokens = batch["attention_mask"].sum()
+    if model.config.eos_token_id is not None:
+        tokens = tokens + len(batch["input_ids"])
+    sums[0] += model(**batch, layer_mask=layer_mask).loss * tokens
+    sums[1] += tokens

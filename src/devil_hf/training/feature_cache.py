@@ -1,0 +1,244 @@
+"""Frozen features on disk: computed once, as sharded safetensors in fp16; training from them never touches pixels.
+
+A folder holds shards of images, each `NAME.safetensors` (per layer (images, views x draws, C_l)) with `NAME.json` (keys and captions of
+its images), and `cache.json`: what the features depend on. A cache of anything else than what is asked for is refused.
+An interrupted computation goes on where it stopped: shards appear whole or not at all.
+"""
+
+import hashlib
+import itertools
+import json
+import os
+from collections.abc import Callable
+from collections.abc import Iterable
+from collections.abc import Iterator
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.compute as pc
+import torch
+from accelerate import PartialState
+from datasets import Dataset
+from datasets import IterableDataset
+from datasets.distributed import split_dataset_by_node
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
+from tqdm.auto import tqdm
+from transformers.utils import logging
+
+from devil_hf.data.decoding import PairDecoder
+from devil_hf.data.shards import expand_urls
+from devil_hf.modeling_devil import DevilModel
+from devil_hf.processing_devil import DevilProcessor
+from devil_hf.training.features import pooled_feature_draws
+from devil_hf.training.feed import random_view
+from devil_hf.training.feed import seed_of
+
+logger = logging.get_logger(__name__)
+
+CACHE_FILE = "cache.json"
+SHARD_IMAGES = 1024
+BATCH_IMAGES = 32
+
+
+class StaleCache(ValueError):
+    """A feature cache belongs to something else than the run that asks for it."""
+
+
+def data_fingerprint(sources: Sequence[dict], dataset: Dataset | IterableDataset) -> str:
+    """Hash of what the pairs are, without reading a pixel: keys, captions and image files (name, size, time of change).
+
+    Of a stream, whose rows are not known beforehand, it is the sources themselves and their local shards.
+    """
+    digest = hashlib.sha256()
+    if isinstance(dataset, Dataset):
+        for table in dataset.with_format("arrow").iter(1000):
+            columns = [table["key"], table["captions"], pc.struct_field(table["image"], "path")]
+            for key, captions, path in zip(*(column.to_pylist() for column in columns), strict=True):
+                digest.update(json.dumps([key, captions, _file_state(path)]).encode())
+    else:
+        digest.update(json.dumps(list(sources), sort_keys=True).encode())
+        for source in sources:
+            urls = expand_urls(source["urls"]) if source["kind"] == "webdataset" else []
+            digest.update(json.dumps([_file_state(url) for url in urls]).encode())
+    return digest.hexdigest()
+
+
+def _file_state(path: str | None) -> list | None:
+    if path is None or not os.path.isfile(path):
+        return [path]
+    state = os.stat(path)
+    return [os.path.basename(path), state.st_size, state.st_mtime_ns]
+
+
+def cache_key(
+    model: DevilModel, processor: DevilProcessor, data: str, views: int, draws: int, smallest_crop: float, seed: int
+) -> dict[str, Any]:
+    """Everything that cached features depend on."""
+    config = model.config
+    return {
+        "backbone_sha256": config.backbone_config["sha256"],
+        "layers": model.layer_names,
+        "image_transform": processor.image_processor.to_json_string(),
+        "data": data,
+        "location_dropout": [config.location_schedule, config.location_dropout],
+        "views": views,
+        "draws": draws,
+        "smallest_crop": smallest_crop if views > 1 else None,
+        "seed": seed,
+    }
+
+
+def cached_features(
+    folder: Path,
+    key: dict[str, Any],
+    model: DevilModel,
+    processor: DevilProcessor,
+    dataset: Dataset | IterableDataset,
+    decoder: PairDecoder,
+) -> "CachedFeatures":
+    """Open the cache in `folder`, after computing what it still lacks; all processes of a run call this together.
+
+    Raises:
+        StaleCache: when the folder holds features of something else.
+    """
+    state = PartialState()
+    file = folder / CACHE_FILE
+    if file.is_file():
+        found = json.loads(file.read_text())
+        _check_key(folder, found["key"], key)
+    else:
+        found = {"key": key, "processes": state.num_processes, "complete": False}
+        if state.is_main_process:
+            folder.mkdir(parents=True, exist_ok=True)
+            _write_json(file, found)
+        state.wait_for_everyone()
+    if not found["complete"]:
+        # An unfinished cache is finished by as many parts as it was begun with, whatever the number of processes now.
+        for part in range(state.process_index, found["processes"], state.num_processes):
+            _compute_part(folder, part, found["processes"], key, model, processor, dataset, decoder)
+        decoder.bad_samples.judge()
+        state.wait_for_everyone()
+        if state.is_main_process:
+            _write_json(file, found | {"complete": True})
+        state.wait_for_everyone()
+    return CachedFeatures(folder, key["seed"])
+
+
+def _check_key(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    wrong = [name for name in wanted if found.get(name) != wanted[name]]
+    if wrong:
+        shown = "; ".join(f"{name}: {found.get(name)!r:.80} there, {wanted[name]!r:.80} here" for name in wrong)
+        raise StaleCache(
+            f"the feature cache {folder} is stale ({shown}): name another folder with --cache_features, or delete this one."
+        )
+
+
+def _compute_part(folder, part, parts, key, model, processor, dataset, decoder) -> None:
+    """Write the shards of one of several equal parts of the data."""
+    rows = _rows_of_part(dataset, part, parts)
+    total = -(-len(dataset) // parts) if isinstance(dataset, Dataset) else None
+    with tqdm(total=total, desc="features", unit="image", disable=not PartialState().is_local_main_process) as bar:
+        for number in itertools.count():
+            name = folder / f"features-{part:05d}-{number:05d}"
+            sidecar = name.with_suffix(".json")
+            if name.with_suffix(".safetensors").is_file():
+                read = json.loads(sidecar.read_text())["rows"]
+                bar.update(sum(1 for _ in itertools.islice(rows, read)))
+                continue
+            samples, read = [], 0
+            for row in rows:
+                read += 1
+                sample = decoder(row)
+                if sample is not None:
+                    samples.append(sample)
+                bar.update()
+                if len(samples) == SHARD_IMAGES:
+                    break
+            if samples:
+                seed = seed_of(key["seed"], part, number)
+                features = _draw(model, processor, [s["image"] for s in samples], key, seed)
+                content = {
+                    "rows": read,
+                    "keys": [s["key"] for s in samples],
+                    "captions": [s["captions"] for s in samples],
+                }
+                _write_json(sidecar, content)
+                _write(name.with_suffix(".safetensors"), lambda path, f=features: save_file(f, path))
+            if len(samples) < SHARD_IMAGES:
+                return
+
+
+def _rows_of_part(dataset: Dataset | IterableDataset, part: int, parts: int) -> Iterator[dict]:
+    if isinstance(dataset, Dataset):
+        return iter(dataset.shard(parts, part, contiguous=True))
+    return iter(split_dataset_by_node(dataset, part, parts) if parts > 1 else dataset)
+
+
+def _draw(model, processor, images: Sequence[Image.Image], key: dict, seed: int) -> dict[str, torch.Tensor]:
+    """Per layer (images, views x draws, C_l): the whole image first, then random views of it."""
+
+    def batches(view: int) -> Iterable[torch.Tensor]:
+        for start in range(0, len(images), BATCH_IMAGES):
+            batch = images[start : start + BATCH_IMAGES]
+            if view > 0:
+                batch = [
+                    random_view(b, key["smallest_crop"], seed_of(seed, view, start + i)) for i, b in enumerate(batch)
+                ]
+            yield processor(images=batch, return_tensors="pt")["pixel_values"]
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        views = [
+            pooled_feature_draws(model, batches(view), key["draws"], progress=False) for view in range(key["views"])
+        ]
+    layers = [torch.cat(layer, dim=1).contiguous() for layer in zip(*views, strict=True)]
+    return {f"layer.{index}": layer for index, layer in enumerate(layers)}
+
+
+def _write(path: Path, write: Callable[[Path], Any]) -> None:
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    write(partial)
+    os.replace(partial, path)
+
+
+def _write_json(path: Path, content: dict) -> None:
+    _write(path, lambda partial: partial.write_text(json.dumps(content)))
+
+
+class CachedFeatures:
+    """The images of a complete cache as training data: one of their draws and one of their captions each time.
+
+    Args:
+        folder: the cache.
+        seed: of which draw and which caption an epoch takes.
+    """
+
+    def __init__(self, folder: Path, seed: int):
+        self.seed = seed
+        self.shards = sorted(folder.glob("features-*.safetensors"))
+        contents = [json.loads(shard.with_suffix(".json").read_text()) for shard in self.shards]
+        self.captions: list[list[str]] = [texts for content in contents for texts in content["captions"]]
+        self.starts = np.cumsum([0, *(len(content["captions"]) for content in contents)])
+        self._open: dict[int, list] = {}
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_open": {}}  # a worker opens the files anew
+
+    def sample(self, index: int, epoch: int) -> dict[str, Any]:
+        """An image with one of its draws and one of its captions, both drawn by (seed, epoch, index)."""
+        shard = int(np.searchsorted(self.starts, index, side="right")) - 1
+        if shard not in self._open:
+            file = safe_open(self.shards[shard], framework="pt")
+            self._open[shard] = [file.get_slice(f"layer.{layer}") for layer in range(len(file.keys()))]
+        layers, row = self._open[shard], index - int(self.starts[shard])
+        rng = np.random.default_rng((self.seed, epoch, index))
+        draw, text = int(rng.integers(layers[0].get_shape()[1])), rng.integers(len(self.captions[index]))
+        features = [layer[row : row + 1, draw : draw + 1][0, 0] for layer in layers]
+        return {"pooled_features": features, "caption": self.captions[index][text]}

@@ -1,0 +1,310 @@
+"""A run by recipe: everything is opened and checked, then trained, and the best checkpoint is left in its place."""
+
+import dataclasses
+import itertools
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+from typing import cast
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from datasets import Dataset
+from datasets import IterableDataset
+from huggingface_hub import HfApi
+from transformers import AutoTokenizer
+from transformers import EarlyStoppingCallback
+from transformers import TrainingArguments
+from transformers import set_seed
+from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import logging
+
+from devil_hf.data.decoding import BadSamples
+from devil_hf.data.decoding import PairDecoder
+from devil_hf.data.decoding import PairTable
+from devil_hf.data.pairs import open_pairs
+from devil_hf.image_processing_devil import DevilImageProcessor
+from devil_hf.loading import load
+from devil_hf.modeling_devil import DevilModel
+from devil_hf.processing_devil import DevilProcessor
+from devil_hf.training.feature_cache import CachedFeatures
+from devil_hf.training.feature_cache import cache_key
+from devil_hf.training.feature_cache import cached_features
+from devil_hf.training.feature_cache import data_fingerprint
+from devil_hf.training.features import PooledCaptions
+from devil_hf.training.features import pooled_feature_draws
+from devil_hf.training.feed import CaptionStream
+from devil_hf.training.feed import ImageTable
+from devil_hf.training.recipe import CHECKPOINT_FOLDER
+from devil_hf.training.recipe import EMBEDDED
+from devil_hf.training.recipe import RECIPE_FILE
+from devil_hf.training.recipe import Recipe
+from devil_hf.training.recipe import read_recipe
+from devil_hf.training.trainer import DevilTrainer
+
+logger = logging.get_logger(__name__)
+
+ADAM_COPIES = 3  # the trained weights and two moments of each
+
+
+def train(recipe: Recipe) -> Path:
+    """Train by a recipe, on as many processes as it is launched with.
+
+    Returns:
+        The folder of the final checkpoint (the best by validation loss where there are validation data), with its processor and
+        the recipe.
+
+    Raises:
+        OSError: for files and sources that are not there, and when the disk has no room for the run.
+        ValueError: for whatever else is wrong with the recipe, before the first step.
+        TooManyBadSamples: when more of the data than the recipe allows cannot be used.
+    """
+    recipe.validate()
+    arguments = training_arguments(recipe)
+    state = PartialState()
+    if recipe.processes and state.num_processes != recipe.processes:
+        raise ValueError(
+            f"the run has {state.num_processes} processes, not the {recipe.processes} that the recipe asks for: launch it "
+            f"with `accelerate launch --multi_gpu --num_processes {recipe.processes}` (on a machine without GPUs, too)."
+        )
+    logger.warning(f"training on {state.num_processes} process{'es' * (state.num_processes > 1)}, {arguments.device}")
+    newest = _newest_checkpoint(recipe)
+    if recipe.push_to_hub:
+        HfApi().whoami()  # a missing or wrong token is an error now, not after the last step
+    set_seed(recipe.seed)
+    model, processor = build(recipe)
+    _check_saving(recipe, model)
+    model.to(arguments.device)
+    bad_samples = BadSamples(recipe.bad_samples)
+    training = _training_data(recipe, model, processor, bad_samples)
+    validation = None
+    if recipe.validation_data:
+        validation = validation_features(recipe, model, processor)
+    trainer = DevilTrainer(
+        model,
+        arguments,
+        processor,
+        train_dataset=training,
+        eval_dataset=validation,
+        bad_samples=bad_samples,
+        described=recipe.describe_validation,
+        recipe_file=(RECIPE_FILE, recipe.to_yaml()),
+        callbacks=[EarlyStoppingCallback(recipe.patience)] if recipe.patience else None,
+    )
+    trainer.train(resume_from_checkpoint=newest)
+    return _finish(recipe, trainer)
+
+
+def training_arguments(recipe: Recipe) -> TrainingArguments:
+    """What the transformers Trainer has to know of a recipe."""
+    validate = bool(recipe.validation_data)
+    on_gpu = torch.accelerator.is_available()
+    bf16 = recipe.precision == "bf16" or (
+        recipe.precision == "auto" and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    )
+    linear = recipe.schedule == "linear"
+    return TrainingArguments(
+        output_dir=recipe.output_dir,
+        max_steps=recipe.max_steps,
+        per_device_train_batch_size=recipe.batch_size,
+        per_device_eval_batch_size=recipe.batch_size,
+        gradient_accumulation_steps=recipe.accumulation,
+        learning_rate=recipe.learning_rate,
+        lr_scheduler_type="polynomial" if linear else "cosine_with_min_lr",
+        lr_scheduler_kwargs={"lr_end" if linear else "min_lr": recipe.final_learning_rate},
+        warmup_steps=recipe.warmup_steps,
+        weight_decay=recipe.weight_decay,
+        max_grad_norm=recipe.gradient_norm,
+        eval_strategy="steps" if validate else "no",
+        eval_steps=recipe.evaluation_steps,
+        save_strategy="steps",
+        save_steps=recipe.steps_between_checkpoints,
+        save_total_limit=recipe.keep_checkpoints,
+        logging_steps=recipe.logging_steps,
+        load_best_model_at_end=validate,
+        metric_for_best_model="eval_loss" if validate else None,
+        greater_is_better=False if validate else None,
+        restore_callback_states_from_checkpoint=True,
+        dataloader_num_workers=recipe.workers,
+        bf16=bf16,
+        use_cpu=not on_gpu,
+        seed=recipe.seed,
+        report_to=recipe.trackers,
+    )
+
+
+def build(recipe: Recipe) -> tuple[DevilModel, DevilProcessor]:
+    """The model that a recipe trains, and its processor."""
+    if recipe.checkpoint:
+        return _build_on_checkpoint(recipe)
+    tokenizer = AutoTokenizer.from_pretrained(recipe.language_model)
+    model = DevilModel.from_backbone_and_language_model(
+        recipe.backbone,
+        recipe.language_model,
+        recipe.layers,
+        tokenizer=tokenizer,
+        class_tokens=recipe.class_tokens,
+        backbone_kwargs=recipe.backbone_kwargs,
+        lora=recipe.lora,
+        **recipe.model,
+    )
+    data_config = model.config.backbone_config["data_config"]
+    image_processor = DevilImageProcessor.from_data_config(data_config, resize=recipe.resize)
+    return model, DevilProcessor(image_processor, tokenizer)
+
+
+def _build_on_checkpoint(recipe: Recipe) -> tuple[DevilModel, DevilProcessor]:
+    loaded, processor = load(None if recipe.checkpoint == EMBEDDED else recipe.checkpoint, device="cpu")
+    config = loaded.config
+    if recipe.lora is not None and config.lora is not None and recipe.lora != config.lora:
+        raise ValueError(
+            f"{recipe.checkpoint} has LoRA adapters already ({config.lora}): leave lora out to train them on, or merge them."
+        )
+    if recipe.lora is None and not recipe.new_translator:
+        return loaded, processor
+    fields = recipe.model | ({} if recipe.lora is None else {"lora": recipe.lora})
+    settings = config.to_dict() | fields | {"frozen_weights": "embedded"}
+    settings |= {"text_config": config.text_config, "backbone_config": config.backbone_config}
+    known = {option.name for option in dataclasses.fields(type(config))}
+    fresh = type(config)(**{name: value for name, value in settings.items() if name in known})
+    model = DevilModel(fresh, backbone=loaded.backbone, language_model=loaded.language_model)
+    if not recipe.new_translator:
+        model.translator.load_state_dict(loaded.translator.state_dict())
+    return model.eval(), processor
+
+
+# --------------------------------------------------------------------------------------------------------------- data
+
+
+def _training_data(
+    recipe: Recipe, model: DevilModel, processor: DevilProcessor, bad_samples: BadSamples
+) -> ImageTable | CaptionStream | CachedFeatures:
+    dataset = open_pairs(recipe.train_data, recipe.seed, shuffle=False)
+    decoder = PairDecoder(bad_samples, recipe.seed)
+    if recipe.cache_features:
+        key = cache_key(
+            model,
+            processor,
+            data_fingerprint(recipe.train_data, dataset),
+            recipe.views,
+            recipe.draws,
+            recipe.smallest_crop,
+            recipe.seed,
+        )
+        return cached_features(Path(recipe.cache_features), key, model, processor, dataset, decoder)
+    if isinstance(dataset, Dataset):
+        if not len(dataset):
+            raise ValueError(f"train_data {recipe.train_data} hold not one image with a caption")
+        return ImageTable(PairTable(dataset, decoder), recipe.smallest_crop)
+    shuffled = open_pairs(recipe.train_data, recipe.seed, shuffle=True, shuffle_buffer=recipe.shuffle_buffer)
+    return CaptionStream(cast(IterableDataset, shuffled), decoder, recipe.smallest_crop)
+
+
+def validation_features(recipe: Recipe, model: DevilModel, processor: DevilProcessor) -> PooledCaptions:
+    """Features of this process's share of the validation images, each whole; every process has at least one of them.
+
+    Raises:
+        ValueError: when there are fewer validation images than processes.
+        TooManyBadSamples: when too many of them cannot be used.
+    """
+    state = PartialState()
+    dataset = open_pairs(recipe.validation_data, recipe.seed, shuffle=False)
+    bad_samples = BadSamples(recipe.bad_samples)
+    decoder = PairDecoder(bad_samples, recipe.seed)
+    rows = itertools.islice(dataset, recipe.validation_images)
+    own = itertools.islice(rows, state.process_index, None, state.num_processes)
+    captions: list[list[str]] = []
+
+    def batches(size: int = 32):
+        while chunk := list(itertools.islice(own, size)):
+            samples = [sample for sample in map(decoder, chunk) if sample is not None]
+            captions.extend(sample["captions"] for sample in samples)
+            if samples:
+                images = [sample["image"] for sample in samples]
+                yield processor(images=images, return_tensors="pt")["pixel_values"]
+
+    progress = state.is_local_main_process
+    features = pooled_feature_draws(model, batches(), description="validation features", progress=progress)
+    bad_samples.judge()
+    if min(gather_object([len(captions)])) == 0:
+        raise ValueError(
+            f"validation_data {recipe.validation_data} hold fewer usable images than the run has processes "
+            f"({state.num_processes}): every process needs one."
+        )
+    return PooledCaptions(features, captions, recipe.seed)
+
+
+# ------------------------------------------------------------------------------------------------- before and after
+
+
+def _newest_checkpoint(recipe: Recipe) -> str | None:
+    """The checkpoint to go on from; None at the beginning."""
+    folder = Path(recipe.output_dir)
+    newest = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    if newest is None:
+        return None
+    if not recipe.resume:
+        raise ValueError(
+            f"{newest} is there from an earlier run: --resume to go on from it, or name another --output_dir."
+        )
+    file = Path(newest) / RECIPE_FILE
+    if file.is_file() and (changed := recipe.differences(read_recipe(file))):
+        logger.warning(f"going on from {newest}, but its recipe had other values of {changed}: this is another run")
+    return newest
+
+
+def _check_saving(recipe: Recipe, model: DevilModel) -> None:
+    """Raise an error when the run could not be saved as it should be: no such kind of checkpoint, or no room on the disk."""
+    if recipe.save == "slim" and not model.has_sources:
+        raise ValueError(
+            "save='slim' needs sources of both frozen parts, which this model does not have: use save='full'"
+        )
+    if recipe.save == "merged" and model.config.lora is None:
+        raise ValueError("save='merged' merges LoRA adapters, but the model has none")
+
+    def size(tensors: Any) -> int:
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    trained = size(model.trainable_state_dict().values())
+    frozen = size(model.state_dict().values()) - trained
+    kept = 0 if model.has_sources else frozen
+    final = 0 if model.has_sources and recipe.save in ("auto", "slim") else frozen
+    # One more than is kept is there while the newest is written; the best one may be kept beside them.
+    needed = (recipe.keep_checkpoints + 2) * (ADAM_COPIES * trained + kept) + trained + final
+    place = Path(recipe.output_dir)
+    place.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(place).free
+    if needed > free:
+        raise OSError(
+            f"{place} has {free / 1e9:.1f} GB free, but the checkpoints of this run need {needed / 1e9:.1f} GB: make room, "
+            "name another --output_dir, or lower --keep_checkpoints."
+        )
+
+
+def _finish(recipe: Recipe, trainer: DevilTrainer) -> Path:
+    """Save what was trained, and push it where the recipe says so."""
+    checkpoint = Path(recipe.output_dir) / CHECKPOINT_FOLDER
+    partial = checkpoint.with_name(f".{CHECKPOINT_FOLDER}")
+    model: DevilModel = trainer.accelerator.unwrap_model(trainer.model)
+    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    state_dict = trainer.accelerator.get_state_dict(trainer.model_wrapped) if sharded else None
+    if trainer.is_world_process_zero():
+        if recipe.save == "merged":
+            model.merge_lora()
+            state_dict = None
+        slim = recipe.save == "slim" or (recipe.save == "auto" and model.has_sources)
+        if slim and state_dict is not None:
+            state_dict = model.trainable_state_dict(state_dict)
+        model.save_pretrained(partial, slim=slim, state_dict=state_dict)
+        trainer.processor.save_pretrained(partial)
+        (partial / RECIPE_FILE).write_text(recipe.to_yaml())
+        shutil.rmtree(checkpoint, ignore_errors=True)
+        os.replace(partial, checkpoint)
+        if recipe.push_to_hub:
+            api = HfApi()
+            api.create_repo(recipe.push_to_hub, exist_ok=True)
+            api.upload_folder(repo_id=recipe.push_to_hub, folder_path=checkpoint, commit_message="Trained by devil-hf")
+    trainer.accelerator.wait_for_everyone()
+    return checkpoint
