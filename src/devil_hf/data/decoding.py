@@ -79,19 +79,26 @@ class BadSamples:
         worker = get_worker_info()
         counts = self._counts[0 if worker is None else 1 + worker.id % WORKER_SLOTS]
         counts[0] += 1
-        if problem is None:
-            return
-        counts[1] += 1
+        detail = ""
+        if problem is not None:
+            counts[1] += 1
+            self._log(key, problem)
+            detail = f"; the last was {key}: {problem}"
+        if self.read >= self.minimum:
+            self.judge(detail)
+
+    def _log(self, key: str, problem: str) -> None:
         self._logged += 1
         if self._logged <= LOGGED_SAMPLES:
             logger.warning(f"skipped {key}: {problem}")
         if self._logged == LOGGED_SAMPLES:
             logger.warning("further bad samples are counted, but not logged")
-        if self.read >= self.minimum:
-            self.judge(f"; the last was {key}: {problem}")
 
     def judge(self, detail: str = "") -> None:
-        """Raise `TooManyBadSamples` if the share of bad samples so far is above the limit."""
+        """Raise `TooManyBadSamples` if the share of bad samples so far is above the limit.
+
+        Call it in the main process at the end of a pass or of the run: reading judges only from `minimum` samples on.
+        """
         if self.bad > self.limit * self.read:
             raise TooManyBadSamples(
                 f"{self.bad} of {self.read} samples ({self.bad / self.read:.1%}) are bad, more than the limit of "
@@ -180,7 +187,8 @@ class PairStream(torch.utils.data.IterableDataset):
         dataset (`datasets.IterableDataset`): From `open_pairs`, already split by node where there are several.
         decoder ([`PairDecoder`]): Decodes its rows.
         endless (`bool`): Go on with the next epoch, shuffled anew, for ever: then every node has as many batches as
-            the others, and skipping the first n batches is an exact resume, however many passes they are.
+            the others, and skipping the first n batches is an exact resume, however many passes they are. Workers
+            with fewer shards than others begin their next epoch earlier; shards change hands with every epoch.
     """
 
     def __init__(self, dataset: IterableDataset, decoder: PairDecoder, endless: bool = False):

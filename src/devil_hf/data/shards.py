@@ -29,7 +29,7 @@ class _TarInfo(tarfile.TarInfo):
     """Tells the archive that its end mark was reached: tarfile itself passes over a cut between two members."""
 
     @classmethod
-    def fromtarfile(cls, archive: tarfile.TarFile) -> tarfile.TarInfo:
+    def fromtarfile(cls, archive: tarfile.TarFile) -> "_TarInfo":
         try:
             return super().fromtarfile(archive)
         except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
@@ -99,7 +99,8 @@ def shard_rows(urls: Sequence[str], caption_field: str) -> Iterator[dict]:
 
 def _samples(url: str, caption_ending: str) -> Iterator[tuple[str, dict[str, bytes]]]:
     """Neighbouring members that share their name up to the first dot of the file name, by the rest of it."""
-    name, fields = "", {}
+    name = ""
+    fields: dict[str, bytes] = {}
     # A network that fails is tried again by xopen and then ends the run: it must not look like a short shard.
     with xopen(url, "rb") as file, tarfile.open(fileobj=file, mode="r|*", tarinfo=_TarInfo) as archive:
         try:

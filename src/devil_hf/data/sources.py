@@ -12,7 +12,7 @@ left to the decoding of rows is whether each image and caption is any good.
 """
 
 import csv
-import json
+from collections.abc import Callable
 from collections.abc import Collection
 from collections.abc import Iterator
 from collections.abc import Sequence
@@ -31,11 +31,13 @@ from datasets import Value
 from datasets import concatenate_datasets
 from datasets import load_dataset
 from datasets import load_from_disk
+from datasets.utils.file_utils import xexists
 from PIL import Image as PILImage
 from transformers.utils import logging
 
 from devil_hf.data.captions import read_coco_captions
 from devil_hf.data.captions import read_flickr_captions
+from devil_hf.data.captions import read_json_lines
 from devil_hf.data.shapes import sample_scene
 from devil_hf.data.shards import check_shards
 from devil_hf.data.shards import expand_urls
@@ -67,7 +69,7 @@ def open_folder(path: str, split: str | None = None, caption_column: str | list 
             first of `captions`, `caption` and `text` that is there.
     """
     file = _metadata_file(Path(path), split)
-    lines = list(_read_csv(file) if file.suffix == ".csv" else _read_jsonl(file))
+    lines = list(_read_csv(file)) if file.suffix == ".csv" else [fields for _, fields in read_json_lines(file)]
     columns = {name for line in lines for name in line}
     image_column = next((name for name in IMAGE_COLUMNS if name in columns), None)
     if image_column is None:
@@ -155,10 +157,10 @@ def open_hub(
     for column in filter(None, (image_column, key_column)):
         if column not in columns:
             raise ValueError(f"{where} has no column {column!r}; its columns are {sorted(columns)}")
-    if next(iter(dataset.select_columns(captions)), None) is None:
-        raise ValueError(f"{where} is empty")
+    _check_types(dataset.features, image_column, captions, where)
     dataset = dataset.cast_column(image_column, Image(decode=False))
-    arguments = {"captions": captions, "key": key_column}
+    _check_first(next(iter(dataset), None), image_column, where)
+    arguments = {"captions": captions, "key": key_column, "where": f"{path} {split}"}
     if isinstance(dataset, IterableDataset):
         dataset = dataset.select_columns(list({image_column, *captions, *filter(None, [key_column])}))
         return dataset.map(
@@ -198,7 +200,7 @@ def open_shapes(size: int, seed: int = 0, captions: int = 5, streaming: bool = T
     return cls.from_generator(_shapes_rows, features=PAIR_FEATURES, gen_kwargs=arguments)
 
 
-SOURCE_KINDS = {
+SOURCE_KINDS: dict[str, Callable[..., Dataset | IterableDataset]] = {
     "folder": open_folder,
     "coco": open_coco,
     "flickr": open_flickr,
@@ -221,20 +223,6 @@ def _metadata_file(folder: Path, split: str | None) -> Path:
 def _read_csv(file: Path) -> Iterator[dict]:
     with file.open(encoding="utf-8-sig", newline="") as lines:
         yield from csv.DictReader(lines)
-
-
-def _read_jsonl(file: Path) -> Iterator[dict]:
-    with file.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{file}:{number} is not JSON: {error}") from error
-            if not isinstance(record, dict):
-                raise ValueError(f"{file}:{number} is not a JSON object: {line.strip()[:80]}")
-            yield record
 
 
 def _caption_columns(wanted: str | list | None, columns: Collection[str], where: str) -> list[str]:
@@ -300,9 +288,27 @@ def _load(path: str, name: str | None, split: str, revision: str | None, streami
     return dataset.to_iterable_dataset(num_shards=min(len(dataset), MAX_SHARDS)) if streaming else dataset
 
 
-def _hub_row(row: dict, index: int, captions: list[str], key: str | None, image: str | None = None) -> dict:
+def _check_types(features: Features, image_column: str, captions: Sequence[str], where: str) -> None:
+    feature = features[image_column]
+    if not (isinstance(feature, Image | dict) or getattr(feature, "dtype", "") in ("string", "large_string", "binary")):
+        raise ValueError(f"{where}: column {image_column!r} holds {feature}, not images or their paths")
+    for name in captions:
+        feature = getattr(features[name], "feature", features[name])  # of a list, its elements
+        if getattr(feature, "dtype", "") not in ("string", "large_string"):
+            raise ValueError(f"{where}: column {name!r} holds {features[name]}, not captions or lists of captions")
+
+
+def _check_first(row: dict | None, image_column: str, where: str) -> None:
+    if row is None:
+        raise ValueError(f"{where} is empty")
+    image = row[image_column]
+    if image and image["bytes"] is None and not xexists(image["path"]):
+        raise FileNotFoundError(f"{where}: column {image_column!r} names {image['path']!r}, which does not exist")
+
+
+def _hub_row(row: dict, index: int, captions: list[str], key: str | None, where: str, image: str | None = None) -> dict:
     texts = [text for name in captions for text in _texts(row[name])]
-    pair = {"key": str(row[key]) if key else f"row {index}", "captions": texts, "problem": None}
+    pair = {"key": str(row[key]) if key else f"{where} row {index}", "captions": texts, "problem": None}
     return pair | {"image": row[image]} if image else pair
 
 
