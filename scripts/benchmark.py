@@ -2,7 +2,8 @@
 
     python scripts/benchmark.py attribution     phrases mapped over the deepest layer's grid (ResNet-50: 7 x 7)
     python scripts/benchmark.py describe        every location of that grid described
-    python scripts/benchmark.py                 both
+    python scripts/benchmark.py training        one training step, see benchmark_training.py
+    python scripts/benchmark.py                 the first two
 
 The naive loop does what the method's equations say, for one location after another: all the layer tokens computed and the hidden
 ones masked, the whole of each phrase behind its prefix, logits at every position. Both sides share the frozen backbone's
@@ -16,6 +17,7 @@ import time
 
 import timm
 import torch
+from benchmark_training import training
 from transformers import AutoModelForCausalLM
 from transformers import OPTConfig
 from transformers import logging
@@ -169,7 +171,7 @@ def describe(model: DevilModel, fast_model: DevilModel, pixel_values: torch.Tens
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="*", help="attribution, describe (default: both)")
+    parser.add_argument("what", nargs="*", help="attribution, describe, training (default: the first two)")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each side (default: %(default)s)")
     parser.add_argument("--words", type=int, default=12, help="words of each description (default: %(default)s)")
@@ -177,14 +179,17 @@ def main():
     parser.add_argument("--json", action="store_true", help="print one object on one line")
     arguments = parser.parse_args()
     subjects = arguments.what or ["attribution", "describe"]
-    if unknown := sorted(set(subjects) - {"attribution", "describe"}):
-        parser.error(f"unknown subjects {unknown}; there are attribution and describe")
+    if unknown := sorted(set(subjects) - {"attribution", "describe", "training"}):
+        parser.error(f"unknown subjects {unknown}; there are attribution, describe and training")
     logging.set_verbosity_error()
     torch.set_num_threads(arguments.threads)
-    model = paper_model(arguments.device)
-    fast_model = paper_model(arguments.device).to(torch.bfloat16)
-    pixel_values = torch.randn(1, 3, 224, 224, device=arguments.device)
     report = {"threads": arguments.threads, "device": arguments.device, "fast": "bf16 weights"}
+    if "training" in subjects:
+        report |= training(arguments.device, arguments.threads, arguments.repeats)
+    if {"attribution", "describe"} & set(subjects):
+        model = paper_model(arguments.device)
+        fast_model = paper_model(arguments.device).to(torch.bfloat16)
+        pixel_values = torch.randn(1, 3, 224, 224, device=arguments.device)
     if "attribution" in subjects:
         report |= attribution(model, fast_model, pixel_values, arguments.repeats)
     if "describe" in subjects:

@@ -1,8 +1,8 @@
 """Frozen features on disk: computed once, as sharded safetensors in fp16; training from them never touches pixels.
 
-A folder holds shards of images, each `NAME.safetensors` (per layer (images, views x draws, C_l)) with `NAME.json` (keys and captions of
-its images), and `cache.json`: what the features depend on. A cache of anything else than what is asked for is refused.
-An interrupted computation goes on where it stopped: shards appear whole or not at all.
+A folder holds shards of images, each `NAME.safetensors` (per layer (images, views x draws, C_l)) with `NAME.json` (keys and
+captions of its images), and `cache.json`: what the features depend on. A cache of anything else than what is asked for is
+refused. An interrupted computation goes on where it stopped: shards appear whole or not at all.
 """
 
 import hashlib

@@ -1,8 +1,8 @@
 """One trainer for every translator: the transformers Trainer, with batches, draws and checkpoints that make resuming exact.
 
-Every draw of a step (location and layer dropout, LoRA's dropout) comes from a seed made of the run's seed, the number of the batch and the
-process, and what the step reads is a function of the same (`feed.py`): a run that goes on from a checkpoint cannot tell that it was
-ever stopped. Checkpoints are written beside their place and moved there when they are whole.
+Every draw of a step (location and layer dropout, LoRA's dropout) comes from a seed made of the run's seed, the number of the
+batch and the process, and what the step reads is a function of the same (`feed.py`): a run that goes on from a checkpoint
+cannot tell that it was ever stopped. Checkpoints are written beside their place and moved there when they are whole.
 """
 
 import json
