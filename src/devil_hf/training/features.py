@@ -51,6 +51,8 @@ def pooled_feature_draws(
                     f"(largest {pooled.abs().max().item():.3g}): leave that layer out."
                 )
             layer.append(pooled.half().cpu())
+    if not collected[0]:
+        raise ValueError(f"{description}: there is not one usable image.")
     return [torch.cat(layer) for layer in collected]
 
 

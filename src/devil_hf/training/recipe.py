@@ -80,7 +80,7 @@ class Recipe:
     evaluation_steps: int = _option("steps between two validations", 100)
     save_steps: int = _option("steps between two checkpoints, a multiple of evaluation_steps; 0: the same", 0)
     logging_steps: int = _option("steps between two records of loss and throughput", 10)
-    keep_checkpoints: int = _option("checkpoints that are kept, beside the best", 2)
+    keep_checkpoints: int = _option("checkpoints that are kept, the best and the newest always among them; 0: all", 2)
     patience: int = _option("validations without gain after which training stops; 0: never", 0)
     describe_validation: int = _option("validation images per process to describe and score at each validation", 0)
     save: str = _option("final checkpoint: `slim`, `full`, `merged` (LoRA), or `auto`: slim where possible", "auto")
@@ -202,7 +202,7 @@ def add_recipe_options(parser: argparse.ArgumentParser) -> None:
         names = dict.fromkeys([f"--{name}", f"--{name.replace('_', '-')}"])
         settings: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS, "help": note}
         if hint is bool:
-            parser.add_argument(*names, action=argparse.BooleanOptionalAction, **settings)
+            parser.add_argument(*names, type=_json, nargs="?", const=True, metavar="true|false", **settings)
         else:
             kind = hint if hint in (str, int, float) else _json
             parser.add_argument(*names, type=kind, metavar=name.upper() if kind is not _json else "JSON", **settings)

@@ -63,20 +63,20 @@ def train(recipe: Recipe) -> Path:
     """
     recipe.validate()
     arguments = training_arguments(recipe)
-    state = PartialState()
+    device, state = arguments.device, PartialState()  # in this order: the arguments choose the backend
     if recipe.processes and state.num_processes != recipe.processes:
         raise ValueError(
             f"the run has {state.num_processes} processes, not the {recipe.processes} that the recipe asks for: launch it "
             f"with `accelerate launch --multi_gpu --num_processes {recipe.processes}` (on a machine without GPUs, too)."
         )
-    logger.warning(f"training on {state.num_processes} process{'es' * (state.num_processes > 1)}, {arguments.device}")
+    logger.warning(f"training on {state.num_processes} process{'es' * (state.num_processes > 1)}, {device}")
     newest = _newest_checkpoint(recipe)
     if recipe.push_to_hub:
         HfApi().whoami()  # a missing or wrong token is an error now, not after the last step
     set_seed(recipe.seed)
     model, processor = build(recipe)
     _check_saving(recipe, model)
-    model.to(arguments.device)
+    model.to(device)
     bad_samples = BadSamples(recipe.bad_samples)
     training = _training_data(recipe, model, processor, bad_samples)
     validation = None
@@ -128,6 +128,7 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
         greater_is_better=False if validate else None,
         restore_callback_states_from_checkpoint=True,
         dataloader_num_workers=recipe.workers,
+        ddp_find_unused_parameters=True,  # a layer that a whole batch hides is not computed
         bf16=bf16,
         use_cpu=not on_gpu,
         seed=recipe.seed,

@@ -353,6 +353,15 @@ class DevilTrainer(Trainer):
         finally:
             self._staging = None
 
+    def _issue_warnings_after_load(self, load_result) -> None:
+        """Slim checkpoints lack the frozen weights, which are where they were; what is trained must all be there."""
+        trained = self.accelerator.unwrap_model(self.model).trainable_state_dict()
+        wrong = sorted(set(load_result.missing_keys) & set(trained)) + sorted(load_result.unexpected_keys)
+        if wrong:
+            raise ValueError(
+                f"the checkpoint is not one of this recipe: {len(wrong)} weights differ, {wrong[0]} among them."
+            )
+
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         folder = Path(output_dir or str(self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
