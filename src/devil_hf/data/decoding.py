@@ -17,6 +17,7 @@ Nothing here draws from a global random generator: which caption is used, and wh
 
 import zlib
 from collections.abc import Iterator
+from collections.abc import Sequence
 from copy import deepcopy
 from io import BytesIO
 from itertools import count
@@ -145,7 +146,7 @@ class PairDecoder:
         return {"key": row["key"], "image": image, "captions": captions, "caption": caption, "seed": seed}
 
 
-class PairTable(torch.utils.data.Dataset):
+class PairTable:
     """Decoded samples of a map-style data set, of its length: a bad row is replaced by another one.
 
     Args:
@@ -156,20 +157,16 @@ class PairTable(torch.utils.data.Dataset):
     def __init__(self, dataset: Dataset, decoder: PairDecoder):
         self.dataset, self.decoder = dataset, decoder
         decoder.bad_samples.minimum = min(decoder.bad_samples.minimum, len(dataset))
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # also for workers that outlive an epoch
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the captions and seeds of `epoch`."""
-        self._epoch.fill_(epoch)
 
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.sample(index, int(self._epoch))
-
     def sample(self, index: int, epoch: int) -> dict[str, Any]:
-        """The sample of a row in an epoch, whichever was set."""
+        """The sample of a row in an epoch, or, for a bad row, always that of the same other row.
+
+        Raises:
+            TooManyBadSamples: if too many samples, or all rows tried in place of a bad one, are bad.
+        """
         rng = np.random.default_rng((self.decoder.seed, index))
         row = index
         for _ in range(REPLACEMENTS):
@@ -181,36 +178,37 @@ class PairTable(torch.utils.data.Dataset):
 
 
 class PairStream(torch.utils.data.IterableDataset):
-    """Decoded samples of a stream, bad rows left out.
+    """Decoded samples of a stream without end: one epoch after the other, each shuffled anew, bad rows left out.
+
+    Every node has as many batches as the others. Workers with fewer shards than others begin their next epoch earlier;
+    shards change hands with every epoch. A sample has, beside what [`PairDecoder`] gives, its `place`: worker, epoch,
+    and rows that this worker has read of it. A stream that is given, for each worker, epoch and rows of the last
+    sample that was used goes on with exactly the samples that would have followed. Rows before it are read but not decoded.
 
     Args:
         dataset (`datasets.IterableDataset`): From `open_pairs`, already split by node where there are several.
         decoder ([`PairDecoder`]): Decodes its rows.
-        endless (`bool`): Go on with the next epoch, shuffled anew, for ever: then every node has as many batches as
-            the others, and skipping the first n batches is an exact resume, however many passes they are. Workers
-            with fewer shards than others begin their next epoch earlier; shards change hands with every epoch.
+        places (sequence of (`int`, `int`)): Epoch and rows read at which each worker begins; none for the start.
     """
 
-    def __init__(self, dataset: IterableDataset, decoder: PairDecoder, endless: bool = False):
-        self.dataset, self.decoder, self.endless = dataset, decoder, endless
-
-    def set_epoch(self, epoch: int) -> None:
-        """Start at `epoch`."""
-        self.dataset.set_epoch(epoch)
+    def __init__(self, dataset: IterableDataset, decoder: PairDecoder, places: Sequence[tuple[int, int]] = ()):
+        self.dataset, self.decoder, self.places = dataset, decoder, places
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        first, barren = self.dataset.epoch, 0
-        for epoch in count(first) if self.endless else [first]:
-            rows = samples = 0
-            for row in _in_epoch(self.dataset, epoch):
-                rows += 1
-                sample = self.decoder(row, epoch)
+        info = get_worker_info()
+        worker = 0 if info is None else info.id
+        first, skipped = self.places[worker] if self.places else (0, 0)
+        barren = 0
+        for epoch in count(first):
+            read, good = 0, skipped > 0
+            for read, row in enumerate(_in_epoch(self.dataset, epoch), 1):
+                sample = None if read <= skipped else self.decoder(row, epoch)
                 if sample is not None:
-                    samples += 1
-                    yield sample
-            if not rows:
+                    good = True
+                    yield sample | {"place": (worker, epoch, read)}
+            if not read:
                 return  # more workers than shards
-            barren = 0 if samples else barren + 1
+            skipped, barren = 0, 0 if good else barren + 1
             if barren == BARREN_PASSES:
                 raise TooManyBadSamples(f"{barren} passes gave not one good sample: {self.decoder.bad_samples}")
 
