@@ -9,7 +9,6 @@ import itertools
 from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Sequence
-from copy import deepcopy
 from typing import Any
 from typing import Protocol
 
@@ -20,13 +19,11 @@ from datasets.distributed import split_dataset_by_node
 from PIL import Image
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset
-from torch.utils.data import get_worker_info
 from torchvision.transforms import v2
 
-from devil_hf.data.decoding import BARREN_PASSES
 from devil_hf.data.decoding import PairDecoder
+from devil_hf.data.decoding import PairStream
 from devil_hf.data.decoding import PairTable
-from devil_hf.data.decoding import TooManyBadSamples
 from devil_hf.processing_devil import DevilProcessor
 
 Place = tuple[int, int]  # epoch, and rows read in it
@@ -83,38 +80,26 @@ class CaptionStream(torch.utils.data.IterableDataset):
         dataset: rows of `open_pairs`.
         decoder: decodes them and counts the bad ones.
         smallest_crop: see `ImageTable`.
+        places: where each worker begins (default: at the start).
     """
 
-    def __init__(self, dataset: IterableDataset, decoder: PairDecoder, smallest_crop: float = 1.0):
-        self.dataset, self.decoder, self.smallest_crop = dataset, decoder, smallest_crop
-        self.places: Sequence[Place] = ()
+    def __init__(
+        self,
+        dataset: IterableDataset,
+        decoder: PairDecoder,
+        smallest_crop: float = 1.0,
+        places: Sequence[Place] = (),
+    ):
+        self.dataset, self.decoder, self.smallest_crop, self.places = dataset, decoder, smallest_crop, places
 
     def part(self, process: int, processes: int, places: Sequence[Place] = ()) -> "CaptionStream":
-        """The share of one process, with each worker beginning at its place (default: at the start)."""
+        """The share of one process, from `places` on."""
         dataset = split_dataset_by_node(self.dataset, process, processes) if processes > 1 else self.dataset
-        share = CaptionStream(dataset, self.decoder, self.smallest_crop)
-        share.places = places
-        return share
+        return CaptionStream(dataset, self.decoder, self.smallest_crop, places)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        worker = get_worker_info()
-        number = 0 if worker is None else worker.id
-        epoch, skipped = self.places[number] if self.places else (0, 0)
-        barren = 0
-        while True:
-            # A copy: the epoch of a data set lies in memory that all workers share, and they need not be level.
-            rows = deepcopy(self.dataset)
-            rows.set_epoch(epoch)
-            fruitful = skipped > 0
-            for count, row in enumerate(rows, 1):
-                sample = None if count <= skipped else self.decoder(row, epoch)
-                if sample is not None:
-                    fruitful = True
-                    yield _item(sample, self.smallest_crop) | {"place": (number, epoch, count)}
-            barren = 0 if fruitful else barren + 1
-            if barren == BARREN_PASSES:
-                raise TooManyBadSamples(f"{barren} passes gave not one good sample: {self.decoder.bad_samples}")
-            epoch, skipped = epoch + 1, 0
+        for sample in PairStream(self.dataset, self.decoder, self.places):
+            yield _item(sample, self.smallest_crop) | {"place": sample["place"]}
 
 
 def _item(sample: dict[str, Any], smallest_crop: float) -> dict[str, Any]:
