@@ -284,7 +284,8 @@ class DevilModel(ExplainMixin, DevilPreTrainedModel):
         if input_ids is None:
             return DevilOutput(prefix=prefix)
         labels, embeds, mask = self._caption_inputs(prefix, input_ids, attention_mask)
-        logits = run_language_model(self.language_model, embeds, labels.shape[1] + 1, mask).logits[:, :-1]
+        # What would follow the last token is nobody's label.
+        logits = run_language_model(self.language_model, embeds[:, :-1], labels.shape[1], mask[:, :-1]).logits
         loss = F.cross_entropy(logits.float().flatten(0, 1), labels.to(logits.device).flatten())
         return DevilOutput(loss=loss, logits=logits, prefix=prefix)
 
