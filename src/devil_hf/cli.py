@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from subprocess import CalledProcessError
 
@@ -104,8 +105,11 @@ def _question(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
-def _layers(names: list[str] | None) -> list[str | int] | None:
-    return [int(name) if name.lstrip("-").isdigit() else name for name in names] if names else None
+def _layers(names: list[str] | None, known: Sequence[str]) -> list[str | int] | None:
+    """Layers as typed: a name wins over an index, since some networks name their layers by numbers."""
+    if names is None:
+        return None
+    return [int(name) if name not in known and name.lstrip("-").isdigit() else name for name in names]
 
 
 def _locations(places: list[str] | None) -> str | list[tuple[int, int]] | None:
@@ -154,7 +158,7 @@ def run_describe(arguments: argparse.Namespace) -> None:
     _state_scope(model)
     output = model.describe(
         **processor(images=images, return_tensors="pt"),
-        layers=_layers(arguments.layers),
+        layers=_layers(arguments.layers, model.layer_names),
         locations=locations,
         window=arguments.window,
         evidence=arguments.evidence,
@@ -218,7 +222,7 @@ def run_attribute(arguments: argparse.Namespace) -> None:
     output = model.attribute(
         **processor(images=image, return_tensors="pt"),
         phrases=processor(text=arguments.phrases, carrier=arguments.carrier, return_tensors="pt"),
-        layers=_layers(arguments.layers),
+        layers=_layers(arguments.layers, model.layer_names),
         measure=arguments.measure,
         combine=arguments.combine,
         window=arguments.window,

@@ -288,6 +288,35 @@ class DevilProcessor(ProcessorMixin):
         }
         return AttributionOverlays(pictures=layers, value_range=value_range)
 
+    def masks_to_regions(self, masks: Sequence[np.ndarray | torch.Tensor]) -> torch.Tensor:
+        """Masks drawn on images as the `regions` that the model reads: resized and cropped as the images were.
+
+        Args:
+            masks: per image, (H, W) or (R, H, W) in the size of the upright image, bool or in [0, 1].
+
+        Returns:
+            (B, R, height, width) over the pixel values, in [0, 1]; zero where the crop reaches beyond the image.
+
+        Raises:
+            ValueError: for masks of a wrong shape, or of different numbers per image.
+        """
+        regions = []
+        for mask in masks:
+            values = torch.as_tensor(np.asarray(mask)).float()
+            if values.ndim not in (2, 3) or 0 in values.shape:
+                raise ValueError(f"a mask must be (height, width) or (regions, height, width), got {tuple(values.shape)}")
+            values = values[None] if values.ndim == 2 else values
+            geometry = self.image_processor.geometry(values.shape[-2:])
+            resized = F.interpolate(values[None], geometry.resized_size, mode="bilinear", antialias=True)[0]
+            (top, left), (height, width) = geometry.offset, geometry.crop_size
+            # Negative padding cuts: one call for crops inside the image and for crops that reach beyond it.
+            right, bottom = width - resized.shape[2] + left, height - resized.shape[1] + top
+            regions.append(F.pad(resized, (-left, right, -top, bottom)))
+        counts = sorted({len(one) for one in regions})
+        if len(counts) != 1:
+            raise ValueError(f"every image needs the same number of regions, at least one; got {counts}")
+        return torch.stack(regions)
+
     def location_to_box(
         self, location: tuple[int, int], grid_size: tuple[int, int], image_size: tuple[int, int]
     ) -> tuple[float, float, float, float]:
