@@ -11,6 +11,7 @@ import time
 from functools import partial
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import yaml
@@ -471,11 +472,12 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(kind, processes, fields, sha
     straight = subprocess.run(launch(file, processes), **options)
     assert straight.returncode == 0, straight.stderr[-3000:]
     killed = [*launch(file, processes), "--output_dir", str(tmp_path / "killed"), "--resume"]
-    victim = subprocess.Popen(killed, env=options["env"], stderr=subprocess.DEVNULL, start_new_session=True)
+    victim = subprocess.Popen(killed, env=options["env"], stderr=subprocess.DEVNULL)
     while not (tmp_path / "killed" / "checkpoint-4").is_dir():
         assert victim.poll() is None
         time.sleep(0.01)
-    os.killpg(victim.pid, signal.SIGKILL)
+    for process in (*psutil.Process(victim.pid).children(recursive=True), victim):
+        process.send_signal(signal.SIGKILL)
     victim.wait()
     assert not (tmp_path / "killed" / "checkpoint").exists()
     resumed = subprocess.run(killed, **options)
