@@ -9,6 +9,7 @@ import hashlib
 import itertools
 import json
 import os
+import shutil
 from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Iterator
@@ -116,6 +117,7 @@ def cached_features(
             _write_json(file, found)
         state.wait_for_everyone()
     if not found["complete"]:
+        _check_room(folder, key, model, dataset)
         # An unfinished cache is finished by as many parts as it was begun with, whatever the number of processes now.
         for part in range(state.process_index, found["processes"], state.num_processes):
             _compute_part(folder, part, found["processes"], key, model, processor, dataset, decoder)
@@ -134,6 +136,19 @@ def _check_key(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) -> N
         raise StaleCache(
             f"the feature cache {folder} is stale ({shown}): name another folder with --cache_features, or delete this one."
         )
+
+
+def _check_room(folder: Path, key: dict[str, Any], model: DevilModel, dataset: Dataset | IterableDataset) -> None:
+    """Raise an OSError when the features of a data set of known length cannot fit on the disk."""
+    if isinstance(dataset, Dataset):
+        there = sum(shard.stat().st_size for shard in folder.glob("features-*.safetensors"))
+        values = len(dataset) * key["views"] * key["draws"] * sum(model.backbone.channels)
+        needed, free = 2 * values - there, shutil.disk_usage(folder).free
+        if needed > free:
+            raise OSError(
+                f"the feature cache {folder} needs {needed / 1e9:.1f} GB, but {free / 1e9:.1f} GB are free: make room, name "
+                "another folder, or lower views or draws."
+            )
 
 
 def _compute_part(folder, part, parts, key, model, processor, dataset, decoder) -> None:
