@@ -269,8 +269,10 @@ class DevilTrainer(Trainer):
         return {"pooled_features": [layer[index, 0] for layer in data.features], "caption": text}
 
     def _describe(self, data: PooledCaptions, images: range, layer_mask: Tensor | None = None) -> list[str]:
+        """Descriptions of images; with a mask of several times as many rows, of the images again and again."""
         model = self.accelerator.unwrap_model(self.model).eval()
-        pooled = [layer[list(images), 0].to(self.args.device).float() for layer in data.features]
+        times = 1 if layer_mask is None else len(layer_mask) // len(images)
+        pooled = [layer[list(images), 0].repeat(times, 1).to(self.args.device).float() for layer in data.features]
         tokens = model._decode(model.translate(pooled, layer_mask), max_new_tokens=SAMPLE_TOKENS)
         return [text.strip() for text in self.processor.batch_decode(tokens, skip_special_tokens=True)]
 
@@ -292,10 +294,10 @@ class DevilTrainer(Trainer):
     def _show_descriptions(self, data: PooledCaptions) -> None:
         """What all layers and each layer alone say of a few validation images, into a file and the trackers."""
         images = range(min(SAMPLE_IMAGES, len(data)))
-        names = self.accelerator.unwrap_model(self.model).layer_names
-        rows = {"all": self._describe(data, images)}
-        for name, mask in zip(names, list(_masks(len(names), len(images), self.args.device))[1:], strict=True):
-            rows[name] = self._describe(data, images, mask)
+        names = ["all", *self.accelerator.unwrap_model(self.model).layer_names]
+        _, *alone = _masks(len(names) - 1, len(images), self.args.device)
+        texts = self._describe(data, images, torch.cat([torch.zeros_like(alone[0]), *alone]))  # in one go
+        rows = {name: texts[i * len(images) : (i + 1) * len(images)] for i, name in enumerate(names)}
         record = {
             "step": self.state.global_step,
             "captions": [data.captions[i][0] for i in images],
