@@ -135,8 +135,9 @@ def model_card(facts: Facts) -> ModelCard:
         datasets=facts.datasets or None,
         model_name=facts.repo_id.split("/")[-1] if results else None,
         eval_results=results or None,
-        **relation,
     )
+    if bases:
+        data["base_model_relation"] = "adapter"  # frozen bases, and a small trained part between them
     parts = source_parts(config)
     return ModelCard.from_template(
         data,
@@ -150,7 +151,7 @@ def model_card(facts: Facts) -> ModelCard:
             backbone=parts[0]["label"],
             language_model=parts[1]["label"],
             verdict=judge_controls(facts.evaluations),
-            input_size=facts.config.backbone_config["input_size"],
+            input_size=facts.layers[0].input_size,
             layers=facts.layers,
             examples=examples,
             phrases=repr(examples.phrases if examples else ["a cat", "a remote control"]),

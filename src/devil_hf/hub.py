@@ -13,7 +13,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from collections.abc import Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -37,6 +39,7 @@ from devil_hf.cards import Layer
 from devil_hf.cards import model_card
 from devil_hf.cards import readable_recipe
 from devil_hf.cards import without_paths
+from devil_hf.configuration_devil import DevilConfig
 from devil_hf.data.shapes import make_scene
 from devil_hf.embedded import SCOPE
 from devil_hf.evaluation.results import read_evaluations
@@ -50,6 +53,7 @@ from devil_hf.report.figures import layers_figure
 logger = logging.get_logger(__name__)
 
 RECIPE_FILE = "recipe.yaml"
+CODE = "*_devil.py"
 # What a checkpoint is made of; what else lies beside it (optimiser states, pickled arguments) stays at home.
 PUBLISHED = (
     *("*.safetensors", "*.safetensors.index.json", "*.json", "*.py", "*.txt", "*.model", "*.tiktoken", "*.jinja"),
@@ -59,6 +63,7 @@ PRIVATE = ("trainer_state.json", "*training_args*")
 # Files of an earlier push that would contradict this one.
 OUTDATED = ("*.safetensors", "*.safetensors.index.json", "*.py", "pictures/*", "evaluations/*", "scores.json")
 LARGEST_PICTURE = 768  # pixels of an example image's longer side
+FIGURE: dict[str, Any] = {"quality": 90, "subsampling": 0}
 EXAMPLE_WORLD = 1  # of the shapes world: held out, as in the quickstart
 EXAMPLE_SCENES = 3
 
@@ -93,69 +98,87 @@ def push(
     token: str | None = None,
     **preparation: Any,
 ) -> str:
-    """Publish a checkpoint on the Hub, in one commit.
+    """Publish a checkpoint on the Hub: `prepare`, then `upload`.
 
     Args:
         checkpoint: a directory, or a model.
         repo_id: USER/REPO; it is created if need be.
-        private: whether only its owner can see a new repository.
-        revision: branch to push to, created if need be; None for the main one.
-        commit_message: default: "Upload DeViL checkpoint".
-        token: access token; None uses the one that `hf auth login` stored.
-        preparation: further arguments of `prepare`.
+        preparation: further arguments of `prepare`; the others are those of `upload`.
 
     Returns:
         The commit's URL.
 
     Raises:
-        ValueError: for what `prepare` refuses.
-        OSError: when the Hub cannot be reached or refuses; what was uploaded by then is not sent again next time.
+        ValueError: for what `prepare` refuses; nothing was sent then.
+        OSError: when nobody is logged in, and for what `upload` raises.
     """
-    api = HfApi(token=token, library_name="devil-hf")
     check_repo_id(repo_id)
-    _reach(api.whoami, "devil push needs to be logged in")
+    with _reaching("the Hub does not know you"):  # before long work starts
+        HfApi(token=token).whoami()
     with tempfile.TemporaryDirectory() as folder:
         draft = prepare(checkpoint, repo_id, folder, revision=revision, **preparation)
         for note in draft.notes:
             logger.warning(note)
-        return _reach(
-            lambda: _upload(api, draft, repo_id, private, revision, commit_message), f"{repo_id} is not complete"
-        )
+        return upload(draft, repo_id, private=private, revision=revision, commit_message=commit_message, token=token)
 
 
-def _upload(
-    api: HfApi, draft: Draft, repo_id: str, private: bool | None, revision: str | None, commit_message: str | None
+def upload(
+    draft: Draft,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    revision: str | None = None,
+    commit_message: str | None = None,
+    token: str | None = None,
 ) -> str:
-    api.create_repo(repo_id, private=private, exist_ok=True)
-    if revision is not None:
-        api.create_branch(repo_id, branch=revision, exist_ok=True)
+    """Send a prepared repository to the Hub, in one commit.
+
+    Args:
+        repo_id: USER/REPO; it is created if need be.
+        private: whether only its owner can see a new repository.
+        revision: branch to push to, created if need be; None for the main one.
+        commit_message: default: "Upload DeViL checkpoint".
+        token: access token; None uses the one that `hf auth login` stored.
+
+    Returns:
+        The commit's URL.
+
+    Raises:
+        OSError: when the Hub cannot be reached or refuses; what was uploaded by then is not sent again next time.
+    """
+    api = HfApi(token=token, library_name="devil-hf")
     tree = draft.tree()
-    outdated = [
-        path
-        for path in api.list_repo_files(repo_id, revision=revision)
-        if path not in tree and any(fnmatch.fnmatch(path, pattern) for pattern in OUTDATED)
-    ]
-    # One commit, so that nobody ever loads the weights of one push with the code of another.
-    commit = api.create_commit(
-        repo_id,
-        [
-            *(CommitOperationDelete(path) for path in outdated),
-            *(CommitOperationAdd(path, draft.folder / path) for path in tree),
-        ],
-        commit_message=commit_message or "Upload DeViL checkpoint",
-        revision=revision,
-    )
+    with _reaching(f"{repo_id} was not published completely"):
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        if revision is not None:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        outdated = [
+            path
+            for path in api.list_repo_files(repo_id, revision=revision)
+            if path not in tree and any(fnmatch.fnmatch(path, pattern) for pattern in OUTDATED)
+        ]
+        # One commit, so that nobody ever loads the weights of one push with the code of another.
+        commit = api.create_commit(
+            repo_id,
+            [
+                *(CommitOperationDelete(path) for path in outdated),
+                *(CommitOperationAdd(path, draft.folder / path) for path in tree),
+            ],
+            commit_message=commit_message or "Upload DeViL checkpoint",
+            revision=revision,
+        )
     return commit.commit_url
 
 
-def _reach(request, what: str):
-    """Run a request; whatever the client raises (its transport errors are no OSError) comes with a remedy."""
+@contextmanager
+def _reaching(what: str) -> Iterator[None]:
+    """Whatever the Hub's client raises (its transport errors are no OSError) comes as an OSError with a remedy."""
     try:
-        return request()
+        yield
     except Exception as error:
         raise OSError(
-            f"{what} ({type(error).__name__}: {error}). Check the network and `hf auth login`, and run the same command again: "
-            "files that arrived are not sent twice."
+            f"{what} ({type(error).__name__}: {error}). Check the network and `hf auth login`, and run the same command "
+            "again: files that arrived are not sent twice."
         ) from error
 
 
@@ -166,7 +189,7 @@ def prepare(
     *,
     processor: DevilProcessor | None = None,
     slim: bool | None = None,
-    images: ImageSource = (),
+    images: ImageSource | None = None,
     phrases: Sequence[str] = (),
     scores: Sequence[str | PathLike] = (),
     license: str | None = None,
@@ -180,13 +203,14 @@ def prepare(
     Args:
         checkpoint: a directory, or a model.
         repo_id: USER/REPO, for the card.
+        folder: an empty or new one.
         processor: of a model; default: the one saved where the model came from.
         slim: True leaves the frozen parts out and names their sources, False holds them; None keeps the checkpoint's kind.
         images: example images for the card, which are published too; a checkpoint of the shapes world draws its own.
         phrases: words whose maps the card shows; default: what the model says of each image.
         scores: JSON files of evaluations (`devil_hf.evaluation.results`), beside those found in the checkpoint:
             `scores.json` and `evaluations/*.json`.
-        license: an identifier of the Hub, of the published weights.
+        license: of the published weights, an identifier of the Hub.
         datasets: Hub ids of the training data.
         data: the training data in words.
         revision: the branch that it will be pushed to, for the card's snippet.
@@ -196,21 +220,51 @@ def prepare(
     """
     check_repo_id(repo_id)
     folder = Path(folder)
-    evaluations = [evaluation for path in scores for evaluation in read_evaluations(path)]
-    pictures = [picture.copy() for picture in load_images(images)] if len(images) else []
-    source = None if isinstance(checkpoint, DevilModel) else Path(checkpoint)
-    if source is not None:
-        check_weights(source)
-        model = DevilModel.from_pretrained(source, dtype="auto")
-    else:
+    folder.mkdir(parents=True, exist_ok=True)
+    if any(folder.iterdir()):
+        raise ValueError(f"{folder} is not empty: everything in it would be published; name a new folder")
+    given = [evaluation for path in scores for evaluation in read_evaluations(path)]
+    pictures = [] if images is None else [picture.copy() for picture in load_images(images)]
+    model, processor = _stage(checkpoint, processor, folder, slim)
+    own = [path for path in (folder / "scores.json", *sorted(folder.glob("evaluations/*.json"))) if path.is_file()]
+    recipe = folder / RECIPE_FILE
+    facts = Facts(
+        repo_id=repo_id,
+        config=DevilConfig.from_pretrained(folder),
+        layers=layer_table(model),
+        trained_parameters=sum(tensor.numel() for tensor in model.trainable_state_dict().values()),
+        evaluations=[evaluation for path in own for evaluation in read_evaluations(path)] + given,
+        examples=draw_examples(model, processor, folder, pictures, phrases),
+        recipe=recipe.read_text().strip() if recipe.is_file() else None,
+        license=license or ("apache-2.0" if model.config.scope == SCOPE else UNKNOWN_LICENSE),
+        datasets=list(datasets),
+        data=data,
+        language=language,
+        revision=revision,
+    )
+    _copy_scores(scores, folder)
+    card = model_card(facts)
+    (folder / "README.md").write_text(str(card), encoding="utf-8")
+    return Draft(folder, card, _notes(facts))
+
+
+def _stage(
+    checkpoint: str | PathLike | DevilModel, processor: DevilProcessor | None, folder: Path, slim: bool | None
+) -> tuple[DevilModel, DevilProcessor]:
+    """Put weights, code and processor into `folder`, checked; returns them loaded, to draw with."""
+    given = isinstance(checkpoint, DevilModel)
+    if isinstance(checkpoint, DevilModel):
         model = checkpoint
+    else:
+        check_weights(checkpoint)
+        model = DevilModel.from_pretrained(checkpoint, dtype="auto")
     processor = processor or _processor_of(model)
-    config = model.config
-    slim = config.frozen_weights == "reference" if slim is None else slim
+    kind = model.config.frozen_weights == "reference"
+    slim = kind if slim is None else slim
     _check_parts(model, slim)
-    if source is not None:
-        _copy(source, folder)
-    if source is None or slim != (config.frozen_weights == "reference") or not any(folder.glob("*_devil.py")):
+    if not isinstance(checkpoint, DevilModel):
+        _copy(Path(checkpoint), folder)
+    if given or slim != kind or not any(folder.glob(CODE)):
         for stale in folder.glob("*.safetensors*"):
             stale.unlink()
         model.save_pretrained(folder, slim=slim)
@@ -218,29 +272,7 @@ def prepare(
     _forget_this_machine(folder)
     check_weights(folder)
     check_code(folder)
-    for path in (folder / "scores.json", *sorted(folder.glob("evaluations/*.json"))):
-        evaluations += read_evaluations(path) if path.is_file() else []
-    _copy_scores(scores, folder)
-    model = model if source is None else model.float()
-    published = type(config).from_pretrained(folder)
-    examples = draw_examples(model, processor, folder, pictures, phrases)
-    facts = Facts(
-        repo_id=repo_id,
-        config=published,
-        layers=layer_table(model),
-        trained_parameters=sum(tensor.numel() for tensor in model.trainable_state_dict().values()),
-        evaluations=evaluations,
-        examples=examples,
-        recipe=_recipe(folder),
-        license=license or ("apache-2.0" if config.scope == SCOPE else UNKNOWN_LICENSE),
-        datasets=list(datasets),
-        data=data,
-        language=language,
-        revision=revision,
-    )
-    card = model_card(facts)
-    (folder / "README.md").write_text(str(card), encoding="utf-8")
-    return Draft(folder, card, _notes(facts))
+    return (model if given else model.float()), processor
 
 
 def _notes(facts: Facts) -> list[str]:
@@ -313,7 +345,7 @@ def check_code(folder: str | PathLike) -> None:
         ValueError: naming the file that does not import alone, and why.
     """
     folder = Path(folder)
-    if not any(folder.glob("*_devil.py")):
+    if not any(folder.glob(CODE)):
         raise ValueError(f"{folder} holds no code: nobody without devil_hf could load it; save it with save_pretrained")
     with tempfile.TemporaryDirectory() as home:
         environment = os.environ | {"HF_HOME": home, "HF_HUB_OFFLINE": "1"}
@@ -347,7 +379,7 @@ def _check_parts(model: DevilModel, slim: bool) -> None:
 
 def _processor_of(model: DevilModel) -> DevilProcessor:
     try:
-        return DevilProcessor.from_pretrained(model.name_or_path)
+        return DevilProcessor.from_pretrained(str(model.name_or_path))
     except (OSError, ValueError, TypeError) as error:
         raise ValueError(
             f"no processor is saved in {model.name_or_path or 'the place where the model came from'!r}: save it there, "
@@ -392,11 +424,6 @@ def _forget_this_machine(folder: Path) -> None:
         recipe.write_text(readable_recipe(recipe.read_text()) + "\n")
 
 
-def _recipe(folder: Path) -> str | None:
-    path = folder / RECIPE_FILE
-    return path.read_text().strip() if path.is_file() else None
-
-
 # ------------------------------------------------------------------------------------------------------------- pictures
 
 
@@ -427,8 +454,8 @@ def draw_examples(
             scene for scene in (make_scene(EXAMPLE_WORLD, index) for index in range(20)) if len(scene.objects) > 1
         ]
         images = [Image.fromarray(scene.image) for scene in scenes[:EXAMPLE_SCENES]]
-        words = [dict.fromkeys(word for item in scene.objects for word in item.attributes.values()) for scene in scenes]
-        wanted = [list(phrases) or list(one) for one in words[:EXAMPLE_SCENES]]
+        words = [list(dict.fromkeys(w for item in scene.objects for w in item.attributes.values())) for scene in scenes]
+        wanted = [list(phrases) or one for one in words[:EXAMPLE_SCENES]]
     if not images:
         return None
     images = [image.convert("RGB") for image in images]
@@ -442,15 +469,15 @@ def draw_examples(
     wanted = [one or [dict(said)["all"] or "a"] for one, said in zip(wanted, rows, strict=True)]
     pictures = folder / "pictures"
     pictures.mkdir(exist_ok=True)
-    examples = Examples([], "pictures/layers.png", [], wanted[0], held_out)
-    layers_figure(images, rows).save(folder / examples.layers)
-    for number, (image, words) in enumerate(zip(images, wanted, strict=True), 1):
+    examples = Examples([], "pictures/layers.jpg", [], wanted[0], held_out)
+    layers_figure(images, rows).save(folder / examples.layers, **FIGURE)
+    for number, (image, asked) in enumerate(zip(images, wanted, strict=True), 1):
         examples.images.append(f"pictures/example_{number}.png")
-        examples.maps.append(f"pictures/maps_{number}.png")
+        examples.maps.append(f"pictures/maps_{number}.jpg")
         image.save(folder / examples.images[-1])
-        maps = model.attribute(**processor(images=image), phrases=processor(text=words))
-        attribution_figure(processor, image, maps, words).save(folder / examples.maps[-1])
+        maps = model.attribute(**processor(images=image), phrases=processor(text=asked))
+        attribution_figure(processor, image, maps, asked).save(folder / examples.maps[-1], **FIGURE)
     return examples
 
 
-__all__ = ["Draft", "check_code", "check_weights", "draw_examples", "layer_table", "prepare", "push"]
+__all__ = ["Draft", "check_code", "check_weights", "draw_examples", "layer_table", "prepare", "push", "upload"]
