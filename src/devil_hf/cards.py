@@ -122,9 +122,6 @@ def model_card(facts: Facts) -> ModelCard:
     config, examples = facts.config, facts.examples
     results = [result for evaluation in facts.evaluations for result in evaluation.model_index()]
     bases = base_models(config)
-    relation = (
-        {"base_model_relation": "adapter"} if bases else {}
-    )  # frozen bases, and a small trained part between them
     data = ModelCardData(
         language=facts.language,
         license=facts.license,
