@@ -286,7 +286,7 @@ def test_an_interrupted_upload_goes_on_where_it_stopped(hub, draft, tmp_path):
 
 def test_a_download_that_is_cut_leaves_no_broken_file(hub, published, model, tmp_path, monkeypatch):
     monkeypatch.setitem(hub.cut_downloads, "model.safetensors", 1_000)
-    with pytest.raises(OSError, match=r"tester/devil.*again"):
+    with pytest.raises(OSError, match=r"tester/devil was cut off by the network .*load it again"):
         AutoModel.from_pretrained("tester/devil", revision=published, cache_dir=tmp_path)
     assert not list(tmp_path.rglob("snapshots/*/model.safetensors"))
     assert hub.cut_downloads["model.safetensors"] < 1_000
@@ -307,8 +307,9 @@ def test_a_source_that_is_cut_is_named(part, hub, slim_model, elsewhere, tmp_pat
         module.load_state_dict(slim_model.backbone.module.state_dict())
     else:
         module = None
-    with pytest.raises(OSError, match=f"{part}="):
+    with pytest.raises(OSError, match="tester/slim was cut off by the network") as raised:
         DevilModel.from_pretrained("tester/slim", backbone=module)
+    assert f"{part}=" in str(raised.value.__cause__)
 
 
 def test_a_new_push_takes_what_is_outdated_away(hub, draft, tmp_path):
@@ -362,7 +363,7 @@ def test_code_that_needs_the_package_is_refused(checkpoint, tmp_path):
     folder = broken_copy(checkpoint, tmp_path)
     file = folder / "outputs_devil.py"
     file.write_text("import devil_hf.loading\n" + file.read_text())
-    with pytest.raises(ValueError, match=r"(?s)outputs_devil|backbone_devil.*devil_hf"):
+    with pytest.raises(ValueError, match=r"^outputs_devil\.py .* alone.*devil_hf"):
         check_code(folder)
     for path in folder.glob("*.py"):
         path.unlink()

@@ -327,12 +327,15 @@ import json, sys
 from pathlib import Path
 sys.modules["devil_hf"] = None  # from here on, importing it fails
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
+from transformers.dynamic_module_utils import get_relative_import_files
 folder = Path(sys.argv[1])
 config = json.loads((folder / "config.json").read_text())
 names = [*config["auto_map"].values(), *(p["impl"] for p in config.get("custom_pipelines", {}).values())]
 processor = folder / "processor_config.json"
 names += json.loads(processor.read_text())["auto_map"].values() if processor.exists() else []
-for name in [*(f"{path.stem}.__name__" for path in sorted(folder.glob("*.py"))), *names]:
+# Those that import nothing come first, so that the file named last is the one at fault.
+files = sorted(folder.glob("*.py"), key=lambda path: len(get_relative_import_files(path)))
+for name in [*(f"{path.stem}.__name__" for path in files), *names]:
     print(name, flush=True)
     get_class_from_dynamic_module(name, str(folder))
 """
