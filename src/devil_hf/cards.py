@@ -1,4 +1,4 @@
-"""Model, dataset and Space cards, filled from the Jinja templates in `hub_cards/` by huggingface_hub's card classes.
+"""Model and data set cards, filled from the Jinja templates in `hub_cards/` by huggingface_hub's card classes.
 
 A card says what is known and, just as plainly, what is not: without an evaluation it reads "not measured", without a
 control it says that none was run. `devil_hf.hub` collects the facts of a checkpoint; `scripts/build_cards.py` writes the
@@ -21,8 +21,6 @@ from huggingface_hub import DatasetCard
 from huggingface_hub import DatasetCardData
 from huggingface_hub import ModelCard
 from huggingface_hub import ModelCardData
-from huggingface_hub import SpaceCard
-from huggingface_hub import SpaceCardData
 
 from devil_hf.configuration_devil import DevilConfig
 from devil_hf.embedded import SCOPE
@@ -169,11 +167,6 @@ def dataset_card(data: DatasetCardData, **values: Any) -> DatasetCard:
     return DatasetCard.from_template(data, template_str=_rendering("dataset_card.md.jinja", **values))
 
 
-def space_card(data: SpaceCardData, **values: Any) -> SpaceCard:
-    """A Space's card; `values` are the names in `hub_cards/space_card.md.jinja`."""
-    return SpaceCard.from_template(data, template_str=_rendering("space_card.md.jinja", **values))
-
-
 def _rendering(name: str, **values: Any) -> str:
     """A template of `hub_cards/` filled, but for the metadata, which huggingface_hub writes."""
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
@@ -270,14 +263,4 @@ def without_paths(value: Any) -> Any:
     return value
 
 
-__all__ = [
-    "Examples",
-    "Facts",
-    "Layer",
-    "base_models",
-    "dataset_card",
-    "hub_id",
-    "model_card",
-    "readable_recipe",
-    "space_card",
-]
+__all__ = ["Examples", "Facts", "Layer", "base_models", "dataset_card", "hub_id", "model_card", "readable_recipe"]

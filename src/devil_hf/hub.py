@@ -61,7 +61,7 @@ PUBLISHED = (
 )
 PRIVATE = ("trainer_state.json", "*training_args*")
 # Files of an earlier push that would contradict this one.
-OUTDATED = ("*.safetensors", "*.safetensors.index.json", "*.py", "pictures/*", "evaluations/*", "scores.json")
+OUTDATED = ("*.safetensors", "*.safetensors.index.json", CODE, "pictures/*", "evaluations/*", "scores.json")
 LARGEST_PICTURE = 768  # pixels of an example image's longer side
 FIGURE: dict[str, Any] = {"quality": 90, "subsampling": 0}
 EXAMPLE_WORLD = 1  # of the shapes world: held out, as in the quickstart
@@ -155,7 +155,7 @@ def upload(
         outdated = [
             path
             for path in api.list_repo_files(repo_id, revision=revision)
-            if path not in tree and any(fnmatch.fnmatch(path, pattern) for pattern in OUTDATED)
+            if path not in tree and _matches(path, OUTDATED)
         ]
         # One commit, so that nobody ever loads the weights of one push with the code of another.
         commit = api.create_commit(
@@ -351,7 +351,7 @@ def check_code(folder: str | PathLike) -> None:
     if not any(folder.glob(CODE)):
         raise ValueError(f"{folder} holds no code: nobody without devil_hf could load it; save it with save_pretrained")
     with tempfile.TemporaryDirectory() as home:
-        environment = os.environ | {"HF_HOME": home, "HF_HUB_OFFLINE": "1"}
+        environment = os.environ | {"HF_HOME": home, "HF_MODULES_CACHE": home, "HF_HUB_OFFLINE": "1"}
         command = [sys.executable, "-c", ALONE, str(folder.resolve())]
         run = subprocess.run(command, env=environment, cwd=home, capture_output=True, text=True)
     if run.returncode:
@@ -390,11 +390,15 @@ def _processor_of(model: DevilModel) -> DevilProcessor:
         ) from error
 
 
+def _matches(path: str, patterns: Sequence[str]) -> bool:
+    """Whether a path is named by a pattern of its own depth: no folder's files are swept up by `*.json`."""
+    return any(fnmatch.fnmatch(path, pattern) and path.count("/") == pattern.count("/") for pattern in patterns)
+
+
 def _copy(source: Path, folder: Path) -> None:
     for path in sorted(path for path in source.rglob("*") if path.is_file()):
         name = path.relative_to(source).as_posix()
-        wanted = any(fnmatch.fnmatch(name, pattern) and name.count("/") == pattern.count("/") for pattern in PUBLISHED)
-        if wanted and not any(fnmatch.fnmatch(path.name, pattern) for pattern in PRIVATE):
+        if _matches(name, PUBLISHED) and not _matches(name, PRIVATE):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, folder / name)
 
@@ -479,6 +483,7 @@ def draw_examples(
         examples.maps.append(f"pictures/maps_{number}.jpg")
         image.save(folder / examples.images[-1])
         maps = model.attribute(**processor(images=image), phrases=processor(text=asked))
+        maps.maps = {name: values.cpu() for name, values in maps.maps.items()}
         attribution_figure(processor, image, maps, asked).save(folder / examples.maps[-1], **FIGURE)
     return examples
 
