@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 from huggingface_hub import DatasetCard
 from huggingface_hub import ModelCard
 from transformers import GPT2Config
@@ -146,6 +147,12 @@ def test_sources_become_hub_ids_where_they_are_on_the_hub(tmp_path):
 def test_a_recipe_tells_no_paths():
     text = "backbone: /home/someone/backbone\nfolders: [/data/flickr8k, coco]\nmax_steps: 7\n"
     assert readable_recipe(text) == "backbone: backbone\nfolders:\n- flickr8k\n- coco\nmax_steps: 7"
+
+
+def test_half_precision_weights_are_read_as_fp32(facts):
+    assert "dtype=" not in model_card(facts).text
+    facts.config.dtype = torch.float16
+    assert 'from_pretrained(repo, dtype="float32", trust_remote_code=True)' in model_card(facts).text
 
 
 def test_text_that_looks_like_a_template_stays_text(facts):
