@@ -169,6 +169,8 @@ def run_push(arguments: argparse.Namespace) -> None:
     from devil_hf.hub import prepare
     from devil_hf.hub import push
 
+    if arguments.output_dir and not arguments.dry_run:
+        raise ValueError("--output-dir keeps the files of a --dry-run: give both, or neither")
     names = ("revision", "slim", "images", "phrases", "scores", "license", "datasets", "data", "language")
     options = {name: getattr(arguments, name) for name in names}
     if arguments.dry_run:
