@@ -206,11 +206,17 @@ FRESH_PROCESS = """
 
 
 @pytest.fixture(scope="module")
-def elsewhere(hub, published, slim_model, processor, images, tmp_path_factory):
-    """What a process without devil_hf found on the Hub."""
+def slim_repository(hub, slim_model, processor):
+    """The files of a slim checkpoint that `model.push_to_hub` published."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(devil_hf.hub, "check_code", lambda folder: None)
         slim_model.push_to_hub("tester/slim", processor=processor, slim=True)
+    return hub.files("tester/slim")
+
+
+@pytest.fixture(scope="module")
+def elsewhere(hub, published, slim_repository, images, tmp_path_factory):
+    """What a process without devil_hf found on the Hub."""
     place = tmp_path_factory.mktemp("elsewhere")
     images[0].save(place / "image.png")
     command = [sys.executable, "-c", textwrap.dedent(FRESH_PROCESS), published, "image.png", "found.json"]
@@ -229,15 +235,17 @@ def test_a_process_without_the_package_loads_it_from_the_hub(elsewhere, model, p
     assert elsewhere["piped"] == ["all", *model.layer_names]
 
 
-def test_a_slim_checkpoint_fetches_its_frozen_parts_from_the_hub(elsewhere, hub, slim_model, processor, images):
+def test_a_slim_checkpoint_fetches_its_frozen_parts_from_the_hub(elsewhere, slim_model, processor, images):
     inputs = processor(images=images[0], return_tensors="pt")
     assert elsewhere["slim"] == slim_model.generate(**inputs, max_new_tokens=6).tolist()
-    files = hub.files("tester/slim")
-    config = json.loads(files["config.json"])
+
+
+def test_a_slim_checkpoint_names_the_commits_of_its_frozen_parts(hub, slim_repository, slim_model):
+    config = json.loads(slim_repository["config.json"])
     assert config["backbone_config"]["revision"] == hub.repositories["model", "timm/test_resnet.r160_in1k"].refs["main"]
     assert config["language_model_source"]["revision"] == hub.repositories["model", "tester/lm"].refs["main"]
-    assert len(files["model.safetensors"]) < 0.5 * sum(p.numel() * 4 for p in slim_model.parameters())
-    card = ModelCard(files["README.md"].decode())
+    assert len(slim_repository["model.safetensors"]) < 0.5 * sum(p.numel() * 4 for p in slim_model.parameters())
+    card = ModelCard(slim_repository["README.md"].decode())
     assert card.data.base_model == ["timm/test_resnet.r160_in1k", "tester/lm"]
     assert card.data.base_model_relation == "adapter"
 
@@ -297,7 +305,7 @@ def test_a_download_that_is_cut_leaves_no_broken_file(hub, published, model, tmp
 
 
 @pytest.mark.parametrize("part", ["backbone", "language_model"])
-def test_a_source_that_is_cut_is_named(part, hub, slim_model, elsewhere, tmp_path, monkeypatch):
+def test_a_source_that_is_cut_is_named(part, hub, slim_model, slim_repository, tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setitem(hub.cut_downloads, "model.safetensors", 1_000)
     trained = slim_model.trainable_state_dict()
