@@ -161,49 +161,23 @@ def run_describe(arguments: argparse.Namespace) -> None:
         max_new_tokens=arguments.max_new_tokens,
         num_beams=arguments.num_beams,
     )
-    rows = description_rows(output, processor, arguments.images)
+    rows = processor.post_process_descriptions(output, arguments.images)
     if arguments.output:
         from devil_hf.report.figures import layers_figure
 
         texts: list[list[tuple[str, str]]] = [[] for _ in images]
         for index, row in zip(output.image_index.tolist(), rows, strict=True):
-            place = f" {tuple(row['location'])}" if row["location"] else ""
+            place = f" {row['location']}" if row["location"] else ""
             texts[index].append((row["layer"] + place, row["description"]))
         layers_figure(images, texts).save(arguments.output)
     if arguments.json:
         print(json.dumps(rows))
         return
     for row in rows:
-        place = "" if row["location"] is None else f" ({row['location'][0]}, {row['location'][1]})"
+        place = "" if row["location"] is None else f" {row['location']}"
         print(f"{row['image']}  {row['layer']}{place}: {row['description']}")
         if arguments.evidence:
-            print("    " + "  ".join(f"{word}{value:+.1f}" for word, value in row["evidence"]))
-
-
-def description_rows(output, processor, names: list[str]) -> list[dict]:
-    """One dictionary per description: image, layer, location, words, and the evidence of each token where it was asked for."""
-    texts = processor.batch_decode(output.sequences, skip_special_tokens=True)
-    rows = []
-    for row, text in enumerate(texts):
-        place = output.locations[row].tolist()
-        rows.append(
-            {
-                "image": names[int(output.image_index[row])],
-                "layer": output.layer_of(row),
-                "location": None if place[0] < 0 else place,
-                "description": text.strip(),
-            }
-        )
-        if output.token_evidence is not None:
-            tokens = output.sequences[row].tolist()
-            evidence = output.token_evidence[row].tolist()
-            special = set(processor.tokenizer.all_special_ids)
-            rows[-1]["evidence"] = [
-                (processor.tokenizer.decode([token]), round(value, 3))
-                for token, value in zip(tokens, evidence, strict=True)
-                if token not in special
-            ]
-    return rows
+            print("    " + "  ".join(f"{word}{value:+.1f}" for word, value in row["words"]))
 
 
 def run_attribute(arguments: argparse.Namespace) -> None:
