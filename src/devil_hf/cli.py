@@ -74,6 +74,16 @@ def build_parser(full: bool = True) -> argparse.ArgumentParser:
         "--output", type=Path, default=Path("maps.png"), help="picture to write (default: %(default)s)"
     )
 
+    demo = _verb(
+        verbs, "demo", run_demo, "explore a checkpoint in the browser, by clicking into images", "devil demo --port 7860"
+    )
+    demo.add_argument(
+        "--checkpoint", help="directory or Hub id (default: DEVIL_CHECKPOINT, else the shapes-world checkpoint)"
+    )
+    demo.add_argument("--device", help="default: cuda where there is one")
+    demo.add_argument("--host", help="address to listen on (default: this machine alone)")
+    demo.add_argument("--port", type=int, help="default: the first free one from 7860 on")
+
     example = "devil train --config scripts/recipes/flickr8k_small.yaml --output_dir runs/flickr8k"
     train = _verb(verbs, "train", run_train, "train a translator between your backbone and language model", example)
     if full:
@@ -141,6 +151,12 @@ def run_train(arguments: argparse.Namespace) -> None:
     from devil_hf.training.recipe import train
 
     print(f"checkpoint: {train(recipe_of(arguments))}")
+
+
+def run_demo(arguments: argparse.Namespace) -> None:
+    from devil_hf.demo.app import launch
+
+    launch(arguments.checkpoint, arguments.device, arguments.host, arguments.port)
 
 
 def run_describe(arguments: argparse.Namespace) -> None:
