@@ -19,8 +19,8 @@ from devil_hf.demo.explorer import Look
 from devil_hf.demo.explorer import read_phrases
 from devil_hf.demo.uploads import MAX_BYTES
 from devil_hf.demo.uploads import MAX_PIXELS
-from devil_hf.demo.uploads import Upload
 from devil_hf.demo.uploads import read_upload
+from devil_hf.demo.uploads import upload_field
 from devil_hf.descriptions_devil import Descriptions
 from devil_hf.report import html
 from devil_hf.report.features import feature_picture
@@ -66,6 +66,7 @@ class Session:
     trust: bool
     look: Look
     rows: Descriptions  # of the whole image
+    features: dict[str, Image.Image]  # per layer, one pixel per location
     point: tuple[float, float] | None = None  # (x, y), in pixels of the image
     place: Descriptions | None = None  # of the places under that point
     example: int | None = None
@@ -114,13 +115,19 @@ class _Page:
         with gr.Row(equal_height=False):
             with gr.Column(scale=5, min_width=320):
                 with gr.Column(elem_classes="dv-card"):
-                    gr.HTML(_title("1 · Choose an image", "A rendered scene, or a picture of yours."))
+                    limits = f"up to {MAX_BYTES >> 20} MB and {MAX_PIXELS // 1_000_000} million pixels"
+                    gr.HTML(_title("1 · Choose an image", f"A rendered scene, or a picture of yours ({limits})."))
                     self.gallery = self.piece("dv-gallery")
-                    limits = f"Drop or choose an image (up to {MAX_BYTES >> 20} MB, {MAX_PIXELS // 1_000_000} million pixels)"
-                    self.upload = Upload(label=limits, file_types=["image"], height=112, elem_id="dv-upload")
+                    self.upload = upload_field(
+                        label="Image to look at",
+                        show_label=False,
+                        file_types=["image"],
+                        height=104,
+                        elem_id="dv-upload",
+                    )
                 with gr.Column(elem_classes="dv-card"):
                     gr.HTML(_title("2 · Click anywhere", "or move by arrow keys, or type a row and a column."))
-                    self.layer = gr.Radio([], label="Layer", elem_id="dv-layer")
+                    self.layer = gr.Radio([], label="Layer", elem_id="dv-layer", container=False)
                     self.stage = self.piece("dv-stage")
                     with gr.Row():
                         self.row = gr.Number(0, label="Row", precision=0, minimum=0, min_width=70)
@@ -146,7 +153,7 @@ class _Page:
                     label="Words or phrases, commas between", placeholder="red, star, striped", scale=5, min_width=220,
                     max_lines=2, elem_id="dv-phrases",
                 )  # fmt: skip
-                self.carrier = gr.Textbox("the", label="Read after", scale=1, min_width=90, max_lines=1)
+                self.carrier = gr.Textbox("the", label="Neutral word before", scale=1, min_width=90, max_lines=1)
                 self.map_button = gr.Button("Show maps", variant="primary", scale=1, min_width=120, elem_id="dv-map")
             self.maps = self.piece("dv-maps", NO_MAPS)
         with gr.Column(elem_classes="dv-card"):
@@ -232,7 +239,10 @@ class _Page:
         """Everything anew for one image and checkpoint."""
         explorer = self.checkpoints.get(checkpoint, trust)
         look = explorer.look(image)
-        session = Session(checkpoint, trust, look, explorer.describe(look), example=example)
+        features = {
+            name: feature_picture(maps[0]) for name, maps in zip(explorer.layers, look.feature_maps, strict=True)
+        }
+        session = Session(checkpoint, trust, look, explorer.describe(look), features, example=example)
         if layer not in explorer.layers:
             layer = explorer.layers[max(len(explorer.layers) - 2, 0)]
         left, top, right, bottom = explorer.crop(look)
@@ -258,9 +268,6 @@ class _Page:
         look, rows = session.look, session.place or Descriptions()
         row, column = next(one["location"] for one in rows if one["layer"] == layer)
         grids = {name: explorer.grid(look, name) for name in explorer.layers}
-        pictures = {
-            name: feature_picture(maps[0]) for name, maps in zip(explorer.layers, look.feature_maps, strict=True)
-        }
         x, y = session.point or (0, 0)
         return {
             self.session: session,
@@ -268,7 +275,7 @@ class _Page:
             self.row: row,
             self.column: column,
             self.place: html.place_html(rows, layer, f" · pixel {x:.0f}, {y:.0f}"),
-            self.features: html.features_html(pictures, session.rows, grids, layer),
+            self.features: html.features_html(session.features, session.rows, grids, layer),
         }
 
     def choose_layer(self, session: Session, layer: str) -> dict:
@@ -354,7 +361,7 @@ class _Page:
             return {"checkpoint": self.checkpoints.default, "layers": default.layers, "scope": config.scope}
 
         with gr.Column(visible=False):
-            image, layer, phrases = Upload(label="image"), gr.Textbox(label="layer"), gr.Textbox(label="phrases")
+            image, layer, phrases = upload_field(label="image"), gr.Textbox(label="layer"), gr.Textbox(label="phrases")
             x, y, carrier = gr.Number(label="x"), gr.Number(label="y"), gr.Textbox("", label="carrier")
             answer, picture, caller = gr.JSON(), gr.Image(), gr.Button()
         described = "One row per layer, and one for all together: description, and evidence of each word in nats."

@@ -14,15 +14,19 @@ LONGEST_SIDE = 1024  # of the picture that is kept: backbones look at less
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 
 
-class Upload(gr.File):
-    """A file from the visitor's own device: unlike its base, it never fetches an address that a request names."""
+def upload_field(**settings: Any) -> gr.File:
+    """A field for a file of the visitor's own device: unlike a plain one, it never fetches an address that a request names."""
+    field = gr.File(**settings)
+    keep = field.move_resource_to_block_cache
 
-    is_template = True  # the page shows it as what it derives from
-
-    def move_resource_to_block_cache(self, url_or_file_path: Any) -> Any:
+    def keep_uploads(url_or_file_path: Any) -> str | None:
         if str(url_or_file_path).startswith(("http://", "https://")):
             raise gr.Error("Upload the file itself: addresses are not fetched.", print_exception=False)
-        return super().move_resource_to_block_cache(url_or_file_path)
+        return keep(url_or_file_path)
+
+    # Set on the object: of a subclass, gradio would write a stub file beside this one.
+    field.move_resource_to_block_cache = keep_uploads  # type: ignore[method-assign]
+    return field
 
 
 def read_upload(path: str | Path) -> Image.Image:
