@@ -248,7 +248,9 @@ def test_the_picker_follows_its_owner(monkeypatch):
             Checkpoints(models="any").get(name)
     monkeypatch.setenv("DEVIL_MODELS", "user/four")
     monkeypatch.setenv("SPACE_ID", "user/space")
+    monkeypatch.setenv("DEVIL_CHECKPOINT", "user/five")
     from_environment = Checkpoints()
+    assert from_environment.default == "user/five"
     assert from_environment.listed == ["user/four"] and from_environment.public
 
 
@@ -283,7 +285,7 @@ def test_few_models_stay_in_memory(model, processor, monkeypatch):
     monkeypatch.setattr(Checkpoints, "_load", lambda self, name, trust: Explorer(model, processor))
     for name in (EMBEDDED, "a/b", "c/d", "e/f"):
         checkpoints.get(name)
-    assert list(checkpoints._loaded) == [(EMBEDDED, False), ("e/f", False)]
+    assert list(checkpoints._loaded) == [(EMBEDDED, False), ("c/d", False), ("e/f", False)]
 
 
 # ------------------------------------------------------------------------------------------------------ pieces of html

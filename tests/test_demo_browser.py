@@ -10,7 +10,7 @@ from devil_hf.data.shapes import make_scene
 
 pytestmark = pytest.mark.browser
 
-PATIENCE = 90_000  # milliseconds; machines are slow at times
+PATIENCE = 300_000  # milliseconds; machines are slow at times
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 import functools
 import logging
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from html import escape
@@ -50,7 +49,7 @@ layers.</li>
 HEAD = f"""
 <header class="dv-head"><h1>What does a vision network see?</h1>
 <p>Ask any layer, at any place. It answers in words, and shows how much of each word came from its features.
-Method: <a href="{PAPER}">DeViL, GCPR 2023</a>.</p></header>
+Method: <a href="{PAPER}">DeViL, GCPR 2023</a></p></header>
 """
 TRUST = (
     "Weights come as safetensors, and this demo answers with its own code. Some repositories bring code of their own; it would "
@@ -300,25 +299,22 @@ class _Page:
     def act(self, event: gr.EventData, session: Session, layer: str, carrier: str) -> dict:
         """A click on a word, a layer, an example, a tile of features or the stage."""
         session = _opened(session)
-        asked = event._data
-        if "example" in asked:
-            index = int(asked["example"])
+        example, word, chosen = (getattr(event, name, None) for name in ("example", "word", "layer"))
+        if example is not None:
+            index = int(example) % len(self.examples)
             return self.open(self.examples[index], session.checkpoint, session.trust, layer, example=index)
-        if "word" in asked:
-            return {**self.show_maps(session, asked["word"], carrier), self.phrases: asked["word"]}
-        explorer = self.explorer(session)
-        look = session.look
-        if "layer" in asked:
-            layer = asked["layer"]
-            if not asked["at"]:
-                return {**self.show_layer(session, explorer, layer), self.layer: layer}
-            rows, columns = explorer.grid(look, layer)
-            x, y = (min(max(float(share), 0.0), 0.999999) for share in asked["at"])
-            point = explorer.pixel_of(look, layer, int(y * rows), int(x * columns))
-            return {**self.show_point(session, explorer, layer, *point), self.layer: layer}
-        return self.show_point(
-            session, explorer, layer, float(asked["x"]) * look.image.width, float(asked["y"]) * look.image.height
-        )
+        if word is not None:
+            return {**self.show_maps(session, word, carrier), self.phrases: word}
+        explorer, look = self.explorer(session), session.look
+        if chosen is None:
+            x, y = float(event.x) * look.image.width, float(event.y) * look.image.height
+            return self.show_point(session, explorer, layer, x, y)
+        if not event.at:  # a name, or a tile by keyboard
+            return {**self.show_layer(session, explorer, chosen), self.layer: chosen}
+        rows, columns = explorer.grid(look, chosen)
+        x, y = (min(max(float(share), 0.0), 0.999999) for share in event.at)
+        point = explorer.pixel_of(look, chosen, int(y * rows), int(x * columns))
+        return {**self.show_point(session, explorer, chosen, *point), self.layer: chosen}
 
     def explorer(self, session: Session) -> Explorer:
         return self.checkpoints.get(session.checkpoint, session.trust)
@@ -409,7 +405,6 @@ def launch(
         port: None for the first free one from 7860 on.
         block: whether to serve until interrupted, or to return at once.
     """
-    checkpoint = checkpoint or os.environ.get("DEVIL_CHECKPOINT") or None
     demo = build_demo(Checkpoints(checkpoint, device=device))
     demo.queue(max_size=QUEUE_SIZE)
     sans = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif")  # none is fetched from the network

@@ -8,7 +8,6 @@ the box. On a public Space nobody else's tick should do that: there, only reposi
 import os
 import re
 import threading
-from collections import OrderedDict
 from pathlib import Path
 
 import torch
@@ -22,15 +21,16 @@ from devil_hf.embedded import CHECKPOINT
 
 EMBEDDED = "shapes world (built in)"
 MAX_REPOSITORY_BYTES = 8 * 2**30
-KEPT = 2  # models in memory at once
+KEPT = 3  # models in memory at once; the one loaded first goes first, the default stays
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 class Checkpoints:
-    """The default checkpoint and, by `DEVIL_MODELS`, others by Hub id; the most recently asked ones stay in memory.
+    """The default checkpoint and, by `DEVIL_MODELS`, others by Hub id.
 
     Args:
-        default: directory or Hub id of the checkpoint that the demo starts with; None for the embedded one.
+        default: directory or Hub id of the checkpoint that the demo starts with; None reads `DEVIL_CHECKPOINT`, and without it
+            means the embedded one.
         models: "any", "none", or Hub ids between commas; None reads `DEVIL_MODELS`, and without it means "any".
         public: whether strangers use this demo; None for: it runs as a Space.
         device: None chooses CUDA where there is one.
@@ -44,11 +44,11 @@ class Checkpoints:
         device: str | None = None,
     ):
         named = (os.environ.get("DEVIL_MODELS", "any") if models is None else models).strip()
-        self.default = default or EMBEDDED
+        self.default = default or os.environ.get("DEVIL_CHECKPOINT") or EMBEDDED
         self.listed = None if named == "any" else [name.strip() for name in named.split(",") if name.strip() != "none"]
         self.public = "SPACE_ID" in os.environ if public is None else public
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        self._loaded: OrderedDict[tuple[str, bool], Explorer] = OrderedDict()
+        self._loaded: dict[tuple[str, bool], Explorer] = {}
         self._lock = threading.Lock()
 
     @property
@@ -66,14 +66,15 @@ class Checkpoints:
         Raises:
             ValueError: for what is not a Hub id, not allowed here, too large, or no DeViL checkpoint.
         """
-        with self._lock:  # two visitors asking for one model wait for one load
-            key = (name, trust)
-            if key not in self._loaded:
-                self._loaded[key] = self._load(name, trust)
-            self._loaded.move_to_end(key)
-            while len(self._loaded) > KEPT:
-                self._loaded.pop(next(one for one in self._loaded if one[0] != self.default))
-            return self._loaded[key]
+        key = (name, trust)
+        explorer = self._loaded.get(key)
+        if explorer is None:
+            with self._lock:  # visitors who ask for one model wait for one load; others go on
+                explorer = self._loaded.get(key) or self._load(name, trust)
+                self._loaded[key] = explorer
+                while len(self._loaded) > KEPT:
+                    self._loaded.pop(next(one for one in self._loaded if one[0] != self.default))
+        return explorer
 
     def _load(self, name: str, trust: bool) -> Explorer:
         source = name if name == self.default else self._checked(name, trust)
