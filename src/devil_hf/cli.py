@@ -97,6 +97,20 @@ def build_parser(full: bool = True) -> argparse.ArgumentParser:
     push.add_argument("--output-dir", type=Path, help="with --dry-run: keep the files here, to look at the pictures")
     push.add_argument("--json", action="store_true", help="print JSON")
 
+    demo = _verb(
+        verbs,
+        "demo",
+        run_demo,
+        "explore a checkpoint in the browser, by clicking into images",
+        "devil demo --port 7860",
+    )
+    demo.add_argument(
+        "--checkpoint", help="directory or Hub id (default: DEVIL_CHECKPOINT, else the shapes-world checkpoint)"
+    )
+    demo.add_argument("--device", help="default: cuda where there is one")
+    demo.add_argument("--host", help="address to listen on (default: this machine alone)")
+    demo.add_argument("--port", type=int, help="default: the first free one from 7860 on")
+
     example = "devil train --config scripts/recipes/flickr8k_small.yaml --output_dir runs/flickr8k"
     train = _verb(verbs, "train", run_train, "train a translator between your backbone and language model", example)
     if full:
@@ -193,6 +207,12 @@ def run_push(arguments: argparse.Namespace) -> None:
     print(json.dumps({"repo_id": arguments.repo_id, "commit": url}) if arguments.json else url)
 
 
+def run_demo(arguments: argparse.Namespace) -> None:
+    from devil_hf.demo.app import launch
+
+    launch(arguments.checkpoint, arguments.device, arguments.host, arguments.port)
+
+
 def run_describe(arguments: argparse.Namespace) -> None:
     locations = _locations(arguments.locations)
     from devil_hf.image_processing_devil import load_images
@@ -211,49 +231,23 @@ def run_describe(arguments: argparse.Namespace) -> None:
         max_new_tokens=arguments.max_new_tokens,
         num_beams=arguments.num_beams,
     )
-    rows = description_rows(output, processor, arguments.images)
+    rows = processor.post_process_descriptions(output, arguments.images)
     if arguments.output:
         from devil_hf.report.figures import layers_figure
 
         texts: list[list[tuple[str, str]]] = [[] for _ in images]
         for index, row in zip(output.image_index.tolist(), rows, strict=True):
-            place = f" {tuple(row['location'])}" if row["location"] else ""
+            place = f" {row['location']}" if row["location"] else ""
             texts[index].append((row["layer"] + place, row["description"]))
         layers_figure(images, texts).save(arguments.output)
     if arguments.json:
         print(json.dumps(rows))
         return
     for row in rows:
-        place = "" if row["location"] is None else f" ({row['location'][0]}, {row['location'][1]})"
+        place = "" if row["location"] is None else f" {row['location']}"
         print(f"{row['image']}  {row['layer']}{place}: {row['description']}")
         if arguments.evidence:
-            print("    " + "  ".join(f"{word}{value:+.1f}" for word, value in row["evidence"]))
-
-
-def description_rows(output, processor, names: list[str]) -> list[dict]:
-    """One dictionary per description: image, layer, location, words, and the evidence of each token where it was asked for."""
-    texts = processor.batch_decode(output.sequences, skip_special_tokens=True)
-    rows = []
-    for row, text in enumerate(texts):
-        place = output.locations[row].tolist()
-        rows.append(
-            {
-                "image": names[int(output.image_index[row])],
-                "layer": output.layer_of(row),
-                "location": None if place[0] < 0 else place,
-                "description": text.strip(),
-            }
-        )
-        if output.token_evidence is not None:
-            tokens = output.sequences[row].tolist()
-            evidence = output.token_evidence[row].tolist()
-            special = set(processor.tokenizer.all_special_ids)
-            rows[-1]["evidence"] = [
-                (processor.tokenizer.decode([token]), round(value, 3))
-                for token, value in zip(tokens, evidence, strict=True)
-                if token not in special
-            ]
-    return rows
+            print("    " + "  ".join(f"{word}{value:+.1f}" for word, value in row["words"]))
 
 
 def run_attribute(arguments: argparse.Namespace) -> None:
