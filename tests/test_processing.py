@@ -573,7 +573,8 @@ def test_the_pipeline_answers_the_same_for_one_image_a_list_and_batches(describe
     first = single[3]["descriptions"][1]
     assert (first["layer"], first["location"]) == ("high", (2, 3))
     assert first["description"] == processor.decode([41, 51, 62]).strip()
-    assert [nats for _, nats in first["tokens"]] == [41.0, 51.0, 62.0] and first["evidence"] == pytest.approx(154 / 3)
+    assert sum(nats for _, nats in first["words"]) == 154.0 and first["evidence"] == pytest.approx(154 / 3)
+    assert " ".join(word for word, _ in first["words"]) == " ".join(first["description"].split())
 
 
 def test_the_pipeline_without_arguments_describes_all_layers_and_each(describe):

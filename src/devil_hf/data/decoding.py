@@ -1,7 +1,7 @@
 """Rows of [`~devil_hf.data.pairs.open_pairs`] to decoded samples, and the count of those that cannot be decoded.
 
 A row is bad when its image cannot be decoded (broken, or larger than Pillow's limit against decompression bombs), when
-no caption has a letter, or when its source already said so (a damaged shard). A bad row is counted, logged with its
+no caption has any text, or when its source already said so (a damaged shard). A bad row is counted, logged with its
 key, and left out: a stream goes on with the next row, a table gives another row in its place.
 
 How the count works in many processes. `BadSamples` holds its counts in shared memory, one slot for each `DataLoader`

@@ -280,7 +280,10 @@ def _load(path: str, name: str | None, split: str, revision: str | None, streami
     written = [file for file in ("state.json", "dataset_dict.json") if (Path(path) / file).is_file()]
     if not written:
         return load_dataset(path, name, split=split, revision=revision, streaming=streaming)
-    dataset = load_from_disk(path)
+    try:
+        dataset = load_from_disk(path)
+    except IndexError as error:  # what datasets makes of a data set that was saved without a row
+        raise ValueError(f"{path} is empty") from error
     if isinstance(dataset, DatasetDict):
         if split not in dataset:
             raise ValueError(f"{path} has no split {split!r}; its splits are {sorted(dataset)}")

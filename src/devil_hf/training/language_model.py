@@ -268,6 +268,7 @@ def build_caption_language_model(
         n_embd=arguments.width,
         n_layer=arguments.layers,
         n_head=arguments.heads,
+        activation_function="gelu_pytorch_tanh",  # GPT-2's own, by one kernel instead of eight
         resid_pdrop=arguments.dropout,
         embd_pdrop=arguments.dropout,
         attn_pdrop=arguments.dropout,
