@@ -68,14 +68,31 @@ def test_the_tokenizer_drops_case_and_punctuation_and_round_trips_any_word():
 
 
 def test_a_document_is_bos_words_separator_caption_eos(documents):
-    ids, start = documents.document(0, 0, ["red", "dog"])
-    tokenizer = documents.tokenizer
+    positions, start = documents.document(0, 0, [["red"], ["dog"]])
+    ids, tokenizer = [token for (token,) in positions], documents.tokenizer
     assert tokenizer.decode(ids[:start]) == "<bos> red dog<sep>" and ids[-1] == tokenizer.eos_token_id
     assert tokenizer.decode(ids[start:-1]) == " a black dog runs on the grass"
 
 
+def test_words_of_one_group_share_a_position(documents):
+    positions, start = documents.document(0, 0, [["red", "dog"], ["snow"]])
+    words = documents.tokenizer(["red dog", "snow"], add_special_tokens=False)["input_ids"]
+    assert start == 2 + 1 + len(words[1]), "BOS, both words at once, the pieces of the third, separator"
+    assert positions[1] == words[0] and [token for (token,) in positions[2:-1][: len(words[1])]] == words[1]
+
+
+def test_the_packed_share_decides_whether_positions_are_shared(documents):
+    widths = {}
+    for share in (0.0, 1.0):
+        arguments = CaptionLanguageModelArguments(**TINY, packed_share=share)
+        packed = KeywordCaptions(GROUPS, documents.tokenizer, arguments)
+        widths[share] = next(packed.batches(random.Random(1), 64))[0].shape[2]
+    assert widths[0.0] == 1 < widths[1.0], "most tokens in one position"
+
+
 def test_a_long_document_keeps_its_caption_and_fits_the_context(documents):
-    ids, start = documents.document(0, 0, ["dog"] * 100)
+    positions, start = documents.document(0, 0, [["dog"]] * 100)
+    ids = [token for (token,) in positions]
     assert len(ids) == 40 and documents.tokenizer.decode(ids[start:-1]) == " a black dog runs on the grass"
 
 
@@ -88,7 +105,7 @@ def test_words_come_from_other_captions_unless_asked(documents):
 def test_batches_label_captions_only_and_repeat_with_the_seed(documents):
     first, second = (next(documents.batches(random.Random(3), 16)) for _ in range(2))
     assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
-    input_ids, labels = first
+    input_ids, labels = first[0][..., 0], first[1]
     tokenizer = documents.tokenizer
     for row, label in zip(input_ids, labels, strict=True):
         separator = int((row == tokenizer.sep_token_id).nonzero())
@@ -102,11 +119,16 @@ def test_batches_label_captions_only_and_repeat_with_the_seed(documents):
 
 def test_caption_loss_equals_the_library_loss_over_all_positions(trained):
     model, tokenizer, _ = trained
-    documents = KeywordCaptions(GROUPS, tokenizer, CaptionLanguageModelArguments(**TINY))
+    documents = KeywordCaptions(GROUPS, tokenizer, CaptionLanguageModelArguments(**TINY, packed_share=1.0))
     input_ids, labels = next(documents.batches(random.Random(0), 8))
-    expected = model(
-        input_ids=input_ids, attention_mask=(input_ids != tokenizer.pad_token_id).long(), labels=labels
-    ).loss
+    table = model.get_input_embeddings().weight
+    embeds = torch.zeros(*labels.shape, table.shape[1])
+    for row, positions in enumerate(input_ids.tolist()):
+        for place, tokens in enumerate(positions):
+            if words := [token for token in tokens if token != tokenizer.pad_token_id]:
+                embeds[row, place] = torch.stack([table[token] for token in words]).mean(dim=0)
+    mask = (input_ids[..., 0] != tokenizer.pad_token_id).long()
+    expected = model(inputs_embeds=embeds, attention_mask=mask, labels=labels).loss
     torch.testing.assert_close(caption_loss(model, input_ids, labels), expected, rtol=1e-5, atol=1e-5)
 
 
