@@ -74,6 +74,8 @@ def build_parser(full: bool = True) -> argparse.ArgumentParser:
         "--output", type=Path, default=Path("maps.png"), help="picture to write (default: %(default)s)"
     )
 
+    _add_neurons(verbs)
+
     example = "devil train --config scripts/recipes/flickr8k_small.yaml --output_dir runs/flickr8k"
     train = _verb(verbs, "train", run_train, "train a translator between your backbone and language model", example)
     if full:
@@ -81,6 +83,44 @@ def build_parser(full: bool = True) -> argparse.ArgumentParser:
 
         add_recipe_options(train)
     return parser
+
+
+def _add_neurons(verbs) -> None:
+    example = "devil neurons photos/ --output-dir atlas --checkpoint user/devil-resnet50-opt125m --layers layer4"
+    neurons = _verb(
+        verbs, "neurons", run_neurons, "name every unit of a network, check the names, write an atlas", example
+    )
+    neurons.add_argument(
+        "images",
+        nargs="?",
+        help="folder of images, caption folder, Hub data set, or shapes:COUNT; not needed to describe or for the atlas alone",
+    )
+    _question(neurons)
+    neurons.add_argument("--output-dir", type=Path, default=Path("devil-neurons"), help="default: %(default)s")
+    neurons.add_argument("--stage", choices=("exemplars", "describe", "check", "atlas", "all"), default="all")
+    neurons.add_argument("--network", help="id or directory of the network (default: the checkpoint's own backbone)")
+    neurons.add_argument("--directions", type=Path, help="safetensors or npy file of directions of one layer, as units")
+    neurons.add_argument("--tensor", help="name of the tensor in that file, such as W_dec")
+    neurons.add_argument("--split", help="of a caption folder or data set")
+    neurons.add_argument("--limit", type=int, help="only this many images")
+    neurons.add_argument("--exemplars", type=int, default=15, metavar="K", help="per unit (default: %(default)s)")
+    neurons.add_argument("--quantile", type=float, default=0.99, help="of the masks (default: %(default)s)")
+    neurons.add_argument("--held-out", type=int, default=5, metavar="N", help="check on every N-th image (default: 5)")
+    neurons.add_argument("--check-images", help="check on these images instead")
+    neurons.add_argument(
+        "--mode",
+        choices=("pixels", "features"),
+        help="re-encode the exemplars by the checkpoint's backbone, or take the unit's own features (default, where possible)",
+    )
+    neurons.add_argument("--strategy", choices=("greedy", "beam", "rerank", "words"), default="rerank")
+    neurons.add_argument("--candidates", type=int, default=5, help="beams to choose from (default: %(default)s)")
+    neurons.add_argument("--prior-weight", type=float, default=0.2, help="of the null prefix in rerank (default: 0.2)")
+    neurons.add_argument("--words", type=Path, help='file of words, one a line, that --strategy "words" chooses from')
+    neurons.add_argument("--permutations", type=int, default=2_000, help="of the check (default: %(default)s)")
+    neurons.add_argument("--batch-size", type=int, default=32, help="default: %(default)s")
+    neurons.add_argument(
+        "--workers", type=int, default=0, help="processes that read images ahead (default: %(default)s)"
+    )
 
 
 def _verb(verbs, name: str, run, summary: str, example: str) -> argparse.ArgumentParser:
@@ -234,6 +274,58 @@ def run_attribute(arguments: argparse.Namespace) -> None:
             row, column = divmod(int(values.argmax()), values.shape[1])
             print(f"{name}  {phrase}: {values.max():+.2f} at ({row}, {column})")
     print(f"maps: {arguments.output}")
+
+
+def run_neurons(arguments: argparse.Namespace) -> None:
+    from devil_hf.data.directions import read_directions
+    from devil_hf.loading import load
+    from devil_hf.neurons import NeuronsArguments
+    from devil_hf.neurons import neurons
+
+    words = None
+    if arguments.words:
+        words = [line.strip() for line in arguments.words.read_text().splitlines() if line.strip()]
+    settings = NeuronsArguments(
+        output_dir=arguments.output_dir,
+        images=arguments.images,
+        stage=arguments.stage,
+        network=arguments.network,
+        layers=_layers(arguments.layers),
+        split=arguments.split,
+        limit=arguments.limit,
+        k=arguments.exemplars,
+        quantile=arguments.quantile,
+        held_out=0 if arguments.check_images else arguments.held_out,
+        check_images=arguments.check_images,
+        mode=arguments.mode,
+        strategy=arguments.strategy,
+        candidates=arguments.candidates,
+        prior_weight=arguments.prior_weight,
+        words=words,
+        permutations=arguments.permutations,
+        batch_size=arguments.batch_size,
+        workers=arguments.workers,
+    )
+    settings.validate()
+    model, processor = load(arguments.checkpoint, arguments.device)
+    _state_scope(model)
+    if arguments.directions:
+        if not arguments.layers or len(arguments.layers) != 1 or arguments.network:
+            raise ValueError("directions belong to one layer of the checkpoint's backbone: name it by --layers")
+        from devil_hf.backbone_devil import resolve_layers
+
+        (at,) = resolve_layers(_layers(arguments.layers), model.layer_names)
+        name = model.layer_names[at]
+        settings.directions = {
+            name: read_directions(arguments.directions, model.backbone.channels[at], arguments.tensor)
+        }
+        settings.channels = False
+    summary = neurons(settings, model, processor)
+    if arguments.json:
+        print(json.dumps(summary))
+        return
+    for name, value in summary.items():
+        print(f"{name}: {value}")
 
 
 def _state_scope(model) -> None:
