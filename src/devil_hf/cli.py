@@ -75,6 +75,7 @@ def build_parser(full: bool = True) -> argparse.ArgumentParser:
     )
 
     _add_neurons(verbs)
+    _add_evaluate(verbs)
 
     example = "devil train --config scripts/recipes/flickr8k_small.yaml --output_dir runs/flickr8k"
     train = _verb(verbs, "train", run_train, "train a translator between your backbone and language model", example)
@@ -121,6 +122,30 @@ def _add_neurons(verbs) -> None:
     neurons.add_argument(
         "--workers", type=int, default=0, help="processes that read images ahead (default: %(default)s)"
     )
+
+
+def _add_evaluate(verbs) -> None:
+    example = "devil evaluate neurons --milan MILANNOTATIONS --split within-resnet152-imagenet --checkpoint CHECKPOINT"
+    evaluate = _verb(verbs, "evaluate", None, "measure a checkpoint against ground truth", example)
+    subjects = evaluate.add_subparsers(dest="subject", required=True)
+    neurons = _verb(subjects, "neurons", run_evaluate_neurons, "score labels of units on MILANNOTATIONS", example)
+    neurons.add_argument(
+        "--milan", type=Path, required=True, metavar="ROOT", help="folder of NETWORK/DATASET/annotations.csv"
+    )
+    neurons.add_argument(
+        "--split", required=True, help="such as within-alexnet-imagenet or cnns-to-vit; a wrong one lists all"
+    )
+    neurons.add_argument("--checkpoint", help="directory or Hub id")
+    neurons.add_argument("--limit", type=int, help="only this many test units")
+    neurons.add_argument("--strategy", choices=("greedy", "beam", "rerank"), default="rerank")
+    neurons.add_argument(
+        "--bert-model", default="roberta-large", help="name or directory for BERTScore; none leaves it out"
+    )
+    neurons.add_argument("--bert-layers", type=int, help="of a directory, how many layers to use (roberta-large: 17)")
+    neurons.add_argument("--bert-baseline", type=Path, help="of a directory, the file of values to rescale by")
+    neurons.add_argument("--output", type=Path, help="JSON file for scores and labels")
+    neurons.add_argument("--device", help="default: cuda where there is one")
+    neurons.add_argument("--json", action="store_true", help="print JSON")
 
 
 def _verb(verbs, name: str, run, summary: str, example: str) -> argparse.ArgumentParser:
@@ -326,6 +351,35 @@ def run_neurons(arguments: argparse.Namespace) -> None:
         return
     for name, value in summary.items():
         print(f"{name}: {value}")
+
+
+def run_evaluate_neurons(arguments: argparse.Namespace) -> None:
+    from devil_hf.data.milan import open_milan
+    from devil_hf.data.unit_features import encoded_features
+    from devil_hf.evaluation.milannotations import neuron_table
+    from devil_hf.evaluation.milannotations import null_label
+    from devil_hf.evaluation.milannotations import table_text
+    from devil_hf.evaluation.units import label_units
+    from devil_hf.loading import load
+
+    _, test = open_milan(arguments.milan, arguments.split)
+    model, processor = load(arguments.checkpoint, arguments.device)
+    _state_scope(model)
+    count = min(arguments.limit or len(test), len(test))
+    pooled = encoded_features(model, processor, (test[at] for at in range(count)))
+    units = label_units(model, processor, pooled, arguments.strategy)
+    rows = neuron_table(
+        [unit["label"] for unit in units],
+        test.summaries[:count],
+        null_label(model, processor),
+        None if arguments.bert_model == "none" else arguments.bert_model,
+        arguments.bert_layers,
+        arguments.bert_baseline,
+    )
+    content = {"split": arguments.split, "units": count, "scores": rows}
+    if arguments.output:
+        arguments.output.write_text(json.dumps(content | {"labels": units}, indent=1))
+    print(json.dumps(content) if arguments.json else table_text(rows))
 
 
 def _state_scope(model) -> None:

@@ -55,7 +55,10 @@ class MilanSplit:
 
 
 def _splits() -> dict[str, MilanSplit]:
-    splits = {f"within-{network}-{dataset}": MilanSplit(((network, dataset),), ((network, dataset),)) for network, dataset in BASE}
+    splits = {
+        f"within-{network}-{dataset}": MilanSplit(((network, dataset),), ((network, dataset),))
+        for network, dataset in BASE
+    }
     for left_out in BASE:
         rest = tuple(pair for pair in BASE if pair != left_out)
         splits[f"without-{left_out[0]}-{left_out[1]}"] = MilanSplit(rest, (left_out,))
@@ -107,7 +110,9 @@ def read_labels(path: str | PathLike, layer: str | None = None) -> dict[tuple[st
         label = next((row[name] for name in ("description", "label", "Label 1", "summary") if name in row), None)
         own_layer = row.get("layer", layer)
         if unit is None or label is None or own_layer is None:
-            raise ValueError(f"{path} has the columns {list(row)}: a unit, a label and a layer are needed (layer={layer!r})")
+            raise ValueError(
+                f"{path} has the columns {list(row)}: a unit, a label and a layer are needed (layer={layer!r})"
+            )
         first = 1 if "category" in row and "score" in row else 0
         labels[own_layer, _unit(unit, path, number) - first] = label.strip()
     return labels
@@ -149,7 +154,9 @@ class MilanUnits:
         self.keys = list(self.summaries) if keys is None else list(keys)
         unknown = [key for key in self.keys if key not in self.summaries]
         if unknown:
-            raise ValueError(f"{self.folder / ANNOTATIONS} has no summary of {len(unknown)} units, such as {unknown[0]}")
+            raise ValueError(
+                f"{self.folder / ANNOTATIONS} has no summary of {len(unknown)} units, such as {unknown[0]}"
+            )
         self._rows: dict[str, dict[int, int]] = {}
 
     def __len__(self) -> int:
@@ -240,7 +247,9 @@ def split_units(
             content = read_split(file)
             train, test = ([_key(entry, keys, file) for entry in content[part]] for part in ("train", "test"))
             return train, test
-    logger.warning(f"{stem}.pth is absent: units are divided at random, so figures are not comparable with published ones")
+    logger.warning(
+        f"{stem}.pth is absent: units are divided at random, so figures are not comparable with published ones"
+    )
     order = torch.randperm(len(keys), generator=torch.Generator().manual_seed(0)).tolist()
     cut = round(WITHIN_SHARE * len(keys))
     return [keys[at] for at in sorted(order[:cut])], [keys[at] for at in sorted(order[cut:])]
@@ -261,7 +270,7 @@ def read_split(file: str | PathLike) -> Mapping[str, list]:
         except (pickle.UnpicklingError, RuntimeError) as error:
             raise ValueError(
                 f"{file} holds more than lists, text and numbers, and is not read, since that could run code; write it anew as "
-                f"{file.with_suffix('.json').name}, {{\"train\": [[layer, unit], ...], \"test\": [...]}}"
+                f'{file.with_suffix(".json").name}, {{"train": [[layer, unit], ...], "test": [...]}}'
             ) from error
     if not isinstance(content, Mapping) or not {"train", "test"} <= set(content):
         raise ValueError(f'{file} holds no lists "train" and "test"')
@@ -280,7 +289,9 @@ def _key(entry: Any, keys: Sequence[tuple[str, int]], file: Path) -> tuple[str, 
         return match[1], int(match[2])
     if isinstance(entry, int) and 0 <= entry < len(keys):
         return keys[entry]
-    raise ValueError(f"{file} names the unit {entry!r}: expected (layer, unit), 'layer-unit' or a position below {len(keys)}")
+    raise ValueError(
+        f"{file} names the unit {entry!r}: expected (layer, unit), 'layer-unit' or a position below {len(keys)}"
+    )
 
 
 def write_milan(
@@ -306,7 +317,11 @@ def write_milan(
     sizes: dict[str, int] = {}
     waiting: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     if layout == "per_layer":
-        names = [units[at].layer for at in range(len(units))] if not hasattr(units, "units") else [n for n, _ in units.units]
+        names = (
+            [units[at].layer for at in range(len(units))]
+            if not hasattr(units, "units")
+            else [n for n, _ in units.units]
+        )
         sizes = {name: names.count(name) for name in dict.fromkeys(names)}
     rows: dict[str, list[int]] = {}
     with (folder / ANNOTATIONS).open("w", newline="", encoding="utf-8") as file:
