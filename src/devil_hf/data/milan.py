@@ -240,7 +240,7 @@ def open_milan(root: str | PathLike, split: str) -> tuple[SeveralUnits, SeveralU
 def split_units(
     root: Path, network: str, dataset: str, keys: Sequence[tuple[str, int]]
 ) -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
-    """(layer, unit) for training and for testing, from the split file; without one, a fixed random 90 and 10 %, with a warning."""
+    """(layer, unit) for training and for testing, from the split file; else a fixed random 90 and 10 %, with a warning."""
     stem = root / f"{network}_{dataset}-splits"
     for file in (stem.with_name(stem.name + ".pth"), stem.with_name(stem.name + ".json")):
         if file.is_file():

@@ -122,14 +122,15 @@ def planted_probes(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, list[str]]]:
     """Directions, biases and their words by layer, for `UnitReader`.
 
-    Only probes whose selectivity on other scenes is at least `least_selectivity` are planted: a layer that cannot tell a star
-    from a cross holds no unit for stars.
+    Only probes whose selectivity among the objects of other scenes is at least `least_selectivity` are planted: a layer that
+    cannot tell a star from a cross holds no unit for stars, even where it tells both from the background.
     """
     directions, biases, concepts = {}, {}, {}
     for layer in layers:
         vectors, offsets = fit_probes(*concept_locations(backbone, processor, layer, range(scenes), world))
         features, truths = concept_locations(backbone, processor, layer, range(scenes, scenes + scenes // 4), world)
-        area = selectivity(features @ vectors.T + offsets, truths).diagonal()
+        objects = truths.any(dim=1)
+        area = selectivity((features @ vectors.T + offsets)[objects], truths[objects]).diagonal()
         kept = torch.nonzero(area >= least_selectivity)[:, 0]
         directions[layer], biases[layer] = vectors[kept], offsets[kept]
         concepts[layer] = [CONCEPTS[at] for at in kept.tolist()]
