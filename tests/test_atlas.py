@@ -138,7 +138,7 @@ def test_the_page_searches_sorts_and_shows_a_few_cards_of_thousands(page):
     best = max((row for row in rows(4000)[0] if row["label"]), key=lambda row: (row["evidence"], -row["unit"]))
     assert first == best["label"]
     page.fill("#query", "circles 17")
-    texts = [text for text in page.locator(".card .label").all_inner_texts()]
+    texts = page.locator(".card .label").all_inner_texts()
     assert texts and all("circles" in text and "17" in text for text in texts)
     page.fill("#query", "")
     page.select_option("#sort", "pearson")
