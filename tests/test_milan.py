@@ -309,12 +309,14 @@ def test_evaluate_neurons_prints_the_table(units, tiny_bert, tmp_path, capsys):
     content = {"train": [0, 1, 2], "test": [3, 4]}
     torch.save(content, tmp_path / "alexnet_imagenet-splits.pth")
     command = ["evaluate", "neurons", "--milan", str(tmp_path), "--split", "within-alexnet-imagenet", "--json"]
+    command += ["--train-steps", "2", "--output-dir", str(tmp_path / "run")]
     assert (
         main([*command, "--bert-model", str(tiny_bert), "--bert-layers", "2", "--output", str(tmp_path / "o.json")])
         == 0
     )
     scores = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert scores["units"] == 2 and scores["scores"]["constant label"]["bert_score"] is not None
+    assert (tmp_path / "run" / "checkpoint" / "config.json").is_file()
     assert {row["unit"] for row in json.loads((tmp_path / "o.json").read_text())["labels"]} == {2, 7}
 
 

@@ -137,6 +137,13 @@ def _add_evaluate(verbs) -> None:
     )
     neurons.add_argument("--checkpoint", help="directory or Hub id")
     neurons.add_argument("--limit", type=int, help="only this many test units")
+    neurons.add_argument(
+        "--train-steps", type=int, default=0, help="first train on the split's training units (default: no)"
+    )
+    neurons.add_argument("--learning-rate", type=float, default=1e-4, help="of that training (default: %(default)s)")
+    neurons.add_argument(
+        "--output-dir", type=Path, default=Path("devil-milan"), help="of that training (default: %(default)s)"
+    )
     neurons.add_argument("--strategy", choices=("greedy", "beam", "rerank"), default="rerank")
     neurons.add_argument(
         "--bert-model", default="roberta-large", help="name or directory for BERTScore; none leaves it out"
@@ -362,9 +369,25 @@ def run_evaluate_neurons(arguments: argparse.Namespace) -> None:
     from devil_hf.evaluation.units import label_units
     from devil_hf.loading import load
 
-    _, test = open_milan(arguments.milan, arguments.split)
+    train, test = open_milan(arguments.milan, arguments.split)
     model, processor = load(arguments.checkpoint, arguments.device)
     _state_scope(model)
+    if arguments.train_steps:
+        from transformers import TrainingArguments
+
+        from devil_hf.training.units import train_on_units
+
+        settings = TrainingArguments(
+            output_dir=str(arguments.output_dir),
+            max_steps=arguments.train_steps,
+            per_device_train_batch_size=64,
+            learning_rate=arguments.learning_rate,
+            lr_scheduler_type="linear",
+            warmup_steps=arguments.train_steps // 20,
+            save_strategy="no",
+            report_to=[],
+        )
+        train_on_units(model, processor, train, settings).save_model(str(arguments.output_dir / "checkpoint"))
     count = min(arguments.limit or len(test), len(test))
     pooled = encoded_features(model, processor, (test[at] for at in range(count)))
     units = label_units(model, processor, pooled, arguments.strategy)

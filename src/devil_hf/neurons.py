@@ -12,7 +12,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-import torch
+from accelerate import PartialState
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -61,7 +61,7 @@ class NeuronsArguments:
         mode: "pixels" or "features"; None takes "features" where it is possible.
         strategy, candidates, prior_weight, words: see `label_units`.
         carrier: neutral word before words and labels that are scored.
-        permutations, alpha: of the check.
+        permutations, alpha, seed: of the check.
     """
 
     output_dir: str | PathLike
@@ -120,10 +120,11 @@ def neurons(arguments: NeuronsArguments, model: DevilModel, processor: DevilProc
         A summary: the folders, numbers of units and images, and the summary of the check beside its two controls.
     """
     arguments.validate()
-    torch.manual_seed(arguments.seed)
     folder = Path(arguments.output_dir)
     stages = STAGES[:-1] if arguments.stage == "all" else (arguments.stage,)
     summary: dict[str, Any] = {"output": str(folder)}
+    if PartialState().num_processes > 1:
+        model.to(PartialState().device)
     reader, reading = None, None
     if {"exemplars", "check"} & set(stages):
         reader, reading = _reader(arguments, model, processor)
@@ -140,6 +141,8 @@ def neurons(arguments: NeuronsArguments, model: DevilModel, processor: DevilProc
             workers=arguments.workers,
         )
     exemplars = ExemplarSet(folder / "exemplars")
+    if not PartialState().is_main_process:  # several processes share the pass over the images alone
+        return summary
     summary |= {"units": len(exemplars), "images": exemplars.summary["images"], "layers": exemplars.layers}
     if "describe" in stages:
         _describe(arguments, model, processor, exemplars, folder)

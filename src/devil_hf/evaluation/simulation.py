@@ -26,6 +26,7 @@ from devil_hf.processing_devil import DevilProcessor
 
 POSITIVE_SHARE = 0.1
 FEWEST_IMAGES = 20
+PHRASES = 256  # labels scored at once
 
 
 @torch.no_grad()
@@ -57,7 +58,7 @@ def held_out_evidence(
     """Evidence (K, N), nats per token over the null prefix, of K labels at N images, each image whole with all its layers."""
     if not labels or not all(labels):
         raise ValueError("evidence needs labels, none of them empty")
-    groups = _by_length(processor, labels, carrier)
+    groups = _by_length(model, processor, labels, carrier)
     null = model.null_prefix()
     priors = [model._score_rows(null, phrases).sum(dim=-1) for _, phrases in groups]
     columns = []
@@ -72,14 +73,17 @@ def held_out_evidence(
     return torch.cat(columns, dim=1)
 
 
-def _by_length(processor: DevilProcessor, labels: Sequence[str], carrier: str | None) -> list[tuple[Tensor, dict]]:
+def _by_length(
+    model: DevilModel, processor: DevilProcessor, labels: Sequence[str], carrier: str | None
+) -> list[tuple[Tensor, dict]]:
     """Labels of equal length in tokens together, so that none is padded: their positions and their phrases."""
     lengths = [len(processor.tokenizer(label)["input_ids"]) for label in labels]
     groups = []
     for length in sorted(set(lengths)):
-        positions = [at for at, own in enumerate(lengths) if own == length]
-        phrases = processor(text=[labels[at] for at in positions], carrier=carrier, return_tensors="pt")
-        groups.append((torch.tensor(positions), {**phrases, "scored_mask": phrases["scored_mask"].bool()}))
+        same = torch.tensor([at for at, own in enumerate(lengths) if own == length])
+        for positions in same.split(PHRASES):
+            texts = [labels[at] for at in positions.tolist()]
+            groups.append((positions, model._phrases(processor(text=texts, carrier=carrier, return_tensors="pt"))))
     return groups
 
 

@@ -2,11 +2,14 @@
 
 from collections.abc import Sequence
 
+from transformers import TrainingArguments
+
 from devil_hf.data.milan import SeveralUnits
 from devil_hf.data.unit_features import encoded_features
 from devil_hf.modeling_devil import DevilModel
 from devil_hf.processing_devil import DevilProcessor
 from devil_hf.training.features import PooledCaptions
+from devil_hf.training.trainer import DevilTrainer
 
 
 def unit_captions(
@@ -21,6 +24,20 @@ def unit_captions(
     pooled = encoded_features(model, processor, units)  # type: ignore[arg-type]
     features = [layer[:, None].half() for layer in pooled.features if layer is not None]
     return PooledCaptions(features, [list(unit_summaries) for unit_summaries in _summaries(units)], every_caption)
+
+
+def train_on_units(
+    model: DevilModel, processor: DevilProcessor, units: SeveralUnits | Sequence, arguments: TrainingArguments
+) -> DevilTrainer:
+    """Train the translator on annotated units with the common trainer, which comes back when it is done.
+
+    Args:
+        units: those for training; a checkpoint is never chosen by test units.
+    """
+    trainer = DevilTrainer(model, arguments, processor, train_dataset=unit_captions(model, processor, units))
+    trainer.train()
+    model.eval()
+    return trainer
 
 
 def _summaries(units) -> list[tuple[str, ...]]:
