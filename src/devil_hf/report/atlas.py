@@ -100,9 +100,8 @@ def _rows(exemplars: ExemplarSet, labels, checks, names: Mapping[str, Sequence[s
     rows = []
     for at, (layer, unit) in enumerate(exemplars.units):
         own = exemplars.tensors[layer]
-        first = exemplars.summary["shapes"][layer]["channels"]
-        named = names.get(layer, ()) if unit >= first else ()
-        name = named[unit - first] if unit - first < len(named) else f"unit {unit}"
+        named, place = names.get(layer, ()), unit - exemplars.summary["shapes"][layer]["channels"]
+        name = named[place] if 0 <= place < len(named) else f"unit {unit}"
         row = dict.fromkeys(COLUMNS) | {"passed": False} | dict(labels[at]) | (dict(checks[at]) if checks else {})
         if (row["layer"], row["unit"]) != (layer, unit):
             raise ValueError(f"label {at} is of unit {row['unit']} of {row['layer']}, expected unit {unit} of {layer}")
