@@ -177,8 +177,12 @@ def test_two_processes_find_what_one_finds(network, pictures, found, tmp_path):
     shared = ExemplarSet(tmp_path / "out")
     assert shared.summary["processes"] == 2 and shared.summary["images"] == COUNT
     for layer in found.layers:
-        for name in ("images", "peaks", "threshold", "features"):
+        for name in ("images", "peaks", "activations"):
             torch.testing.assert_close(shared.tensors[layer][name], found.tensors[layer][name])
+        # Sketches that were merged answer as exactly as others, and not the same.
+        torch.testing.assert_close(
+            shared.tensors[layer]["threshold"], found.tensors[layer]["threshold"], rtol=0.05, atol=0
+        )
 
 
 def test_a_stream_and_a_list_give_the_same_exemplars(network, pictures, found, tmp_path):
@@ -207,24 +211,25 @@ def test_any_network_has_exemplars(kind, pictures, tmp_path):
     torch.manual_seed(0)
     options = {"data_config": {"input_size": (3, 32, 32)}}
     if kind == "timm cnn":
-        module, layers, channels = timm.create_model("test_resnet", pretrained=False), ["layer2"], 64
+        module, layers = timm.create_model("test_resnet", pretrained=False), ["layer2"]
     elif kind == "timm vit":
-        module, layers, channels = timm.create_model("test_vit", img_size=32, pretrained=False), ["blocks.1"], 64
+        module, layers = timm.create_model("test_vit", img_size=32, pretrained=False), ["blocks.1"]
     else:
-        config = ViTConfig(
-            hidden_size=16,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            intermediate_size=32,
-            image_size=32,
-            patch_size=8,
+        module = ViTModel(
+            ViTConfig(
+                hidden_size=16,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                intermediate_size=32,
+                image_size=32,
+                patch_size=8,
+            )
         )
-        module, layers, channels = ViTModel(config, add_pooling_layer=False), ["encoder.layer.1"], 16
         names = [name for name, _ in module.named_modules()]
-        layers = [next(name for name in names if name.endswith("layer.1") or name.endswith("layers.1"))]
+        layers = [next(name for name in names if name.endswith(("layer.1", "layers.1")))]
     backbone, processor = open_network(module, layers, backbone_kwargs=options)
     found = find_exemplars(UnitReader(backbone), processor, open_images(pictures[:8]), tmp_path, k=3)
-    own = found.tensors[backbone.layers[0]]
+    own, (channels,) = found.tensors[backbone.layers[0]], backbone.channels
     assert own["peaks"].shape == (channels, 3) and own["activations"].shape[2] > 1
     assert len(found) == channels and found[0].masks.shape == (3, 32, 32)
 
