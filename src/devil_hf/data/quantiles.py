@@ -17,8 +17,8 @@ class QuantileSketch:
 
     Args:
         units: number of units; all get the same number of values.
-        size: items of the topmost buffer. With the default the rank of an answer is off by about 0.001 of all values
-            (one standard deviation less than that), and by 0.003 at most in our tests.
+        size: items of the topmost buffer. With the default the rank of an answer at .99 is off by .0008 of all values (standard
+            deviation, 60,000 and 400,000 values), and by .0024 at most in 80 sketches.
         device: where the buffers live.
     """
 

@@ -134,6 +134,7 @@ def bert_scores(
     return f1
 
 
+@torch.no_grad()
 def null_label(model: DevilModel, processor: DevilProcessor, max_new_tokens: int = 20) -> str:
     """What the language model says when every layer is hidden."""
     ids = model._decode(model.null_prefix(), max_new_tokens=max_new_tokens)
