@@ -149,14 +149,21 @@ def pixel_batches(
     if isinstance(images, NumberedImages):
         chosen = _Positions(images, processor, range(start, len(images), step))
         pairs: Any = torch.utils.data.DataLoader(
-            chosen, batch_size=batch_size, num_workers=workers, collate_fn=lambda rows: rows
+            chosen,
+            batch_size=batch_size,
+            num_workers=workers,
+            collate_fn=list,
+            multiprocessing_context="fork" if workers else None,  # sources hold functions, which cannot be pickled
         )
     else:
         pairs = _batched(((n, _pixels(image, processor, n)) for n, image in images.stream(start, step)), batch_size)
+    read = 0
     for rows in pairs:
+        read += len(rows)
         kept = [(number, pixels) for number, pixels in rows if pixels is not None]
         if kept:
-            yield [number for number, _ in kept], torch.stack([pixels for _, pixels in kept]), len(rows)
+            yield [number for number, _ in kept], torch.stack([pixels for _, pixels in kept]), read
+            read = 0
 
 
 class _Positions(torch.utils.data.Dataset):
