@@ -8,7 +8,7 @@ feature map pooled where the unit exceeds its quantile, averaged over exemplars 
 
 Layout of the output folder:
 
-    exemplars.json          network, SHA-256 of its weights, source, preprocessing, k, quantile, images seen; per layer units and grid
+    exemplars.json          network, SHA-256 of its weights, source, preprocessing, k, quantile, images; units, grid
     exemplars.parquet       a row per unit: layer, unit, threshold, peaks, keys, images, masks (see `ExemplarSet.dataset`)
     LAYER.safetensors       peaks (U, k), images (U, k), activations (U, k, H, W), threshold (U), features (U, C), counted (U)
     images/NUMBER.jpg       each exemplar once, as the network saw it (cropped), and metadata.jsonl with its key
