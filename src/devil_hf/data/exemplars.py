@@ -631,7 +631,7 @@ def write_rows(rows: Iterator[dict], features: Features, file: Path, chunk: int 
     with parquet.ParquetWriter(waiting, schema) as writer:
         for batch in _batched(rows, chunk):
             table = Dataset.from_list(batch, features=features).data.table
-            writer.write_table(table.cast(schema))
+            writer.write_table(table.select(schema.names).cast(schema))
     os.replace(waiting, file)
 
 
