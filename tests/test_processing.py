@@ -573,7 +573,8 @@ def test_the_pipeline_answers_the_same_for_one_image_a_list_and_batches(describe
     first = single[3]["descriptions"][1]
     assert (first["layer"], first["location"]) == ("high", (2, 3))
     assert first["description"] == processor.decode([41, 51, 62]).strip()
-    assert [nats for _, nats in first["tokens"]] == [41.0, 51.0, 62.0] and first["evidence"] == pytest.approx(154 / 3)
+    assert sum(nats for _, nats in first["words"]) == 154.0 and first["evidence"] == pytest.approx(154 / 3)
+    assert " ".join(word for word, _ in first["words"]) == " ".join(first["description"].split())
 
 
 def test_the_pipeline_without_arguments_describes_all_layers_and_each(describe):
@@ -596,3 +597,28 @@ def test_the_pipeline_refuses_bad_input_before_the_model_runs(describe):
 def test_the_entry_for_the_config_names_the_class_of_this_file():
     (entry,) = CUSTOM_PIPELINES.values()
     assert entry["impl"] == f"pipeline_devil.{VisionFeatureDescriptionPipeline.__name__}"
+
+
+@pytest.mark.parametrize("crop_mode", ["center", "squash", "border"])
+def test_masks_are_resized_and_cropped_as_their_images_are(tokenizer, crop_mode):
+    image_processor = DevilImageProcessor(
+        crop_size={"height": 64, "width": 64}, crop_pct=0.8, crop_mode=crop_mode, resample=int(Image.Resampling.BILINEAR),
+        image_mean=(0.0, 0.0, 0.0), image_std=(1.0, 1.0, 1.0),
+    )  # fmt: skip
+    mask = np.zeros((90, 160), dtype=bool)
+    mask[20:55, 60:130] = True
+    processor = DevilProcessor(image_processor, tokenizer)
+    regions = processor.masks_to_regions([mask, np.stack([mask])])
+    assert regions.shape == (2, 1, 64, 64) and torch.equal(regions[0], regions[1])
+    as_image = processor(images=Image.fromarray(mask).convert("RGB"))["pixel_values"][0, 0]
+    assert 0.05 < as_image.mean() < 0.6
+    torch.testing.assert_close(regions[0, 0], as_image, atol=0.02, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("masks", "message"),
+    [([np.zeros(5)], r"\(5,\)"), ([np.zeros((2, 9, 9)), np.zeros((9, 9))], r"\[1, 2\]"), ([], "at least one")],
+)
+def test_masks_that_make_no_regions_are_refused(processor, masks, message):
+    with pytest.raises(ValueError, match=message):
+        processor.masks_to_regions(masks)

@@ -6,7 +6,10 @@ trained, and name the sources of the frozen parts with revision and a hash of th
 
 import dataclasses
 import os
+from collections.abc import Callable
+from collections.abc import Iterator
 from collections.abc import Mapping
+from contextlib import contextmanager
 from os import PathLike
 from typing import Any
 
@@ -19,6 +22,7 @@ from transformers import PreTrainedConfig
 from transformers import PreTrainedModel
 from transformers.utils import cached_file
 from transformers.utils import logging
+from transformers.utils.hub import extract_commit_hash
 
 from .backbone_devil import FeatureBackbone
 from .backbone_devil import source_state_dict
@@ -49,6 +53,8 @@ class DevilPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _no_split_modules = ["FeatureBackbone", "Translator"]
+    # The installed package brings a way to publish with checks and a card; the code of a checkpoint alone has none.
+    publish: Callable[..., str] | None = None
 
     @classmethod
     def from_backbone_and_language_model(
@@ -111,7 +117,7 @@ class DevilPreTrainedModel(PreTrainedModel):
             place = os.path.abspath(language_model) if os.path.isdir(language_model) else str(language_model)
             source = {"source": place, "revision": language_model_revision}
             language_model = _load_language_model(source, token=token, attn_implementation=attn_implementation)
-            source["revision"] = getattr(language_model.config, "_commit_hash", None) or language_model_revision
+            source["revision"] = _commit_of(source, token) or language_model_revision
             source["sha256"] = weights_hash(language_model)
             nn.Module.to(language_model, dtype)
         check_language_model(language_model)
@@ -170,6 +176,19 @@ class DevilPreTrainedModel(PreTrainedModel):
         finally:
             config.frozen_weights = before
 
+    def push_to_hub(self, repo_id: str, *args, **kwargs) -> str:  # type: ignore[override]
+        """Publish this model.
+
+        With devil_hf imported by `devil_hf.hub.push`, whose arguments it takes (`processor`, `slim`, `private`, `revision`,
+        `images`, `scores`, ...): weights, code, processor and a filled card, checked. Otherwise as any model of transformers.
+
+        Returns:
+            The commit's URL.
+        """
+        if self.publish is None:
+            return super().push_to_hub(repo_id, *args, **kwargs)  # type: ignore[arg-type]
+        return self.publish(repo_id, *args, **kwargs)
+
     def _parts_without_source(self) -> list[str]:
         parts = {"backbone": self.config.backbone_config, "language model": self.config.language_model_source}
         return [part for part, entry in parts.items() if not (entry or {}).get("source")]
@@ -220,14 +239,14 @@ class DevilPreTrainedModel(PreTrainedModel):
         module = backbone if isinstance(backbone, nn.Module) else None
         if module is not None:
             kwargs["backbone"] = module
-        if path is not None and state_dict is None and config.frozen_weights == "reference":
-            state_dict = _trained_weights(path, hub) | _frozen_weights(
-                config, backbone, language_model, hub.get("token")
+        with _told_when_cut(path):
+            if path is not None and state_dict is None and config.frozen_weights == "reference":
+                frozen = _frozen_weights(config, backbone, language_model, hub.get("token"))
+                state_dict = _trained_weights(path, hub) | frozen
+            source = None if state_dict is not None else path
+            model, info = super().from_pretrained(
+                source, *args, config=config, state_dict=state_dict, output_loading_info=True, **kwargs
             )
-        source = None if state_dict is not None else path
-        model, info = super().from_pretrained(
-            source, *args, config=config, state_dict=state_dict, output_loading_info=True, **kwargs
-        )
         if info["missing_keys"]:
             missing = sorted(info["missing_keys"])
             raise ValueError(
@@ -277,6 +296,31 @@ def _load_language_model(source: Mapping, token=None, **kwargs) -> PreTrainedMod
         raise OSError(
             f"the language model {source['source']!r} (revision {source.get('revision')}) could not be loaded: "
             f"name another place of the same weights with language_model=... ({error})"
+        ) from error
+
+
+def _commit_of(source: Mapping, token: str | None) -> str | None:
+    """The commit of a Hub repository, read off the cache into which it was just loaded; None for a directory."""
+    if os.path.isdir(source["source"]):
+        return None
+    file = cached_file(source["source"], "config.json", revision=source["revision"], token=token)
+    return extract_commit_hash(file, None)
+
+
+@contextmanager
+def _told_when_cut(path: Any) -> Iterator[None]:
+    """Say that the network failed: transformers would say that a file of another name is missing."""
+    try:
+        yield
+    except Exception as error:
+        cause: BaseException | None = error
+        # The client's transport errors are of httpx or httpx2, depending on its version.
+        while cause is not None and all(base.__name__ != "TransportError" for base in type(cause).__mro__):
+            cause = cause.__cause__ or cause.__context__
+        if cause is None:
+            raise
+        raise OSError(
+            f"loading {path} was cut off by the network ({cause}); load it again: what arrived completely is kept."
         ) from error
 
 

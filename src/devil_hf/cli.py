@@ -3,6 +3,8 @@
 import argparse
 import json
 import sys
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from subprocess import CalledProcessError
 
@@ -76,6 +78,41 @@ def build_parser(full: bool = True) -> argparse.ArgumentParser:
 
     _add_neurons(verbs)
     _add_evaluate(verbs)
+
+    example = "devil push devil-quickstart/checkpoint user/devil-shapes --scores devil-quickstart/scores.json --dry-run"
+    push = _verb(verbs, "push", run_push, "publish a checkpoint on the Hub, with a card", example)
+    push.add_argument("checkpoint", metavar="CHECKPOINT", help="directory")
+    push.add_argument("repo_id", metavar="USER/REPO", help="created if need be")
+    push.add_argument("--private", action="store_true", default=None, help="only you can see a new repository")
+    push.add_argument("--revision", metavar="BRANCH", help="branch to push to, created if need be (default: main)")
+    push.add_argument("--commit-message", help="default: Upload DeViL checkpoint")
+    kind = push.add_mutually_exclusive_group()
+    kind.add_argument("--slim", action="store_true", default=None, help="the translator, and the sources of the rest")
+    kind.add_argument("--self-contained", dest="slim", action="store_false", help="all weights (default: as it is)")
+    push.add_argument("--images", nargs="+", metavar="IMAGE", help="examples for the card, published too")
+    push.add_argument("--phrases", nargs="+", default=[], help="words to map (default: what the model says)")
+    push.add_argument("--scores", nargs="+", default=[], type=Path, metavar="FILE", help="JSON results of evaluations")
+    push.add_argument("--license", help="identifier of the Hub, such as apache-2.0 (default: unknown)")
+    push.add_argument("--datasets", nargs="+", default=[], metavar="ID", help="Hub ids of the training data")
+    push.add_argument("--data", help="the training data in words")
+    push.add_argument("--language", default="en", help="of the descriptions (default: %(default)s)")
+    push.add_argument("--dry-run", action="store_true", help="show files and card, and send nothing")
+    push.add_argument("--output-dir", type=Path, help="with --dry-run: keep the files here, to look at the pictures")
+    push.add_argument("--json", action="store_true", help="print JSON")
+
+    demo = _verb(
+        verbs,
+        "demo",
+        run_demo,
+        "explore a checkpoint in the browser, by clicking into images",
+        "devil demo --port 7860",
+    )
+    demo.add_argument(
+        "--checkpoint", help="directory or Hub id (default: DEVIL_CHECKPOINT, else the shapes-world checkpoint)"
+    )
+    demo.add_argument("--device", help="default: cuda where there is one")
+    demo.add_argument("--host", help="address to listen on (default: this machine alone)")
+    demo.add_argument("--port", type=int, help="default: the first free one from 7860 on")
 
     example = "devil train --config scripts/recipes/flickr8k_small.yaml --output_dir runs/flickr8k"
     train = _verb(verbs, "train", run_train, "train a translator between your backbone and language model", example)
@@ -176,8 +213,11 @@ def _question(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
-def _layers(names: list[str] | None) -> list[str | int] | None:
-    return [int(name) if name.lstrip("-").isdigit() else name for name in names] if names else None
+def _layers(names: list[str] | None, known: Sequence[str]) -> list[str | int] | None:
+    """Layers as typed: a name wins over an index, since some networks name their layers by numbers."""
+    if names is None:
+        return None
+    return [int(name) if name not in known and name.lstrip("-").isdigit() else name for name in names]
 
 
 def _locations(places: list[str] | None) -> str | list[tuple[int, int]] | None:
@@ -215,6 +255,36 @@ def run_train(arguments: argparse.Namespace) -> None:
     print(f"checkpoint: {train(recipe_of(arguments))}")
 
 
+def run_push(arguments: argparse.Namespace) -> None:
+    from devil_hf.hub import prepare
+    from devil_hf.hub import push
+
+    if arguments.output_dir and not arguments.dry_run:
+        raise ValueError("--output-dir keeps the files of a --dry-run: give both, or neither")
+    names = ("revision", "slim", "images", "phrases", "scores", "license", "datasets", "data", "language")
+    options = {name: getattr(arguments, name) for name in names}
+    if arguments.dry_run:
+        with tempfile.TemporaryDirectory() as folder:
+            draft = prepare(arguments.checkpoint, arguments.repo_id, arguments.output_dir or folder, **options)
+            tree, card = draft.tree(), str(draft.card)
+        if arguments.json:
+            print(json.dumps({"files": tree, "card": card, "notes": draft.notes}))
+            return
+        print("\n".join(f"{size:>13,}  {path}" for path, size in tree.items()))
+        print(f"{sum(tree.values()):>13,}  bytes in {len(tree)} files; nothing was sent\n\n{card}")
+        print("\n".join(f"note: {note}" for note in draft.notes), file=sys.stderr)
+        return
+    options |= {"private": arguments.private, "commit_message": arguments.commit_message}
+    url = push(arguments.checkpoint, arguments.repo_id, **options)
+    print(json.dumps({"repo_id": arguments.repo_id, "commit": url}) if arguments.json else url)
+
+
+def run_demo(arguments: argparse.Namespace) -> None:
+    from devil_hf.demo.app import launch
+
+    launch(arguments.checkpoint, arguments.device, arguments.host, arguments.port)
+
+
 def run_describe(arguments: argparse.Namespace) -> None:
     locations = _locations(arguments.locations)
     from devil_hf.image_processing_devil import load_images
@@ -225,7 +295,7 @@ def run_describe(arguments: argparse.Namespace) -> None:
     _state_scope(model)
     output = model.describe(
         **processor(images=images, return_tensors="pt"),
-        layers=_layers(arguments.layers),
+        layers=_layers(arguments.layers, model.layer_names),
         locations=locations,
         window=arguments.window,
         evidence=arguments.evidence,
@@ -233,49 +303,23 @@ def run_describe(arguments: argparse.Namespace) -> None:
         max_new_tokens=arguments.max_new_tokens,
         num_beams=arguments.num_beams,
     )
-    rows = description_rows(output, processor, arguments.images)
+    rows = processor.post_process_descriptions(output, arguments.images)
     if arguments.output:
         from devil_hf.report.figures import layers_figure
 
         texts: list[list[tuple[str, str]]] = [[] for _ in images]
         for index, row in zip(output.image_index.tolist(), rows, strict=True):
-            place = f" {tuple(row['location'])}" if row["location"] else ""
+            place = f" {row['location']}" if row["location"] else ""
             texts[index].append((row["layer"] + place, row["description"]))
         layers_figure(images, texts).save(arguments.output)
     if arguments.json:
         print(json.dumps(rows))
         return
     for row in rows:
-        place = "" if row["location"] is None else f" ({row['location'][0]}, {row['location'][1]})"
+        place = "" if row["location"] is None else f" {row['location']}"
         print(f"{row['image']}  {row['layer']}{place}: {row['description']}")
         if arguments.evidence:
-            print("    " + "  ".join(f"{word}{value:+.1f}" for word, value in row["evidence"]))
-
-
-def description_rows(output, processor, names: list[str]) -> list[dict]:
-    """One dictionary per description: image, layer, location, words, and the evidence of each token where it was asked for."""
-    texts = processor.batch_decode(output.sequences, skip_special_tokens=True)
-    rows = []
-    for row, text in enumerate(texts):
-        place = output.locations[row].tolist()
-        rows.append(
-            {
-                "image": names[int(output.image_index[row])],
-                "layer": output.layer_of(row),
-                "location": None if place[0] < 0 else place,
-                "description": text.strip(),
-            }
-        )
-        if output.token_evidence is not None:
-            tokens = output.sequences[row].tolist()
-            evidence = output.token_evidence[row].tolist()
-            special = set(processor.tokenizer.all_special_ids)
-            rows[-1]["evidence"] = [
-                (processor.tokenizer.decode([token]), round(value, 3))
-                for token, value in zip(tokens, evidence, strict=True)
-                if token not in special
-            ]
-    return rows
+            print("    " + "  ".join(f"{word}{value:+.1f}" for word, value in row["words"]))
 
 
 def run_attribute(arguments: argparse.Namespace) -> None:
@@ -289,7 +333,7 @@ def run_attribute(arguments: argparse.Namespace) -> None:
     output = model.attribute(
         **processor(images=image, return_tensors="pt"),
         phrases=processor(text=arguments.phrases, carrier=arguments.carrier, return_tensors="pt"),
-        layers=_layers(arguments.layers),
+        layers=_layers(arguments.layers, model.layer_names),
         measure=arguments.measure,
         combine=arguments.combine,
         window=arguments.window,

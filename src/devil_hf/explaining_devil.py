@@ -6,6 +6,7 @@ Places are pooled without building one-hot location weights; layers that are not
 
 from collections.abc import Mapping
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -109,7 +110,7 @@ class ExplainMixin:
         self,
         pixel_values: Tensor | None = None,
         layers: str | int | Sequence[str | int] | None = None,
-        locations: str | Sequence[tuple[int, int]] | None = None,
+        locations: str | Sequence[tuple[int, int]] | Mapping[str, Sequence[tuple[int, int]]] | None = None,
         window: int = 1,
         evidence: bool = False,
         guidance: float = 1.0,
@@ -122,23 +123,35 @@ class ExplainMixin:
             pixel_values: (B, 3, H, W).
             layers: each layer named here alone; "all" stands for all layers together. None: all together, then each alone
                 (only each alone when `locations` are given).
-            locations: (row, column) places on each of the layers, or "all" for every place; None for the whole image.
+            locations: (row, column) places on each of the layers, or "all" for every place; a mapping from layers
+                gives each its own places; None for the whole image.
             window: side of the square around each place, in locations (odd).
             evidence: also compute how much each word owes to the features, in nats over the null prefix.
             guidance: see `generate`.
             feature_maps: what `extract_features` returned, to ask again without running the backbone.
             generation_kwargs: for the library's `generate`.
         """
-        asked = self._described_layers(layers, whole=locations is None)
+        if isinstance(locations, Mapping):
+            if layers is not None:
+                raise ValueError("locations by layer already name the layers: leave out layers.")
+            asked = self._described_layers(list(locations), whole=False)
+            places: dict[int, Any] = dict(zip(asked, locations.values(), strict=True))
+        else:
+            asked = self._described_layers(layers, whole=locations is None)
+            places = dict.fromkeys(asked, locations)
         if feature_maps is None:
             feature_maps = self.extract_features(pixel_values, None if -1 in asked else sorted(set(asked)))
         prefixes, rows = [], []
         for index in asked:
-            prefix, places = self._describe_layer(feature_maps, index, locations, window)
-            images = torch.arange(len(prefix)) // len(places)
+            prefix, described = self._describe_layer(feature_maps, index, places[index], window)
+            images = torch.arange(len(prefix)) // len(described)
             prefixes.append(prefix)
             rows.append(
-                (images, torch.full_like(images, index), torch.tensor(places).repeat(len(prefix) // len(places), 1))
+                (
+                    images,
+                    torch.full_like(images, index),
+                    torch.tensor(described).repeat(len(prefix) // len(described), 1),
+                )
             )
         columns = [torch.cat(column) for column in zip(*rows, strict=True)]
         return self._describe_prefixes(torch.cat(prefixes), columns, evidence, guidance, generation_kwargs)

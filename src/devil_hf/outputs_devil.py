@@ -1,13 +1,38 @@
-"""What the public calls of a DeViL model return."""
+"""What the public calls of a DeViL model return.
 
+They print as the shapes that they hold; those that are naturally a table turn into one.
+"""
+
+import importlib
+from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
+from typing import Any
 
 from torch import Tensor
 from transformers.utils import ModelOutput
+from transformers.utils import requires_backends
 
 
-@dataclass
-class DevilOutput(ModelOutput):
+class ShapesRepr:
+    """Prints a `ModelOutput` by shapes: nobody reads ten thousand numbers in a notebook."""
+
+    def __repr__(self) -> str:
+        fields = ", ".join(f"{name}={_short(value)}" for name, value in self.items())  # type: ignore[attr-defined]
+        return f"{type(self).__name__}({fields})"
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')}{tuple(value.shape)}"
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{name!r}: {_short(entry)}" for name, entry in value.items()) + "}"
+    return repr(value)
+
+
+@dataclass(repr=False)
+class DevilOutput(ShapesRepr, ModelOutput):
     """Result of the forward pass.
 
     Args:
@@ -21,9 +46,11 @@ class DevilOutput(ModelOutput):
     prefix: Tensor | None = None
 
 
-@dataclass
-class DescribeOutput(ModelOutput):
+@dataclass(repr=False)
+class DescribeOutput(ShapesRepr, ModelOutput):
     """Descriptions, one row per question; rows by layer, then by image, then by location.
+
+    `processor.post_process_descriptions` turns them into words.
 
     Args:
         sequences: (N, T) generated tokens.
@@ -49,8 +76,8 @@ class DescribeOutput(ModelOutput):
         return "all" if index < 0 else self.layer_names[index]
 
 
-@dataclass
-class ScoreOutput(ModelOutput):
+@dataclass(repr=False)
+class ScoreOutput(ShapesRepr, ModelOutput):
     """How likely each of K phrases is at each of N questions, in nats.
 
     Args:
@@ -65,9 +92,19 @@ class ScoreOutput(ModelOutput):
     evidence: Tensor = None  # type: ignore[assignment]
     token_log_probs: Tensor = None  # type: ignore[assignment]
 
+    def to_pandas(self, phrases: Sequence[str]) -> Any:
+        """A `pandas.DataFrame` with one row per question and phrase: question, phrase, log_prob, evidence."""
+        _check_phrases(phrases, self.log_probs.shape[1])
+        rows = [
+            (question, phrase, float(self.log_probs[question, k]), float(self.evidence[question, k]))
+            for question in range(len(self.log_probs))
+            for k, phrase in enumerate(phrases)
+        ]
+        return _table(self, rows, ["question", "phrase", "log_prob", "evidence"])
 
-@dataclass
-class AttributionOutput(ModelOutput):
+
+@dataclass(repr=False)
+class AttributionOutput(ShapesRepr, ModelOutput):
     """Attribution maps.
 
     Args:
@@ -78,6 +115,31 @@ class AttributionOutput(ModelOutput):
 
     maps: dict[str, Tensor] = None  # type: ignore[assignment]
     measure: str = None  # type: ignore[assignment]
+
+    def to_pandas(self, phrases: Sequence[str]) -> Any:
+        """A `pandas.DataFrame` with one row per place: layer, image, phrase, row, column and the value in nats."""
+        rows = []
+        for layer, values in self.maps.items():
+            _check_phrases(phrases, values.shape[1])
+            for (image, k, row, column), value in zip(_indices(values.shape), values.flatten().tolist(), strict=True):
+                rows.append((layer, image, phrases[k], row, column, value))
+        return _table(self, rows, ["layer", "image", "phrase", "row", "column", self.measure])
+
+
+def _indices(shape: Sequence[int]) -> product:
+    return product(*(range(edge) for edge in shape))
+
+
+def _check_phrases(phrases: Sequence[str], expected: int) -> None:
+    if len(phrases) != expected:
+        raise ValueError(
+            f"{len(phrases)} phrases were given, but {expected} were asked for: name them in the same order"
+        )
+
+
+def _table(output: Any, rows: list[tuple], columns: list[str]) -> Any:
+    requires_backends(output, "pandas")
+    return importlib.import_module("pandas").DataFrame(rows, columns=columns)
 
 
 __all__ = ["AttributionOutput", "DescribeOutput", "DevilOutput", "ScoreOutput"]

@@ -15,6 +15,7 @@ from transformers.pipelines.base import Pipeline
 
 from .image_processing_devil import ImageSource
 from .image_processing_devil import load_images
+from .outputs_devil import DescribeOutput
 
 TASK = "vision-feature-description"
 # What `config.custom_pipelines` of a checkpoint must hold for `pipeline` to find this file beside the weights.
@@ -26,6 +27,7 @@ CUSTOM_PIPELINES = {
     }
 }
 _MAP_PREFIX = "map of "
+_COLUMNS = ("sequences", "layer_index", "locations", "token_evidence")  # of `DescribeOutput`, sorted by image
 
 
 class VisionFeatureDescriptionPipeline(Pipeline):
@@ -46,9 +48,9 @@ class VisionFeatureDescriptionPipeline(Pipeline):
 
     Returns, per image, a dict with
 
-    * `"descriptions"`: a list of dicts with `"layer"` (`"all"` where all layers were shown together), `"location"`
-      ((row, column), or None for the whole image), `"description"`, and with `evidence=True` also `"evidence"`, the
-      mean over the tokens in nats, and `"tokens"`, the (token, evidence) pairs;
+    * `"descriptions"`: a list of dicts (with `.to_pandas()`) with `"layer"` (`"all"` where all layers were shown together),
+      `"location"` ((row, column), or None for the whole image), `"description"`, and with `evidence=True` also
+      `"evidence"`, the mean over the tokens in nats, and `"words"`, the (word, evidence) pairs;
     * with phrases, `"phrases"` and `"maps"`: per layer a float tensor (phrases, height, width) in the coordinates of
       the image, NaN where the backbone's crop does not reach.
     """
@@ -113,15 +115,13 @@ class VisionFeatureDescriptionPipeline(Pipeline):
         # The base class cuts batches along the first axis: every entry has one row per image.
         batch = len(model_inputs["pixel_values"])
         order = torch.argsort(output.image_index, stable=True)
-        names = np.array([*output.layer_names, "all"])  # index -1 means all layers together
+        columns = {name: getattr(output, name) for name in _COLUMNS}
         rows = {
-            "sequences": output.sequences[order].unflatten(0, (batch, -1)),  # (B, n, T)
-            "locations": output.locations[order].unflatten(0, (batch, -1)),  # (B, n, 2)
-            "layers": names[output.layer_index[order].cpu().numpy()].reshape(batch, -1),  # (B, n)
-            "image_size": model_inputs["image_size"],
+            name: column[order.to(column.device)].unflatten(0, (batch, -1))
+            for name, column in columns.items()
+            if column is not None
         }
-        if output.token_evidence is not None:
-            rows["token_evidence"] = output.token_evidence[order].unflatten(0, (batch, -1))
+        rows["image_size"] = model_inputs["image_size"]
         if phrases is not None:
             asked = {**(shared or {}), **(attribute or {}), "layers": self._mapped_layers((shared or {}).get("layers"))}
             attributed = self.model.attribute(feature_maps=feature_maps, phrases=phrases.to(self.device), **asked)
@@ -139,35 +139,19 @@ class VisionFeatureDescriptionPipeline(Pipeline):
     def postprocess(  # type: ignore[override]
         self, model_outputs: dict[str, Any], phrases: list[str] | None = None
     ) -> dict[str, Any]:
-        row = {name: values[0] for name, values in model_outputs.items()}
-        evidence = row.get("token_evidence", [None] * len(row["sequences"]))
-        parts = zip(row["layers"], row["locations"].tolist(), row["sequences"], evidence, strict=True)
-        result: dict[str, Any] = {"descriptions": [self._description(*part) for part in parts]}
+        columns = {name: model_outputs[name][0] for name in _COLUMNS if name in model_outputs}
+        here = torch.zeros(len(columns["sequences"]), dtype=torch.long)
+        output = DescribeOutput(**columns, image_index=here, layer_names=self.model.layer_names)
+        descriptions = self.processor.post_process_descriptions(output)
+        for row in descriptions:
+            del row["image"]  # there is one image in each result
+        result: dict[str, Any] = {"descriptions": descriptions}
         if phrases is not None:
             maps = {name: values for name, values in model_outputs.items() if name.startswith(_MAP_PREFIX)}
             placed = self.processor.post_process_attribution(maps, target_sizes=model_outputs["image_size"].tolist())
             result["phrases"] = phrases
             result["maps"] = {name.removeprefix(_MAP_PREFIX): per_image[0] for name, per_image in placed.items()}
         return result
-
-    def _description(
-        self, layer: str, location: list[int], sequence: torch.Tensor, evidence: torch.Tensor | None
-    ) -> dict[str, Any]:
-        described: dict[str, Any] = {
-            "layer": str(layer),
-            "location": None if location[0] < 0 else tuple(location),
-            "description": self.processor.decode(sequence, skip_special_tokens=True).strip(),
-        }
-        if evidence is not None:
-            special = set(self.processor.tokenizer.all_special_ids)
-            tokens = [
-                (self.processor.decode([token]), float(nats))
-                for token, nats in zip(sequence.tolist(), evidence, strict=True)
-                if token not in special
-            ]
-            described["evidence"] = float(np.mean([nats for _, nats in tokens])) if tokens else 0.0
-            described["tokens"] = tokens
-        return described
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
         """Save model and processor; the base class would leave out the processor, which loading needs."""

@@ -5,9 +5,12 @@ on the right. Attribution maps are up-sampled bilinearly to the crop as in the p
 backbone's crop and resize are undone, so that a map lies on the image that was given, NaN where the crop did not reach.
 """
 
+import base64
 from collections.abc import Mapping
 from collections.abc import Sequence
 from dataclasses import dataclass
+from html import escape
+from io import BytesIO
 from typing import Any
 
 import numpy as np
@@ -20,9 +23,12 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils import ModelOutput
 from transformers.utils import logging
 
+from .descriptions_devil import Descriptions
+from .descriptions_devil import describe_rows
 from .image_processing_devil import CropGeometry
 from .image_processing_devil import ImageSource
 from .image_processing_devil import load_images
+from .outputs_devil import DescribeOutput
 
 logger = logging.get_logger(__name__)
 
@@ -31,7 +37,7 @@ DIVERGING = ((5, 68, 140), (63, 142, 206), (222, 226, 230), (240, 130, 40), (176
 SEQUENTIAL = ((30, 14, 76), (113, 31, 129), (205, 64, 113), (248, 142, 92), (252, 236, 170))
 
 
-@dataclass
+@dataclass(repr=False)
 class AttributionOverlays(ModelOutput):
     """Pictures of images under their attribution maps, all on one colour scale.
 
@@ -42,6 +48,27 @@ class AttributionOverlays(ModelOutput):
 
     pictures: dict[str, list[list[Image.Image]]] | None = None
     value_range: tuple[float, float] | None = None
+
+    def __repr__(self) -> str:
+        counts = {layer: f"{len(rows)} x {len(rows[0])}" for layer, rows in (self.pictures or {}).items()}
+        return f"AttributionOverlays(images x phrases {counts}, value_range={self.value_range})"
+
+    def _repr_html_(self) -> str:
+        rows = [
+            f"<tr><th>{escape(layer)}</th>"
+            + "".join(f"<td>{_thumbnail(one)}</td>" for per in rows for one in per)
+            + "</tr>"
+            for layer, rows in (self.pictures or {}).items()
+        ]
+        return f"<table>{''.join(rows)}</table>"
+
+
+def _thumbnail(picture: Image.Image, longest: int = 180) -> str:
+    """An `<img>` that needs no file."""
+    small, buffer = picture.copy(), BytesIO()
+    small.thumbnail((longest, longest))
+    small.save(buffer, "PNG")
+    return f'<img src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
 
 
 def shared_value_range(
@@ -214,6 +241,18 @@ class DevilProcessor(ProcessorMixin):
             data["scored_mask"] = [mask + [False] * (width - len(mask)) for mask in scored]
         return BatchFeature(data, tensor_type=return_tensors)
 
+    def post_process_descriptions(self, output: DescribeOutput, images: Sequence[str] | None = None) -> Descriptions:
+        """The words of what `model.describe` returned, one row per description.
+
+        Args:
+            output: what `model.describe` or `model.describe_directions` returned.
+            images: names of the images, to stand in the rows instead of their indices.
+
+        Returns:
+            A list of dicts (see `Descriptions`) with `.to_pandas()`; a notebook shows it as a table, words tinted by evidence.
+        """
+        return describe_rows(output, self.tokenizer, images)
+
     def post_process_attribution(
         self,
         outputs: Any,
@@ -287,6 +326,35 @@ class DevilProcessor(ProcessorMixin):
             for layer, placed in maps.items()
         }
         return AttributionOverlays(pictures=layers, value_range=value_range)
+
+    def masks_to_regions(self, masks: Sequence[np.ndarray | torch.Tensor]) -> torch.Tensor:
+        """Masks drawn on images as the `regions` that the model reads: resized and cropped as the images were.
+
+        Args:
+            masks: per image, (H, W) or (R, H, W) in the size of the upright image, bool or in [0, 1].
+
+        Returns:
+            (B, R, height, width) over the pixel values, in [0, 1]; zero where the crop reaches beyond the image.
+
+        Raises:
+            ValueError: for masks of a wrong shape, or of different numbers per image.
+        """
+        regions = []
+        for mask in masks:
+            values = torch.as_tensor(np.asarray(mask)).float()
+            if values.ndim not in (2, 3) or 0 in values.shape:
+                raise ValueError(f"a mask must be (height, width) or (regions, height, width), got {tuple(values.shape)}")
+            values = values[None] if values.ndim == 2 else values
+            geometry = self.image_processor.geometry(values.shape[-2:])
+            resized = F.interpolate(values[None], geometry.resized_size, mode="bilinear", antialias=True)[0]
+            (top, left), (height, width) = geometry.offset, geometry.crop_size
+            # Negative padding cuts: one call for crops inside the image and for crops that reach beyond it.
+            right, bottom = width - resized.shape[2] + left, height - resized.shape[1] + top
+            regions.append(F.pad(resized, (-left, right, -top, bottom)))
+        counts = sorted({len(one) for one in regions})
+        if len(counts) != 1:
+            raise ValueError(f"every image needs the same number of regions, at least one; got {counts}")
+        return torch.stack(regions)
 
     def location_to_box(
         self, location: tuple[int, int], grid_size: tuple[int, int], image_size: tuple[int, int]

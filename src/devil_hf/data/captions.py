@@ -8,6 +8,7 @@ Flickr token files and COCO caption JSON give texts by image file name, plain or
 import gzip
 import json
 from collections.abc import Collection
+from collections.abc import Iterator
 from os import PathLike
 from pathlib import Path
 from typing import IO
@@ -37,8 +38,7 @@ def read_caption_records(folder: str | PathLike, split: str | None = None) -> li
         ValueError: if a line is malformed or names no caption, or if no image is in `split`.
     """
     path = _caption_file(Path(folder))
-    with path.open(encoding="utf-8") as lines:
-        records = [_parse_record(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
+    records = [_parse_record(fields, where) for where, fields in read_json_lines(path)]
     if split is None:
         return records
     chosen = [record for record in records if record["split"] == split]
@@ -98,6 +98,26 @@ def read_coco_captions(path: str | PathLike) -> dict[str, list[str]]:
     return captions
 
 
+def read_json_lines(path: Path) -> Iterator[tuple[str, dict]]:
+    """Yield `file:number` and the object of every line that is not blank.
+
+    Raises:
+        ValueError: for a line that is not a JSON object.
+    """
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            where = f"{path}:{number}"
+            try:
+                fields = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{where} is not JSON: {error}") from error
+            if not isinstance(fields, dict):
+                raise ValueError(f"{where} is not a JSON object: {line.strip()[:80]}")
+            yield where, fields
+
+
 def without_images(captions: dict[str, list[str]], excluded: Collection[str]) -> list[list[str]]:
     """Give the captions grouped by image, without those of the `excluded` image file names."""
     excluded = set(excluded)
@@ -114,12 +134,7 @@ def _caption_file(folder: Path) -> Path:
     raise FileNotFoundError(f"{folder} holds none of {CAPTION_FILES}; write one line per image with its captions")
 
 
-def _parse_record(line: str, where: str) -> dict:
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where} is not JSON: {error}") from error
-    fields = record if isinstance(record, dict) else {}
+def _parse_record(fields: dict, where: str) -> dict:
     image, captions = fields.get("image", fields.get("file_name")), fields.get("captions")
     if isinstance(captions, list) and all(isinstance(caption, str) for caption in captions):
         captions = [caption.strip() for caption in captions if caption.strip()]
@@ -127,9 +142,9 @@ def _parse_record(line: str, where: str) -> dict:
         captions = []
     if not image or not captions:
         raise ValueError(
-            f'{where} needs "image" and a list "captions" with at least one non-empty string; it is {line.strip()[:80]}'
+            f'{where} needs "image" and a list "captions" with at least one non-empty string; it is {str(fields)[:80]}'
         )
-    return {"image": image, "captions": captions, "split": record.get("split")}
+    return {"image": image, "captions": captions, "split": fields.get("split")}
 
 
 def _open_text(path: Path) -> IO[str]:

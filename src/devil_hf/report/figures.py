@@ -109,11 +109,11 @@ def color_bar(value_range: tuple[float, float], label: str, *, symmetric: bool =
     draw = ImageDraw.Draw(bar)
     _write(draw, (0, 0), label, 13, MUTED)
     for x, value, anchor in ((0, low, "la"), (width / 2, (low + high) / 2, "ma"), (width, high, "ra")):
-        _write(draw, (x, 37), _signed(value), 13, INK, anchor)
+        _write(draw, (x, 37), signed(value), 13, INK, anchor)
     return bar
 
 
-def _signed(value: float) -> str:
+def signed(value: float) -> str:
     text = f"{value:+.2f}"
     return "0" if float(text) == 0 else text
 
@@ -124,7 +124,7 @@ def _peak(values: np.ndarray) -> tuple[int, int]:
     return int(x), int(y)
 
 
-def _map_tile(
+def map_tile(
     picture: Image.Image, values: np.ndarray, value_range: tuple[float, float], symmetric: bool
 ) -> Image.Image:
     """One map over its image, a ring at the peak and the peak's value in the corner."""
@@ -133,7 +133,7 @@ def _map_tile(
         return tile
     draw = ImageDraw.Draw(tile)
     x, y = _peak(values)
-    text = _signed(values[y, x])
+    text = signed(values[y, x])
     # A ring on a map that never speaks for its phrase would point at nothing.
     if values[y, x] > 0 or not symmetric:
         x, y = np.clip(x, 9, tile.width - 10), np.clip(y, 9, tile.height - 10)
@@ -190,8 +190,8 @@ def attribution_figure(
         size, lines = _fit(phrase, width - grid_left - MARGIN, 23, (17, 14))
         _write(draw, (grid_left, top + 1), lines, size)
         for column, values in enumerate(placed.values()):
-            map_tile = _map_tile(picture, values[0][row].numpy(), value_range, symmetric)
-            figure.paste(map_tile, (grid_left + column * step_x, top + 24))
+            one = map_tile(picture, values[0][row].numpy(), value_range, symmetric)
+            figure.paste(one, (grid_left + column * step_x, top + 24))
     figure.paste(color_bar(value_range, UNITS[measure], symmetric=symmetric), (grid_left, bottom + 8))
     note = "Ring and number: the highest value."
     if any(values[0].isnan().any() for values in placed.values()):
@@ -309,4 +309,4 @@ def layers_figure(
     return figure
 
 
-__all__ = ["attribution_figure", "color_bar", "layers_figure", "locations_figure"]
+__all__ = ["attribution_figure", "color_bar", "layers_figure", "locations_figure", "map_tile", "signed"]

@@ -9,7 +9,10 @@ that are not there; activity on cells without any object has a price, so that a 
 The language model reads text alone. A model of bare captions learns to ignore a prefix, so it learns documents `<bos>
 keywords <sep> caption <eos>` with the loss on the caption. Keywords stand in groups, one group per object, in shuffled
 order, sometimes incomplete, and sometimes a group is packed into a single position as the mean of its embeddings, which
-is nearer to what a prefix vector is. Documents without keywords define what a caption is when nothing is known.
+is nearer to what a prefix vector is. In some documents a group holds one attribute of all the objects instead: which
+colours there are, but not of what. They teach that every word has to be said once, whatever it belongs to; without
+them, a description names one object twice where a pooled feature does not tell what belongs together. Documents without
+keywords define what a caption is when nothing is known.
 """
 
 import time
@@ -22,6 +25,7 @@ from dataclasses import field
 from itertools import combinations
 from math import prod
 from typing import Any
+from typing import cast
 
 import numpy as np
 import timm
@@ -46,7 +50,9 @@ from devil_hf.data.shapes import Scene
 from devil_hf.data.shapes import SceneObject
 from devil_hf.data.shapes import sample_scene
 
-from .language_model import IGNORED_INDEX
+from .language_model import Document
+from .language_model import caption_loss
+from .language_model import collate
 
 logger = logging.get_logger(__name__)
 
@@ -108,8 +114,11 @@ class EmbeddedLanguageModelArguments:
     packed_share: float = field(
         default=0.5, metadata={"help": "Share of documents whose groups of keywords take one position each."}
     )
+    unbound_share: float = field(
+        default=0.1, metadata={"help": "Share of documents whose groups are attributes of all objects, not objects."}
+    )
     single_steps: int = field(default=400, metadata={"help": "First steps, on scenes with one object only."})
-    max_steps: int = field(default=2500, metadata={"help": "Optimiser steps."})
+    max_steps: int = field(default=6000, metadata={"help": "Optimiser steps."})
     batch_size: int = field(default=64, metadata={"help": "Documents per step."})
     learning_rate: float = field(default=2e-3, metadata={"help": "Peak learning rate of AdamW, cosine decay to zero."})
     warmup_steps: int = field(default=200, metadata={"help": "Steps of linear warm-up."})
@@ -339,10 +348,14 @@ class KeywordDocuments:
         self.index = tokenizer.get_vocab()
 
     def keywords(self, scene: Scene, rng: np.random.Generator) -> list[list[str]]:
-        """Groups of keywords of a scene, one per object and sometimes one for the background, in random order."""
+        """Groups of keywords of a scene, one per object (or attribute) and sometimes one for the background, shuffled."""
         missing = rng.uniform(0.0, 0.7) if rng.random() < self.arguments.partial_share else 0.0
         with_size, with_zone = rng.random(2) < 0.3
         groups = []
+        if rng.random() < self.arguments.unbound_share:
+            for words in zip(*(item.attributes.values() for item in scene.objects), strict=True):
+                groups.append([word for word in words if rng.random() >= missing])
+            return [_shuffled(group, rng) for group in _shuffled(groups, rng) if group]
         for item in scene.objects:
             words = [
                 *item.attributes.values(),
@@ -354,8 +367,8 @@ class KeywordDocuments:
             groups.append([scene.background, "background"])
         return [_shuffled(group, rng) for group in _shuffled(groups, rng) if group]
 
-    def document(self, scene: Scene, rng: np.random.Generator) -> tuple[list[list[int]], int]:
-        """The token ids of each position of one document, and the position of its first caption token."""
+    def document(self, scene: Scene, rng: np.random.Generator) -> Document:
+        """One document about `scene`."""
         groups = [] if rng.random() < self.arguments.bare_share else self.keywords(scene, rng)
         if rng.random() >= self.arguments.packed_share:
             groups = [[word] for group in groups for word in group]
@@ -374,15 +387,7 @@ class KeywordDocuments:
                 on captions and EOS only.
         """
         documents = [self.document(sample_scene(rng, count), rng) for _ in range(size)]
-        length = max(len(positions) for positions, _ in documents)
-        width = max(len(words) for positions, _ in documents for words in positions)
-        input_ids = np.full((size, length, width), self.tokenizer.pad_token_id, dtype=np.int64)
-        labels = np.full((size, length), IGNORED_INDEX, dtype=np.int64)
-        for row, (positions, start) in enumerate(documents):
-            for place, words in enumerate(positions):
-                input_ids[row, place, : len(words)] = words
-            labels[row, start : len(positions)] = input_ids[row, start : len(positions), 0]
-        return torch.from_numpy(input_ids), torch.from_numpy(labels)
+        return collate(documents, cast(int, self.tokenizer.pad_token_id))
 
 
 def build_embedded_language_model(
@@ -395,6 +400,7 @@ def build_embedded_language_model(
         n_embd=arguments.width,
         n_layer=arguments.layers,
         n_head=arguments.heads,
+        activation_function="gelu_pytorch_tanh",  # GPT-2's own, by one kernel instead of eight
         resid_pdrop=0.0,
         embd_pdrop=0.0,
         attn_pdrop=0.0,
@@ -409,20 +415,6 @@ def build_embedded_language_model(
     nn.init.orthogonal_(embedding.weight)
     embedding.weight.requires_grad_(False)
     return model
-
-
-def document_loss(model: GPT2LMHeadModel, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Mean cross-entropy in nats per labelled token.
-
-    `input_ids` is (B, T, W): the embedding of a position is the mean over its words; `labels` is (B, T).
-    """
-    pad: Any = model.config.pad_token_id
-    real = input_ids.ne(pad).unsqueeze(-1)  # (B, T, W, 1)
-    embeddings = model.get_input_embeddings()(input_ids)
-    embeddings = (embeddings * real).sum(2) / real.sum(2).clamp(min=1)  # (B, T, D)
-    hidden = model.base_model(inputs_embeds=embeddings).last_hidden_state[:, :-1]
-    wanted = labels[:, 1:] != IGNORED_INDEX
-    return F.cross_entropy(model.get_output_embeddings()(hidden[wanted]).float(), labels[:, 1:][wanted])
 
 
 def train_embedded_language_model(
@@ -452,7 +444,7 @@ def train_embedded_language_model(
         input_ids, labels = documents.batch(
             arguments.batch_size, rng, count=1 if step <= arguments.single_steps else None
         )
-        return document_loss(model, input_ids.to(device), labels.to(device))
+        return caption_loss(model, input_ids.to(device), labels.to(device))
 
     history = _optimise(model, loss_of_step, arguments)
     return model.eval(), tokenizer, history
@@ -471,7 +463,7 @@ def held_out_document_losses(
     ):
         arguments = EmbeddedLanguageModelArguments(bare_share=bare, packed_share=packed, partial_share=0.0)
         batch = KeywordDocuments(tokenizer, arguments).batch(documents, np.random.default_rng(seed))
-        losses[name] = float(document_loss(model, *batch))
+        losses[name] = float(caption_loss(model, *batch))
     return losses
 
 

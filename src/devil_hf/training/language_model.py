@@ -3,7 +3,8 @@
 A model of bare captions learns to ignore a prefix, and a translator in front of it stays on the plateau of the
 unconditional loss. So it learns documents `<bos> shuffled content words <sep> caption <eos>`: the words come from
 other captions of the same image, which makes them a noisy picture of the scene as a prefix is, and the loss is taken
-on the caption only. Some documents have no words at all: they define what a caption is when nothing is known.
+on the caption only. In some documents several words share a position, as the mean of their embeddings: a prefix vector,
+too, stands for more than one word. Others have no words at all: they define what a caption is when nothing is known.
 """
 
 import math
@@ -18,7 +19,9 @@ from contextlib import AbstractContextManager
 from contextlib import nullcontext
 from dataclasses import dataclass
 from dataclasses import field
+from typing import cast
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from tokenizers import Regex
@@ -48,6 +51,8 @@ _FUNCTION_WORDS = """
 """
 FUNCTION_WORDS = frozenset(_FUNCTION_WORDS.split())
 IGNORED_INDEX = -100
+# The tokens of each position of a document (the mean of their embeddings is read), and where its caption begins.
+Document = tuple[list[list[int]], int]
 
 
 @dataclass
@@ -60,7 +65,9 @@ class CaptionLanguageModelArguments:
     width: int = field(default=256, metadata={"help": "Width of the embeddings and layers."})
     layers: int = field(default=6, metadata={"help": "Number of transformer layers."})
     heads: int = field(default=4, metadata={"help": "Number of attention heads."})
-    dropout: float = field(default=0.1, metadata={"help": "Dropout in training."})
+    dropout: float = field(
+        default=0.0, metadata={"help": "Dropout in training; useless as long as documents hardly repeat."}
+    )
     context_length: int = field(
         default=128, metadata={"help": "Longest document, and so prefix plus caption, in tokens."}
     )
@@ -70,6 +77,9 @@ class CaptionLanguageModelArguments:
     null_probability: float = field(default=0.12, metadata={"help": "Share of documents without any content word."})
     own_words_probability: float = field(
         default=0.25, metadata={"help": "Share of documents whose words may also come from the caption itself."}
+    )
+    packed_share: float = field(
+        default=0.3, metadata={"help": "Share of documents whose words share a few positions, as means of embeddings."}
     )
     max_steps: int = field(default=4000, metadata={"help": "Optimiser steps."})
     batch_size: int = field(default=64, metadata={"help": "Documents per step."})
@@ -181,19 +191,22 @@ class KeywordCaptions:
         generator.shuffle(chosen)
         return chosen
 
-    def document(self, image: int, index: int, words: Sequence[str]) -> tuple[list[int], int]:
-        """Give the token ids of one document and the position of its first caption token."""
+    def document(self, image: int, index: int, groups: Sequence[Sequence[str]]) -> Document:
+        """One document; words of one of the `groups` share a position, words in groups of their own take one per token."""
         tokenizer = self.tokenizer
-        context = [token for word in words for token in self.word_tokens[word]]
+        context: list[list[int]] = []
+        for group in groups:
+            tokens = [token for word in group for token in self.word_tokens[word]]
+            context += [tokens] if len(group) > 1 else [[token] for token in tokens]
         room = self.arguments.context_length - 3
         caption = self.captions[image][index][:room]
-        start = [tokenizer.bos_token_id, *context[: room - len(caption)], tokenizer.sep_token_id]
-        return [*start, *caption, tokenizer.eos_token_id], len(start)
+        start = [[tokenizer.bos_token_id], *context[: room - len(caption)], [tokenizer.sep_token_id]]
+        return [*start, *([token] for token in [*caption, tokenizer.eos_token_id])], len(start)
 
     def batches(
         self, generator: random.Random, size: int, pool: int = 8
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Yield `input_ids` and `labels`, both (B, T), without end; documents of similar length share a batch."""
+        """Yield `input_ids` (B, T, W) and `labels` (B, T) without end; documents of similar length share a batch."""
         places: list[tuple[int, int]] = []
         while True:
             while len(places) < pool * size:
@@ -213,25 +226,36 @@ class KeywordCaptions:
         for image, index in self.places:
             others = [words for other, words in enumerate(self.words[image]) if other != index]
             words = generator.sample(chosen := generator.choice(others), len(chosen)) if with_words and others else []
-            documents.append(self.document(image, index, words))
+            documents.append(self.document(image, index, [[word] for word in words]))
         documents.sort(key=lambda document: len(document[0]))
         for begin in range(0, len(documents), size):
             yield collate(documents[begin : begin + size], self.tokenizer.pad_token_id)
 
-    def _draw(self, place: tuple[int, int], generator: random.Random) -> tuple[list[int], int]:
-        empty = generator.random() < self.arguments.null_probability
-        return self.document(*place, [] if empty else self.draw_words(*place, generator))
+    def _draw(self, place: tuple[int, int], generator: random.Random) -> Document:
+        if generator.random() < self.arguments.null_probability:
+            return self.document(*place, [])
+        words = self.draw_words(*place, generator)
+        positions = len(words)
+        if words and generator.random() < self.arguments.packed_share:
+            positions = generator.randint(1, positions)
+        return self.document(*place, [words[first::positions] for first in range(positions)])
 
 
-def collate(documents: Sequence[tuple[list[int], int]], pad_token_id: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pad documents on the right: `input_ids` and `labels`, both (B, T), labels only from each caption's first token on."""
-    length = max(len(ids) for ids, _ in documents)
-    input_ids = torch.full((len(documents), length), pad_token_id)
-    labels = torch.full((len(documents), length), IGNORED_INDEX)
-    for row, (ids, start) in enumerate(documents):
-        input_ids[row, : len(ids)] = torch.tensor(ids)
-        labels[row, start : len(ids)] = torch.tensor(ids[start:])
-    return input_ids, labels
+def collate(documents: Sequence[Document], pad_token_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pad documents on the right.
+
+    Returns:
+        `input_ids` (B, T, W), the tokens of each position, and `labels` (B, T), on captions and EOS only.
+    """
+    length = max(len(positions) for positions, _ in documents)
+    width = max(len(tokens) for positions, _ in documents for tokens in positions)
+    input_ids = np.full((len(documents), length, width), pad_token_id, dtype=np.int64)
+    labels = np.full((len(documents), length), IGNORED_INDEX, dtype=np.int64)
+    for row, (positions, start) in enumerate(documents):
+        for place, tokens in enumerate(positions):
+            input_ids[row, place, : len(tokens)] = tokens
+        labels[row, start : len(positions)] = input_ids[row, start : len(positions), 0]
+    return torch.from_numpy(input_ids), torch.from_numpy(labels)
 
 
 def build_caption_language_model(
@@ -244,6 +268,7 @@ def build_caption_language_model(
         n_embd=arguments.width,
         n_layer=arguments.layers,
         n_head=arguments.heads,
+        activation_function="gelu_pytorch_tanh",  # GPT-2's own, by one kernel instead of eight
         resid_pdrop=arguments.dropout,
         embd_pdrop=arguments.dropout,
         attn_pdrop=arguments.dropout,
@@ -258,9 +283,15 @@ def build_caption_language_model(
 def caption_loss(
     model: PreTrainedModel, input_ids: torch.Tensor, labels: torch.Tensor, reduction: str = "mean"
 ) -> torch.Tensor:
-    """Cross-entropy in nats per labelled token; logits are computed at labelled positions only. Both tensors are (B, T)."""
+    """Cross-entropy in nats per labelled token, with logits at labelled positions only.
+
+    `input_ids` is (B, T, W): a position's embedding is the mean over its tokens, padding aside; `labels` is (B, T).
+    """
+    real = input_ids.ne(cast(int, model.config.pad_token_id)).unsqueeze(-1)  # (B, T, W, 1)
+    embeddings = model.get_input_embeddings()(input_ids)
+    embeddings = (embeddings * real).sum(2) / real.sum(2).clamp(min=1)  # (B, T, D)
     # Padding is on the right, where causal attention never looks: no mask, and so the fast causal kernels.
-    hidden = model.base_model(inputs_embeds=model.get_input_embeddings()(input_ids)).last_hidden_state[:, :-1]
+    hidden = model.base_model(inputs_embeds=embeddings).last_hidden_state[:, :-1]
     targets = labels[:, 1:]
     wanted = targets != IGNORED_INDEX
     logits = model.get_output_embeddings()(hidden[wanted])  # (tokens, vocabulary)

@@ -1,0 +1,231 @@
+"""Rows of [`~devil_hf.data.pairs.open_pairs`] to decoded samples, and the count of those that cannot be decoded.
+
+A row is bad when its image cannot be decoded (broken, or larger than Pillow's limit against decompression bombs), when
+no caption has any text, or when its source already said so (a damaged shard). A bad row is counted, logged with its
+key, and left out: a stream goes on with the next row, a table gives another row in its place.
+
+How the count works in many processes. `BadSamples` holds its counts in shared memory, one slot for each `DataLoader`
+worker, so that no worker waits for another and the main process sees the sum. Whoever counts judges that sum, once
+`minimum` rows were read, and raises `TooManyBadSamples`, which a `DataLoader` hands on to the main process. Each
+process of a distributed run judges what it has read itself: if more than the limit is bad over all, it is in at
+least one of them. What is left at the end of a pass that is shorter than `minimum` rows is judged by
+`BadSamples.judge`, called in the main process.
+
+Nothing here draws from a global random generator: which caption is used, and which row replaces a bad one, depend on
+(seed, epoch, row) alone, so that reading again gives the same samples.
+"""
+
+import zlib
+from collections.abc import Iterator
+from collections.abc import Sequence
+from copy import deepcopy
+from io import BytesIO
+from itertools import count
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from datasets import IterableDataset
+from datasets.utils.file_utils import xopen
+from PIL import Image
+from torch.utils.data import get_worker_info
+from transformers.utils import logging
+
+from devil_hf.image_processing_devil import load_images
+
+logger = logging.get_logger(__name__)
+
+WORKER_SLOTS = 256
+LOGGED_SAMPLES = 100  # per process; further bad samples are only counted
+REPLACEMENTS = 100  # rows that are tried in place of a bad one
+BARREN_PASSES = 10  # without a good sample, after which an endless stream gives up; shards move between workers
+
+
+class TooManyBadSamples(RuntimeError):
+    """More than the configured share of the samples cannot be used."""
+
+
+class BadSamples:
+    """Counts the samples that were read and those of them that were bad, over all workers of a process.
+
+    Args:
+        limit (`float`): Share of bad samples above which the run stops.
+        minimum (`int`): Samples to read before the share is judged while reading.
+    """
+
+    def __init__(self, limit: float = 0.05, minimum: int = 1000):
+        if not 0 <= limit <= 1:
+            raise ValueError(f"limit={limit} must be a share between 0 and 1")
+        self.limit, self.minimum = limit, minimum
+        self._counts = torch.zeros(1 + WORKER_SLOTS, 2, dtype=torch.int64).share_memory_()  # (process, read and bad)
+        self._logged = 0
+
+    @property
+    def read(self) -> int:
+        """Samples that were read, good and bad."""
+        return int(self._counts[:, 0].sum())
+
+    @property
+    def bad(self) -> int:
+        """Samples that could not be used."""
+        return int(self._counts[:, 1].sum())
+
+    def add(self, key: str, problem: str | None) -> None:
+        """Count one sample, which is bad if it has a `problem`.
+
+        Raises:
+            TooManyBadSamples: if the share of bad samples is above the limit, once `minimum` were read.
+        """
+        worker = get_worker_info()
+        counts = self._counts[0 if worker is None else 1 + worker.id % WORKER_SLOTS]
+        counts[0] += 1
+        detail = ""
+        if problem is not None:
+            counts[1] += 1
+            self._log(key, problem)
+            detail = f"; the last was {key}: {problem}"
+        if self.read >= self.minimum:
+            self.judge(detail)
+
+    def _log(self, key: str, problem: str) -> None:
+        self._logged += 1
+        if self._logged <= LOGGED_SAMPLES:
+            logger.warning(f"skipped {key}: {problem}")
+        if self._logged == LOGGED_SAMPLES:
+            logger.warning("further bad samples are counted, but not logged")
+
+    def judge(self, detail: str = "") -> None:
+        """Raise `TooManyBadSamples` if the share of bad samples so far is above the limit.
+
+        Call it in the main process at the end of a pass or of the run: reading judges only from `minimum` samples on.
+        """
+        if self.bad > self.limit * self.read:
+            raise TooManyBadSamples(
+                f"{self.bad} of {self.read} samples ({self.bad / self.read:.1%}) are bad, more than the limit of "
+                f"{self.limit:.1%}{detail}; mend the data, or raise the limit"
+            )
+
+    def __str__(self) -> str:
+        return f"{self.bad} of {self.read} samples were bad"
+
+
+class PairDecoder:
+    """Decodes a row of `open_pairs`, or counts it as bad.
+
+    Args:
+        bad_samples ([`BadSamples`]): Where samples are counted.
+        seed (`int`): Seed of the choice among several captions.
+    """
+
+    def __init__(self, bad_samples: BadSamples, seed: int = 0):
+        self.bad_samples, self.seed = bad_samples, seed
+
+    def __call__(self, row: dict[str, Any], epoch: int = 0) -> dict[str, Any] | None:
+        """Decode one row.
+
+        Returns:
+            `dict` or `None`: `key` (str), `image` (upright RGB `PIL.Image`), `captions` (list of non-empty str),
+            `caption` (one of them, another one in another epoch) and `seed` (int, for random views of the image), or
+            `None` for a bad row.
+        """
+        image, problem = None, row["problem"]
+        captions = [text for text in (" ".join(caption.split()) for caption in row["captions"] or []) if text]
+        if problem is None and not captions:
+            problem = "empty caption"
+        if problem is None:
+            try:
+                image = _decode(row["image"])
+            except Exception as error:  # damaged files make Pillow's plugins raise almost anything
+                problem = f"broken image ({type(error).__name__}: {error})"
+        self.bad_samples.add(row["key"], problem)
+        if problem is not None:
+            return None
+        rng = np.random.default_rng((self.seed, epoch, zlib.crc32(row["key"].encode())))
+        caption, seed = captions[rng.integers(len(captions))], int(rng.integers(1 << 31))
+        return {"key": row["key"], "image": image, "captions": captions, "caption": caption, "seed": seed}
+
+
+class PairTable:
+    """Decoded samples of a map-style data set, of its length: a bad row is replaced by another one.
+
+    Args:
+        dataset (`datasets.Dataset`): From `open_pairs`.
+        decoder ([`PairDecoder`]): Decodes its rows.
+    """
+
+    def __init__(self, dataset: Dataset, decoder: PairDecoder):
+        self.dataset, self.decoder = dataset, decoder
+        decoder.bad_samples.minimum = min(decoder.bad_samples.minimum, len(dataset))
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def sample(self, index: int, epoch: int) -> dict[str, Any]:
+        """The sample of a row in an epoch, or, for a bad row, always that of the same other row.
+
+        Raises:
+            TooManyBadSamples: if too many samples, or all rows tried in place of a bad one, are bad.
+        """
+        rng = np.random.default_rng((self.decoder.seed, index))
+        row = index
+        for _ in range(REPLACEMENTS):
+            sample = self.decoder(self.dataset[row], epoch)
+            if sample is not None:
+                return sample
+            row = int(rng.integers(len(self.dataset)))
+        raise TooManyBadSamples(f"{REPLACEMENTS} rows in place of row {index} are bad too; mend the data")
+
+
+class PairStream(torch.utils.data.IterableDataset):
+    """Decoded samples of a stream without end: one epoch after the other, each shuffled anew, bad rows left out.
+
+    Every node has as many batches as the others. Workers with fewer shards than others begin their next epoch earlier;
+    shards change hands with every epoch. A sample has, beside what [`PairDecoder`] gives, its `place`: worker, epoch,
+    and rows that this worker has read of it. A stream that is given, for each worker, epoch and rows of the last
+    sample that was used goes on with exactly the samples that would have followed. Rows before it are read but not decoded.
+
+    Args:
+        dataset (`datasets.IterableDataset`): From `open_pairs`, already split by node where there are several.
+        decoder ([`PairDecoder`]): Decodes its rows.
+        places (sequence of (`int`, `int`)): Epoch and rows read at which each worker begins; none for the start.
+    """
+
+    def __init__(self, dataset: IterableDataset, decoder: PairDecoder, places: Sequence[tuple[int, int]] = ()):
+        self.dataset, self.decoder, self.places = dataset, decoder, places
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        info = get_worker_info()
+        worker = 0 if info is None else info.id
+        first, skipped = self.places[worker] if self.places else (0, 0)
+        barren = 0
+        for epoch in count(first):
+            read, good = 0, skipped > 0
+            for read, row in enumerate(_in_epoch(self.dataset, epoch), 1):
+                sample = None if read <= skipped else self.decoder(row, epoch)
+                if sample is not None:
+                    good = True
+                    yield sample | {"place": (worker, epoch, read)}
+            if not read:
+                return  # more workers than shards
+            skipped, barren = 0, 0 if good else barren + 1
+            if barren == BARREN_PASSES:
+                raise TooManyBadSamples(f"{barren} passes gave not one good sample: {self.decoder.bad_samples}")
+
+
+def _in_epoch(dataset: IterableDataset, epoch: int) -> IterableDataset:
+    """A copy at `epoch`: the epoch of a data set lies in memory that all workers share, and they need not be level."""
+    dataset = deepcopy(dataset)
+    dataset.set_epoch(epoch)
+    return dataset
+
+
+def _decode(image: dict[str, Any] | None) -> Image.Image:
+    if image is None:
+        raise ValueError("there is no image")
+    content = image["bytes"]
+    if content is None:
+        with xopen(image["path"], "rb") as file:
+            content = file.read()
+    with Image.open(BytesIO(content)) as picture:
+        return load_images(picture)[0]

@@ -1,0 +1,226 @@
+"""Results of evaluations on disk: one JSON layout that a model card can show in full.
+
+```json
+{
+  "title": "Captions of features",
+  "dataset": {"name": "Flickr8k", "id": "jxie/flickr8k", "split": "test", "size": 132},
+  "settings": {"num_beams": 1, "tokenizer": "simple"},
+  "scores": {"all": {"bleu_4": 0.125, "cider": 0.273}, "layer4": {"bleu_4": 0.131, "cider": 0.290}},
+  "controls": {"shuffled": {"bleu_4": 0.063, "cider": 0.094}},
+  "verdict": {"passed": true, "reason": "..."}
+}
+```
+
+Rows of `scores` are what was asked ("all" layers together, one layer, "mean" of their maps), rows of `controls` the same measure
+without the features; more is better in every metric. Only `title` and `scores` must be there, and `dataset` may be a name.
+`verdict` is for evaluations that judge their controls themselves. A file may also hold a list of such objects. What
+`scripts/evaluate.py --output` and `devil quickstart` write is read as well.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from collections.abc import Sequence
+from dataclasses import dataclass
+from dataclasses import field
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult
+
+TASK = "image-to-text"
+SHAPES_WORLD = "shapes world of devil-hf (held-out scenes)"
+# Rows that need no image, or not the right one, by what they take away.
+CONTROLS = {
+    "backbone_randomised": "backbone weights randomised",
+    "shuffled": "features shuffled between images",
+    "null": "no features (null prefix)",
+    "constant": "one constant description",
+    "untrained": "untrained translator",
+}
+CHANCE = "chance"
+METRIC_NAMES = {
+    "bleu_1": "BLEU-1",
+    "bleu_2": "BLEU-2",
+    "bleu_3": "BLEU-3",
+    "bleu_4": "BLEU-4",
+    "rouge_l": "ROUGE-L",
+    "meteor": "METEOR",
+    "cider": "CIDEr",
+    "spice": "SPICE",
+    "bertscore": "BERTScore F1",
+}
+Table = dict[str, dict[str, float]]
+
+
+@dataclass
+class Evaluation:
+    """One evaluation that was run.
+
+    Args:
+        title: what was measured.
+        scores: row (layer, "all", "mean") -> metric -> value.
+        controls: name of the control (see `CONTROLS`, or "chance") -> metric -> value.
+        dataset: `name`, and where known `id` on the Hub, `split` and `size` (images).
+        settings: whatever else decides the numbers.
+        verdict: `{"passed": bool, "reason": str}` where the evaluation judged its controls itself.
+    """
+
+    title: str
+    scores: Table
+    controls: Table = field(default_factory=dict)
+    dataset: dict[str, Any] = field(default_factory=lambda: {"name": "not recorded"})
+    settings: dict[str, Any] = field(default_factory=dict)
+    verdict: dict[str, Any] | None = None
+
+    @property
+    def metrics(self) -> list[str]:
+        """Names of the metrics, in the order in which they first occur."""
+        return list(dict.fromkeys(metric for row in self.scores.values() for metric in row))
+
+    @property
+    def headline(self) -> str:
+        """The row that stands for the whole model: all layers together, else the mean of their maps, else the deepest."""
+        return next((name for name in ("all", "mean") if name in self.scores), list(self.scores)[-1])
+
+    def model_index(self) -> list[EvalResult]:
+        """Every score as an entry of a model card's `model-index`; controls are not results of the model."""
+        return [
+            EvalResult(
+                task_type=TASK,
+                task_name=self.title,
+                dataset_type=self.dataset.get("id") or self.dataset["name"],
+                dataset_name=self.dataset["name"],
+                dataset_config=self.title,
+                dataset_split=self.dataset.get("split"),
+                metric_type=metric,
+                metric_name=f"{metric_name(metric)} ({row})",
+                metric_value=value,
+                metric_args={"layers": row},
+            )
+            for row, values in self.scores.items()
+            for metric, value in values.items()
+        ]
+
+
+@dataclass
+class ControlVerdict:
+    """What the controls of all evaluations say together.
+
+    Args:
+        status: "none" when no control was run, else "passed" or "failed".
+        findings: a sentence per comparison or stated reason.
+        run, missing: names of the controls that were run, and of those that were not.
+    """
+
+    status: str
+    findings: list[str]
+    run: list[str]
+    missing: list[str]
+
+
+def metric_name(metric: str) -> str:
+    """A metric as people write it."""
+    return METRIC_NAMES.get(metric, metric.replace("_", " "))
+
+
+def judge_controls(evaluations: Sequence[Evaluation]) -> ControlVerdict:
+    """Passed when every headline score is above every control that was run for the same metric."""
+    findings, passed, run = [], [], set()
+    for evaluation in evaluations:
+        controls = {name: row for name, row in evaluation.controls.items() if name != CHANCE}
+        run |= set(controls)
+        if evaluation.verdict is not None:
+            passed.append(bool(evaluation.verdict["passed"]))
+            findings.append(f"{evaluation.title}: {evaluation.verdict.get('reason', 'no reason was recorded')}")
+            continue
+        for metric, value in evaluation.scores[evaluation.headline].items():
+            rivals = {name: row[metric] for name, row in controls.items() if metric in row}
+            if rivals:
+                best = max(rivals, key=lambda name: rivals[name])
+                passed.append(value > rivals[best])
+                findings.append(
+                    f"{evaluation.title}, {metric_name(metric)}: {value:.3f} with the features ({evaluation.headline}), "
+                    f"{rivals[best]:.3f} for the best control ({CONTROLS.get(best, best)})"
+                )
+    status = "none" if not passed else "passed" if all(passed) else "failed"
+    missing = [name for name in CONTROLS if name not in run]
+    return ControlVerdict(status, findings, sorted(run), missing)
+
+
+def read_evaluations(path: str | PathLike) -> list[Evaluation]:
+    """The evaluations of a JSON file in one of the layouts named above.
+
+    Raises:
+        ValueError: for a file that is no JSON, has another layout, or holds a score that is not a finite number.
+    """
+    path = Path(path)
+    try:
+        content = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is no JSON ({error}): results are read from JSON files only") from error
+    found = [
+        evaluation
+        for part in (content if isinstance(content, list) else [content])
+        for evaluation in _evaluations_of(part, path)
+    ]
+    for evaluation in found:
+        for table in (evaluation.scores, evaluation.controls):
+            _check_table(table, path)
+    return found
+
+
+def _evaluations_of(content: Any, path: Path) -> list[Evaluation]:
+    if isinstance(content, Mapping) and "description_f1" in content:
+        return _quickstart_evaluations(content)
+    if not isinstance(content, Mapping) or not isinstance(content.get("scores"), Mapping) or not content["scores"]:
+        raise ValueError(
+            f'{path} holds no results: expected an object with "title" and "scores", as devil_hf.evaluation.results has it'
+        )
+    scores = {name: dict(row) for name, row in content["scores"].items()}
+    controls = {name: dict(row) for name, row in content.get("controls", {}).items()}
+    # scripts/evaluate.py keeps its controls among the layers.
+    controls |= {name: scores.pop(name) for name in (*CONTROLS, CHANCE) if name in scores}
+    settings = dict(content.get("settings", {}))
+    for table in (scores, controls):
+        for row in table.values():
+            settings |= {name: row.pop(name) for name in [key for key, value in row.items() if isinstance(value, str)]}
+    dataset = content.get("dataset", "not recorded")
+    return [
+        Evaluation(
+            title=content.get(
+                "title", f"Captions of features ({path.stem})" if "descriptions" in content else path.stem
+            ),
+            scores=scores,
+            controls=controls,
+            dataset={"name": dataset} if isinstance(dataset, str) else dict(dataset),
+            settings=settings,
+            verdict=content.get("verdict"),
+        )
+    ]
+
+
+def _quickstart_evaluations(content: Mapping[str, Any]) -> list[Evaluation]:
+    dataset = {"name": SHAPES_WORLD}
+    words = {row: {f"f1_{name}": value for name, value in v.items()} for row, v in content["description_f1"].items()}
+    found = [Evaluation("F1 of the words in descriptions", words, dataset=dataset, settings={"decoding": "greedy"})]
+    if content.get("pointing"):
+        pointing = {row: {f"pointing_{a}": value for a, value in v.items()} for row, v in content["pointing"].items()}
+        chance = dict.fromkeys(next(iter(pointing.values())), content["chance_pointing"])
+        settings = {"tolerance": "half a cell", "carrier": "the", "phrases": content.get("pointing_phrases")}
+        title = "Pointing game, words that one object of several has"
+        found.append(Evaluation(title, pointing, {CHANCE: chance}, dataset, settings))
+    return found
+
+
+def _check_table(table: Table, path: Path) -> None:
+    for row, values in table.items():
+        for metric, value in values.items():
+            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+                raise ValueError(
+                    f"{path}: {metric} of {row!r} is {value!r}, not a finite number; leave it out, or measure again"
+                )
+
+
+__all__ = ["CHANCE", "CONTROLS", "ControlVerdict", "Evaluation", "judge_controls", "metric_name", "read_evaluations"]
