@@ -76,6 +76,9 @@ def build_parser(full: bool = True) -> argparse.ArgumentParser:
         "--output", type=Path, default=Path("maps.png"), help="picture to write (default: %(default)s)"
     )
 
+    _add_neurons(verbs)
+    _add_evaluate(verbs)
+
     example = "devil push devil-quickstart/checkpoint user/devil-shapes --scores devil-quickstart/scores.json --dry-run"
     push = _verb(verbs, "push", run_push, "publish a checkpoint on the Hub, with a card", example)
     push.add_argument("checkpoint", metavar="CHECKPOINT", help="directory")
@@ -118,6 +121,75 @@ def build_parser(full: bool = True) -> argparse.ArgumentParser:
 
         add_recipe_options(train)
     return parser
+
+
+def _add_neurons(verbs) -> None:
+    example = "devil neurons photos/ --output-dir atlas --checkpoint user/devil-resnet50-opt125m --layers layer4"
+    neurons = _verb(
+        verbs, "neurons", run_neurons, "name every unit of a network, check the names, write an atlas", example
+    )
+    neurons.add_argument(
+        "images",
+        nargs="?",
+        help="folder of images, caption folder, Hub data set, or shapes:COUNT; not needed to describe or for the atlas alone",
+    )
+    _question(neurons)
+    neurons.add_argument("--output-dir", type=Path, default=Path("devil-neurons"), help="default: %(default)s")
+    neurons.add_argument("--stage", choices=("exemplars", "describe", "check", "atlas", "all"), default="all")
+    neurons.add_argument("--network", help="id or directory of the network (default: the checkpoint's own backbone)")
+    neurons.add_argument("--directions", type=Path, help="safetensors or npy file of directions of one layer, as units")
+    neurons.add_argument("--tensor", help="name of the tensor in that file, such as W_dec")
+    neurons.add_argument("--split", help="of a caption folder or data set")
+    neurons.add_argument("--limit", type=int, help="only this many images")
+    neurons.add_argument("--exemplars", type=int, default=15, metavar="K", help="per unit (default: %(default)s)")
+    neurons.add_argument("--quantile", type=float, default=0.99, help="of the masks (default: %(default)s)")
+    neurons.add_argument("--held-out", type=int, default=5, metavar="N", help="check on every N-th image (default: 5)")
+    neurons.add_argument("--check-images", help="check on these images instead")
+    neurons.add_argument(
+        "--mode",
+        choices=("pixels", "features"),
+        help="re-encode the exemplars by the checkpoint's backbone, or take the unit's own features (default, where possible)",
+    )
+    neurons.add_argument("--strategy", choices=("greedy", "beam", "rerank", "words"), default="rerank")
+    neurons.add_argument("--candidates", type=int, default=5, help="beams to choose from (default: %(default)s)")
+    neurons.add_argument("--prior-weight", type=float, default=0.2, help="of the null prefix in rerank (default: 0.2)")
+    neurons.add_argument("--words", type=Path, help='file of words, one a line, that --strategy "words" chooses from')
+    neurons.add_argument("--permutations", type=int, default=2_000, help="of the check (default: %(default)s)")
+    neurons.add_argument("--batch-size", type=int, default=32, help="default: %(default)s")
+    neurons.add_argument(
+        "--workers", type=int, default=0, help="processes that read images ahead (default: %(default)s)"
+    )
+
+
+def _add_evaluate(verbs) -> None:
+    example = "devil evaluate neurons --milan MILANNOTATIONS --split within-resnet152-imagenet --checkpoint CHECKPOINT"
+    evaluate = _verb(verbs, "evaluate", None, "measure a checkpoint against ground truth", example)
+    subjects = evaluate.add_subparsers(dest="subject", required=True)
+    neurons = _verb(subjects, "neurons", run_evaluate_neurons, "score labels of units on MILANNOTATIONS", example)
+    neurons.add_argument(
+        "--milan", type=Path, required=True, metavar="ROOT", help="folder of NETWORK/DATASET/annotations.csv"
+    )
+    neurons.add_argument(
+        "--split", required=True, help="such as within-alexnet-imagenet or cnns-to-vit; a wrong one lists all"
+    )
+    neurons.add_argument("--checkpoint", help="directory or Hub id")
+    neurons.add_argument("--limit", type=int, help="only this many test units")
+    neurons.add_argument(
+        "--train-steps", type=int, default=0, help="first train on the split's training units (default: no)"
+    )
+    neurons.add_argument("--learning-rate", type=float, default=1e-4, help="of that training (default: %(default)s)")
+    neurons.add_argument(
+        "--output-dir", type=Path, default=Path("devil-milan"), help="of that training (default: %(default)s)"
+    )
+    neurons.add_argument("--strategy", choices=("greedy", "beam", "rerank"), default="rerank")
+    neurons.add_argument(
+        "--bert-model", default="roberta-large", help="name or directory for BERTScore; none leaves it out"
+    )
+    neurons.add_argument("--bert-layers", type=int, help="of a directory, how many layers to use (roberta-large: 17)")
+    neurons.add_argument("--bert-baseline", type=Path, help="of a directory, the file of values to rescale by")
+    neurons.add_argument("--output", type=Path, help="JSON file for scores and labels")
+    neurons.add_argument("--device", help="default: cuda where there is one")
+    neurons.add_argument("--json", action="store_true", help="print JSON")
 
 
 def _verb(verbs, name: str, run, summary: str, example: str) -> argparse.ArgumentParser:
@@ -279,6 +351,103 @@ def run_attribute(arguments: argparse.Namespace) -> None:
             row, column = divmod(int(values.argmax()), values.shape[1])
             print(f"{name}  {phrase}: {values.max():+.2f} at ({row}, {column})")
     print(f"maps: {arguments.output}")
+
+
+def run_neurons(arguments: argparse.Namespace) -> None:
+    from devil_hf.data.directions import read_directions
+    from devil_hf.loading import load
+    from devil_hf.neurons import NeuronsArguments
+    from devil_hf.neurons import neurons
+
+    words = None
+    if arguments.words:
+        words = [line.strip() for line in arguments.words.read_text().splitlines() if line.strip()]
+    settings = NeuronsArguments(
+        output_dir=arguments.output_dir,
+        images=arguments.images,
+        stage=arguments.stage,
+        network=arguments.network,
+        layers=_layers(arguments.layers),
+        split=arguments.split,
+        limit=arguments.limit,
+        k=arguments.exemplars,
+        quantile=arguments.quantile,
+        held_out=0 if arguments.check_images else arguments.held_out,
+        check_images=arguments.check_images,
+        mode=arguments.mode,
+        strategy=arguments.strategy,
+        candidates=arguments.candidates,
+        prior_weight=arguments.prior_weight,
+        words=words,
+        permutations=arguments.permutations,
+        batch_size=arguments.batch_size,
+        workers=arguments.workers,
+    )
+    settings.validate()
+    model, processor = load(arguments.checkpoint, arguments.device)
+    _state_scope(model)
+    if arguments.directions:
+        if not arguments.layers or len(arguments.layers) != 1 or arguments.network:
+            raise ValueError("directions belong to one layer of the checkpoint's backbone: name it by --layers")
+        from devil_hf.backbone_devil import resolve_layers
+
+        (at,) = resolve_layers(_layers(arguments.layers), model.layer_names)
+        name = model.layer_names[at]
+        settings.directions = {
+            name: read_directions(arguments.directions, model.backbone.channels[at], arguments.tensor)
+        }
+        settings.channels = False
+    summary = neurons(settings, model, processor)
+    if arguments.json:
+        print(json.dumps(summary))
+        return
+    for name, value in summary.items():
+        print(f"{name}: {value}")
+
+
+def run_evaluate_neurons(arguments: argparse.Namespace) -> None:
+    from devil_hf.data.milan import open_milan
+    from devil_hf.data.unit_features import encoded_features
+    from devil_hf.evaluation.milannotations import neuron_table
+    from devil_hf.evaluation.milannotations import null_label
+    from devil_hf.evaluation.milannotations import table_text
+    from devil_hf.evaluation.units import label_units
+    from devil_hf.loading import load
+
+    train, test = open_milan(arguments.milan, arguments.split)
+    model, processor = load(arguments.checkpoint, arguments.device)
+    _state_scope(model)
+    if arguments.train_steps:
+        from transformers import TrainingArguments
+
+        from devil_hf.training.units import train_on_units
+
+        settings = TrainingArguments(
+            output_dir=str(arguments.output_dir),
+            max_steps=arguments.train_steps,
+            per_device_train_batch_size=64,
+            learning_rate=arguments.learning_rate,
+            lr_scheduler_type="linear",
+            warmup_steps=arguments.train_steps // 20,
+            save_strategy="no",
+            report_to=[],
+        )
+        train_on_units(model, processor, train, settings).save_model(str(arguments.output_dir / "checkpoint"))
+    count = min(arguments.limit or len(test), len(test))
+    pooled = encoded_features(model, processor, (test[at] for at in range(count)))
+    units = label_units(model, processor, pooled, arguments.strategy)
+    rows = neuron_table(
+        [unit["label"] for unit in units],
+        test.summaries[:count],
+        null_label(model, processor),
+        None if arguments.bert_model == "none" else arguments.bert_model,
+        arguments.bert_layers,
+        arguments.bert_baseline,
+    )
+    content = {"split": arguments.split, "units": count, "scores": rows}
+    if arguments.output:
+        arguments.output.write_text(json.dumps(content | {"labels": units}, indent=1))
+    print(json.dumps(content) if arguments.json else table_text(rows))
 
 
 def _state_scope(model) -> None:

@@ -209,6 +209,8 @@ class ExplainMixin:
         layer: str | int,
         base: Tensor | None = None,
         strengths: Sequence[float] = (1.0,),
+        both_signs: bool = False,
+        length: float | None = None,
         evidence: bool = False,
         guidance: float = 1.0,
         **generation_kwargs,
@@ -220,9 +222,12 @@ class ExplainMixin:
             layer: the layer whose space they live in, by name or index.
             base: (C_l,) or (M, C_l) point that the directions start from (a mean feature, say); None for the origin.
             strengths: each vector is multiplied by each of these; negative ones turn it around.
+            both_signs: sweep every strength twice, as it is and turned around, from the lowest to the highest.
+            length: vectors are brought to this length first (that of a typical feature, say), since the length of a class
+                vector or a decoder row means nothing to the translator; None leaves them as they are.
 
         Returns:
-            M * len(strengths) rows, by vector, then by strength; `image_index` counts the vectors.
+            M * S rows, by vector, then by strength (S of them); `image_index` counts the vectors, `strengths` has the factors.
         """
         (index,) = resolve_layers(layer, self.layer_names)
         channels = self.backbone.channels[index]
@@ -230,33 +235,97 @@ class ExplainMixin:
             raise ValueError(
                 f"vectors of shape {tuple(vectors.shape)}: layer {self.layer_names[index]!r} needs (directions, {channels})."
             )
-        factors = torch.tensor(strengths, dtype=torch.float32, device=vectors.device)
-        points = vectors[:, None].float() * factors[:, None]  # (M, S, C_l)
+        vectors = vectors.float()
+        if length is not None:
+            norms = vectors.norm(dim=1, keepdim=True)
+            if not norms.all():
+                raise ValueError(
+                    f"vectors {torch.nonzero(norms[:, 0] == 0)[:5, 0].tolist()} are zero: they have no direction."
+                )
+            vectors = vectors * (length / norms)
+        if not strengths:
+            raise ValueError("strengths are empty: name at least one factor, such as 1.0.")
+        swept = sorted({sign * float(one) for one in strengths for sign in (-1, 1)}) if both_signs else list(strengths)
+        factors = torch.tensor(swept, dtype=torch.float32, device=vectors.device)
+        points = vectors[:, None] * factors[:, None]  # (M, S, C_l)
         if base is not None:
+            if base.shape not in ((channels,), (1, channels), (len(vectors), channels)):
+                raise ValueError(
+                    f"base of shape {tuple(base.shape)}: expected ({channels},) or ({len(vectors)}, {channels})."
+                )
             points = points + base.to(points).view(-1, 1, channels)
         prefix = self._translate_one(self._finite(points.flatten(0, 1), index), index)
         rows = torch.arange(len(prefix))
         columns = [rows // len(factors), torch.full_like(rows, index), torch.full((len(prefix), 2), -1)]
-        return self._describe_prefixes(prefix, columns, evidence, guidance, generation_kwargs)
+        output = self._describe_prefixes(prefix, columns, evidence, guidance, generation_kwargs)
+        repeats = len(output.sequences) // len(prefix)
+        output.strengths = factors.cpu().repeat(len(vectors)).repeat_interleave(repeats)
+        return output
+
+    @torch.no_grad()
+    def map_directions(
+        self,
+        vectors: Tensor,
+        layer: str | int,
+        pixel_values: Tensor | None = None,
+        base: Tensor | None = None,
+        feature_maps: Sequence[Tensor | None] | None = None,
+    ) -> Tensor:
+        """Where a direction is: the component of the layer's features along it, at every location.
+
+        Args:
+            vectors: (M, C_l) directions of `layer`.
+            pixel_values: (B, 3, H, W).
+            base: (C_l,) point that features are measured from (their mean, say); None for the origin.
+            feature_maps: what `extract_features` returned, to map again without running the backbone.
+
+        Returns:
+            (B, M, H_l, W_l), in units of the layer's features, each direction taken at length one.
+        """
+        (index,) = resolve_layers(layer, self.layer_names)
+        channels = self.backbone.channels[index]
+        if vectors.ndim != 2 or vectors.shape[1] != channels:
+            raise ValueError(
+                f"vectors of shape {tuple(vectors.shape)}: layer {self.layer_names[index]!r} needs (directions, {channels})."
+            )
+        if feature_maps is None:
+            feature_maps = self.extract_features(pixel_values, [index])
+        features = feature_maps[index]
+        units = F.normalize(vectors.to(device=features.device, dtype=torch.float32), dim=1)
+        maps = torch.einsum("bchw,mc->bmhw", features.float(), units)
+        return maps if base is None else maps - (units @ base.to(units).flatten())[:, None, None]
 
     def _token_evidence(self, prefix: Tensor, sequences: Tensor) -> Tensor:
         """(N, T) log p(token | feature) - log p(token | null prefix) of each row's own tokens; 0 on padding."""
         if len(sequences) != len(prefix):
             raise ValueError("evidence needs one sequence per question: leave out num_return_sequences.")
+        given, null = self.sequence_log_probs(prefix, sequences)
+        return given - null
+
+    @torch.no_grad()
+    def sequence_log_probs(self, prefix: Tensor, sequences: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-probabilities of generated tokens under the prefixes that they belong to, and under the null prefix.
+
+        Args:
+            prefix: (N, k, D_lm), as `ask` and `translate` give them.
+            sequences: (N, T) tokens, as `generate` gives them.
+
+        Returns:
+            Two tensors (N, T) in nats, the first EOS of a row included, 0 on the padding after it.
+        """
         length = sequences.shape[1]
         null = self.null_prefix()
-        pieces = []
+        pieces: tuple[list[Tensor], list[Tensor]] = ([], [])
         chunk = rows_per_chunk(self.language_model, self.config.prefix_length + 1, 1, length, logit_positions=length)
         for rows, tokens in zip(prefix.split(chunk), sequences.split(chunk), strict=True):
             words = self.get_input_embeddings()(tokens[:, :-1])
-            pair = []
-            for start in (self._start(rows), self._start(null).expand(len(rows), -1, -1)):
+            starts = (self._start(rows), self._start(null).expand(len(rows), -1, -1))
+            for start, collected in zip(starts, pieces, strict=True):
                 embeds = torch.cat([start, words.to(start.dtype)], dim=1)
                 logits = run_language_model(self.language_model, embeds, keep=length).logits
-                pair.append(gather_log_probs(logits, tokens))
-            pieces.append(pair[0] - pair[1])
-        evidence = torch.cat(pieces)
-        return evidence * self._word_mask(sequences).to(evidence.device)
+                collected.append(gather_log_probs(logits, tokens))
+        mask = self._word_mask(sequences).to(pieces[0][0].device)
+        return torch.cat(pieces[0]) * mask, torch.cat(pieces[1]) * mask
 
     def _word_mask(self, sequences: Tensor) -> Tensor:
         """True on generated tokens up to and including the first EOS."""

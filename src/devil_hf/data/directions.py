@@ -1,0 +1,88 @@
+"""Directions of a layer's feature space, from wherever they come.
+
+A direction is any vector of a layer's C channels: a row of a classifier's weights, a linear probe, a difference of means, a
+principal or non-negative component, the decoder row of a sparse autoencoder. `DevilModel.describe_directions` says what it
+looks like, `DevilModel.map_directions` where it is, and `UnitReader` makes a unit of it.
+"""
+
+from os import PathLike
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from torch import nn
+
+
+def read_directions(path: str | PathLike, channels: int, tensor: str | None = None) -> Tensor:
+    """Directions (M, C) from a safetensors or npy file.
+
+    Args:
+        channels: C of the layer that they belong to. A matrix (C, M) is turned around; a square one is read as (M, C).
+        tensor: name of the tensor in a safetensors file, such as `W_dec` or `decoder.weight`; None where only one fits.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: for another kind of file, an unknown name, several tensors that fit, or shapes that do not fit.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no file of directions at {path}")
+    if path.suffix == ".npy":
+        found = {path.name: torch.from_numpy(np.load(path, allow_pickle=False))}
+    elif path.suffix == ".safetensors":
+        with safe_open(path, "pt") as content:
+            names = list(content.keys())
+            if tensor is not None and tensor not in names:
+                raise ValueError(f"{path} holds no tensor {tensor!r}; it holds {names}")
+            found = {name: content.get_tensor(name) for name in names if tensor in (None, name)}
+    else:
+        raise ValueError(f"{path} is neither .safetensors nor .npy; other formats may hold code and are not read")
+    fitting = {name: value for name, value in found.items() if value.ndim == 2 and channels in value.shape}
+    if len(fitting) != 1:
+        shapes = {name: tuple(value.shape) for name, value in found.items()}
+        remedy = "name one of them" if fitting else "choose the layer that they belong to"
+        raise ValueError(f"{len(fitting)} tensors of {path} have {channels} channels, among {shapes}: {remedy}")
+    (vectors,) = fitting.values()
+    vectors = vectors.float()
+    return vectors if vectors.shape[1] == channels else vectors.T.contiguous()
+
+
+def classifier_directions(module: nn.Module) -> Tensor:
+    """Class vectors (classes, C) of a network's linear classifier: timm's `get_classifier()`, or its last linear layer.
+
+    Raises:
+        ValueError: if the network has no linear layer.
+    """
+    linear = [part for part in module.modules() if isinstance(part, nn.Linear)]
+    own = module.get_classifier() if hasattr(module, "get_classifier") else None
+    head = own if isinstance(own, nn.Linear) else (linear[-1] if linear else None)
+    if head is None:
+        raise ValueError(f"{type(module).__name__} has no linear classifier: its directions must come from elsewhere")
+    return head.weight.detach().clone()
+
+
+def difference_of_means(features: Tensor, labels: Tensor) -> Tensor:
+    """The direction (1, C) from the mean of `features` (n, C) where `labels` (n,) is false to the mean where it is true."""
+    labels = labels.bool()
+    if not 0 < int(labels.sum()) < len(labels):
+        raise ValueError(f"{int(labels.sum())} of {len(labels)} labels are true: a difference needs both kinds")
+    return features[labels].mean(dim=0, keepdim=True) - features[~labels].mean(dim=0, keepdim=True)
+
+
+def principal_directions(features: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Principal components (count, C) of features (n, C), each as long as one standard deviation along it, and the mean (C,)."""
+    if not 1 <= count <= min(features.shape):
+        raise ValueError(
+            f"count={count} must be 1 to {min(features.shape)} for features of shape {tuple(features.shape)}"
+        )
+    mean = features.double().mean(dim=0)
+    _, scale, components = torch.linalg.svd(features.double() - mean, full_matrices=False)
+    deviation = scale / max(len(features) - 1, 1) ** 0.5
+    return (components[:count] * deviation[:count, None]).float(), mean.float()
+
+
+def typical_length(features: Tensor) -> float:
+    """Median length of features (n, C): the `length` at which directions are about as strong as real features."""
+    return float(features.float().norm(dim=1).median())

@@ -1,0 +1,204 @@
+"""Images of any source, numbered, so that a pass over them can be split between processes, stopped and taken up again.
+
+A source gives its images twice: in order (`stream`), and a chosen few of them once more (`fetch`).
+"""
+
+from collections.abc import Callable
+from collections.abc import Collection
+from collections.abc import Iterable
+from collections.abc import Iterator
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from datasets import IterableDataset
+from datasets import load_dataset
+from datasets import load_from_disk
+from PIL import Image
+
+from devil_hf.data.captions import CAPTION_FILES
+from devil_hf.data.captions import read_caption_records
+from devil_hf.data.shapes import make_scene
+
+EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
+SHAPES = "shapes"
+
+
+@dataclass
+class NumberedImages:
+    """Images that can be read in any order.
+
+    Args:
+        name: what the source is called in files and errors.
+        numbers: the number of each image, ascending.
+        load: image of a number: anything that `load_images` reads.
+        key: name of a number.
+    """
+
+    name: str
+    numbers: Sequence[int]
+    load: Callable[[int], Any]
+    key: Callable[[int], str]
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def stream(self, start: int = 0, step: int = 1) -> Iterator[tuple[int, Any]]:
+        """(number, image) of every `step`-th image from position `start` on."""
+        for position in range(start, len(self.numbers), step):
+            yield self.numbers[position], self.load(self.numbers[position])
+
+    def fetch(self, numbers: Collection[int]) -> Iterator[tuple[int, str, Any]]:
+        """(number, key, image) of the named images."""
+        for number in sorted(numbers):
+            yield number, self.key(number), self.load(number)
+
+    def split(self, every: int) -> tuple["NumberedImages", "NumberedImages"]:
+        """Two disjoint parts: all but every `every`-th image, and those."""
+        held = self.numbers[every - 1 :: every]
+        kept = [number for position, number in enumerate(self.numbers) if position % every != every - 1]
+        return (
+            NumberedImages(f"{self.name}, without every {every}th", kept, self.load, self.key),
+            NumberedImages(f"{self.name}, every {every}th", held, self.load, self.key),
+        )
+
+
+@dataclass
+class StreamedImages:
+    """Images that can only be read from the beginning, such as a streamed data set of the Hub.
+
+    Args:
+        name: what the source is called in files and errors.
+        read: starts a new reading of all rows, `{column: image, ...}`, in the same order each time.
+        column: of the images.
+        every, held_out: leave out every `every`-th row, or (held_out) everything else.
+        limit: rows to read at most.
+    """
+
+    name: str
+    read: Callable[[], Iterable[dict]]
+    column: str = "image"
+    every: int = 0
+    held_out: bool = False
+    limit: int | None = None
+
+    def _rows(self) -> Iterator[tuple[int, dict]]:
+        for number, row in enumerate(islice(self.read(), self.limit)):
+            if not self.every or ((number % self.every == self.every - 1) == self.held_out):
+                yield number, row
+
+    def stream(self, start: int = 0, step: int = 1) -> Iterator[tuple[int, Any]]:
+        """(number, image) of every `step`-th image from position `start` on."""
+        for number, row in islice(self._rows(), start, None, step):
+            yield number, row[self.column]
+
+    def fetch(self, numbers: Collection[int]) -> Iterator[tuple[int, str, Any]]:
+        """(number, key, image) of the named images, by reading everything up to the last of them."""
+        wanted = set(numbers)
+        last = max(wanted, default=-1)
+        for number, row in self._rows():
+            if number in wanted:
+                yield number, str(row.get("key", number)), row[self.column]
+            if number >= last:
+                return
+
+    def split(self, every: int) -> tuple["StreamedImages", "StreamedImages"]:
+        """Two disjoint parts: all but every `every`-th image, and those."""
+        without, only = f"{self.name}, without every {every}th", f"{self.name}, every {every}th"
+        return (
+            StreamedImages(without, self.read, self.column, every, False, self.limit),
+            StreamedImages(only, self.read, self.column, every, True, self.limit),
+        )
+
+
+ImageStream = NumberedImages | StreamedImages
+
+
+def open_images(
+    source: str | PathLike | Sequence | Dataset | IterableDataset,
+    split: str | None = None,
+    column: str = "image",
+    limit: int | None = None,
+) -> ImageStream:
+    """Open whatever holds images.
+
+    Args:
+        source: a folder of images (searched through all its folders), a caption folder, a folder of `save_to_disk`, the id
+            of a Hub data set (streamed), `shapes:COUNT` or `shapes:COUNT:SEED` for scenes of the embedded world; or a
+            data set, or a list of images or paths.
+        split: of a caption folder or a data set.
+        column: of the images in a data set.
+        limit: only this many images from the beginning.
+
+    Raises:
+        FileNotFoundError: for a folder without images.
+        ValueError: for a source that is none of these, or holds no such column.
+    """
+    if isinstance(source, str | PathLike):
+        source = str(source)
+        if source.partition(":")[0] == SHAPES:
+            return _first(_scenes(source), limit)
+        path = Path(source)
+        if path.is_dir():
+            return _first(_folder(path, split, column), limit)
+        if path.exists() or source.count("/") != 1:
+            raise ValueError(
+                f"{source!r} is neither a folder of images, nor {SHAPES}:COUNT, nor the id of a Hub data set"
+            )
+        source = load_dataset(source, split=split or "train", streaming=True)
+    if isinstance(source, IterableDataset):
+        stream = source
+        return StreamedImages(
+            getattr(stream.info, "dataset_name", None) or "stream", lambda: stream, column, limit=limit
+        )
+    if isinstance(source, Dataset):
+        return _first(_dataset(source, column, "data set"), limit)
+    images = source
+    return _first(NumberedImages("list", range(len(images)), lambda number: images[number], str), limit)
+
+
+def _first(images: NumberedImages, limit: int | None) -> NumberedImages:
+    images.numbers = images.numbers[:limit]
+    return images
+
+
+def _scenes(spec: str) -> NumberedImages:
+    parts = spec.split(":")[1:]
+    if not 1 <= len(parts) <= 2 or not all(part.isdigit() for part in parts) or int(parts[0]) < 1:
+        raise ValueError(f"{spec!r} is not {SHAPES}:COUNT or {SHAPES}:COUNT:SEED, such as {SHAPES}:2000")
+    seed = int(parts[1]) if len(parts) == 2 else 0
+    return NumberedImages(
+        spec,
+        range(int(parts[0])),
+        lambda number: Image.fromarray(make_scene(seed, number).image),
+        lambda number: f"scene {number}",
+    )
+
+
+def _folder(folder: Path, split: str | None, column: str) -> NumberedImages:
+    if any((folder / name).is_file() for name in ("state.json", "dataset_dict.json")):
+        dataset = load_from_disk(str(folder))
+        return _dataset(dataset if isinstance(dataset, Dataset) else dataset[split or "train"], column, str(folder))
+    if any((folder / name).is_file() for name in CAPTION_FILES):
+        paths = [folder / record["image"] for record in read_caption_records(folder, split)]
+    else:
+        paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in EXTENSIONS)
+    if not paths:
+        raise FileNotFoundError(f"{folder} holds no image with one of the extensions {sorted(EXTENSIONS)}")
+    return NumberedImages(
+        str(folder), range(len(paths)), paths.__getitem__, lambda number: str(paths[number].relative_to(folder))
+    )
+
+
+def _dataset(dataset: Dataset, column: str, name: str) -> NumberedImages:
+    if column not in dataset.column_names:
+        raise ValueError(f"{name} has no column {column!r}; its columns are {dataset.column_names}")
+
+    def key(number: int) -> str:
+        return str(dataset[number]["key"]) if "key" in dataset.column_names else str(number)
+
+    return NumberedImages(name, range(len(dataset)), lambda number: dataset[number][column], key)

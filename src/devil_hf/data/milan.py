@@ -1,0 +1,356 @@
+"""MILANNOTATIONS: units of seven networks with their exemplars and what three people wrote about each (Hernandez et al., 2022).
+
+Two layouts are handed out, and both are read and written here, under `ROOT/NETWORK/DATASET/`:
+
+    annotations.csv          columns layer, unit, summary; one line per annotator
+    LAYER/images_UNIT.npy    (k, 3, H, W) uint8, LAYER/masks_UNIT.npy (k, 1, H, W)                     "per_unit"
+    LAYER/images.npy         (units, k, 3, H, W), LAYER/masks.npy, and units.npy, where not all        "per_layer"
+
+Splits within a network are in `ROOT/NETWORK_DATASET-splits.pth` (or `.json`): lists of units under "train" and "test". Nothing
+here is unpickled with code: arrays without pickled objects, splits as plain lists, text and numbers alone.
+"""
+
+import csv
+import json
+import pickle
+import re
+from collections.abc import Iterator
+from collections.abc import Mapping
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers.utils import logging
+
+from devil_hf.data.exemplars import Unit
+
+logger = logging.get_logger(__name__)
+
+ANNOTATIONS = "annotations.csv"
+LAYOUTS = ("per_unit", "per_layer")
+CLASSIFIERS = tuple((network, dataset) for network in ("alexnet", "resnet152") for dataset in ("imagenet", "places365"))
+GENERATORS = tuple(("biggan", dataset) for dataset in ("imagenet", "places365"))
+BASE = CLASSIFIERS + GENERATORS
+VIT = ("dino_vits8", "imagenet")
+WITHIN_SHARE = 0.9  # of the units of one network that are for training
+
+
+@dataclass(frozen=True)
+class MilanSplit:
+    """Which networks to train and to test on; the same one on both sides is divided by its split file."""
+
+    train: tuple[tuple[str, str], ...]
+    test: tuple[tuple[str, str], ...]
+
+    @property
+    def within(self) -> bool:
+        """Whether units of one network are divided."""
+        return self.train == self.test
+
+
+def _splits() -> dict[str, MilanSplit]:
+    splits = {
+        f"within-{network}-{dataset}": MilanSplit(((network, dataset),), ((network, dataset),))
+        for network, dataset in BASE
+    }
+    for left_out in BASE:
+        rest = tuple(pair for pair in BASE if pair != left_out)
+        splits[f"without-{left_out[0]}-{left_out[1]}"] = MilanSplit(rest, (left_out,))
+
+    def of(place: int, name: str) -> tuple[tuple[str, str], ...]:
+        return tuple(pair for pair in BASE if pair[place] == name)
+
+    across = {
+        "alexnet-to-resnet152": (of(0, "alexnet"), of(0, "resnet152")),
+        "resnet152-to-alexnet": (of(0, "resnet152"), of(0, "alexnet")),
+        "cnns-to-vit": (BASE, (VIT,)),
+        "imagenet-to-places365": (of(1, "imagenet"), of(1, "places365")),
+        "places365-to-imagenet": (of(1, "places365"), of(1, "imagenet")),
+        "classifiers-to-generators": (CLASSIFIERS, GENERATORS),
+        "generators-to-classifiers": (GENERATORS, CLASSIFIERS),
+    }
+    return splits | {name: MilanSplit(train, test) for name, (train, test) in across.items()}
+
+
+SPLITS = _splits()
+
+
+def read_annotations(path: str | PathLike) -> dict[tuple[str, int], tuple[str, ...]]:
+    """Summaries by (layer, unit), in the order of the file.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if a column is absent, or a unit is no number.
+    """
+    columns = ("layer", "unit", "summary")
+    summaries: dict[tuple[str, int], list[str]] = {}
+    for number, row in _rows(path, columns):
+        summaries.setdefault((row["layer"], _unit(row["unit"], path, number)), []).append(row["summary"].strip())
+    return {key: tuple(texts) for key, texts in summaries.items()}
+
+
+def read_labels(path: str | PathLike, layer: str | None = None) -> dict[tuple[str, int], str]:
+    """Labels by (layer, unit) from a table as MILAN, CLIP-Dissect, NetDissect and Describe-and-Dissect publish them.
+
+    The unit stands in the column `unit` or `Neuron ID`, the label in `description`, `label`, `Label 1` or `summary`; NetDissect
+    counts units from 1, which is undone.
+
+    Args:
+        layer: of a table without a column `layer`.
+    """
+    labels = {}
+    for number, row in _rows(path, ()):
+        unit = next((row[name] for name in ("unit", "Neuron ID") if name in row), None)
+        label = next((row[name] for name in ("description", "label", "Label 1", "summary") if name in row), None)
+        own_layer = row.get("layer", layer)
+        if unit is None or label is None or own_layer is None:
+            raise ValueError(
+                f"{path} has the columns {list(row)}: a unit, a label and a layer are needed (layer={layer!r})"
+            )
+        first = 1 if "category" in row and "score" in row else 0
+        labels[own_layer, _unit(unit, path, number) - first] = label.strip()
+    return labels
+
+
+def _rows(path: str | PathLike, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, str]]]:
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no annotations at {path}")
+    with path.open(newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        missing = [name for name in columns if name not in (reader.fieldnames or ())]
+        if missing:
+            raise ValueError(f"{path} has no column {missing}; it has {reader.fieldnames}")
+        yield from ((number, row) for number, row in enumerate(reader, 2))
+
+
+def _unit(text: str, path: Any, line: int) -> int:
+    if not re.fullmatch(r"\s*\d+\s*", text or ""):
+        raise ValueError(f"{path}:{line} names the unit {text!r}, which is no number")
+    return int(text)
+
+
+class MilanUnits:
+    """Annotated units of one network with their exemplars: a sequence of `Unit`, whose arrays are read when asked for.
+
+    Args:
+        folder: `ROOT/NETWORK/DATASET`.
+        keys: (layer, unit) to keep; None for all that are annotated.
+
+    Raises:
+        FileNotFoundError: if the annotations, or the arrays of a unit that is asked for, are absent.
+        ValueError: if arrays have other shapes than the layout says.
+    """
+
+    def __init__(self, folder: str | PathLike, keys: Sequence[tuple[str, int]] | None = None):
+        self.folder = Path(folder)
+        self.summaries = read_annotations(self.folder / ANNOTATIONS)
+        self.keys = list(self.summaries) if keys is None else list(keys)
+        unknown = [key for key in self.keys if key not in self.summaries]
+        if unknown:
+            raise ValueError(
+                f"{self.folder / ANNOTATIONS} has no summary of {len(unknown)} units, such as {unknown[0]}"
+            )
+        self._rows: dict[str, dict[int, int]] = {}
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def __getitem__(self, index: int) -> Unit:
+        layer, unit = self.keys[index]
+        images, masks = self._arrays(layer, unit)
+        if images.ndim != 4 or images.shape[1] != 3 or masks.shape != (len(images), 1, *images.shape[2:]):
+            raise ValueError(
+                f"unit {unit} of {layer} in {self.folder} has images {images.shape} and masks {masks.shape}: expected "
+                "(k, 3, H, W) and (k, 1, H, W)"
+            )
+        pictures = torch.from_numpy(np.array(images, dtype=np.uint8))
+        return Unit(layer, unit, pictures, torch.from_numpy(np.array(masks[:, 0]) > 0), self.summaries[layer, unit])
+
+    def _arrays(self, layer: str, unit: int) -> tuple[np.ndarray, np.ndarray]:
+        folder = self.folder / layer
+        if (folder / f"images_{unit}.npy").is_file():
+            return _load(folder / f"images_{unit}.npy"), _load(folder / f"masks_{unit}.npy")
+        if not (folder / "images.npy").is_file():
+            raise FileNotFoundError(f"{folder} holds neither images_{unit}.npy nor images.npy")
+        if layer not in self._rows:
+            listed = folder / "units.npy"
+            units = _load(listed).tolist() if listed.is_file() else range(len(_load(folder / "images.npy")))
+            self._rows[layer] = {int(own): row for row, own in enumerate(units)}
+        row = self._rows[layer].get(unit)
+        if row is None:
+            raise FileNotFoundError(f"{folder / 'units.npy'} does not list unit {unit}")
+        return _load(folder / "images.npy")[row], _load(folder / "masks.npy")[row]
+
+
+def _load(file: Path) -> np.ndarray:
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} is absent")
+    return np.load(file, mmap_mode="r", allow_pickle=False)
+
+
+class SeveralUnits:
+    """Sequences of units, one after another."""
+
+    def __init__(self, parts: Sequence[MilanUnits]):
+        self.parts = list(parts)
+
+    def __len__(self) -> int:
+        return sum(len(part) for part in self.parts)
+
+    def __getitem__(self, index: int) -> Unit:
+        for part in self.parts:
+            if index < len(part):
+                return part[index]
+            index -= len(part)
+        raise IndexError(index)
+
+    @cached_property
+    def summaries(self) -> list[tuple[str, ...]]:
+        """Of every unit, without reading any array."""
+        return [part.summaries[key] for part in self.parts for key in part.keys]
+
+
+def open_milan(root: str | PathLike, split: str) -> tuple[SeveralUnits, SeveralUnits]:
+    """Train and test units of a split of MILANNOTATIONS, one of `SPLITS`.
+
+    Raises:
+        ValueError: for an unknown split, or a split file that holds more than lists of units.
+        FileNotFoundError: if annotations are absent.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"split {split!r} is not one of {sorted(SPLITS)}")
+    root, chosen = Path(root), SPLITS[split]
+    if not chosen.within:
+        parts = [SeveralUnits([MilanUnits(root / n / d) for n, d in side]) for side in (chosen.train, chosen.test)]
+        return parts[0], parts[1]
+    ((network, dataset),) = chosen.test
+    folder = root / network / dataset
+    keys = list(read_annotations(folder / ANNOTATIONS))
+    train, test = split_units(root, network, dataset, keys)
+    return SeveralUnits([MilanUnits(folder, train)]), SeveralUnits([MilanUnits(folder, test)])
+
+
+def split_units(
+    root: Path, network: str, dataset: str, keys: Sequence[tuple[str, int]]
+) -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
+    """(layer, unit) for training and for testing, from the split file; else a fixed random 90 and 10 %, with a warning."""
+    stem = root / f"{network}_{dataset}-splits"
+    for file in (stem.with_name(stem.name + ".pth"), stem.with_name(stem.name + ".json")):
+        if file.is_file():
+            content = read_split(file)
+            train, test = ([_key(entry, keys, file) for entry in content[part]] for part in ("train", "test"))
+            return train, test
+    logger.warning(
+        f"{stem}.pth is absent: units are divided at random, so figures are not comparable with published ones"
+    )
+    order = torch.randperm(len(keys), generator=torch.Generator().manual_seed(0)).tolist()
+    cut = round(WITHIN_SHARE * len(keys))
+    return [keys[at] for at in sorted(order[:cut])], [keys[at] for at in sorted(order[cut:])]
+
+
+def read_split(file: str | PathLike) -> Mapping[str, list]:
+    """A split file: lists of units under "train" and "test", from torch's format or JSON, without running any code.
+
+    Raises:
+        ValueError: if the file holds anything else.
+    """
+    file = Path(file)
+    if file.suffix == ".json":
+        content = json.loads(file.read_text())
+    else:
+        try:
+            content = torch.load(file, weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError) as error:
+            raise ValueError(
+                f"{file} holds more than lists, text and numbers, and is not read, since that could run code; write it anew as "
+                f'{file.with_suffix(".json").name}, {{"train": [[layer, unit], ...], "test": [...]}}'
+            ) from error
+    if not isinstance(content, Mapping) or not {"train", "test"} <= set(content):
+        raise ValueError(f'{file} holds no lists "train" and "test"')
+    return {part: _plain(content[part]) for part in ("train", "test")}
+
+
+def _plain(entries: Any) -> list:
+    return entries.tolist() if isinstance(entries, Tensor) else list(entries)
+
+
+def _key(entry: Any, keys: Sequence[tuple[str, int]], file: Path) -> tuple[str, int]:
+    """(layer, unit) of an entry of a split file: a pair, "layer-unit" or "layer/unit", or the position among all units."""
+    if isinstance(entry, list | tuple) and len(entry) == 2:
+        return str(entry[0]), int(entry[1])
+    if isinstance(entry, str) and (match := re.fullmatch(r"(.+)[-/:_](\d+)", entry)):
+        return match[1], int(match[2])
+    if isinstance(entry, int) and 0 <= entry < len(keys):
+        return keys[entry]
+    raise ValueError(
+        f"{file} names the unit {entry!r}: expected (layer, unit), 'layer-unit' or a position below {len(keys)}"
+    )
+
+
+def write_milan(
+    units: Sequence[Unit],
+    labels: Sequence[str] | None,
+    folder: str | PathLike,
+    layout: str = "per_layer",
+) -> None:
+    """Write units in one of MILAN's layouts.
+
+    Args:
+        units: an `ExemplarSet` or any sequence of units; those of one layer follow each other and have equally many exemplars.
+        labels: one summary per unit; None takes the units' own summaries.
+        folder: `ROOT/NETWORK/DATASET`.
+        layout: "per_unit" or "per_layer".
+    """
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout={layout!r} is not one of {LAYOUTS}")
+    if labels is not None and len(labels) != len(units):
+        raise ValueError(f"{len(labels)} labels for {len(units)} units")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    sizes: dict[str, int] = {}
+    waiting: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+    if layout == "per_layer":
+        names = (
+            [units[at].layer for at in range(len(units))]
+            if not hasattr(units, "units")
+            else [n for n, _ in units.units]
+        )
+        sizes = {name: names.count(name) for name in dict.fromkeys(names)}
+    rows: dict[str, list[int]] = {}
+    with (folder / ANNOTATIONS).open("w", newline="", encoding="utf-8") as file:
+        table = csv.writer(file)
+        table.writerow(["layer", "unit", "summary"])
+        for at in range(len(units)):
+            unit = units[at]
+            into = folder / unit.layer
+            into.mkdir(exist_ok=True)
+            images, masks = unit.images.numpy(), unit.masks[:, None].numpy().astype(np.uint8)
+            if layout == "per_unit":
+                np.save(into / f"images_{unit.unit}.npy", images)
+                np.save(into / f"masks_{unit.unit}.npy", masks)
+            else:
+                if unit.layer not in waiting:
+                    arrays = [
+                        np.lib.format.open_memmap(
+                            into / name, "w+", dtype=np.uint8, shape=(sizes[unit.layer], *example.shape)
+                        )
+                        for name, example in (("images.npy", images), ("masks.npy", masks))
+                    ]
+                    waiting[unit.layer] = (arrays[0], arrays[1])
+                seen = rows.setdefault(unit.layer, [])
+                for array, value in zip(waiting[unit.layer], (images, masks), strict=True):
+                    array[len(seen)] = value
+                seen.append(unit.unit)
+            for summary in unit.summaries if labels is None else (labels[at],):
+                table.writerow([unit.layer, unit.unit, summary])
+    for layer, numbers in rows.items():
+        for array in waiting[layer]:
+            array.flush()  # type: ignore[attr-defined]
+        np.save(folder / layer / "units.npy", np.array(numbers))

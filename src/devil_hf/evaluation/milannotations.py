@@ -1,0 +1,150 @@
+"""The MILANNOTATIONS protocol: labels of units against what people wrote, always beside labels that know nothing of the unit.
+
+BERTScore with MILAN's settings (English, idf, rescaled with the baseline, lower case, all references of a unit), and the caption
+metrics. BERTScore is a weak measure of neuron labels: one constant label for all units is reported to beat every method. So the
+table has four controls: the best constant label, chosen with the references in hand; the labels dealt to other units; what the
+language model says under the null prefix; and one annotator against the others, as far as people agree.
+"""
+
+from collections.abc import Mapping
+from collections.abc import Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.utils import logging
+
+from devil_hf.evaluation.captions import caption_scores
+from devil_hf.evaluation.simulation import shuffled_labels
+from devil_hf.modeling_devil import DevilModel
+from devil_hf.processing_devil import DevilProcessor
+
+logger = logging.get_logger(__name__)
+
+BERT_MODEL = "roberta-large"  # bert_score's choice for English
+BERT_LAYERS = 17
+COLUMNS = ("bert_score", "bleu_1", "bleu_4", "rouge_l", "cider")
+CONSTANTS = 20  # candidates for the constant label
+
+
+def neuron_table(
+    labels: Sequence[str],
+    references: Sequence[Sequence[str]],
+    null_label: str | None = None,
+    bert_model: str | PathLike | None = BERT_MODEL,
+    bert_layers: int | None = None,
+    bert_baseline: str | PathLike | None = None,
+    seed: int = 0,
+) -> dict[str, dict[str, Any]]:
+    """Scores of labels and of the controls.
+
+    Args:
+        labels: one per unit.
+        references: what people wrote about each unit, at least one text.
+        null_label: what the language model says under the null prefix (`null_label`); without it, that row is left out.
+        bert_model: name or directory of BERTScore's model; None leaves BERTScore out.
+        bert_layers, bert_baseline: see `bert_scores`.
+
+    Returns:
+        Row name -> metrics; "labels", "constant label", "shuffled labels", "language model only", "one annotator". BERTScore is
+        None where its model cannot be had; a warning then says what to do.
+    """
+    if len(labels) != len(references):
+        raise ValueError(f"{len(labels)} labels for {len(references)} units with references")
+    targets: dict[str, tuple[list[str], Sequence[Sequence[str]]]] = {"labels": (list(labels), references)}
+    targets["constant label"] = ([best_constant(labels, references)] * len(labels), references)
+    targets["shuffled labels"] = (shuffled_labels(labels, seed), references)
+    if null_label is not None:
+        targets["language model only"] = ([null_label] * len(labels), references)
+    several = [texts for texts in references if len(texts) > 1]
+    if several:
+        targets["one annotator"] = ([texts[0] for texts in several], [texts[1:] for texts in several])
+    rows: dict[str, dict[str, Any]] = {}
+    for name, (texts, truths) in targets.items():
+        lowered = [text.lower() for text in texts], [[truth.lower() for truth in several] for several in truths]
+        rows[name] = {"bert_score": None} | caption_scores(*lowered)
+        if len(set(texts)) == 1:
+            rows[name]["text"] = texts[0]
+    if bert_model is None:
+        return rows
+    try:
+        for name, (texts, truths) in targets.items():
+            scores = bert_scores(texts, truths, bert_model, bert_layers, bert_baseline)
+            rows[name]["bert_score"] = float(scores.mean())
+    except (OSError, ImportError) as error:
+        logger.warning(
+            f"BERTScore is left out: {bert_model!s} cannot be loaded ({str(error).splitlines()[0]}). Give a local directory of "
+            f"{BERT_MODEL} (with {BERT_LAYERS} layers to use, and its baseline file) where the Hub is out of reach, or install "
+            "bert-score: pip install 'devil-hf[neurons]'."
+        )
+    return rows
+
+
+def best_constant(labels: Sequence[str], references: Sequence[Sequence[str]]) -> str:
+    """Of the most frequent labels and references, the one text that scores the best ROUGE-L when given to every unit."""
+    said = [text.lower() for texts in references for text in texts] + [text.lower() for text in labels if text]
+    candidates = sorted(set(said), key=lambda text: (-said.count(text), text))[:CONSTANTS]
+    lowered = [[text.lower() for text in texts] for texts in references]
+    return max(
+        candidates, key=lambda text: caption_scores([text] * len(references), lowered, metrics=("rouge_l",))["rouge_l"]
+    )
+
+
+def bert_scores(
+    labels: Sequence[str],
+    references: Sequence[Sequence[str]],
+    model: str | PathLike = BERT_MODEL,
+    layers: int | None = None,
+    baseline: str | PathLike | None = None,
+) -> torch.Tensor:
+    """BERTScore F1 (units,) with MILAN's settings: English, idf over the references, lower case, the best of the references.
+
+    Args:
+        model: a name that bert_score knows, or a directory.
+        layers: of a directory, how many layers to use.
+        baseline: of a directory, the file with the values to rescale by (bert_score hands them out, one per model); without
+            one, scores of a directory are not rescaled, with a warning.
+
+    Raises:
+        ImportError: without bert-score.
+        OSError: if the model cannot be loaded.
+        ValueError: for a directory without `layers`.
+    """
+    from bert_score import BERTScorer
+
+    local = Path(model).is_dir()
+    if local and layers is None:
+        raise ValueError(
+            f"{model} is a directory: say how many of its layers to use (bert_layers; {BERT_LAYERS} for {BERT_MODEL})"
+        )
+    if local and baseline is None:
+        logger.warning_once(f"BERTScore of {model} is not rescaled: there is no baseline file")
+    lowered = [[text.lower() for text in texts] for texts in references]
+    scorer = BERTScorer(
+        model_type=str(model),
+        num_layers=layers,
+        lang="en",
+        idf=True,
+        idf_sents=[text for texts in lowered for text in texts],
+        rescale_with_baseline=not local or baseline is not None,
+        baseline_path=None if baseline is None else str(baseline),
+    )
+    _, _, f1 = scorer.score([text.lower() for text in labels], lowered)
+    return f1
+
+
+@torch.no_grad()
+def null_label(model: DevilModel, processor: DevilProcessor, max_new_tokens: int = 20) -> str:
+    """What the language model says when every layer is hidden."""
+    ids = model._decode(model.null_prefix(), max_new_tokens=max_new_tokens)
+    return processor.batch_decode(ids, skip_special_tokens=True)[0].strip()
+
+
+def table_text(rows: Mapping[str, Mapping[str, Any]]) -> str:
+    """The table as text, in hundredths."""
+    lines = [f"{'':22}" + "".join(f"{name:>11}" for name in COLUMNS)]
+    for name, row in rows.items():
+        cells = ["–" if row[column] is None else f"{100 * row[column]:.1f}" for column in COLUMNS]
+        lines.append(f"{name:22}" + "".join(f"{cell:>11}" for cell in cells))
+    return "\n".join(lines)
