@@ -25,6 +25,7 @@ from devil_hf.evaluation.pointing import pointing_game
 from devil_hf.evaluation.words import WordCounts
 from devil_hf.evaluation.words import words_of
 from devil_hf.training import embedded
+from devil_hf.training.language_model import IGNORED_INDEX
 
 
 def plain_object(shape: str = "square", centre: tuple[float, float] = (64.0, 64.0), **changes) -> SceneObject:
@@ -326,10 +327,21 @@ def test_documents_are_labelled_on_the_caption_only():
     for ids, wanted in zip(input_ids, labels, strict=True):
         separator = int((ids[:, 0] == tokenizer.sep_token_id).nonzero()[0])
         end = int((ids[:, 0] == tokenizer.eos_token_id).nonzero()[0])
-        assert (wanted[: separator + 1] == embedded.IGNORED_INDEX).all() and (
-            wanted[end + 1 :] == embedded.IGNORED_INDEX
+        assert (wanted[: separator + 1] == IGNORED_INDEX).all() and (
+            wanted[end + 1 :] == IGNORED_INDEX
         ).all()
         assert torch.equal(wanted[separator + 1 : end + 1], ids[separator + 1 : end + 1, 0])
+
+
+def test_unbound_documents_group_words_by_attribute():
+    tokenizer = embedded.build_embedded_tokenizer()
+    arguments = embedded.EmbeddedLanguageModelArguments(unbound_share=1.0, partial_share=0.0)
+    documents, rng = embedded.KeywordDocuments(tokenizer, arguments), np.random.default_rng(0)
+    for index in range(10):
+        scene = make_scene(0, index)
+        groups = documents.keywords(scene, rng)
+        expected = [sorted(item.attributes[name] for item in scene.objects) for name in ATTRIBUTE_WORDS]
+        assert sorted(map(sorted, groups)) == sorted(expected)
 
 
 def test_frozen_parts_train_reproducibly(tmp_path):
