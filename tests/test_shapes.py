@@ -327,9 +327,7 @@ def test_documents_are_labelled_on_the_caption_only():
     for ids, wanted in zip(input_ids, labels, strict=True):
         separator = int((ids[:, 0] == tokenizer.sep_token_id).nonzero()[0])
         end = int((ids[:, 0] == tokenizer.eos_token_id).nonzero()[0])
-        assert (wanted[: separator + 1] == IGNORED_INDEX).all() and (
-            wanted[end + 1 :] == IGNORED_INDEX
-        ).all()
+        assert (wanted[: separator + 1] == IGNORED_INDEX).all() and (wanted[end + 1 :] == IGNORED_INDEX).all()
         assert torch.equal(wanted[separator + 1 : end + 1], ids[separator + 1 : end + 1, 0])
 
 

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from contextlib import contextmanager
 from os import PathLike
 from typing import Any
+from typing import cast
 
 import torch
 from safetensors.torch import load_file
@@ -155,7 +156,7 @@ class DevilPreTrainedModel(PreTrainedModel):
         super().train(mode)
         self.backbone.eval()
         self.language_model.eval()
-        for _, layer in lora_layers(self.language_model):
+        for _, layer in lora_layers(cast(nn.Module, self.language_model)):
             layer.lora_dropout.train(mode)
         return self
 

@@ -367,7 +367,6 @@ def run_neurons(arguments: argparse.Namespace) -> None:
         images=arguments.images,
         stage=arguments.stage,
         network=arguments.network,
-        layers=_layers(arguments.layers),
         split=arguments.split,
         limit=arguments.limit,
         k=arguments.exemplars,
@@ -386,12 +385,13 @@ def run_neurons(arguments: argparse.Namespace) -> None:
     settings.validate()
     model, processor = load(arguments.checkpoint, arguments.device)
     _state_scope(model)
+    settings.layers = _layers(arguments.layers, [] if arguments.network else model.layer_names)
     if arguments.directions:
         if not arguments.layers or len(arguments.layers) != 1 or arguments.network:
             raise ValueError("directions belong to one layer of the checkpoint's backbone: name it by --layers")
         from devil_hf.backbone_devil import resolve_layers
 
-        (at,) = resolve_layers(_layers(arguments.layers), model.layer_names)
+        (at,) = resolve_layers(settings.layers, model.layer_names)
         name = model.layer_names[at]
         settings.directions = {
             name: read_directions(arguments.directions, model.backbone.channels[at], arguments.tensor)

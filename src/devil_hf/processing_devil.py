@@ -343,7 +343,9 @@ class DevilProcessor(ProcessorMixin):
         for mask in masks:
             values = torch.as_tensor(np.asarray(mask)).float()
             if values.ndim not in (2, 3) or 0 in values.shape:
-                raise ValueError(f"a mask must be (height, width) or (regions, height, width), got {tuple(values.shape)}")
+                raise ValueError(
+                    f"a mask must be (height, width) or (regions, height, width), got {tuple(values.shape)}"
+                )
             values = values[None] if values.ndim == 2 else values
             geometry = self.image_processor.geometry(values.shape[-2:])
             resized = F.interpolate(values[None], geometry.resized_size, mode="bilinear", antialias=True)[0]

@@ -7,6 +7,7 @@ looks like, `DevilModel.map_directions` where it is, and `UnitReader` makes a un
 
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -56,7 +57,8 @@ def classifier_directions(module: nn.Module) -> Tensor:
         ValueError: if the network has no linear layer.
     """
     linear = [part for part in module.modules() if isinstance(part, nn.Linear)]
-    own = module.get_classifier() if hasattr(module, "get_classifier") else None
+    get_classifier: Any = getattr(module, "get_classifier", None)
+    own = get_classifier() if get_classifier else None
     head = own if isinstance(own, nn.Linear) else (linear[-1] if linear else None)
     if head is None:
         raise ValueError(f"{type(module).__name__} has no linear classifier: its directions must come from elsewhere")

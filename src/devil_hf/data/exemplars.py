@@ -383,7 +383,7 @@ def _sampled(activations: Tensor, seed: int) -> Tensor:
 
 
 def _save_state(share: _Pass, file: Path, settings: dict) -> None:
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for layer, (top, sketch) in enumerate(zip(share.top, share.sketches, strict=True)):
         parts = {"peaks": top.peaks, "images": top.images, "activations": top.activations} | sketch.state()
         tensors |= {f"{layer}.{name}": tensor.contiguous() for name, tensor in parts.items()}
@@ -422,7 +422,7 @@ def _finish(reader, processor, images, output_dir: Path, settings: dict, share: 
     """Second pass, over the exemplars: pictures, keys, and the units' own features."""
     (output_dir / IMAGES).mkdir(exist_ok=True)
     thresholds = [sketch.quantile(settings["quantile"]) for sketch in share.sketches]
-    sums = [None] * len(share.top)
+    sums: list[Any] = [None] * len(share.top)  # a tensor once the width of the layer is seen
     numbers = sorted({int(n) for top in share.top for n in top.images.unique() if n >= 0})
     rows = _batched(images.fetch(numbers), batch_size)
     with (

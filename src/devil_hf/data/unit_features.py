@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from collections.abc import Iterator
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -96,7 +97,7 @@ def encoded_features(
         pictures = list(unit.images.permute(0, 2, 3, 1).numpy())
         maps = model.extract_features(processor(images=pictures, return_tensors="pt")["pixel_values"])
         masks = _mask_in_crop(unit.masks, processor)
-        sums.add(torch.zeros(len(masks), dtype=torch.long), [pool_masked(one, masks) for one in maps])
+        sums.add(torch.zeros(len(masks), dtype=torch.long), [pool_masked(cast(Tensor, one), masks) for one in maps])
         features, gone = sums.means()
         names.append((unit.layer, unit.unit))
         rows.append(features)
@@ -169,7 +170,9 @@ def _encode_exemplars(
             for position, number in enumerate(batch):
                 for name, rows, masks in _masks_of_image(exemplars, number):
                     masks = _mask_in_crop(masks, processor)
-                    expanded = [one[position : position + 1].expand(len(masks), -1, -1, -1) for one in maps]
+                    expanded = [
+                        cast(Tensor, one)[position : position + 1].expand(len(masks), -1, -1, -1) for one in maps
+                    ]
                     sums.add(starts[name] + rows, [pool_masked(one, masks) for one in expanded])
             bar.update(len(batch))
     features, hidden = sums.means()

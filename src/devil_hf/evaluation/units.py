@@ -8,6 +8,7 @@ given words ("words"), by evidence.
 from collections.abc import Iterable
 from collections.abc import Sequence
 from itertools import groupby
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,7 +66,13 @@ def label_units(
         else:
             labelled = _choose_texts(model, processor, prefix, strategy, candidates, prior_weight, max_new_tokens)
         for (layer, unit), row, silent in zip(pooled.units[part], labelled, pooled.silent[part].tolist(), strict=True):
-            nothing = {"label": "", "evidence": None, "runner_up": "", "runner_up_evidence": None, "words": []}
+            nothing: dict[str, Any] = {
+                "label": "",
+                "evidence": None,
+                "runner_up": "",
+                "runner_up_evidence": None,
+                "words": [],
+            }
             rows.append({"layer": layer, "unit": unit} | (nothing if silent else row))
         bar.update(len(labelled))
     bar.close()

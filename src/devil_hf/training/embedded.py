@@ -353,8 +353,8 @@ class KeywordDocuments:
         with_size, with_zone = rng.random(2) < 0.3
         groups = []
         if rng.random() < self.arguments.unbound_share:
-            for words in zip(*(item.attributes.values() for item in scene.objects), strict=True):
-                groups.append([word for word in words if rng.random() >= missing])
+            for kind in zip(*(item.attributes.values() for item in scene.objects), strict=True):
+                groups.append([word for word in kind if rng.random() >= missing])
             return [_shuffled(group, rng) for group in _shuffled(groups, rng) if group]
         for item in scene.objects:
             words = [

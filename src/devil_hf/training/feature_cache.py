@@ -11,9 +11,9 @@ import json
 import os
 import shutil
 from collections.abc import Callable
-from collections.abc import Iterable
 from collections.abc import Iterator
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -163,27 +163,40 @@ def _compute_part(folder, part, parts, key, model, processor, dataset, decoder) 
                 read = json.loads(sidecar.read_text())["rows"]
                 bar.update(sum(1 for _ in itertools.islice(rows, read)))
                 continue
-            samples, read = [], 0
-            for row in rows:
-                read += 1
-                sample = decoder(row)
-                if sample is not None:
-                    samples.append(sample)
-                bar.update()
-                if len(samples) == SHARD_IMAGES:
+            drawn: list[dict[str, torch.Tensor]] = []
+            keys: list[str] = []
+            captions: list[list[str]] = []
+            rows_read = 0
+            while len(keys) < SHARD_IMAGES:
+                samples, read = _good_samples(rows, decoder, min(BATCH_IMAGES, SHARD_IMAGES - len(keys)))
+                rows_read += read
+                if not samples:
                     break
-            if samples:
-                seed = seed_of(key["seed"], part, number)
-                features = _draw(model, processor, [s["image"] for s in samples], key, seed)
-                content = {
-                    "rows": read,
-                    "keys": [s["key"] for s in samples],
-                    "captions": [s["captions"] for s in samples],
-                }
-                _write_json(sidecar, content)
-                _write(name.with_suffix(".safetensors"), lambda path, f=features: save_file(f, path))
-            if len(samples) < SHARD_IMAGES:
+                seed = seed_of(key["seed"], part, number, len(keys))
+                drawn.append(_draw(model, processor, [sample["image"] for sample in samples], key, seed))
+                keys += [sample["key"] for sample in samples]
+                captions += [sample["captions"] for sample in samples]
+                bar.update(read)
+            if drawn:
+                features = {layer: torch.cat([batch[layer] for batch in drawn]) for layer in drawn[0]}
+                _write_json(sidecar, {"rows": rows_read, "keys": keys, "captions": captions})
+                _write(name.with_suffix(".safetensors"), partial(save_file, features))
+            if len(keys) < SHARD_IMAGES:
                 return
+
+
+def _good_samples(rows: Iterator[dict], decoder: PairDecoder, most: int) -> tuple[list[dict], int]:
+    """Up to `most` usable samples, and how many rows were read for them."""
+    samples: list[dict] = []
+    read = 0
+    for row in rows:
+        read += 1
+        sample = decoder(row)
+        if sample is not None:
+            samples.append(sample)
+            if len(samples) == most:
+                break
+    return samples, read
 
 
 def _rows_of_part(dataset: Dataset | IterableDataset, part: int, parts: int) -> Iterator[dict]:
@@ -195,19 +208,17 @@ def _rows_of_part(dataset: Dataset | IterableDataset, part: int, parts: int) -> 
 def _draw(model, processor, images: Sequence[Image.Image], key: dict, seed: int) -> dict[str, torch.Tensor]:
     """Per layer (images, views x draws, C_l): the whole image first, then random views of it."""
 
-    def batches(view: int) -> Iterable[torch.Tensor]:
-        for start in range(0, len(images), BATCH_IMAGES):
-            batch = images[start : start + BATCH_IMAGES]
-            if view > 0:
-                batch = [
-                    random_view(b, key["smallest_crop"], seed_of(seed, view, start + i)) for i, b in enumerate(batch)
-                ]
-            yield processor(images=batch, return_tensors="pt")["pixel_values"]
+    def pixels(view: int) -> torch.Tensor:
+        smallest = key["smallest_crop"]
+        crops = (
+            [random_view(image, smallest, seed_of(seed, view, i)) for i, image in enumerate(images)] if view else images
+        )
+        return processor(images=crops, return_tensors="pt")["pixel_values"]
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         views = [
-            pooled_feature_draws(model, batches(view), key["draws"], progress=False) for view in range(key["views"])
+            pooled_feature_draws(model, [pixels(view)], key["draws"], progress=False) for view in range(key["views"])
         ]
     layers = [torch.cat(layer, dim=1).contiguous() for layer in zip(*views, strict=True)]
     return {f"layer.{index}": layer for index, layer in enumerate(layers)}

@@ -93,7 +93,7 @@ class PooledCaptions:
     def sample(self, index: int, epoch: int) -> dict:
         """An image with one of its draws and one of its captions, both drawn by (seed, epoch, index)."""
         rng = np.random.default_rng((self.seed, epoch, index))
-        draw, text = rng.integers(self.features[0].shape[1]), rng.integers(len(self.captions[index]))
+        draw, text = int(rng.integers(self.features[0].shape[1])), int(rng.integers(len(self.captions[index])))
         return {
             "pooled_features": [layer[index, draw] for layer in self.features],
             "caption": self.captions[index][text],

@@ -76,7 +76,7 @@ def train(recipe: Recipe) -> Path:
     set_seed(recipe.seed)
     model, processor = build(recipe)
     _check_saving(recipe, model)
-    model.to(device)
+    torch.nn.Module.to(model, device)
     bad_samples = BadSamples(recipe.bad_samples)
     training = _training_data(recipe, model, processor, bad_samples)
     validation = None

@@ -11,6 +11,7 @@ import shutil
 import time
 from pathlib import Path
 from typing import Any
+from typing import cast
 
 import torch
 from accelerate.utils import broadcast_object_list
@@ -114,7 +115,7 @@ class DevilTrainer(Trainer):
 
     # ------------------------------------------------------------------------------------------------- data and draws
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         """Train, from the beginning or from a checkpoint of this trainer; True takes the newest of `output_dir`."""
         if resume_from_checkpoint is True:
             resume_from_checkpoint = get_last_checkpoint(str(self.args.output_dir))
@@ -128,7 +129,7 @@ class DevilTrainer(Trainer):
             if state.global_step >= self.args.max_steps:
                 return self._take_up(folder, state)
         self._clock = time.perf_counter()
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _take_up(self, folder: Path, state: TrainerState) -> None:
         """Load a run that had come to its end."""
@@ -234,8 +235,8 @@ class DevilTrainer(Trainer):
         `loss` is what chooses the checkpoint. `evidence` is the null prefix's loss less the loss, over the first captions;
         `loss_LAYER` that of one layer alone. Where images are described, their caption scores follow.
         """
-        data: PooledCaptions = eval_dataset or self.eval_dataset
-        clock, model = time.perf_counter(), self.model.eval()
+        data = cast(PooledCaptions, eval_dataset or self.eval_dataset)
+        clock, model = time.perf_counter(), cast(DevilModel, self.model).eval()
         pairs = data.every_caption()
         names = self.accelerator.unwrap_model(model).layer_names
         sums = torch.zeros(
@@ -298,20 +299,21 @@ class DevilTrainer(Trainer):
         _, *alone = _masks(len(names) - 1, len(images), self.args.device)
         texts = self._describe(data, images, torch.cat([torch.zeros_like(alone[0]), *alone]))  # in one go
         rows = {name: texts[i * len(images) : (i + 1) * len(images)] for i, name in enumerate(names)}
+        captions = [data.captions[i][0] for i in images]
         record = {
             "step": self.state.global_step,
-            "captions": [data.captions[i][0] for i in images],
+            "captions": captions,
             "descriptions": rows,
         }
         with (Path(str(self.args.output_dir)) / SAMPLES_FILE).open("a") as file:
             file.write(json.dumps(record) + "\n")
-        lines = [f"| {'layer'} | " + " | ".join(record["captions"]) + " |", "|---" * (len(images) + 1) + "|"]
+        lines = [f"| {'layer'} | " + " | ".join(captions) + " |", "|---" * (len(images) + 1) + "|"]
         lines += [f"| {name} | " + " | ".join(texts) + " |" for name, texts in rows.items()]
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
                 callback.tb_writer.add_text("descriptions", "\n".join(lines), self.state.global_step)
         for name in ("wandb", "trackio"):
-            if name in self.args.report_to:
+            if name in (self.args.report_to or []):
                 tracker = __import__(name)
                 table = tracker.Table(
                     columns=["layer", "image", "description"],
