@@ -33,9 +33,10 @@ VARIANTS = ("naive", "fp32", "fp32_cached", "bf16", "bf16_cached")
 SHAPES = ("paper", "small")
 SMALL_TRANSLATOR = {
     "translator_width": 256,
-    "translator_depth": 3,
+    "translator_depth": 2,
     "translator_heads": 4,
-    "translator_feed_forward": 768,
+    "translator_feed_forward": 512,
+    "prefix_length": 8,
     "normalize_features": True,
 }
 

@@ -1,9 +1,11 @@
 """The embedded checkpoint, the quickstart and the command line."""
 
+import inspect
 import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,8 +16,11 @@ from devil_hf.data.shapes import make_scene
 from devil_hf.embedded import CHECKPOINT
 from devil_hf.loading import load
 from devil_hf.quickstart import HELD_OUT_WORLD
+from devil_hf.quickstart import TRANSLATOR
 from devil_hf.quickstart import measure
 from devil_hf.quickstart import quickstart
+from devil_hf.quickstart import train_translator
+from devil_hf.training.recipe import read_recipe
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +60,14 @@ def test_quickstart_trains_measures_and_draws(tmp_path):
     pictures = sorted((tmp_path / "pictures").glob("*.png"))
     assert {"layers.png", "maps_0.png", "locations_0.png", "scene_0.png"} <= {path.name for path in pictures}
     assert all(min(Image.open(path).size) > 50 for path in pictures)
+
+
+def test_the_quickstart_recipe_trains_the_same_translator():
+    recipe = read_recipe(Path(__file__).parents[1] / "scripts" / "recipes" / "quickstart.yaml")
+    defaults = {name: option.default for name, option in inspect.signature(quickstart).parameters.items()}
+    assert recipe["model"] == TRANSLATOR and recipe["new_translator"]
+    assert recipe["train_data"][0]["size"] == defaults["scenes"] and recipe["max_steps"] == defaults["steps"]
+    assert float(recipe["learning_rate"]) == inspect.signature(train_translator).parameters["learning_rate"].default
 
 
 def test_describe_prints_layers_and_says_what_it_does_not_know(scene_file, capsys, tmp_path):

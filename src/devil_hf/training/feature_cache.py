@@ -225,9 +225,9 @@ def _draw(model, processor, images: Sequence[Image.Image], key: dict, seed: int)
 
 
 def _write(path: Path, write: Callable[[Path], Any]) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    write(partial)
-    os.replace(partial, path)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    write(unfinished)
+    os.replace(unfinished, path)
 
 
 def _write_json(path: Path, content: dict) -> None:
