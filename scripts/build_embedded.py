@@ -52,7 +52,7 @@ class BuildArguments:
     language_model_steps: int = field(
         default=EmbeddedLanguageModelArguments.max_steps, metadata={"help": "Optimiser steps of the language model."}
     )
-    translator_steps: int = field(default=1000, metadata={"help": "Optimiser steps of the translator."})
+    translator_steps: int = field(default=750, metadata={"help": "Optimiser steps of the translator."})
     scenes: int = field(default=6_000, metadata={"help": "Training scenes of the translator."})
 
 

@@ -40,7 +40,7 @@ def build_parser(full: bool = True) -> argparse.ArgumentParser:
     )
     quickstart.add_argument("--output-dir", type=Path, default=Path("devil-quickstart"), help="default: %(default)s")
     quickstart.add_argument(
-        "--steps", type=int, default=1_000, help="training steps of 64 captions (default: %(default)s)"
+        "--steps", type=int, default=750, help="training steps of 64 captions (default: %(default)s)"
     )
     quickstart.add_argument("--scenes", type=int, default=6_000, help="training scenes (default: %(default)s)")
     quickstart.add_argument("--held-out", type=int, default=500, help="scenes to measure on (default: %(default)s)")

@@ -44,7 +44,7 @@ CARRIER = "the"  # the paper's neutral word before a phrase; a bare "circle" is 
 TRAINING_WORLD, HELD_OUT_WORLD = 0, 1  # seeds; different seeds share no scene
 # The translator of the embedded checkpoint, and what makes training leave the plateau where the prefix is ignored.
 TRANSLATOR: dict[str, Any] = {
-    "prefix_length": 10,
+    "prefix_length": 8,
     "translator_width": 128,
     "translator_depth": 3,
     "translator_heads": 4,
@@ -58,7 +58,7 @@ TRANSLATOR: dict[str, Any] = {
 
 
 def quickstart(
-    output_dir: str | Path, scenes: int = 6_000, steps: int = 1_000, held_out: int = 500, seed: int = 0
+    output_dir: str | Path, scenes: int = 6_000, steps: int = 750, held_out: int = 500, seed: int = 0
 ) -> dict:
     """Train, save, reload in a fresh process, measure and draw.
 
@@ -163,8 +163,12 @@ def shapes_features(
 # ------------------------------------------------------------------------------------------------------------- measuring
 
 
-def measure(model: DevilModel, processor: DevilProcessor, scenes: int = 500, batch_size: int = 50) -> dict:
+def measure(
+    model: DevilModel, processor: DevilProcessor, scenes: int = 500, pointing_scenes: int = 150, batch_size: int = 50
+) -> dict:
     """Scores on held-out scenes: F1 of the words by layer and attribute, and the pointing game.
+
+    The pointing game asks every location of every layer, so it takes the first `pointing_scenes` of the scenes only.
 
     Returns:
         `{"description_f1": {"all" or layer: {attribute: F1}}, "pointing": {layer or "mean": {attribute: share}},
@@ -186,7 +190,8 @@ def measure(model: DevilModel, processor: DevilProcessor, scenes: int = 500, bat
             scene = batch[int(output.image_index[row])]
             for attribute, counts in words[output.layer_of(row)].items():
                 counts.add(text, scene.words[attribute])
-        _play_pointing_game(model, processor, batch, features, hits, chances)
+        played = min(max(pointing_scenes - start, 0), len(batch))
+        _play_pointing_game(model, processor, batch[:played], features, hits, chances)
     return {
         "description_f1": {name: {a: round(c.f1, 4) for a, c in counts.items()} for name, counts in words.items()},
         "pointing": {name: {a: round(float(np.mean(h)), 4) for a, h in rows.items()} for name, rows in hits.items()},
