@@ -78,7 +78,9 @@ class Recipe:
     seed: int = _option("of initialisation, views, draws and order", 0)
 
     evaluation_steps: int = _option("steps between two validations", 100)
-    save_steps: int = _option("steps between two checkpoints; 0: evaluation_steps, as it must be with validation_data", 0)
+    save_steps: int = _option(
+        "steps between two checkpoints; 0: evaluation_steps, as it must be with validation_data", 0
+    )
     logging_steps: int = _option("steps between two records of loss and throughput", 10)
     keep_checkpoints: int = _option("checkpoints that are kept, the best and the newest always among them; 0: all", 2)
     patience: int = _option("validations without gain after which training stops; 0: never", 0)

@@ -134,7 +134,7 @@ class DevilTrainer(Trainer):
 
     def _had_stopped(self, state: TrainerState) -> bool:
         """Whether a run had ended for want of gain."""
-        saved = state.stateful_callbacks.get("EarlyStoppingCallback")
+        saved = cast(dict, state.stateful_callbacks).get("EarlyStoppingCallback")
         return saved is not None and any(
             saved["attributes"]["early_stopping_patience_counter"] >= callback.early_stopping_patience
             for callback in self.callback_handler.callbacks
