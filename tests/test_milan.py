@@ -166,10 +166,10 @@ def test_pickled_arrays_are_refused(units, tmp_path):
 def test_annotated_units_train_as_captions(model, processor, units):
     dataset = unit_captions(model, processor, units)
     assert len(dataset) == 5
-    item = dataset[2]
+    item = dataset.sample(2, 0)
     assert item["caption"] in units[2].summaries
     assert [len(vector) for vector in item["pooled_features"]] == model.backbone.channels
-    assert len(unit_captions(model, processor, units, every_caption=True)) == 15
+    assert len(dataset.every_caption()) == 15
 
 
 # ------------------------------------------------------------------------------------------------------------ the table

@@ -19,6 +19,8 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing import event_accumulator
 from transformers import AutoModel
 from transformers import AutoProcessor
+from transformers import EarlyStoppingCallback
+from transformers import TrainingArguments
 
 from devil_hf import DevilModel
 from devil_hf.data.decoding import BadSamples
@@ -213,6 +215,20 @@ def test_validation_loss_is_that_of_every_caption_in_nats_per_token(fields, capt
     assert best == pytest.approx(total / tokens, abs=2e-3)  # features are kept in fp16
 
 
+def test_losses_do_not_depend_on_the_batch_size(model, processor, pixel_values, tmp_path):
+    data = PooledCaptions(pooled_feature_draws(model, [pixel_values]), [CAPTIONS[:2], CAPTIONS[1:3], CAPTIONS[2:]])
+    metrics = []
+    for size in (1, 2, 4):  # 4: more than the first captions
+        arguments = TrainingArguments(
+            str(tmp_path), max_steps=1, per_device_eval_batch_size=size, report_to="none", use_cpu=True
+        )
+        metrics.append(DevilTrainer(model, arguments, processor, data, data).evaluate())
+    names = [name for name in metrics[0] if name == "eval_evidence" or name.startswith("eval_loss")]
+    assert len(names) == 2 + len(model.layer_names)
+    for other in metrics[1:]:
+        assert [other[name] for name in names] == pytest.approx([metrics[0][name] for name in names], abs=1e-4)
+
+
 def test_the_benchmarks_naive_step_has_the_same_loss(model, pixel_values, processor, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
     from benchmark_training import naive_loss
@@ -276,6 +292,18 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(kind, more, fields, shards,
     torch.testing.assert_close(weights(train(Recipe(**stopped, resume=True))), weights(straight), rtol=0, atol=0)
 
 
+def test_a_run_that_stopped_early_is_only_saved_again(fields, monkeypatch):
+    def without_gain(self, *args):
+        self.early_stopping_patience_counter += 1
+
+    monkeypatch.setattr(EarlyStoppingCallback, "check_metric_value", without_gain)
+    fields["patience"] = 2
+    before = weights(train(Recipe(**fields)))
+    assert not (Path(fields["output_dir"]) / "checkpoint-6").exists()
+    monkeypatch.setattr(DevilTrainer, "training_step", lambda *_, **__: pytest.fail("it was trained on"))
+    torch.testing.assert_close(weights(train(Recipe(**fields, resume=True))), before, rtol=0, atol=0)
+
+
 # ------------------------------------------------------------------------------------------------------ feature cache
 
 
@@ -334,7 +362,7 @@ def test_an_interrupted_cache_is_finished_and_equal(fields, tmp_path, monkeypatc
 def test_the_cc3m_recipe_runs_on_a_miniature_with_a_truncated_shard(sources, images, tmp_path, monkeypatch):
     folder = tmp_path / "cc3m"
     folder.mkdir()
-    write_shards(folder, images, samples=12)
+    write_shards(folder, images, samples=24)
     shard = folder / "00001.tar"
     shard.write_bytes(shard.read_bytes()[: shard.stat().st_size * 2 // 3])
     recipe = parse_recipe(
@@ -385,6 +413,10 @@ def test_every_recipe_is_valid(file):
         ({"lora": {"r": 3}}, "'r'"),
         ({"precision": "half"}, "half"),
         ({"save_steps": 3}, "save_steps=3"),
+        ({"save_steps": 4}, "save_steps=4 must equal evaluation_steps=2"),
+        ({"keep_checkpoints": 1}, "keep_checkpoints=1"),
+        ({"cache_features": "features", "smallest_crop": 0.5}, "smallest_crop=0.5"),
+        ({"push_to_hub": "devil"}, "USER/REPO"),
         ({"logging_steps": 4}, "logging_steps=4"),
         ({"report_to": "tensorbored"}, "tensorbored"),
         ({"layers": ["layer9"]}, "layer9"),
@@ -401,6 +433,19 @@ def test_what_is_wrong_is_found_before_the_first_step(change, text, fields, monk
         train(Recipe(**(fields | change)))
 
 
+def test_a_slim_checkpoint_of_local_parts_is_not_to_be_pushed(fields, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.HfApi.whoami", lambda self: {})
+    monkeypatch.setattr(DevilTrainer, "train", lambda *_, **__: pytest.fail("training began"))
+    with pytest.raises(ValueError, match=r"directory of this machine.*save='full'"):
+        train(Recipe(**fields, push_to_hub="tester/devil"))
+
+
+def test_sharded_weights_are_refused_with_validation(fields, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match="--multi_gpu"):
+        train(Recipe(**fields))
+
+
 def test_a_full_disk_is_found_before_the_first_step(fields, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda place: type("Usage", (), {"free": 1000}))
     with pytest.raises(OSError, match="GB free"):
@@ -410,6 +455,12 @@ def test_a_full_disk_is_found_before_the_first_step(fields, monkeypatch):
 def test_an_unknown_field_of_a_recipe_file_is_named(tmp_path):
     (tmp_path / "r.yaml").write_text("batchsize: 3\n")
     with pytest.raises(ValueError, match="batchsize"):
+        parse_recipe(["--config", str(tmp_path / "r.yaml")])
+
+
+def test_half_a_step_is_no_number_of_steps(tmp_path):
+    (tmp_path / "r.yaml").write_text("max_steps: 2.5\n")
+    with pytest.raises(ValueError, match=r"max_steps=2\.5 must be a whole number"):
         parse_recipe(["--config", str(tmp_path / "r.yaml")])
 
 
@@ -448,10 +499,12 @@ def environment(home: Path) -> dict[str, str]:
 
 def test_two_processes_train_one_model_that_loads_without_the_package(fields, tmp_path):
     file = tmp_path / "recipe.yaml"
+    fields["cache_features"] = str(tmp_path / "features")
     file.write_text(yaml.safe_dump(fields | {"processes": 2, "batch_size": 2, "max_steps": 4}))
     result = subprocess.run(launch(file, 2), env=environment(tmp_path / "home"), capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
     assert "training on 2 processes" in result.stderr
+    assert len(CachedFeatures(tmp_path / "features", seed=0)) == 6
     checkpoint = Path(fields["output_dir"]) / "checkpoint"
     bare = {k: v for k, v in environment(tmp_path / "bare").items() if k != "PYTHONPATH"}
     command = [sys.executable, "-c", WITHOUT_PACKAGE, str(checkpoint)]

@@ -430,7 +430,9 @@ def run_evaluate_neurons(arguments: argparse.Namespace) -> None:
             lr_scheduler_type="linear",
             warmup_steps=arguments.train_steps // 20,
             save_strategy="no",
+            logging_steps=max(arguments.train_steps // 20, 1),
             report_to=[],
+            use_cpu=arguments.device == "cpu",
         )
         train_on_units(model, processor, train, settings).save_model(str(arguments.output_dir / "checkpoint"))
     count = min(arguments.limit or len(test), len(test))

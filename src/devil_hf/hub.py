@@ -261,7 +261,7 @@ def _stage(
     processor = processor or _processor_of(model)
     kind = model.config.frozen_weights == "reference"
     slim = kind if slim is None else slim
-    _check_parts(model, slim)
+    check_parts(model, slim)
     if not isinstance(checkpoint, DevilModel):
         _copy(Path(checkpoint), folder)
     if given or slim != kind or not any(folder.glob(CODE)):
@@ -360,7 +360,7 @@ def check_code(folder: str | PathLike) -> None:
         raise ValueError(f"{module}.py of the checkpoint does not import alone, without devil_hf: {reason}")
 
 
-def _check_parts(model: DevilModel, slim: bool) -> None:
+def check_parts(model: DevilModel, slim: bool) -> None:
     """Refuse what only this machine, or only this process, could load."""
     vision, text = model.config.backbone_config, model.config.language_model_source or {}
     if vision["kind"] == "custom":

@@ -107,15 +107,12 @@ def cached_features(
     """
     state = PartialState()
     file = folder / CACHE_FILE
-    if file.is_file():
-        found = json.loads(file.read_text())
-        _check_key(folder, found["key"], key)
-    else:
-        found = {"key": key, "processes": state.num_processes, "complete": False}
-        if state.is_main_process:
-            folder.mkdir(parents=True, exist_ok=True)
-            _write_json(file, found)
-        state.wait_for_everyone()
+    if state.is_main_process and not file.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        _write_json(file, {"key": key, "processes": state.num_processes, "complete": False})
+    state.wait_for_everyone()
+    found = json.loads(file.read_text())
+    _check_key(folder, found["key"], key)
     if not found["complete"]:
         _check_room(folder, key, model, dataset)
         # An unfinished cache is finished by as many parts as it was begun with, whatever the number of processes now.

@@ -29,7 +29,7 @@ OF_THE_CALL = ("output_dir", "resume", "report_to", "push_to_hub", "processes", 
 
 def _option(help: str, default: Any = dataclasses.MISSING) -> Any:
     if isinstance(default, list | dict):
-        return field(default_factory=lambda: default, metadata={"help": help})
+        return field(default_factory=lambda: type(default)(default), metadata={"help": help})
     return field(default=default, metadata={"help": help})
 
 
@@ -78,7 +78,9 @@ class Recipe:
     seed: int = _option("of initialisation, views, draws and order", 0)
 
     evaluation_steps: int = _option("steps between two validations", 100)
-    save_steps: int = _option("steps between two checkpoints, a multiple of evaluation_steps; 0: the same", 0)
+    save_steps: int = _option(
+        "steps between two checkpoints; 0: evaluation_steps, as it must be with validation_data", 0
+    )
     logging_steps: int = _option("steps between two records of loss and throughput", 10)
     keep_checkpoints: int = _option("checkpoints that are kept, the best and the newest always among them; 0: all", 2)
     patience: int = _option("validations without gain after which training stops; 0: never", 0)
@@ -118,6 +120,10 @@ class Recipe:
         for name in ("workers", "patience", "save_steps", "warmup_steps", "describe_validation", "gradient_norm"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+        if self.keep_checkpoints < 0 or self.keep_checkpoints == 1:
+            raise ValueError(
+                f"keep_checkpoints={self.keep_checkpoints} must be at least 2, for the best and the newest, or 0 for all"
+            )
         self._validate_choices()
         self._validate_steps()
         if not 0 <= self.final_learning_rate < self.learning_rate:
@@ -128,6 +134,11 @@ class Recipe:
             raise ValueError(f"smallest_crop={self.smallest_crop} must be a share of the image, above 0 and up to 1")
         if self.cache_features and self.views > 1 and self.smallest_crop == 1:
             raise ValueError(f"views={self.views} would be {self.views} times the same: set smallest_crop below 1")
+        if self.cache_features and self.views == 1 and self.smallest_crop < 1:
+            raise ValueError(
+                f"smallest_crop={self.smallest_crop} would change nothing: the only view in the cache is the whole image; set "
+                "views above 1, or smallest_crop to 1"
+            )
         known = {f.name for f in dataclasses.fields(DevilConfig)}
         if unknown := sorted(set(self.model) - known):
             raise ValueError(f"model has fields {unknown} that DevilConfig does not have")
@@ -161,10 +172,10 @@ class Recipe:
 
     def _validate_steps(self) -> None:
         saving = self.steps_between_checkpoints
-        if self.validation_data and saving % self.evaluation_steps:
+        if self.validation_data and saving != self.evaluation_steps:
             raise ValueError(
-                f"save_steps={saving} must be a multiple of evaluation_steps={self.evaluation_steps}: the best "
-                "checkpoint is one that was validated"
+                f"save_steps={saving} must equal evaluation_steps={self.evaluation_steps} where there are validation_data: the "
+                "best checkpoint is chosen among those that were validated; leave save_steps out"
             )
         if saving % self.logging_steps:
             raise ValueError(
@@ -230,6 +241,8 @@ def recipe_of(namespace: argparse.Namespace) -> Recipe:
     hints = typing.get_type_hints(Recipe)
     for name, value in values.items():
         if hints[name] in (int, float):  # YAML reads 1e-3 as text
+            if hints[name] is int and isinstance(value, float) and not value.is_integer():
+                raise ValueError(f"{name}={value!r} must be a whole number")
             try:
                 values[name] = hints[name](value)
             except (TypeError, ValueError) as error:

@@ -11,6 +11,7 @@ from typing import cast
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
+from accelerate.utils import parse_flag_from_env
 from datasets import Dataset
 from datasets import IterableDataset
 from huggingface_hub import HfApi
@@ -25,8 +26,12 @@ from devil_hf.data.decoding import BadSamples
 from devil_hf.data.decoding import PairDecoder
 from devil_hf.data.decoding import PairTable
 from devil_hf.data.pairs import open_pairs
+from devil_hf.hub import check_parts
+from devil_hf.hub import check_repo_id
+from devil_hf.hub import push
 from devil_hf.image_processing_devil import DevilImageProcessor
 from devil_hf.loading import load
+from devil_hf.lora_devil import LORA_DEFAULTS
 from devil_hf.modeling_devil import DevilModel
 from devil_hf.processing_devil import DevilProcessor
 from devil_hf.training.feature_cache import CachedFeatures
@@ -43,6 +48,7 @@ from devil_hf.training.recipe import RECIPE_FILE
 from devil_hf.training.recipe import Recipe
 from devil_hf.training.recipe import read_recipe
 from devil_hf.training.trainer import DevilTrainer
+from devil_hf.training.trainer import longest_caption
 
 logger = logging.get_logger(__name__)
 
@@ -62,6 +68,7 @@ def train(recipe: Recipe) -> Path:
         TooManyBadSamples: when more of the data than the recipe allows cannot be used.
     """
     recipe.validate()
+    _check_launch(recipe)
     arguments = training_arguments(recipe)
     device, state = arguments.device, PartialState()  # in this order: the arguments choose the backend
     if recipe.processes and state.num_processes != recipe.processes:
@@ -72,16 +79,19 @@ def train(recipe: Recipe) -> Path:
     logger.warning(f"training on {state.num_processes} process{'es' * (state.num_processes > 1)}, {device}")
     newest = _newest_checkpoint(recipe)
     if recipe.push_to_hub:
+        check_repo_id(recipe.push_to_hub)
         HfApi().whoami()  # a missing or wrong token is an error now, not after the last step
     set_seed(recipe.seed)
     model, processor = build(recipe)
     _check_saving(recipe, model)
+    longest_caption(model)  # raises where there is no room for one
     torch.nn.Module.to(model, device)
-    bad_samples = BadSamples(recipe.bad_samples)
-    training = _training_data(recipe, model, processor, bad_samples)
+    dataset = open_pairs(recipe.train_data, recipe.seed, shuffle=False)
     validation = None
-    if recipe.validation_data:
+    if recipe.validation_data:  # before features are cached, which may take hours
         validation = validation_features(recipe, model, processor)
+    bad_samples = BadSamples(recipe.bad_samples)
+    training = _training_data(recipe, model, processor, dataset, bad_samples)
     trainer = DevilTrainer(
         model,
         arguments,
@@ -94,6 +104,7 @@ def train(recipe: Recipe) -> Path:
         callbacks=[EarlyStoppingCallback(recipe.patience)] if recipe.patience else None,
     )
     trainer.train(resume_from_checkpoint=newest)
+    bad_samples.judge()  # a short run reads too few to be judged on the way
     return _finish(recipe, trainer)
 
 
@@ -123,6 +134,7 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
         save_steps=recipe.steps_between_checkpoints,
         save_total_limit=recipe.keep_checkpoints,
         logging_steps=recipe.logging_steps,
+        logging_nan_inf_filter=False,  # a loss that is not a number has to be seen
         load_best_model_at_end=validate,
         metric_for_best_model="eval_loss" if validate else None,
         greater_is_better=False if validate else None,
@@ -159,7 +171,11 @@ def build(recipe: Recipe) -> tuple[DevilModel, DevilProcessor]:
 def _build_on_checkpoint(recipe: Recipe) -> tuple[DevilModel, DevilProcessor]:
     loaded, processor = load(None if recipe.checkpoint == EMBEDDED else recipe.checkpoint, device="cpu")
     config = loaded.config
-    if recipe.lora is not None and config.lora is not None and recipe.lora != config.lora:
+    if (
+        recipe.lora is not None
+        and config.lora is not None
+        and LORA_DEFAULTS | recipe.lora != LORA_DEFAULTS | config.lora
+    ):
         raise ValueError(
             f"{recipe.checkpoint} has LoRA adapters already ({config.lora}): leave lora out to train them on, or merge them."
         )
@@ -180,9 +196,12 @@ def _build_on_checkpoint(recipe: Recipe) -> tuple[DevilModel, DevilProcessor]:
 
 
 def _training_data(
-    recipe: Recipe, model: DevilModel, processor: DevilProcessor, bad_samples: BadSamples
+    recipe: Recipe,
+    model: DevilModel,
+    processor: DevilProcessor,
+    dataset: Dataset | IterableDataset,
+    bad_samples: BadSamples,
 ) -> ImageTable | CaptionStream | CachedFeatures:
-    dataset = open_pairs(recipe.train_data, recipe.seed, shuffle=False)
     decoder = PairDecoder(bad_samples, recipe.seed)
     if recipe.cache_features:
         key = cache_key(
@@ -226,14 +245,20 @@ def validation_features(recipe: Recipe, model: DevilModel, processor: DevilProce
                 images = [sample["image"] for sample in samples]
                 yield processor(images=images, return_tensors="pt")["pixel_values"]
 
-    progress = state.is_local_main_process
-    features = pooled_feature_draws(model, batches(), description="validation features", progress=progress)
-    bad_samples.judge()
-    if min(gather_object([len(captions)])) == 0:
+    own_batches = batches()
+    first = next(own_batches, None)
+    if not min(gather_object([first is not None])):  # on every process alike, so that none waits for another
         raise ValueError(
             f"validation_data {recipe.validation_data} hold fewer usable images than the run has processes "
             f"({state.num_processes}): every process needs one."
         )
+    features = pooled_feature_draws(
+        model,
+        itertools.chain([cast(torch.Tensor, first)], own_batches),
+        description="validation features",
+        progress=state.is_local_main_process,
+    )
+    bad_samples.judge()
     return PooledCaptions(features, captions, recipe.seed)
 
 
@@ -256,6 +281,23 @@ def _newest_checkpoint(recipe: Recipe) -> str | None:
     return newest
 
 
+def _check_launch(recipe: Recipe) -> None:
+    """Refuse launchers that shard the weights where there is validation, whose batches differ from process to process."""
+    fsdp = parse_flag_from_env("ACCELERATE_USE_FSDP")
+    stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "")
+    zero_3 = parse_flag_from_env("ACCELERATE_USE_DEEPSPEED") and stage == "3"
+    if recipe.validation_data and (fsdp or zero_3):
+        raise ValueError(
+            f"{'FSDP' if fsdp else 'DeepSpeed ZeRO-3'} shards the weights, with which validation_data cannot be evaluated: "
+            "launch with `accelerate launch --multi_gpu` (each process holds the whole model), or leave validation_data out."
+        )
+
+
+def _is_slim(recipe: Recipe, model: DevilModel) -> bool:
+    """Whether the final checkpoint leaves the frozen parts out."""
+    return recipe.save == "slim" or (recipe.save == "auto" and model.has_sources)
+
+
 def _check_saving(recipe: Recipe, model: DevilModel) -> None:
     """Raise an error when the run could not be saved as it should be: no such kind of checkpoint, or no room on the disk."""
     if recipe.save == "slim" and not model.has_sources:
@@ -264,6 +306,14 @@ def _check_saving(recipe: Recipe, model: DevilModel) -> None:
         )
     if recipe.save == "merged" and model.config.lora is None:
         raise ValueError("save='merged' merges LoRA adapters, but the model has none")
+    slim = _is_slim(recipe, model)
+    if recipe.push_to_hub:
+        try:
+            check_parts(model, slim)
+        except ValueError as error:
+            raise ValueError(
+                f"push_to_hub={recipe.push_to_hub!r}: {error}. In a recipe that is save='full'."
+            ) from error
 
     def size(tensors: Any) -> int:
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
@@ -271,7 +321,7 @@ def _check_saving(recipe: Recipe, model: DevilModel) -> None:
     trained = size(model.trainable_state_dict().values())
     frozen = size(model.state_dict().values()) - trained
     kept = 0 if model.has_sources else frozen
-    final = 0 if model.has_sources and recipe.save in ("auto", "slim") else frozen
+    final = 0 if slim else frozen
     # One more than is kept is there while the newest is written; the best one may be kept beside them.
     needed = (recipe.keep_checkpoints + 2) * (ADAM_COPIES * trained + kept) + trained + final
     place = Path(recipe.output_dir)
@@ -295,7 +345,7 @@ def _finish(recipe: Recipe, trainer: DevilTrainer) -> Path:
         if recipe.save == "merged":
             model.merge_lora()
             state_dict = None
-        slim = recipe.save == "slim" or (recipe.save == "auto" and model.has_sources)
+        slim = _is_slim(recipe, model)
         if slim and state_dict is not None:
             state_dict = model.trainable_state_dict(state_dict)
         model.save_pretrained(partial, slim=slim, state_dict=state_dict)
@@ -303,9 +353,7 @@ def _finish(recipe: Recipe, trainer: DevilTrainer) -> Path:
         (partial / RECIPE_FILE).write_text(recipe.to_yaml())
         shutil.rmtree(checkpoint, ignore_errors=True)
         os.replace(partial, checkpoint)
-        if recipe.push_to_hub:
-            api = HfApi()
-            api.create_repo(recipe.push_to_hub, exist_ok=True)
-            api.upload_folder(repo_id=recipe.push_to_hub, folder_path=checkpoint, commit_message="Trained by devil-hf")
-    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.wait_for_everyone()  # the others need not wait for the push, which may take long
+    if recipe.push_to_hub and trainer.is_world_process_zero():
+        push(checkpoint, recipe.push_to_hub, commit_message="Trained by devil-hf")
     return checkpoint

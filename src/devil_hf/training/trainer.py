@@ -17,6 +17,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 from accelerate.utils import gather_object
 from torch import Tensor
+from transformers import EarlyStoppingCallback
 from transformers import Trainer
 from transformers import TrainerState
 from transformers import TrainingArguments
@@ -126,10 +127,19 @@ class DevilTrainer(Trainer):
             self._batch = state.global_step * self.args.gradient_accumulation_steps
             if isinstance(self.train_dataset, CaptionStream):
                 self._position = self._read_position(folder)
-            if state.global_step >= self.args.max_steps:
+            if state.global_step >= self.args.max_steps or self._had_stopped(state):
                 return self._take_up(folder, state)
         self._clock = time.perf_counter()
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _had_stopped(self, state: TrainerState) -> bool:
+        """Whether a run had ended for want of gain."""
+        saved = cast(dict, state.stateful_callbacks).get("EarlyStoppingCallback")
+        return saved is not None and any(
+            saved["attributes"]["early_stopping_patience_counter"] >= callback.early_stopping_patience
+            for callback in self.callback_handler.callbacks
+            if isinstance(callback, EarlyStoppingCallback)
+        )
 
     def _take_up(self, folder: Path, state: TrainerState) -> None:
         """Load a run that had come to its end."""
@@ -141,6 +151,12 @@ class DevilTrainer(Trainer):
     def _stream_workers(self) -> int:
         if not isinstance(self.train_dataset, CaptionStream):
             return 1
+        processes, whole = self.args.world_size, self.train_dataset.dataset.num_shards
+        if whole % processes:
+            logger.warning(
+                f"{whole} shards are no multiple of {processes} processes: each process reads all of them and skips what is the "
+                "others', which is slow; choose a number of processes that divides that of the shards"
+            )
         shards = self.train_dataset.part(self.args.process_index, self.args.world_size).dataset.num_shards
         workers = min(self.args.dataloader_num_workers, shards)
         if workers < self.args.dataloader_num_workers:
@@ -243,11 +259,12 @@ class DevilTrainer(Trainer):
             3 + len(names), 2, dtype=torch.float64, device=self.args.device
         )  # (which loss, nats and tokens)
         size = self.args.eval_batch_size
-        for start in range(0, len(pairs), size):
-            part = pairs[start : start + size]
+        firsts = len(data)  # first captions come first, and share no batch with others
+        for start in (*range(0, firsts, size), *range(firsts, len(pairs), size)):
+            part = pairs[start : min(start + size, firsts) if start < firsts else start + size]
             batch = self._prepare_inputs(self.collator([self._whole(data, index, text) for index, text in part]))
             _add(sums[0], model, batch)
-            if start < len(data):  # first captions come first
+            if start < firsts:
                 _add(sums[1], model, batch)
                 for row, mask in enumerate(_masks(len(names), len(part), self.args.device), 2):
                     _add(sums[row], model, batch, mask)

@@ -12,18 +12,17 @@ from devil_hf.training.features import PooledCaptions
 from devil_hf.training.trainer import DevilTrainer
 
 
-def unit_captions(
-    model: DevilModel, processor: DevilProcessor, units: SeveralUnits | Sequence, every_caption: bool = False
-) -> PooledCaptions:
-    """Annotated units as a data set of the common trainer.
+def unit_captions(model: DevilModel, processor: DevilProcessor, units: SeveralUnits | Sequence) -> PooledCaptions:
+    """Annotated units as a data set of the common trainer; silent ones, which show nothing, are left out.
 
     Args:
         units: with summaries, such as the two sides of `open_milan`.
-        every_caption: one item per summary (validation) instead of one per unit with a summary drawn each time.
     """
     pooled = encoded_features(model, processor, units)  # type: ignore[arg-type]
-    features = [layer[:, None].half() for layer in pooled.features if layer is not None]
-    return PooledCaptions(features, [list(unit_summaries) for unit_summaries in _summaries(units)], every_caption)
+    keep = ~pooled.silent
+    features = [layer[keep, None].half() for layer in pooled.features if layer is not None]
+    texts = [list(own) for own, kept in zip(_summaries(units), keep.tolist(), strict=True) if kept]
+    return PooledCaptions(features, texts)
 
 
 def train_on_units(
