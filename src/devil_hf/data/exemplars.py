@@ -292,7 +292,7 @@ def find_exemplars(
     settings = {
         "network": str(reader.backbone.config["source"]),
         "weights_sha256": reader.fingerprint,
-        "source": images.name,
+        "source": images.name,  # with limit, split and held-out part
         "layers": reader.layers,
         "k": k,
         "quantile": quantile,
@@ -308,6 +308,10 @@ def find_exemplars(
         _check_settings(settings, found.summary, output_dir)
         return found
     state = PartialState()
+    if isinstance(images, NumberedImages) and len(images) < state.num_processes:  # said by all processes: none waits
+        raise ValueError(
+            f"{images.name} holds {len(images)} images for {state.num_processes} processes: start at most one per image"
+        )
     (output_dir / PARTIAL).mkdir(parents=True, exist_ok=True)
     settings["processes"] = state.num_processes
     file = output_dir / PARTIAL / f"process_{state.process_index}.safetensors"
