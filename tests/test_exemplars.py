@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -256,6 +257,39 @@ def test_held_out_images_are_other_images(pictures):
     stream = StreamedImages("rows", lambda: ({"image": n} for n in range(COUNT)))
     assert [n for n, _ in stream.split(5)[1].stream()] == numbers
     assert [n for n, _ in stream.split(5)[0].stream(1, 2)] == [n for n, _ in kept.stream(1, 2)]
+
+
+def test_names_of_sources_tell_which_images_they_are(pictures, tmp_path):
+    for number in range(3):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{number}.png")
+    rows = datasets.Dataset.from_dict({"image": pictures[:4]}, features=datasets.Features({"image": datasets.Image()}))
+    datasets.DatasetDict({"train": rows, "test": rows}).save_to_disk(tmp_path / "saved")
+    stream = rows.to_iterable_dataset()
+    names = [
+        open_images(*source).name
+        for source in (
+            [tmp_path, None, "image", 2],
+            [tmp_path],
+            [tmp_path / "saved", "test"],
+            [tmp_path / "saved", "train"],
+            [pictures],
+            [pictures[:5]],
+            [rows],
+            [stream, None, "image", 3],
+            [stream],
+            ["shapes:9", None, "image", 4],
+            ["shapes:9"],
+        )
+    ]
+    assert len(set(names)) == len(names)
+    assert names[0] == f"{tmp_path}, first 2" and names[9] == "shapes:9, first 4"
+
+
+def test_more_processes_than_images_are_refused_before_any_work(network, pictures, tmp_path, monkeypatch):
+    backbone, processor = network
+    monkeypatch.setattr(exemplars_module, "PartialState", lambda: SimpleNamespace(num_processes=3))
+    with pytest.raises(ValueError, match="2 images for 3 processes"):
+        find_exemplars(UnitReader(backbone), processor, open_images(pictures[:2]), tmp_path)
 
 
 def test_sources_that_are_none_are_named(tmp_path):
