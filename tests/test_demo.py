@@ -301,7 +301,9 @@ def test_frozen_parts_of_a_chosen_checkpoint_come_from_the_hub_and_count(monkeyp
     with pytest.raises(ValueError, match="10 GB; at most 8 GB"):
         Checkpoints(models="any").get("user/slim")
     assert asked == [(name, False) for name in sizes]
-    for place in (str(tmp_path), "src/devil_hf", f"local-dir:{tmp_path}", "../x", "./x", None):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "user" / "here").mkdir(parents=True)
+    for place in (str(tmp_path), "user/here", f"local-dir:{tmp_path}", "../x", "./x", None):
         text["source"] = place
         with pytest.raises(ValueError, match="no repository of the Hub"):
             Checkpoints(models="any").get("user/slim")
