@@ -149,10 +149,12 @@ def open_images(
             raise ValueError(
                 f"{source!r} is neither a folder of images, nor {SHAPES}:COUNT, nor the id of a Hub data set"
             )
-        source = load_dataset(source, split=split or "train", streaming=True)
+        split = split or "train"
+        rows = load_dataset(source, split=split, streaming=True)
+        return StreamedImages(_named(f"{source}, split {split}", limit), lambda: rows, column, limit=limit)
     if isinstance(source, IterableDataset):
         stream = source
-        return StreamedImages(_named(_hub_name(stream, split), limit), lambda: stream, column, limit=limit)
+        return StreamedImages(_named(_stream_name(stream), limit), lambda: stream, column, limit=limit)
     if isinstance(source, Dataset):
         return _first(_dataset(source, column, f"data set of {len(source)} images"), limit)
     images = source
@@ -170,10 +172,9 @@ def _named(name: str, limit: int | None) -> str:
     return name if limit is None else f"{name}, first {limit}"
 
 
-def _hub_name(stream: IterableDataset, split: str | None) -> str:
+def _stream_name(stream: IterableDataset) -> str:
     name = getattr(stream.info, "dataset_name", None) or "stream"
-    part = split or stream.split
-    return name if part is None else f"{name}, split {part}"
+    return name if stream.split is None else f"{name}, split {stream.split}"
 
 
 def _scenes(spec: str) -> NumberedImages:
