@@ -2,7 +2,8 @@
 
 The installed package answers for every DeViL checkpoint, so that of a repository only weights and settings are read. A
 checkpoint may also bring an architecture of its own; that code runs on this machine, and only after the visitor has ticked
-the box. On a public Space nobody else's tick should do that: there, only repositories named by the owner are trusted.
+the box. On a public Space nobody else's tick should do that: there, only repositories named by the owner are trusted. What a
+visitor chooses is read without this machine's Hub account, unless the owner has named it.
 """
 
 import os
