@@ -127,6 +127,30 @@ def test_results_of_the_evaluation_script_are_read(tmp_path):
     assert evaluation.settings == {"tokenizer": "simple"}
 
 
+def test_tables_of_unit_labels_keep_their_controls_apart(facts, tmp_path):
+    row = {"bert_score": None, "cider": 0.3, "tokenizer": "simple"}
+    rows = {"labels": row, "constant label": row | {"cider": 0.1, "text": "a dog"}, "shuffled labels": row}
+    rows |= {"language model only": row | {"text": "the"}, "one annotator": row | {"cider": 0.9}}
+    dataset = {"name": "MILANNOTATIONS", "split": "within-alexnet-imagenet"}
+    facts.evaluations = read(tmp_path, {"title": "Labels of units", "dataset": dataset, "scores": rows})
+    (evaluation,) = facts.evaluations
+    assert evaluation.scores == {"labels": {"cider": 0.3}} and evaluation.headline == "labels"
+    assert evaluation.controls == {"constant": {"cider": 0.1}, "shuffled": {"cider": 0.3}, "null": {"cider": 0.3}}
+    assert evaluation.settings == {"tokenizer": "simple", "text of constant": "a dog", "text of null": "the"}
+    assert judge_controls(facts.evaluations).status == "failed"  # dealt to other units, the labels score the same
+    (result,) = ModelCard(str(model_card(facts))).data.eval_results
+    assert (result.dataset_name, result.dataset_split) == ("MILANNOTATIONS", "within-alexnet-imagenet")
+
+
+def test_lora_adapters_are_said_to_be_trained(facts):
+    assert "LoRA" not in model_card(facts).text
+    facts.config.lora = {"rank": 3}
+    text = model_card(facts).text
+    assert "LoRA adapters of rank 3" in text and "with its LoRA adapters" in text
+    facts.config.frozen_weights = "reference"
+    assert "slim: the translator and the LoRA adapters" in model_card(facts).text
+
+
 def test_files_that_hold_no_results_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"results\.json.*finite"):
         read(tmp_path, {"title": "t", "scores": {"all": {"cider": float("nan")}}})

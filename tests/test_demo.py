@@ -6,6 +6,7 @@ import threading
 import zipfile
 from http.server import BaseHTTPRequestHandler
 from http.server import HTTPServer
+from types import SimpleNamespace
 from urllib.error import HTTPError
 from urllib.request import Request
 from urllib.request import urlopen
@@ -21,6 +22,7 @@ from gradio_client import Client  # noqa: E402
 from gradio_client import handle_file  # noqa: E402
 
 from devil_hf.data.shapes import make_scene  # noqa: E402
+from devil_hf.demo import checkpoints as checkpoints_module  # noqa: E402
 from devil_hf.demo import uploads  # noqa: E402
 from devil_hf.demo.app import build_demo  # noqa: E402
 from devil_hf.demo.app import told  # noqa: E402
@@ -213,9 +215,14 @@ def test_a_request_cannot_make_the_server_fetch_an_address(served):
     server = HTTPServer(("127.0.0.1", 0), Inside)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     address = f"http://127.0.0.1:{server.server_port}/secret.png"
-    for entry in ({"path": address}, {"path": "x.png", "url": address}):
-        answer = call(served, "describe", [{**entry, "meta": {"_type": "gradio.FileData"}}])
-        assert "event: error" in answer
+    file, nothing = {"path": address, "meta": {"_type": "gradio.FileData"}}, "not fetched"
+    answer = call(served, "describe", [file | {"path": "x.png", "url": address}])
+    assert "event: error" in answer
+    assert nothing in call(served, "describe", [file])
+    # Fields of text would fetch an address just the same.
+    for data in ([None, file, 1, 1], [None, [{"inside": file}], 1, 1]):
+        answer = call(served, "describe_place", data)
+        assert "event: error" in answer and nothing in answer
     server.shutdown()
     assert not asked
 
@@ -252,6 +259,59 @@ def test_the_picker_follows_its_owner(monkeypatch):
     from_environment = Checkpoints()
     assert from_environment.default == "user/five"
     assert from_environment.listed == ["user/four"] and from_environment.public
+
+
+def hub_of(sizes, asked):
+    """A stand-in for `HfApi` whose repositories have one file of a given size."""
+
+    class Api:
+        def __init__(self, token):
+            self.token = token
+
+        def model_info(self, name, files_metadata):
+            asked.append((name, self.token))
+            return SimpleNamespace(siblings=[SimpleNamespace(rfilename="model.safetensors", size=sizes[name])])
+
+    return Api
+
+
+def test_visitors_do_not_read_with_the_account_of_the_owner(monkeypatch):
+    asked, configured = [], []
+
+    def from_pretrained(name, **options):
+        configured.append(options["token"])
+        raise OSError("no such file")
+
+    monkeypatch.setattr(checkpoints_module, "HfApi", hub_of({"user/one": 1, "user/two": 1}, asked))
+    monkeypatch.setattr(checkpoints_module.AutoConfig, "from_pretrained", from_pretrained)
+    for name, listed in (("user/one", "any"), ("user/two", "user/two")):
+        with pytest.raises(ValueError, match="no such file"):
+            Checkpoints(models=listed).get(name)
+    assert asked == [("user/one", False), ("user/two", None)] and configured == [False, None]
+
+
+def test_frozen_parts_of_a_chosen_checkpoint_come_from_the_hub_and_count(monkeypatch, tmp_path):
+    vision, text = {"source": "hf-hub:user/eye@main"}, {"source": "user/tongue"}
+    settings = {"frozen_weights": "reference", "backbone_config": vision, "language_model_source": text}
+    config = SimpleNamespace(prefix_length=4, **settings)
+    monkeypatch.setattr(checkpoints_module.AutoConfig, "from_pretrained", lambda name, **options: config)
+    sizes = {"user/slim": 2**20, "user/eye": 5 * 2**30, "user/tongue": 5 * 2**30}
+    asked = []
+    monkeypatch.setattr(checkpoints_module, "HfApi", hub_of(sizes, asked))
+    with pytest.raises(ValueError, match="10 GB; at most 8 GB"):
+        Checkpoints(models="any").get("user/slim")
+    assert asked == [(name, False) for name in sizes]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "user" / "here").mkdir(parents=True)
+    for place in (str(tmp_path), "user/here", f"local-dir:{tmp_path}", "../x", "./x", None):
+        text["source"] = place
+        with pytest.raises(ValueError, match="no repository of the Hub"):
+            Checkpoints(models="any").get("user/slim")
+
+
+def test_even_the_default_runs_no_code_on_a_public_space():
+    with pytest.raises(ValueError, match="public and runs no code"):
+        Checkpoints("user/five", models="any", public=True).get("user/five", trust=True)
 
 
 FOREIGN = """
@@ -310,6 +370,9 @@ def test_every_phrase_has_a_map_at_every_layer_on_one_scale(explorer, images):
     page = html.maps_html(explorer.processor, look.image, outputs, ["a dog", "red"])
     assert page.count("<img") == 2 * len(explorer.layers) and page.count("dv-scale") == 1
     assert page.count('alt="map of red at') == len(explorer.layers)
+    long = explorer.map_phrases(look, ["red"], "the " * 10_000)  # of a carrier only the beginning is read
+    assert long.maps.keys() == outputs.maps.keys()
+    assert explorer.map_phrases(look, ["red"], None).maps.keys() == outputs.maps.keys()
 
 
 def test_like_features_get_like_colours():

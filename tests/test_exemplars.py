@@ -149,6 +149,7 @@ def test_a_killed_pass_goes_on_and_gives_the_same(network, pictures, found, tmp_
 
 SHARED = """
 import sys
+from pathlib import Path
 from accelerate import PartialState
 from PIL import Image
 from tests.test_exemplars import Colours, FeatureBackbone, DevilImageProcessor, UnitReader, find_exemplars, open_images
@@ -159,6 +160,16 @@ processor = DevilImageProcessor.from_data_config(backbone.config["data_config"])
 state = PartialState(cpu=True)
 assert state.num_processes == 2, state
 find_exemplars(UnitReader(backbone), processor, open_images(sys.argv[1]), sys.argv[2], k=4, batch_size=5)
+# The second process has nothing to read, and in the end none has: no process waits for another for ever.
+alone = find_exemplars(UnitReader(backbone), processor, open_images(sys.argv[1], limit=1), sys.argv[2] + "_one", k=4)
+assert alone.summary["images"] == 1
+(Path(sys.argv[1]) / "00.png").write_bytes(b"no picture")
+try:
+    find_exemplars(UnitReader(backbone), processor, open_images(sys.argv[1], limit=1), sys.argv[2] + "_none", k=4)
+except ValueError as error:
+    assert "could be read" in str(error)
+else:
+    raise AssertionError
 """
 
 
@@ -202,6 +213,9 @@ def test_images_that_cannot_be_read_are_left_out(network, pictures, tmp_path):
     for number, picture in enumerate(pictures[:6]):
         picture.save(folder / f"{number}.png")
     (folder / "2.png").write_bytes(b"no picture")
+    broken = open_images([str(folder / "2.png")])
+    with pytest.raises(ValueError, match="no image of list of 1 images could be read"):
+        find_exemplars(UnitReader(backbone), processor, broken, tmp_path / "nothing")
     found = find_exemplars(UnitReader(backbone), processor, open_images(folder), tmp_path / "out", k=2)
     assert found.summary["images"] == 5 and "2.png" not in found.keys.values()
 
@@ -256,6 +270,32 @@ def test_held_out_images_are_other_images(pictures):
     stream = StreamedImages("rows", lambda: ({"image": n} for n in range(COUNT)))
     assert [n for n, _ in stream.split(5)[1].stream()] == numbers
     assert [n for n, _ in stream.split(5)[0].stream(1, 2)] == [n for n, _ in kept.stream(1, 2)]
+
+
+def test_names_of_sources_tell_which_images_they_are(pictures, tmp_path):
+    for number in range(3):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{number}.png")
+    rows = datasets.Dataset.from_dict({"image": pictures[:4]}, features=datasets.Features({"image": datasets.Image()}))
+    datasets.DatasetDict({"train": rows, "test": rows}).save_to_disk(tmp_path / "saved")
+    stream = rows.to_iterable_dataset()
+    names = [
+        open_images(*source).name
+        for source in (
+            [tmp_path, None, "image", 2],
+            [tmp_path],
+            [tmp_path / "saved", "test"],
+            [tmp_path / "saved", "train"],
+            [pictures],
+            [pictures[:5]],
+            [rows],
+            [stream, None, "image", 3],
+            [stream],
+            ["shapes:9", None, "image", 4],
+            ["shapes:9"],
+        )
+    ]
+    assert len(set(names)) == len(names)
+    assert names[0] == f"{tmp_path}, first 2" and names[9] == "shapes:9, first 4"
 
 
 def test_sources_that_are_none_are_named(tmp_path):

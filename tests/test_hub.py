@@ -75,6 +75,9 @@ def checkpoint(model, processor, tmp_path_factory):
     (folder / "recipe.yaml").write_text(f"backbone: {folder}/somewhere/backbone\nmax_steps: 7\n")
     torch.save({"secret": 1}, folder / "training_args.bin")
     (folder / "trainer_state.json").write_text("{}")
+    (folder / ".notes.json").write_text("{}")
+    scores = SCORES | {"title": "Captions in training", "settings": {"data": f"{folder}/somewhere/flickr8k"}}
+    (folder / "scores.json").write_text(json.dumps(scores))
     return folder
 
 
@@ -139,7 +142,8 @@ def test_the_pushed_repository_is_what_was_prepared(hub, draft, published):
     }
     expected |= {"pictures/example_1.png", "pictures/layers.jpg", "pictures/maps_1.jpg", "evaluations/captions.json"}
     assert expected <= files.keys()
-    assert not {path for path in files if "train" in path}
+    assert "scores.json" in files
+    assert not {path for path in files if "train" in path or path.startswith(".n")}
 
 
 def test_nothing_of_this_machine_is_published(hub, draft, checkpoint, sources, published):
@@ -323,10 +327,13 @@ def test_a_source_that_is_cut_is_named(part, hub, slim_model, slim_repository, t
 def test_a_new_push_takes_what_is_outdated_away(hub, draft, tmp_path):
     api = HfApi()
     api.create_repo("tester/again")
-    for path in ("model-00001-of-00002.safetensors", "old_devil.py", "pictures/maps_9.jpg", "notes.md"):
+    for path in ("model-00001-of-00002.safetensors", "old_devil.py", "pictures/maps_9.jpg", "recipe.yaml", "notes.md"):
         api.upload_file(path_or_fileobj=b"old", path_in_repo=path, repo_id="tester/again")
-    upload(draft, "tester/again")
-    assert hub.files("tester/again").keys() - draft.tree().keys() == {".gitattributes", "notes.md"}
+    fresh = copy.copy(draft)
+    fresh.folder = shutil.copytree(draft.folder, tmp_path / "fresh")
+    (fresh.folder / "recipe.yaml").unlink()
+    upload(fresh, "tester/again")
+    assert hub.files("tester/again").keys() - fresh.tree().keys() == {".gitattributes", "notes.md"}
 
 
 def test_pushing_without_a_login_stops_before_any_work(hub, checkpoint, monkeypatch):

@@ -1,5 +1,6 @@
 """Labels of units: masked pooling as in a naive loop, strategies that keep their promise, and labels that are checked."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -217,11 +218,24 @@ def test_right_labels_pass_and_wrong_ones_do_not():
     assert constant["label"] == "label 00" and constant["passed"] <= 0.1
 
 
+def test_a_few_right_labels_pass_among_many_wrong_ones():
+    generator = torch.Generator().manual_seed(5)
+    evidence, activations = torch.randn(400, 60, generator=generator), torch.randn(400, 60, generator=generator)
+    activations[:2] = evidence[:2] + 0.3 * activations[:2]
+    labels = [f"label {n:03d}" for n in range(400)]
+    rows = check_labels(activations, evidence, labels, labels, permutations=100)
+    assert rows[0]["passed"] and rows[1]["passed"] and sum(row["passed"] for row in rows) <= 3
+
+
 def test_shuffled_labels_meet_no_unit_of_theirs():
-    labels = ["red", "red", "blue", "green", "", "blue", "red"]
-    dealt = shuffled_labels(labels, seed=1)
-    assert sorted(dealt) == sorted(labels) and dealt[4] == ""
-    assert all(new != old for new, old in zip(dealt, labels, strict=True) if old)
+    labels = ["red", "red", "blue", "green", "", "blue", "red", "striped", "dotted", "star"]
+    dealt = [shuffled_labels(labels, seed) for seed in range(20)]
+    for one in dealt:
+        assert sorted(one) == sorted(labels) and one[4] == ""
+        assert all(new != old for new, old in zip(one, labels, strict=True) if old)
+    assert dealt[0] == shuffled_labels(labels, 0)
+    assert len({tuple(one) for one in dealt}) > 10
+    assert len({one[3] for one in dealt}) > 2  # not always its neighbour by alphabet
 
 
 # ------------------------------------------------------------------------------------------------------- planted truth
@@ -291,6 +305,10 @@ def test_all_stages_leave_an_atlas(model, processor, images, tmp_path):
     assert summary["images"] == 22 and (tmp_path / "atlas" / "index.html").is_file()
     atlas = json.loads((tmp_path / "atlas" / "atlas.json").read_text())
     assert len(atlas["units"]) == summary["units"] == model.backbone.channels[-1]
+    # A check on images among which exemplars were found, or of other units, would be worth nothing.
+    for changes, what in (({"held_out": 3}, "source"), ({"limit": 40}, "source"), ({"layers": 0}, "layers")):
+        with pytest.raises(ValueError, match=f"cannot be checked like this: {what}"):
+            neurons(dataclasses.replace(arguments, stage="check", **changes), model, processor)
     before = (tmp_path / "labels.json").read_text()
     neurons(NeuronsArguments(tmp_path, stage="describe", strategy="greedy", candidates=2), model, processor)
     assert (tmp_path / "labels.json").read_text() != before
@@ -310,6 +328,23 @@ def test_all_stages_leave_an_atlas(model, processor, images, tmp_path):
 def test_what_is_wrong_is_said_before_anything_is_computed(options, message, tmp_path, capsys):
     assert main(["neurons", "--output-dir", str(tmp_path), *options]) == 1
     assert message in capsys.readouterr().err
+
+
+def test_the_command_names_units_and_checks_the_names(model, processor, tmp_path, capsys):
+    model.save_pretrained(tmp_path / "checkpoint")
+    processor.save_pretrained(tmp_path / "checkpoint")
+    command = [
+        "neurons",
+        "shapes:42",
+        "--output-dir",
+        str(tmp_path / "out"),
+        "--checkpoint",
+        str(tmp_path / "checkpoint"),
+    ]
+    command += ["--layers", str(len(model.layer_names) - 1), "--exemplars", "2", "--held-out", "2", "--candidates", "2"]
+    assert main([*command, "--permutations", "100", "--device", "cpu", "--json"]) == 0
+    summary = json.loads(capsys.readouterr().out)
+    assert summary["layers"] == [model.layer_names[-1]] and summary["checks"]["images"] == 21
 
 
 def test_help_shows_an_example():

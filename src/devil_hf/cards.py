@@ -29,6 +29,7 @@ from devil_hf.evaluation.results import CONTROLS
 from devil_hf.evaluation.results import Evaluation
 from devil_hf.evaluation.results import judge_controls
 from devil_hf.evaluation.results import metric_name
+from devil_hf.lora_devil import LORA_DEFAULTS
 
 TAGS = ["devil", "interpretability", "explainability", "vision-feature-description", "feature-attribution"]
 PIPELINE_TAG = "image-to-text"  # the nearest of the Hub's own tasks
@@ -153,6 +154,7 @@ def model_card(facts: Facts) -> ModelCard:
             revision_argument=f'revision="{facts.revision}", ' if facts.revision else "",
             evaluations=facts.evaluations,
             trained_parameters=f"{facts.trained_parameters:,}",
+            lora_rank=(LORA_DEFAULTS | dict(config.lora or {}))["rank"],
             data=facts.data or ", ".join(facts.datasets) or _data_note(facts),
             parts=parts,
             checkpoint=_checkpoint_note(facts),
@@ -242,9 +244,11 @@ def _recipe_note(facts: Facts) -> str:
 def _checkpoint_note(facts: Facts) -> str:
     if not facts.published:
         return "none yet"
+    lora = facts.config.lora is not None
     if facts.config.frozen_weights == "reference":
-        return "slim: the translator; the frozen parts are fetched from their sources and verified by hash on loading"
-    return "self-contained: backbone, translator and language model"
+        trained = "the translator and the LoRA adapters" if lora else "the translator"
+        return f"slim: {trained}; the frozen parts are fetched from their sources and verified by hash on loading"
+    return f"self-contained: backbone, translator and language model{', with its LoRA adapters' if lora else ''}"
 
 
 def readable_recipe(text: str) -> str:

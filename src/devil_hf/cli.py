@@ -448,7 +448,12 @@ def run_evaluate_neurons(arguments: argparse.Namespace) -> None:
     )
     content = {"split": arguments.split, "units": count, "scores": rows}
     if arguments.output:
-        arguments.output.write_text(json.dumps(content | {"labels": units}, indent=1))
+        named = {
+            "title": "Labels of units",
+            "dataset": {"name": "MILANNOTATIONS", "split": arguments.split},
+            "settings": {"units": count, "strategy": arguments.strategy},
+        }
+        arguments.output.write_text(json.dumps(named | content | {"labels": units}, indent=1))
     print(json.dumps(content) if arguments.json else table_text(rows))
 
 

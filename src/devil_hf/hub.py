@@ -59,9 +59,12 @@ PUBLISHED = (
     *("*.safetensors", "*.safetensors.index.json", "*.json", "*.py", "*.txt", "*.model", "*.tiktoken", "*.jinja"),
     *(RECIPE_FILE, "LICENSE*", "evaluations/*.json"),
 )
-PRIVATE = ("trainer_state.json", "*training_args*")
+PRIVATE = (".*", "evaluations/.*", "trainer_state.json", "*training_args*")
 # Files of an earlier push that would contradict this one.
-OUTDATED = ("*.safetensors", "*.safetensors.index.json", CODE, "pictures/*", "evaluations/*", "scores.json")
+OUTDATED = (
+    *("*.safetensors", "*.safetensors.index.json", CODE),
+    *("pictures/*", "evaluations/*", "scores.json", RECIPE_FILE),
+)
 LARGEST_PICTURE = 768  # pixels of an example image's longer side
 FIGURE: dict[str, Any] = {"quality": 90, "subsampling": 0}
 EXAMPLE_WORLD = 1  # of the shapes world: held out, as in the quickstart
@@ -226,14 +229,13 @@ def prepare(
     given = [evaluation for path in scores for evaluation in read_evaluations(path)]
     pictures = [] if images is None else [picture.copy() for picture in load_images(images)]
     model, processor = _stage(checkpoint, processor, folder, slim)
-    own = [path for path in (folder / "scores.json", *sorted(folder.glob("evaluations/*.json"))) if path.is_file()]
     recipe = folder / RECIPE_FILE
     facts = Facts(
         repo_id=repo_id,
         config=DevilConfig.from_pretrained(folder),
         layers=layer_table(model),
         trained_parameters=sum(tensor.numel() for tensor in model.trainable_state_dict().values()),
-        evaluations=[evaluation for path in own for evaluation in read_evaluations(path)] + given,
+        evaluations=[evaluation for path in _score_files(folder) for evaluation in read_evaluations(path)] + given,
         examples=draw_examples(model, processor, folder, pictures, phrases),
         recipe=recipe.read_text().strip() if recipe.is_file() else None,
         license=license or ("apache-2.0" if model.config.scope == SCOPE else UNKNOWN_LICENSE),
@@ -413,6 +415,10 @@ def _copy_scores(scores: Sequence[str | PathLike], folder: Path) -> None:
         target.write_text(json.dumps(without_paths(json.loads(path.read_text())), indent=1) + "\n")
 
 
+def _score_files(folder: Path) -> list[Path]:
+    return [path for path in (folder / "scores.json", *sorted(folder.glob("evaluations/*.json"))) if path.is_file()]
+
+
 def _forget_this_machine(folder: Path) -> None:
     """Take local paths, and the tokenizer's memory of having been a local directory, out of the files."""
     for name in ("config.json", "processor_config.json", "tokenizer_config.json"):
@@ -426,6 +432,9 @@ def _forget_this_machine(folder: Path) -> None:
         if name == "tokenizer_config.json":
             settings = {key: value for key, value in settings.items() if key not in ("is_local", "local_files_only")}
         path.write_text(json.dumps(without_paths(settings), indent=2) + "\n")
+    for path in _score_files(folder):
+        read_evaluations(path)  # names a file that holds none
+        path.write_text(json.dumps(without_paths(json.loads(path.read_text())), indent=1) + "\n")
     recipe = folder / RECIPE_FILE
     if recipe.is_file():
         recipe.write_text(readable_recipe(recipe.read_text()) + "\n")

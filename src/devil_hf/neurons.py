@@ -225,7 +225,8 @@ def _check(
     folder: Path,
 ) -> None:
     rows = _read(folder / "labels.json", "describe")["units"]
-    _, images = _images(arguments)
+    kept, images = _images(arguments)
+    _check_origin(arguments, reader, kept, folder)  # type: ignore[arg-type]
     unit_labels = [row["label"] for row in rows]
     labels = sorted({label for label in unit_labels if label})
     activations = held_out_activations(reader, reading, images, arguments.batch_size)  # type: ignore[arg-type]
@@ -255,6 +256,22 @@ def _check(
         "shuffled labels": check_shuffled(activations, evidence, labels, unit_labels, **options),
     }
     _write({"summary": summary, "labels": unit_labels, "units": checks}, folder / "checks.json")
+
+
+def _check_origin(arguments: NeuronsArguments, reader: UnitReader, kept: ImageStream, folder: Path) -> None:
+    """Make sure that the exemplars are of the same units, and not of images that the check sees."""
+    found = ExemplarSet(folder / "exemplars").summary
+    asked = {"weights_sha256": reader.fingerprint, "layers": reader.layers}
+    if arguments.check_images is None:
+        asked["source"] = kept.name  # holds limit and split, and which images are held out
+    different = [
+        f"{name} is {found[name]!r}, asked for {value!r}" for name, value in asked.items() if found[name] != value
+    ]
+    if different:
+        raise ValueError(
+            f"the exemplars in {folder} cannot be checked like this: {'; '.join(different)}. Name the same images, held_out, "
+            "limit, split, network and layers as for the exemplars, or check on other images (check_images)"
+        )
 
 
 def _read(file: Path, stage: str) -> dict:

@@ -292,7 +292,7 @@ def find_exemplars(
     settings = {
         "network": str(reader.backbone.config["source"]),
         "weights_sha256": reader.fingerprint,
-        "source": images.name,
+        "source": images.name,  # with limit, split and held-out part
         "layers": reader.layers,
         "k": k,
         "quantile": quantile,
@@ -310,17 +310,18 @@ def find_exemplars(
     state = PartialState()
     (output_dir / PARTIAL).mkdir(parents=True, exist_ok=True)
     settings["processes"] = state.num_processes
-    file = output_dir / PARTIAL / f"process_{state.process_index}.safetensors"
-    share = _run_pass(reader, processor, images, file, settings, batch_size, save_every, workers, state)
+    files = [output_dir / PARTIAL / f"process_{process}.safetensors" for process in range(state.num_processes)]
+    _run_pass(reader, processor, images, files[state.process_index], settings, batch_size, save_every, workers, state)
     state.wait_for_everyone()
+    written = [file for file in files if file.is_file()]  # by processes that had an image to read
+    state.wait_for_everyone()  # all have looked, before the first one takes the states away
+    if not written:  # raised by all processes: none is left waiting
+        raise ValueError(f"no image of {images.name} could be read")
     if state.is_main_process:
-        for other in range(1, state.num_processes):
-            _merge(
-                share,
-                _load_state(output_dir / PARTIAL / f"process_{other}.safetensors", settings, share.top[0].peaks.device),
-            )
-        if not share.seen:
-            raise ValueError(f"no image of {images.name} could be read")
+        device = next(reader.backbone.parameters()).device
+        share, *others = (_load_state(file, settings, device) for file in written)
+        for other in others:
+            _merge(share, other)
         _finish(reader, processor, images, output_dir, settings, share, batch_size)
     state.wait_for_everyone()
     return ExemplarSet(output_dir)
@@ -338,7 +339,8 @@ def _check_settings(asked: dict, found: dict, folder: Path) -> None:
         raise ValueError(f"{folder} holds exemplars of other settings: {shown}. Choose another folder, or remove it.")
 
 
-def _run_pass(reader, processor, images, file, settings, batch_size, save_every, workers, state) -> _Pass:
+def _run_pass(reader, processor, images, file, settings, batch_size, save_every, workers, state) -> None:
+    """One process' pass over its share, whose state ends in `file`; without an image to read, no file is written."""
     device = next(reader.backbone.parameters()).device
     share = _load_state(file, settings, device) if file.is_file() else None
     position = 0 if share is None else share.position
@@ -367,10 +369,8 @@ def _run_pass(reader, processor, images, file, settings, batch_size, save_every,
             if share.position - saved >= save_every:
                 _save_state(share, file, settings)
                 saved = share.position
-    if share is None:
-        raise ValueError(f"no image of {images.name} could be read by process {state.process_index}")
-    _save_state(share, file, settings)
-    return share
+    if share is not None:
+        _save_state(share, file, settings)
 
 
 def _sampled(activations: Tensor, seed: int) -> Tensor:

@@ -149,21 +149,32 @@ def open_images(
             raise ValueError(
                 f"{source!r} is neither a folder of images, nor {SHAPES}:COUNT, nor the id of a Hub data set"
             )
-        source = load_dataset(source, split=split or "train", streaming=True)
+        split = split or "train"
+        rows = load_dataset(source, split=split, streaming=True)
+        return StreamedImages(_named(f"{source}, split {split}", limit), lambda: rows, column, limit=limit)
     if isinstance(source, IterableDataset):
         stream = source
-        return StreamedImages(
-            getattr(stream.info, "dataset_name", None) or "stream", lambda: stream, column, limit=limit
-        )
+        return StreamedImages(_named(_stream_name(stream), limit), lambda: stream, column, limit=limit)
     if isinstance(source, Dataset):
-        return _first(_dataset(source, column, "data set"), limit)
+        return _first(_dataset(source, column, f"data set of {len(source)} images"), limit)
     images = source
-    return _first(NumberedImages("list", range(len(images)), lambda number: images[number], str), limit)
+    name = f"list of {len(images)} images"
+    return _first(NumberedImages(name, range(len(images)), lambda number: images[number], str), limit)
 
 
 def _first(images: NumberedImages, limit: int | None) -> NumberedImages:
     images.numbers = images.numbers[:limit]
+    images.name = _named(images.name, limit)
     return images
+
+
+def _named(name: str, limit: int | None) -> str:
+    return name if limit is None else f"{name}, first {limit}"
+
+
+def _stream_name(stream: IterableDataset) -> str:
+    name = getattr(stream.info, "dataset_name", None) or "stream"
+    return name if stream.split is None else f"{name}, split {stream.split}"
 
 
 def _scenes(spec: str) -> NumberedImages:
@@ -180,17 +191,22 @@ def _scenes(spec: str) -> NumberedImages:
 
 
 def _folder(folder: Path, split: str | None, column: str) -> NumberedImages:
-    if any((folder / name).is_file() for name in ("state.json", "dataset_dict.json")):
+    if any((folder / file).is_file() for file in ("state.json", "dataset_dict.json")):
         dataset = load_from_disk(str(folder))
-        return _dataset(dataset if isinstance(dataset, Dataset) else dataset[split or "train"], column, str(folder))
-    if any((folder / name).is_file() for name in CAPTION_FILES):
+        if isinstance(dataset, Dataset):
+            return _dataset(dataset, column, str(folder))
+        part = split or "train"
+        return _dataset(dataset[part], column, f"{folder}, split {part}")
+    name = str(folder)
+    if any((folder / file).is_file() for file in CAPTION_FILES):
         paths = [folder / record["image"] for record in read_caption_records(folder, split)]
+        name = name if split is None else f"{folder}, split {split}"
     else:
         paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in EXTENSIONS)
     if not paths:
         raise FileNotFoundError(f"{folder} holds no image with one of the extensions {sorted(EXTENSIONS)}")
     return NumberedImages(
-        str(folder), range(len(paths)), paths.__getitem__, lambda number: str(paths[number].relative_to(folder))
+        name, range(len(paths)), paths.__getitem__, lambda number: str(paths[number].relative_to(folder))
     )
 
 

@@ -19,7 +19,7 @@ from devil_hf.demo.explorer import read_phrases
 from devil_hf.demo.uploads import MAX_BYTES
 from devil_hf.demo.uploads import MAX_PIXELS
 from devil_hf.demo.uploads import read_upload
-from devil_hf.demo.uploads import upload_field
+from devil_hf.demo.uploads import refuse_addresses
 from devil_hf.descriptions_devil import Descriptions
 from devil_hf.report import html
 from devil_hf.report.features import feature_picture
@@ -97,6 +97,7 @@ def build_demo(checkpoints: Checkpoints) -> gr.Blocks:
         title="devil-hf: what does a vision network see?", analytics_enabled=False, delete_cache=(600, 3600)
     ) as demo:
         _Page(checkpoints, examples).build(demo)
+    refuse_addresses(demo)
     return demo
 
 
@@ -117,7 +118,7 @@ class _Page:
                     limits = f"up to {MAX_BYTES >> 20} MB and {MAX_PIXELS // 1_000_000} million pixels"
                     gr.HTML(_title("1 · Choose an image", f"A rendered scene, or a picture of yours ({limits})."))
                     self.gallery = self.piece("dv-gallery")
-                    self.upload = upload_field(
+                    self.upload = gr.File(
                         label="Image to look at",
                         show_label=False,
                         file_types=["image"],
@@ -357,7 +358,7 @@ class _Page:
             return {"checkpoint": self.checkpoints.default, "layers": default.layers, "scope": config.scope}
 
         with gr.Column(visible=False):
-            image, layer, phrases = upload_field(label="image"), gr.Textbox(label="layer"), gr.Textbox(label="phrases")
+            image, layer, phrases = gr.File(label="image"), gr.Textbox(label="layer"), gr.Textbox(label="phrases")
             x, y, carrier = gr.Number(label="x"), gr.Number(label="y"), gr.Textbox("", label="carrier")
             answer, picture, caller = gr.JSON(), gr.Image(), gr.Button()
         described = "One row per layer, and one for all together: description, and evidence of each word in nats."

@@ -2,27 +2,33 @@
 
 The installed package answers for every DeViL checkpoint, so that of a repository only weights and settings are read. A
 checkpoint may also bring an architecture of its own; that code runs on this machine, and only after the visitor has ticked
-the box. On a public Space nobody else's tick should do that: there, only repositories named by the owner are trusted.
+the box. On a public Space nobody else's tick should do that: there, only repositories named by the owner are trusted. What a
+visitor chooses is read without this machine's Hub account, unless the owner has named it.
 """
 
 import os
 import re
 import threading
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import HfApi
 from transformers import AutoConfig
 from transformers import AutoModel
 from transformers import AutoProcessor
+from transformers import PreTrainedConfig
 
+from devil_hf.cards import hub_id
 from devil_hf.demo.explorer import Explorer
 from devil_hf.embedded import CHECKPOINT
 
 EMBEDDED = "shapes world (built in)"
 MAX_REPOSITORY_BYTES = 8 * 2**30
+OTHER_WEIGHTS = (".bin", ".h5", ".msgpack", ".onnx", ".ot", ".tflite")  # not fetched where there are safetensors
 KEPT = 3  # models in memory at once; the one loaded first goes first, the default stays
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_SOURCE = re.compile(rf"{_HUB_ID.pattern}|[A-Za-z0-9][\w.-]*")  # old repositories belong to nobody: gpt2
 
 
 class Checkpoints:
@@ -77,36 +83,75 @@ class Checkpoints:
         return explorer
 
     def _load(self, name: str, trust: bool) -> Explorer:
-        source = name if name == self.default else self._checked(name, trust)
-        source = str(CHECKPOINT) if source == EMBEDDED else source
+        if trust and not self.may_trust(name):
+            raise ValueError("This demo is public and runs no code of repositories that its owner has not named.")
+        chosen = name != self.default  # by a visitor
+        # What the owner's account may read is for those whom the owner has named.
+        token = False if chosen and name not in (self.listed or []) else None
+        size = self._checked(name, token) if chosen else 0
+        source = str(CHECKPOINT) if name == EMBEDDED else name
+        hub: dict[str, Any] = {"trust_remote_code": trust, "token": token}
         try:
-            config = AutoConfig.from_pretrained(source, trust_remote_code=trust)
+            config = AutoConfig.from_pretrained(source, **hub)
             if not hasattr(config, "backbone_config") or not hasattr(config, "prefix_length"):
                 raise ValueError(f"it holds a model of type {config.model_type!r}, not a DeViL")
-            model = AutoModel.from_pretrained(source, config=config, dtype=torch.float32, trust_remote_code=trust)
-            processor = AutoProcessor.from_pretrained(source, trust_remote_code=trust)
+            if chosen and config.frozen_weights == "reference":
+                size += sum(repository_bytes(part, token) for part in frozen_sources(config))
+                check_size(name, size)
+            model = AutoModel.from_pretrained(source, config=config, dtype=torch.float32, **hub)
+            processor = AutoProcessor.from_pretrained(source, **hub)
         except (OSError, ValueError) as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             if "trust_remote_code" in str(error):
                 reason = "it brings code of its own. Tick the box only if you trust its authors"
-            raise ValueError(f"{name} cannot be loaded: {reason}.") from error
+            raise ValueError(f"{name} cannot be loaded: {reason.rstrip('.')}.") from error
         return Explorer(model.to(self.device).eval(), processor)
 
-    def _checked(self, name: str, trust: bool) -> str:
-        """A Hub id that may be loaded here; never a path, which would read this machine's own files."""
+    def _checked(self, name: str, token: bool | None) -> int:
+        """The bytes of a Hub id that may be loaded here; never a path, which would read this machine's own files."""
         if not _HUB_ID.fullmatch(name) or ".." in name or Path(name).exists():
             raise ValueError(f"'{name[:80]}' is not a Hub id; they look like user/devil-resnet50-opt125m.")
         if self.listed is not None and name not in self.listed:
             raise ValueError(
                 f"{name} is not among the checkpoints of this demo: {', '.join(self.listed) or 'one only'}."
             )
-        if trust and not self.may_trust(name):
-            raise ValueError("This demo is public and runs no code of repositories that its owner has not named.")
-        try:
-            files = HfApi().model_info(name, files_metadata=True).siblings or []
-        except OSError as error:  # of the Hub, and of the way to it
-            raise ValueError(f"{name} cannot be found on the Hub, or the Hub cannot be reached from here.") from error
-        size = sum(file.size or 0 for file in files)
-        if size > MAX_REPOSITORY_BYTES:
-            raise ValueError(f"{name} has {size / 2**30:.0f} GB; at most {MAX_REPOSITORY_BYTES >> 30} GB are loaded.")
-        return name
+        size = repository_bytes(name, token)
+        check_size(name, size)
+        return size
+
+
+def repository_bytes(name: str, token: bool | None) -> int:
+    """What a repository weighs in bytes, without weights of other kinds beside safetensors.
+
+    Args:
+        token: False asks as nobody, None with the account of this machine.
+    """
+    try:
+        files = HfApi(token=token).model_info(name, files_metadata=True).siblings or []
+    except OSError as error:  # of the Hub, and of the way to it
+        raise ValueError(f"{name} cannot be found on the Hub, or the Hub cannot be reached from here.") from error
+    if any(file.rfilename.endswith(".safetensors") for file in files):
+        files = [file for file in files if not file.rfilename.endswith(OTHER_WEIGHTS)]
+    return sum(file.size or 0 for file in files)
+
+
+def check_size(name: str, size: int) -> None:
+    """Raise a ValueError for more than is loaded here."""
+    if size > MAX_REPOSITORY_BYTES:
+        raise ValueError(f"{name} has {size / 2**30:.0f} GB; at most {MAX_REPOSITORY_BYTES >> 30} GB are loaded.")
+
+
+def frozen_sources(config: PreTrainedConfig) -> list[str]:
+    """The Hub ids from which a slim checkpoint fetches its frozen parts.
+
+    Raises:
+        ValueError: for a part that does not come from the Hub: a path would read this machine's own files.
+    """
+    named = []
+    for part in (config.backbone_config, config.language_model_source):
+        source = (part or {}).get("source")
+        identifier = hub_id(source)
+        if identifier is None or not _SOURCE.fullmatch(identifier) or ".." in source or Path(identifier).exists():
+            raise ValueError(f"its frozen parts come from {str(source)[:80]!r}, which is no repository of the Hub")
+        named.append(identifier)
+    return named

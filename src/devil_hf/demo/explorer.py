@@ -13,6 +13,7 @@ from devil_hf.outputs_devil import AttributionOutput
 from devil_hf.processing_devil import DevilProcessor
 
 MAX_PHRASES, MAX_PHRASE_LENGTH = 6, 60
+MAX_CARRIER_LENGTH = 40
 MAX_NEW_TOKENS = 30
 
 
@@ -84,9 +85,10 @@ class Explorer:
         left, top, right, bottom = self.processor.location_to_box((row, column), (rows, columns), size)
         return (left + right) / 2, (top + bottom) / 2
 
-    def map_phrases(self, look: Look, phrases: Sequence[str], carrier: str = "") -> AttributionOutput:
+    def map_phrases(self, look: Look, phrases: Sequence[str], carrier: str | None = "") -> AttributionOutput:
         """Maps of phrases on every layer, in nats per token over the null prefix."""
-        tokens = self.processor(text=list(phrases), carrier=carrier.strip() or None, return_tensors="pt")
+        carrier = (carrier or "").strip()[:MAX_CARRIER_LENGTH] or None
+        tokens = self.processor(text=list(phrases), carrier=carrier, return_tensors="pt")
         output = self.model.attribute(feature_maps=look.feature_maps, phrases=tokens)
         output.maps = {layer: values.cpu() for layer, values in output.maps.items()}
         return output

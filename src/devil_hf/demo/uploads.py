@@ -4,6 +4,9 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from gradio_client.utils import is_file_obj_with_meta
+from gradio_client.utils import is_http_url_like
+from gradio_client.utils import traverse
 from PIL import Image
 
 from devil_hf.image_processing_devil import load_images
@@ -14,19 +17,22 @@ LONGEST_SIDE = 1024  # of the picture that is kept: backbones look at less
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 
 
-def upload_field(**settings: Any) -> gr.File:
-    """A field for a file of the visitor's own device: unlike a plain one, it never fetches an address that a request names."""
-    field = gr.File(**settings)
-    keep = field.move_resource_to_block_cache
+def refuse_addresses(demo: gr.Blocks) -> None:
+    """Let the server fetch no address that a request names: gradio would, for every field of every endpoint."""
+    prepare = demo.preprocess_data
 
-    def keep_uploads(url_or_file_path: Any) -> str | None:
-        if str(url_or_file_path).startswith(("http://", "https://")):
-            raise gr.Error("Upload the file itself: addresses are not fetched.", print_exception=False)
-        return keep(url_or_file_path)
+    async def prepare_uploads(block_fn: Any, inputs: list[Any], *args: Any, **kwargs: Any) -> list[Any]:
+        traverse(inputs, _refuse_address, is_file_obj_with_meta)
+        return await prepare(block_fn, inputs, *args, **kwargs)
 
-    # Set on the object: of a subclass, gradio would write a stub file beside this one.
-    field.move_resource_to_block_cache = keep_uploads  # type: ignore[method-assign]
-    return field
+    # Set on the whole: gradio makes fields anew for each visitor, which would know nothing of what is set on the old ones.
+    demo.preprocess_data = prepare_uploads  # type: ignore[method-assign]
+
+
+def _refuse_address(file: dict) -> dict:
+    if is_http_url_like(file["path"]):
+        raise gr.Error("Upload the file itself: addresses are not fetched.", print_exception=False)
+    return file
 
 
 def read_upload(path: str | Path) -> Image.Image:

@@ -14,7 +14,7 @@
 Rows of `scores` are what was asked ("all" layers together, one layer, "mean" of their maps), rows of `controls` the same measure
 without the features; more is better in every metric. Only `title` and `scores` must be there, and `dataset` may be a name.
 `verdict` is for evaluations that judge their controls themselves. A file may also hold a list of such objects. What
-`scripts/evaluate.py --output` and `devil quickstart` write is read as well.
+`scripts/evaluate.py --output`, `devil evaluate neurons --output` and `devil quickstart` write is read as well.
 """
 
 import json
@@ -40,6 +40,9 @@ CONTROLS = {
     "untrained": "untrained translator",
 }
 CHANCE = "chance"
+# Rows of `devil evaluate neurons` that are controls, and the one that is people's agreement and no result of a model.
+NEURON_ROWS = {"constant label": "constant", "shuffled labels": "shuffled", "language model only": "null"}
+ONE_ANNOTATOR = "one annotator"
 METRIC_NAMES = {
     "bleu_1": "BLEU-1",
     "bleu_2": "BLEU-2",
@@ -50,6 +53,7 @@ METRIC_NAMES = {
     "cider": "CIDEr",
     "spice": "SPICE",
     "bertscore": "BERTScore F1",
+    "bert_score": "BERTScore F1",
 }
 Table = dict[str, dict[str, float]]
 
@@ -178,14 +182,19 @@ def _evaluations_of(content: Any, path: Path) -> list[Evaluation]:
         raise ValueError(
             f'{path} holds no results: expected an object with "title" and "scores", as devil_hf.evaluation.results has it'
         )
-    scores = {name: dict(row) for name, row in content["scores"].items()}
+    scores = {
+        NEURON_ROWS.get(name, name): {metric: value for metric, value in row.items() if value is not None}
+        for name, row in content["scores"].items()
+        if name != ONE_ANNOTATOR
+    }
     controls = {name: dict(row) for name, row in content.get("controls", {}).items()}
-    # scripts/evaluate.py keeps its controls among the layers.
+    # scripts/evaluate.py keeps its controls among the layers, `devil evaluate neurons` beside the labels.
     controls |= {name: scores.pop(name) for name in (*CONTROLS, CHANCE) if name in scores}
     settings = dict(content.get("settings", {}))
     for table in (scores, controls):
-        for row in table.values():
-            settings |= {name: row.pop(name) for name in [key for key, value in row.items() if isinstance(value, str)]}
+        for name, row in table.items():
+            for key in [key for key, value in row.items() if isinstance(value, str)]:
+                settings[f"{key} of {name}" if key == "text" else key] = row.pop(key)
     dataset = content.get("dataset", "not recorded")
     return [
         Evaluation(

@@ -5,8 +5,8 @@ token over the null prefix. An image that makes every label likely (or none) say
 all labels at the image is taken off. The simulation is compared with the unit's peak activation by two measures that notice
 missing and surplus labels alike: Pearson correlation, and the area under the precision-recall curve (average precision) of
 finding the tenth of the images that drive the unit most. p-values are one-sided, by permutation of the images; a label passes
-when its q-value (Benjamini and Hochberg, over all units) stays within `alpha`. The most frequent label, given to every unit,
-is tested beside it.
+when its q-value (Benjamini and Hochberg, over all tested units, which are those with a label) stays within `alpha`. The most
+frequent label, given to every unit, is tested beside it.
 """
 
 from collections.abc import Sequence
@@ -102,11 +102,13 @@ def check_labels(
         activations: (U, N).
         evidence: (K, N) of the K different `labels`.
         unit_labels: U of them, "" for units without a label, which are not tested.
-        permutations: of the images, the same for all units; the smallest p-value is 1 / (permutations + 1).
+        permutations: of the images, the same for all units; the smallest p-value is 1 / (permutations + 1). Correlations that
+            none of them reaches get more, see `correlation_test`.
         alpha: share of false discoveries among the labels that pass.
 
     Returns:
-        Per unit `pearson`, `pearson_p`, `q` (of `pearson_p`), `auprc`, `auprc_p`, `passed`; None and False where not tested.
+        Per unit `pearson`, `pearson_p`, `q` (of `pearson_p`, over the tested units), `auprc`, `auprc_p`, `passed`; None and
+        False where not tested.
     """
     if permutations < 100:
         raise ValueError(f"permutations={permutations} must be at least 100")
@@ -120,7 +122,7 @@ def check_labels(
         return rows
     order = {label: at for at, label in enumerate(labels)}
     chosen = simulated[[order[unit_labels[unit]] for unit in tested]]
-    correlation, correlation_p = correlation_test(chosen, activations[tested], permutations, seed)
+    correlation, correlation_p = correlation_test(chosen, activations[tested], permutations, seed, alpha)
     precision, precision_p = precision_test(chosen, activations[tested], permutations, seed)
     q = false_discovery(correlation_p)
     columns = zip(tested, correlation, correlation_p, q, precision, precision_p, strict=True)
@@ -168,8 +170,10 @@ def shuffled_labels(unit_labels: Sequence[str], seed: int = 0) -> list[str]:
     at = [unit for unit, label in enumerate(unit_labels) if label]
     generator = torch.Generator().manual_seed(seed)
     mixed = [at[int(i)] for i in torch.randperm(len(at), generator=generator)]
-    # Sorted by label and moved on by the size of the largest group, no unit meets its own label unless one fills half.
-    by_label = sorted(mixed, key=lambda unit: unit_labels[unit])
+    # Groups of equal labels in random order, moved on by the size of the largest: no unit meets its own label unless one
+    # label fills half.
+    rank = {label: at for at, label in enumerate(dict.fromkeys(unit_labels[unit] for unit in mixed))}
+    by_label = sorted(mixed, key=lambda unit: rank[unit_labels[unit]])
     largest = max((sum(unit_labels[u] == label for u in at) for label in {unit_labels[u] for u in at}), default=0)
     dealt = list(unit_labels)
     for position, unit in enumerate(by_label):
@@ -177,16 +181,36 @@ def shuffled_labels(unit_labels: Sequence[str], seed: int = 0) -> list[str]:
     return dealt
 
 
-def correlation_test(simulated: Tensor, actual: Tensor, permutations: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Pearson correlation (U,) of the rows of two (U, N) tensors, and its one-sided permutation p-value."""
+def correlation_test(
+    simulated: Tensor, actual: Tensor, permutations: int, seed: int = 0, alpha: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """Pearson correlation (U,) of the rows of two (U, N) tensors, and its one-sided permutation p-value.
+
+    With `alpha`, permutations are doubled for the rows that none has reached yet, for as long as the smallest possible p-value
+    would be too large for those rows to pass `false_discovery` at `alpha`: a few right labels can pass among many wrong ones.
+    """
     one, other = _standardised(simulated), _standardised(actual)
     found = (one * other).sum(dim=1)
     generator = torch.Generator().manual_seed(seed)
+    above = _exceeding(one, other, found, permutations, generator)
+    drawn = torch.full_like(above, permutations)
+    while alpha is not None:
+        unreached = torch.nonzero(above == 0)[:, 0]
+        if not len(unreached) or len(found) <= alpha * len(unreached) * (permutations + 1):
+            break
+        above[unreached] = _exceeding(one[unreached], other[unreached], found[unreached], permutations, generator)
+        permutations *= 2
+        drawn[unreached] = permutations
+    return found, (above + 1) / (drawn + 1)
+
+
+def _exceeding(one: Tensor, other: Tensor, found: Tensor, permutations: int, generator: torch.Generator) -> Tensor:
+    """How many of so many permutations of the columns reach what was found, per row."""
     above = torch.zeros(len(found))
     for _ in range(permutations):
         order = torch.randperm(one.shape[1], generator=generator)
         above += (one[:, order] * other).sum(dim=1) >= found - 1e-7
-    return found, (above + 1) / (permutations + 1)
+    return above
 
 
 def _standardised(values: Tensor) -> Tensor:
