@@ -353,5 +353,6 @@ def test_real_annotations_and_real_labels_of_four_methods(milan):
     truths = [[" ".join(re.findall(r"[a-z]+", text.lower())) for text in several] for several in references]
     expected = np.mean([rouge(text, several) for text, several in zip(lowered, truths, strict=True)])
     assert rows["labels"]["rouge_l"] == pytest.approx(expected, abs=0.01)  # the toolkit's tokeniser differs a little
-    assert rows["shuffled labels"]["rouge_l"] < rows["labels"]["rouge_l"] < rows["one annotator"]["rouge_l"]
+    # What makes the controls worth their place: one constant label scores above a published method's labels.
+    assert rows["shuffled labels"]["rouge_l"] < rows["labels"]["rouge_l"] < rows["constant label"]["rouge_l"]
     assert best_constant(texts, references)
