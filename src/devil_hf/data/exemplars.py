@@ -61,6 +61,7 @@ logger = logging.get_logger(__name__)
 SKETCHED_LOCATIONS = 256
 SUMMARY, PARTIAL, PARQUET, IMAGES = "exemplars.json", "partial", "exemplars.parquet", "images"
 JPEG_QUALITY = 95
+ROUNDING = 1e-5  # relative, of up-sampled activations in fp32
 
 
 # ------------------------------------------------------------------------------------------------------------- reading
@@ -476,6 +477,14 @@ def _add_own_features(sums: Tensor, top: TopImages, threshold: Tensor, number: i
     sums.index_add_(0, unit, weights @ feature_map.flatten(1).T)
 
 
+def exceeds(activations: Tensor, threshold: Tensor) -> Tensor:
+    """Whether up-sampled activations lie above a unit's threshold, by more than the rounding of the up-sampling.
+
+    The threshold may be an activation itself: without a margin, a tie would fall differently from batch to batch.
+    """
+    return activations - threshold > ROUNDING * threshold.abs()
+
+
 def to_uint8(pixel_values: Tensor, processor: DevilImageProcessor) -> Tensor:
     """Normalised pixel values (B, 3, H, W) as the uint8 pictures that they were made of."""
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (processor.image_mean, processor.image_std))
@@ -566,7 +575,7 @@ class ExemplarSet:
         resized = F.interpolate(
             own["activations"][units], size or tuple(self.summary["crop"]), mode="bilinear", align_corners=False
         )
-        return resized > own["threshold"][units, None, None, None]
+        return exceeds(resized, own["threshold"][units, None, None, None])
 
     def write_parquet(self) -> None:
         """Write `exemplars.parquet`; `find_exemplars` does so at its end."""

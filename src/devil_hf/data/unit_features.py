@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 from devil_hf.backbone_devil import weights_hash
 from devil_hf.data.exemplars import ExemplarSet
 from devil_hf.data.exemplars import Unit
+from devil_hf.data.exemplars import exceeds
 from devil_hf.modeling_devil import DevilModel
 from devil_hf.pooling_devil import pool
 from devil_hf.pooling_devil import region_weights
@@ -191,7 +192,7 @@ def _masks_of_image(exemplars: ExemplarSet, number: int) -> Iterator[tuple[str, 
                 mode="bilinear",
                 align_corners=False,
             )[:, 0]
-            yield name, rows, resized > own["threshold"][rows, None, None]
+            yield name, rows, exceeds(resized, own["threshold"][rows, None, None])
 
 
 def pool_units(model: DevilModel, processor: DevilProcessor, units: ExemplarSet | Iterable[Unit], mode: str = "pixels"):

@@ -149,7 +149,7 @@ def frozen_sources(config: PreTrainedConfig) -> list[str]:
     """
     named = []
     for part in (config.backbone_config, config.language_model_source):
-        source = str((part or {}).get("source"))
+        source: str = (part or {}).get("source") or ""
         identifier = hub_id(source)
         if identifier is None or not _SOURCE.fullmatch(identifier) or ".." in source or Path(identifier).exists():
             raise ValueError(f"its frozen parts come from {source[:80]!r}, which is no repository of the Hub")
