@@ -81,7 +81,7 @@ def test_slim_full_and_merged_checkpoints_load_with_equal_logits_without_the_pac
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"HF_HOME": str(tmp_path / "home")}
     subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=environment, check=True)
     for kind in ("slim", "full", "merged"):
-        torch.testing.assert_close(torch.load(tmp_path / f"{kind}.pt"), expected, atol=1e-4, rtol=0)
+        torch.testing.assert_close(torch.load(tmp_path / f"{kind}.pt", weights_only=True), expected, atol=1e-4, rtol=0)
 
 
 def test_the_hash_in_a_slim_checkpoint_is_that_of_the_weights_without_adapters(lora_model, model, tmp_path):
