@@ -11,6 +11,10 @@ from subprocess import CalledProcessError
 from huggingface_hub.errors import StrictDataclassError
 from transformers.utils import logging
 
+from devil_hf.cli_evaluate import add_evaluate
+from devil_hf.cli_evaluate import add_verb
+from devil_hf.cli_evaluate import state_scope
+
 EPILOG = "Checkpoints are directories or Hub ids; without one, the shapes-world checkpoint of the package answers."
 
 
@@ -35,7 +39,7 @@ def build_parser(full: bool = True) -> argparse.ArgumentParser:
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     verbs = parser.add_subparsers(dest="verb", required=True)
 
-    quickstart = _verb(
+    quickstart = add_verb(
         verbs, "quickstart", run_quickstart, "train, measure and draw a DeViL of the shapes world", "devil quickstart"
     )
     quickstart.add_argument("--output-dir", type=Path, default=Path("devil-quickstart"), help="default: %(default)s")
@@ -48,7 +52,7 @@ def build_parser(full: bool = True) -> argparse.ArgumentParser:
     quickstart.add_argument("--json", action="store_true", help="print the scores as JSON at the end")
 
     example = "devil describe photo.jpg --checkpoint user/devil-resnet50-opt125m --layers layer3 layer4"
-    describe = _verb(verbs, "describe", run_describe, "say what each layer sees in images", example)
+    describe = add_verb(verbs, "describe", run_describe, "say what each layer sees in images", example)
     describe.add_argument("images", nargs="+", metavar="IMAGE", help="a file or URL")
     _question(describe)
     describe.add_argument("--locations", nargs="+", metavar="ROW,COLUMN", help='places of each layer\'s grid, or "all"')
@@ -62,7 +66,7 @@ def build_parser(full: bool = True) -> argparse.ArgumentParser:
     describe.add_argument("--output", type=Path, help="also draw the image beside the words, into this file")
 
     example = 'devil attribute photo.jpg "a dog" grass --layers layer3 layer4 --output maps.png'
-    attribute = _verb(verbs, "attribute", run_attribute, "map where words come from", example)
+    attribute = add_verb(verbs, "attribute", run_attribute, "map where words come from", example)
     attribute.add_argument("image", metavar="IMAGE", help="a file or URL")
     attribute.add_argument("phrases", nargs="+", metavar="PHRASE")
     _question(attribute)
@@ -77,10 +81,10 @@ def build_parser(full: bool = True) -> argparse.ArgumentParser:
     )
 
     _add_neurons(verbs)
-    _add_evaluate(verbs)
+    add_evaluate(verbs)
 
     example = "devil push devil-quickstart/checkpoint user/devil-shapes --scores devil-quickstart/scores.json --dry-run"
-    push = _verb(verbs, "push", run_push, "publish a checkpoint on the Hub, with a card", example)
+    push = add_verb(verbs, "push", run_push, "publish a checkpoint on the Hub, with a card", example)
     push.add_argument("checkpoint", metavar="CHECKPOINT", help="directory")
     push.add_argument("repo_id", metavar="USER/REPO", help="created if need be")
     push.add_argument("--private", action="store_true", default=None, help="only you can see a new repository")
@@ -100,7 +104,7 @@ def build_parser(full: bool = True) -> argparse.ArgumentParser:
     push.add_argument("--output-dir", type=Path, help="with --dry-run: keep the files here, to look at the pictures")
     push.add_argument("--json", action="store_true", help="print JSON")
 
-    demo = _verb(
+    demo = add_verb(
         verbs,
         "demo",
         run_demo,
@@ -115,7 +119,7 @@ def build_parser(full: bool = True) -> argparse.ArgumentParser:
     demo.add_argument("--port", type=int, help="default: the first free one from 7860 on")
 
     example = "devil train --config scripts/recipes/flickr8k_small.yaml --output_dir runs/flickr8k"
-    train = _verb(verbs, "train", run_train, "train a translator between your backbone and language model", example)
+    train = add_verb(verbs, "train", run_train, "train a translator between your backbone and language model", example)
     if full:
         from devil_hf.training.recipe import add_recipe_options
 
@@ -125,7 +129,7 @@ def build_parser(full: bool = True) -> argparse.ArgumentParser:
 
 def _add_neurons(verbs) -> None:
     example = "devil neurons photos/ --output-dir atlas --checkpoint user/devil-resnet50-opt125m --layers layer4"
-    neurons = _verb(
+    neurons = add_verb(
         verbs, "neurons", run_neurons, "name every unit of a network, check the names, write an atlas", example
     )
     neurons.add_argument(
@@ -159,49 +163,6 @@ def _add_neurons(verbs) -> None:
     neurons.add_argument(
         "--workers", type=int, default=0, help="processes that read images ahead (default: %(default)s)"
     )
-
-
-def _add_evaluate(verbs) -> None:
-    example = "devil evaluate neurons --milan MILANNOTATIONS --split within-resnet152-imagenet --checkpoint CHECKPOINT"
-    evaluate = _verb(verbs, "evaluate", None, "measure a checkpoint against ground truth", example)
-    subjects = evaluate.add_subparsers(dest="subject", required=True)
-    neurons = _verb(subjects, "neurons", run_evaluate_neurons, "score labels of units on MILANNOTATIONS", example)
-    neurons.add_argument(
-        "--milan", type=Path, required=True, metavar="ROOT", help="folder of NETWORK/DATASET/annotations.csv"
-    )
-    neurons.add_argument(
-        "--split", required=True, help="such as within-alexnet-imagenet or cnns-to-vit; a wrong one lists all"
-    )
-    neurons.add_argument("--checkpoint", help="directory or Hub id")
-    neurons.add_argument("--limit", type=int, help="only this many test units")
-    neurons.add_argument(
-        "--train-steps", type=int, default=0, help="first train on the split's training units (default: no)"
-    )
-    neurons.add_argument("--learning-rate", type=float, default=1e-4, help="of that training (default: %(default)s)")
-    neurons.add_argument(
-        "--output-dir", type=Path, default=Path("devil-milan"), help="of that training (default: %(default)s)"
-    )
-    neurons.add_argument("--strategy", choices=("greedy", "beam", "rerank"), default="rerank")
-    neurons.add_argument(
-        "--bert-model", default="roberta-large", help="name or directory for BERTScore; none leaves it out"
-    )
-    neurons.add_argument("--bert-layers", type=int, help="of a directory, how many layers to use (roberta-large: 17)")
-    neurons.add_argument("--bert-baseline", type=Path, help="of a directory, the file of values to rescale by")
-    neurons.add_argument("--output", type=Path, help="JSON file for scores and labels")
-    neurons.add_argument("--device", help="default: cuda where there is one")
-    neurons.add_argument("--json", action="store_true", help="print JSON")
-
-
-def _verb(verbs, name: str, run, summary: str, example: str) -> argparse.ArgumentParser:
-    parser = verbs.add_parser(
-        name,
-        help=summary,
-        description=summary[0].upper() + summary[1:] + ".",
-        epilog=f"example:\n  {example}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.set_defaults(run=run)
-    return parser
 
 
 def _question(parser: argparse.ArgumentParser) -> None:
@@ -293,7 +254,7 @@ def run_describe(arguments: argparse.Namespace) -> None:
 
     images = [image for path in arguments.images for image in load_images(path)]
     model, processor = load(arguments.checkpoint, arguments.device)
-    _state_scope(model)
+    state_scope(model)
     output = model.describe(
         **processor(images=images, return_tensors="pt"),
         layers=_layers(arguments.layers, model.layer_names),
@@ -330,7 +291,7 @@ def run_attribute(arguments: argparse.Namespace) -> None:
 
     (image,) = load_images(arguments.image)
     model, processor = load(arguments.checkpoint, arguments.device)
-    _state_scope(model)
+    state_scope(model)
     output = model.attribute(
         **processor(images=image, return_tensors="pt"),
         phrases=processor(text=arguments.phrases, carrier=arguments.carrier, return_tensors="pt"),
@@ -384,7 +345,7 @@ def run_neurons(arguments: argparse.Namespace) -> None:
     )
     settings.validate()
     model, processor = load(arguments.checkpoint, arguments.device)
-    _state_scope(model)
+    state_scope(model)
     settings.layers = _layers(arguments.layers, [] if arguments.network else model.layer_names)
     if arguments.directions:
         if not arguments.layers or len(arguments.layers) != 1 or arguments.network:
@@ -403,63 +364,6 @@ def run_neurons(arguments: argparse.Namespace) -> None:
         return
     for name, value in summary.items():
         print(f"{name}: {value}")
-
-
-def run_evaluate_neurons(arguments: argparse.Namespace) -> None:
-    from devil_hf.data.milan import open_milan
-    from devil_hf.data.unit_features import encoded_features
-    from devil_hf.evaluation.milannotations import neuron_table
-    from devil_hf.evaluation.milannotations import null_label
-    from devil_hf.evaluation.milannotations import table_text
-    from devil_hf.evaluation.units import label_units
-    from devil_hf.loading import load
-
-    train, test = open_milan(arguments.milan, arguments.split)
-    model, processor = load(arguments.checkpoint, arguments.device)
-    _state_scope(model)
-    if arguments.train_steps:
-        from transformers import TrainingArguments
-
-        from devil_hf.training.units import train_on_units
-
-        settings = TrainingArguments(
-            output_dir=str(arguments.output_dir),
-            max_steps=arguments.train_steps,
-            per_device_train_batch_size=64,
-            learning_rate=arguments.learning_rate,
-            lr_scheduler_type="linear",
-            warmup_steps=arguments.train_steps // 20,
-            save_strategy="no",
-            logging_steps=max(arguments.train_steps // 20, 1),
-            report_to=[],
-            use_cpu=arguments.device == "cpu",
-        )
-        train_on_units(model, processor, train, settings).save_model(str(arguments.output_dir / "checkpoint"))
-    count = min(arguments.limit or len(test), len(test))
-    pooled = encoded_features(model, processor, (test[at] for at in range(count)))
-    units = label_units(model, processor, pooled, arguments.strategy)
-    rows = neuron_table(
-        [unit["label"] for unit in units],
-        test.summaries[:count],
-        null_label(model, processor),
-        None if arguments.bert_model == "none" else arguments.bert_model,
-        arguments.bert_layers,
-        arguments.bert_baseline,
-    )
-    content = {"split": arguments.split, "units": count, "scores": rows}
-    if arguments.output:
-        named = {
-            "title": "Labels of units",
-            "dataset": {"name": "MILANNOTATIONS", "split": arguments.split},
-            "settings": {"units": count, "strategy": arguments.strategy},
-        }
-        arguments.output.write_text(json.dumps(named | content | {"labels": units}, indent=1))
-    print(json.dumps(content) if arguments.json else table_text(rows))
-
-
-def _state_scope(model) -> None:
-    if model.config.scope:
-        print(f"note: {model.config.scope}", file=sys.stderr)
 
 
 if __name__ == "__main__":

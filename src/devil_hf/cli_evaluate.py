@@ -1,0 +1,109 @@
+"""`devil evaluate`: what a checkpoint says, measured against ground truth."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+
+def add_evaluate(verbs) -> None:
+    """Add `evaluate` and its subjects."""
+    example = "devil evaluate neurons --milan MILANNOTATIONS --split within-resnet152-imagenet --checkpoint CHECKPOINT"
+    evaluate = add_verb(verbs, "evaluate", None, "measure a checkpoint against ground truth", example)
+    subjects = evaluate.add_subparsers(dest="subject", required=True)
+    neurons = add_verb(subjects, "neurons", run_evaluate_neurons, "score labels of units on MILANNOTATIONS", example)
+    neurons.add_argument(
+        "--milan", type=Path, required=True, metavar="ROOT", help="folder of NETWORK/DATASET/annotations.csv"
+    )
+    neurons.add_argument(
+        "--split", required=True, help="such as within-alexnet-imagenet or cnns-to-vit; a wrong one lists all"
+    )
+    neurons.add_argument("--checkpoint", help="directory or Hub id")
+    neurons.add_argument("--limit", type=int, help="only this many test units")
+    neurons.add_argument(
+        "--train-steps", type=int, default=0, help="first train on the split's training units (default: no)"
+    )
+    neurons.add_argument("--learning-rate", type=float, default=1e-4, help="of that training (default: %(default)s)")
+    neurons.add_argument(
+        "--output-dir", type=Path, default=Path("devil-milan"), help="of that training (default: %(default)s)"
+    )
+    neurons.add_argument("--strategy", choices=("greedy", "beam", "rerank"), default="rerank")
+    neurons.add_argument(
+        "--bert-model", default="roberta-large", help="name or directory for BERTScore; none leaves it out"
+    )
+    neurons.add_argument("--bert-layers", type=int, help="of a directory, how many layers to use (roberta-large: 17)")
+    neurons.add_argument("--bert-baseline", type=Path, help="of a directory, the file of values to rescale by")
+    neurons.add_argument("--output", type=Path, help="JSON file for scores and labels")
+    neurons.add_argument("--device", help="default: cuda where there is one")
+    neurons.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run_evaluate_neurons(arguments: argparse.Namespace) -> None:
+    from devil_hf.data.milan import open_milan
+    from devil_hf.data.unit_features import encoded_features
+    from devil_hf.evaluation.milannotations import neuron_table
+    from devil_hf.evaluation.milannotations import null_label
+    from devil_hf.evaluation.milannotations import table_text
+    from devil_hf.evaluation.units import label_units
+    from devil_hf.loading import load
+
+    train, test = open_milan(arguments.milan, arguments.split)
+    model, processor = load(arguments.checkpoint, arguments.device)
+    state_scope(model)
+    if arguments.train_steps:
+        from transformers import TrainingArguments
+
+        from devil_hf.training.units import train_on_units
+
+        settings = TrainingArguments(
+            output_dir=str(arguments.output_dir),
+            max_steps=arguments.train_steps,
+            per_device_train_batch_size=64,
+            learning_rate=arguments.learning_rate,
+            lr_scheduler_type="linear",
+            warmup_steps=arguments.train_steps // 20,
+            save_strategy="no",
+            logging_steps=max(arguments.train_steps // 20, 1),
+            report_to=[],
+            use_cpu=arguments.device == "cpu",
+        )
+        train_on_units(model, processor, train, settings).save_model(str(arguments.output_dir / "checkpoint"))
+    count = min(arguments.limit or len(test), len(test))
+    pooled = encoded_features(model, processor, (test[at] for at in range(count)))
+    units = label_units(model, processor, pooled, arguments.strategy)
+    rows = neuron_table(
+        [unit["label"] for unit in units],
+        test.summaries[:count],
+        null_label(model, processor),
+        None if arguments.bert_model == "none" else arguments.bert_model,
+        arguments.bert_layers,
+        arguments.bert_baseline,
+    )
+    content = {"split": arguments.split, "units": count, "scores": rows}
+    if arguments.output:
+        named = {
+            "title": "Labels of units",
+            "dataset": {"name": "MILANNOTATIONS", "split": arguments.split},
+            "settings": {"units": count, "strategy": arguments.strategy},
+        }
+        arguments.output.write_text(json.dumps(named | content | {"labels": units}, indent=1))
+    print(json.dumps(content) if arguments.json else table_text(rows))
+
+
+def add_verb(verbs, name: str, run, summary: str, example: str) -> argparse.ArgumentParser:
+    """A verb of the command line whose help ends with an example."""
+    parser = verbs.add_parser(
+        name,
+        help=summary,
+        description=summary[0].upper() + summary[1:] + ".",
+        epilog=f"example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
+def state_scope(model) -> None:
+    """Say what a checkpoint knows, where it says so."""
+    if model.config.scope:
+        print(f"note: {model.config.scope}", file=sys.stderr)
