@@ -49,7 +49,7 @@ def score_phrases(language_model: PreTrainedModel, embeds: Tensor, input_ids: Te
     first = input_ids[:, shared].expand(embeds.shape[0], -1)  # (N, K): one distribution, K tokens read from it
     log_probs[:, :, shared] = _gather_many(output.logits[:, -1], first)
     if continued.any():
-        cache = getattr(output, "past_key_values", None)  # recurrent models name theirs otherwise
+        cache = getattr(output, _cache_name(language_model), None)  # recurrent models name theirs otherwise
         rest, rest_mask = input_ids[continued, shared:], mask[continued, shared:]
         score_rest = _score_with_cache if is_cache_shareable(cache) else _score_without_cache
         log_probs[:, continued, shared + 1 : T] = score_rest(language_model, embeds, cache, rest, rest_mask)
@@ -80,8 +80,8 @@ def _score_with_cache(language_model, embeds, cache, rest, rest_mask) -> Tensor:
     output = language_model(
         input_ids=tokens[:, :-1],
         attention_mask=torch.cat([seen, token_mask[:, :-1]], dim=1),
-        past_key_values=cache,
         use_cache=True,
+        **{_cache_name(language_model): cache},
     )
     return gather_log_probs(output.logits, tokens[:, 1:]).view(N, K, R - 1)
 
@@ -114,6 +114,11 @@ def run_language_model(
 
 def accepts_logits_to_keep(language_model: nn.Module) -> bool:
     return "logits_to_keep" in inspect.signature(language_model.forward).parameters
+
+
+def _cache_name(language_model: nn.Module) -> str:
+    """What the installed transformers calls the key-value cache: `cache` since 5.24, `past_key_values` before."""
+    return "cache" if "cache" in inspect.signature(language_model.forward).parameters else "past_key_values"
 
 
 def gather_log_probs(logits: Tensor, tokens: Tensor) -> Tensor:
