@@ -32,7 +32,8 @@ def paper_model(device: str) -> DevilModel:
     """ResNet-50, a 12 x 768 translator and OPT-125M's shape, with random weights."""
     torch.manual_seed(0)
     backbone = timm.create_model("resnet50", num_classes=0)
-    config = OPTConfig(bos_token_id=2, eos_token_id=2, pad_token_id=1)  # the defaults are OPT-125M's sizes
+    # The defaults are OPT-125M's sizes; without an EOS every description has the length asked for.
+    config = OPTConfig(bos_token_id=2, eos_token_id=None, pad_token_id=1)
     language_model = AutoModelForCausalLM.from_config(config)
     return DevilModel.from_backbone_and_language_model(backbone, language_model).to(device).eval()
 
@@ -80,7 +81,6 @@ def naive_describe(model: DevilModel, pixel_values: torch.Tensor, words: int) ->
                 inputs_embeds=start,
                 attention_mask=torch.ones(start.shape[:2], dtype=torch.long, device=start.device),
                 max_new_tokens=words,
-                min_new_tokens=words,
                 do_sample=False,
             )[0]
         )
@@ -116,9 +116,7 @@ def our_attribution(model: DevilModel, pixel_values: torch.Tensor, phrases: torc
 
 
 def our_describe(model: DevilModel, pixel_values: torch.Tensor, words: int) -> torch.Tensor:
-    return model.describe(
-        pixel_values, layers=-1, locations="all", max_new_tokens=words, min_new_tokens=words
-    ).sequences
+    return model.describe(pixel_values, layers=-1, locations="all", max_new_tokens=words).sequences
 
 
 def compare(naive, ours, fast, arguments, repeats: int) -> tuple[dict, torch.Tensor, torch.Tensor, torch.Tensor]:
