@@ -53,6 +53,7 @@ class Repository:
     commits: dict[str, dict[str, Entry]] = field(default_factory=dict)
     messages: dict[str, str] = field(default_factory=dict)
     refs: dict[str, str] = field(default_factory=dict)
+    variables: dict[str, str] = field(default_factory=dict)  # of a Space
 
     def commit(self, branch: str, tree: dict[str, Entry], message: str) -> str:
         state = [branch, message, self.refs.get(branch), sorted((path, entry.oid) for path, entry in tree.items())]
@@ -140,6 +141,8 @@ class LoopbackHub:
         if user is None:
             raise Refusal(401, "", "Invalid username or password.")
         name = f"{body.get('organization') or user}/{body['name']}"
+        if body.get("type") == "space" and body.get("sdk") not in ("gradio", "static", "docker"):
+            raise Refusal(400, "", f"a Space needs an sdk, not {body.get('sdk')}")
         key = (body.get("type") or "model", name)
         url = f"{self.endpoint}/{PREFIXES[key[0]]}{name}"
         if name.split("/")[0] != user:
@@ -326,6 +329,15 @@ class Handler(BaseHTTPRequestHandler):
         rows = [{"name": ref, "ref": f"refs/heads/{ref}", "targetCommit": oid} for ref, oid in repository.refs.items()]
         self.answer_json({"branches": rows, "tags": [], "converts": []})
 
+    def variables(self, name: str) -> None:
+        variables = self.hub.repository("space", name, self.user, write=True).variables
+        if self.command != "GET":
+            body = json.loads(self.body())
+            variables.pop(body["key"], None)
+            if self.command == "POST":
+                variables[body["key"]] = body["value"]
+        self.answer_json({key: {"value": value} for key, value in variables.items()})
+
     def resolve(self, prefix: str | None, name: str, revision: str, path: str) -> None:
         kind = {None: "model", "datasets/": "dataset", "spaces/": "space"}[prefix]
         oid, tree = self.hub.tree(self.hub.repository(kind, name, self.user), revision)
@@ -382,6 +394,7 @@ class Handler(BaseHTTPRequestHandler):
         ("GET", KIND, info),
         ("GET", KIND + r"/revision/(?P<revision>[^/]+)", info),
         ("GET", KIND + r"/refs", refs),
+        ("GET POST DELETE", r"/api/spaces/(?P<name>[^/]+/[^/]+)/variables", variables),
         ("GET", KIND + r"/tree/(?P<revision>[^/]+)(?P<folder>/.+)?", list_tree),
         ("GET HEAD", FILES + r"/resolve/(?P<revision>[^/]+)/(?P<path>.+)", resolve),
     ]

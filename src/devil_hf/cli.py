@@ -100,9 +100,19 @@ def build_parser(full: bool = True) -> argparse.ArgumentParser:
     push.add_argument("--datasets", nargs="+", default=[], metavar="ID", help="Hub ids of the training data")
     push.add_argument("--data", help="the training data in words")
     push.add_argument("--language", default="en", help="of the descriptions (default: %(default)s)")
+    push.add_argument("--space", metavar="USER/SPACE", help="also publish the demo, with this checkpoint")
     push.add_argument("--dry-run", action="store_true", help="show files and card, and send nothing")
     push.add_argument("--output-dir", type=Path, help="with --dry-run: keep the files here, to look at the pictures")
     push.add_argument("--json", action="store_true", help="print JSON")
+
+    example = "devil space user/devil-demo --checkpoint user/devil-shapes"
+    space = add_verb(verbs, "space", run_space, "publish the demo as a Space of the Hub", example)
+    space.add_argument("space_id", metavar="USER/SPACE", help="created if need be")
+    space.add_argument("--checkpoint", metavar="USER/REPO", help="Hub id (default: the embedded shapes world)")
+    space.add_argument("--private", action="store_true", default=None, help="only you can see a new Space")
+    space.add_argument("--commit-message", help="default: Upload DeViL demo")
+    space.add_argument("--dry-run", action="store_true", help="show files and card, and send nothing")
+    space.add_argument("--json", action="store_true", help="print JSON")
 
     demo = add_verb(
         verbs,
@@ -218,9 +228,13 @@ def run_train(arguments: argparse.Namespace) -> None:
 
 
 def run_push(arguments: argparse.Namespace) -> None:
+    from devil_hf.hub import check_repo_id
     from devil_hf.hub import prepare
     from devil_hf.hub import push
+    from devil_hf.spaces import push_space
 
+    if arguments.space:
+        check_repo_id(arguments.space)
     if arguments.output_dir and not arguments.dry_run:
         raise ValueError("--output-dir keeps the files of a --dry-run: give both, or neither")
     names = ("revision", "slim", "images", "phrases", "scores", "license", "datasets", "data", "language")
@@ -232,13 +246,34 @@ def run_push(arguments: argparse.Namespace) -> None:
         if arguments.json:
             print(json.dumps({"files": tree, "card": card, "notes": draft.notes}))
             return
-        print("\n".join(f"{size:>13,}  {path}" for path, size in tree.items()))
-        print(f"{sum(tree.values()):>13,}  bytes in {len(tree)} files; nothing was sent\n\n{card}")
+        print(_listing(tree, card))
         print("\n".join(f"note: {note}" for note in draft.notes), file=sys.stderr)
         return
     options |= {"private": arguments.private, "commit_message": arguments.commit_message}
-    url = push(arguments.checkpoint, arguments.repo_id, **options)
-    print(json.dumps({"repo_id": arguments.repo_id, "commit": url}) if arguments.json else url)
+    urls = {"commit": push(arguments.checkpoint, arguments.repo_id, **options)}
+    if arguments.space:
+        urls["space"] = push_space(arguments.space, arguments.repo_id, private=arguments.private)
+    print(json.dumps({"repo_id": arguments.repo_id} | urls) if arguments.json else "\n".join(urls.values()))
+
+
+def run_space(arguments: argparse.Namespace) -> None:
+    from devil_hf.spaces import prepare_space
+    from devil_hf.spaces import push_space
+
+    if arguments.dry_run:
+        with tempfile.TemporaryDirectory() as folder:
+            draft = prepare_space(arguments.space_id, folder, arguments.checkpoint)
+            tree, card = draft.tree(), str(draft.card)
+        print(json.dumps({"files": tree, "card": card}) if arguments.json else _listing(tree, card))
+        return
+    options = {name: getattr(arguments, name) for name in ("private", "commit_message")}
+    url = push_space(arguments.space_id, arguments.checkpoint, **options)
+    print(json.dumps({"space_id": arguments.space_id, "url": url}) if arguments.json else url)
+
+
+def _listing(tree: dict[str, int], card: str) -> str:
+    files = "\n".join(f"{size:>13,}  {path}" for path, size in tree.items())
+    return f"{files}\n{sum(tree.values()):>13,}  bytes in {len(tree)} files; nothing was sent\n\n{card}"
 
 
 def run_demo(arguments: argparse.Namespace) -> None:

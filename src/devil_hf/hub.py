@@ -116,7 +116,7 @@ def push(
         OSError: when nobody is logged in, and for what `upload` raises.
     """
     check_repo_id(repo_id)
-    with _reaching("the Hub does not know you"):  # before long work starts
+    with reaching_the_hub("the Hub does not know you"):  # before long work starts
         HfApi(token=token).whoami()
     with tempfile.TemporaryDirectory() as folder:
         draft = prepare(checkpoint, repo_id, folder, revision=revision, **preparation)
@@ -151,7 +151,7 @@ def upload(
     """
     api = HfApi(token=token, library_name="devil-hf")
     tree = draft.tree()
-    with _reaching(f"{repo_id} was not published completely"):
+    with reaching_the_hub(f"{repo_id} was not published completely"):
         api.create_repo(repo_id, private=private, exist_ok=True)
         if revision is not None:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
@@ -174,7 +174,7 @@ def upload(
 
 
 @contextmanager
-def _reaching(what: str) -> Iterator[None]:
+def reaching_the_hub(what: str) -> Iterator[None]:
     """Whatever the Hub's client raises (its transport errors are no OSError) comes as an OSError with a remedy."""
     try:
         yield

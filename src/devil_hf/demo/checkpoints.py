@@ -128,7 +128,7 @@ def repository_bytes(name: str, token: bool | None) -> int:
     """
     try:
         files = HfApi(token=token).model_info(name, files_metadata=True).siblings or []
-    except OSError as error:  # of the Hub, and of the way to it
+    except Exception as error:  # of the Hub; and transport errors, which are no OSError and belong to the HTTP library
         raise ValueError(f"{name} cannot be found on the Hub, or the Hub cannot be reached from here.") from error
     if any(file.rfilename.endswith(".safetensors") for file in files):
         files = [file for file in files if not file.rfilename.endswith(OTHER_WEIGHTS)]
