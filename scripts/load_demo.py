@@ -99,6 +99,7 @@ def load(address: str, server: psutil.Process, options: argparse.Namespace) -> d
         "rss_mb_after": server.memory_info().rss >> 20,
         "rss_mb_highest": max(memory) >> 20,
         "rss_mb_growth_in_second_half": (half[-1] - half[0]) >> 20,
+        "rss_mb_every_30_seconds": [one >> 20 for one in memory[::30]],
     }
 
 

@@ -450,6 +450,11 @@ def test_a_full_disk_is_found_before_the_first_step(fields, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda place: type("Usage", (), {"free": 1000}))
     with pytest.raises(OSError, match="GB free"):
         train(Recipe(**fields))
+    # Where every checkpoint is kept, all of them need room.
+    monkeypatch.setattr("shutil.disk_usage", lambda place: type("Usage", (), {"free": 10**9}))
+    monkeypatch.setattr(DevilTrainer, "train", lambda *_, **__: pytest.fail("training began"))
+    with pytest.raises(OSError, match="GB free"):
+        train(Recipe(**fields | {"keep_checkpoints": 0, "max_steps": 10**6, "evaluation_steps": 10}))
 
 
 def test_an_unknown_field_of_a_recipe_file_is_named(tmp_path):

@@ -322,10 +322,13 @@ def _check_saving(recipe: Recipe, model: DevilModel) -> None:
     frozen = size(model.state_dict().values()) - trained
     kept = 0 if model.has_sources else frozen
     final = 0 if slim else frozen
-    # One more than is kept is there while the newest is written; the best one may be kept beside them.
-    needed = (recipe.keep_checkpoints + 2) * (ADAM_COPIES * trained + kept) + trained + final
     place = Path(recipe.output_dir)
     place.mkdir(parents=True, exist_ok=True)
+    # One more than is kept is there while the newest is written; the best one may be kept beside them.
+    checkpoints = recipe.keep_checkpoints + 2
+    if not recipe.keep_checkpoints:  # all of them, of which some may be there
+        checkpoints = -(-recipe.max_steps // recipe.steps_between_checkpoints) - len(list(place.glob("checkpoint-*")))
+    needed = max(checkpoints, 1) * (ADAM_COPIES * trained + kept) + trained + final
     free = shutil.disk_usage(place).free
     if needed > free:
         raise OSError(
