@@ -40,7 +40,7 @@ def bleu(predictions: Sequence[Tokens], references: Sequence[Sequence[Tokens]]) 
     # The toolkit's guards against division by zero.
     small, tiny = 1e-9, 1e-15
     ratio = (length + tiny) / (reference_length + small)
-    penalty = math.exp(1 - 1 / ratio) if ratio < 1 and 1 / ratio < 700 else float(ratio >= 1)
+    penalty = math.exp(1 - 1 / ratio) if ratio < 1 else 1.0
     scores, product = [], 1.0
     for n in range(N):
         product *= (matches[n] + tiny) / (guesses[n] + small)

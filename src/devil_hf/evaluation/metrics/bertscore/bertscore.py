@@ -14,7 +14,7 @@ class BertScore(evaluate.Metric):
     def _info(self):
         text = datasets.Value("string")
         return evaluate.MetricInfo(
-            description="BERTScore F1 with MILAN's settings (needs bert-score and its model), in the units of the COCO caption toolkit.",
+            description="BERTScore F1 with MILAN's settings; needs bert-score and its model.",
             citation="",
             inputs_description="predictions: list of str; references: list of lists of str.",
             features=datasets.Features({"predictions": text, "references": datasets.Sequence(text)}),
@@ -22,7 +22,6 @@ class BertScore(evaluate.Metric):
 
     def _compute(self, predictions, references, model=None, layers=None, baseline=None):
         settings = BertScoreSettings(model or BERT_MODEL, layers, baseline)
-
         scores = caption_scores(predictions, references, ["bertscore"], settings)
         if "missing" in scores:
             raise RuntimeError(f"bertscore cannot be computed: {scores['missing']['bertscore']}")
