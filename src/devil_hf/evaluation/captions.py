@@ -10,6 +10,7 @@ from collections.abc import Callable
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from subprocess import CalledProcessError
 from typing import Any
 
 from transformers.utils import logging
@@ -84,7 +85,8 @@ class CaptionScorer:
             if reason:
                 self.missing[metric] = reason
             else:
-                self._metrics[metric] = lambda _, tokens: {metric: _java(metric, tokens, self._tokens)}
+                program = JavaMetric(metric, self._tokens)
+                self._metrics[metric] = lambda _, tokens: {metric: program(tokens)}
 
     def __call__(self, predictions: Sequence[str]) -> dict[str, Any]:
         """Scores of one description per image, as `caption_scores` returns them."""
@@ -171,23 +173,36 @@ def _missing_java(metric: str) -> str | None:
     return None
 
 
-def _java(metric: str, predictions: list[list[str]], references: list[list[list[str]]]) -> float:
-    from subprocess import CalledProcessError
+class JavaMetric:
+    """METEOR or SPICE of the toolkit against fixed references; METEOR's program, which starts slowly, is kept running."""
 
-    results = {index: [" ".join(tokens)] for index, tokens in enumerate(predictions)}
-    truths = {index: [" ".join(tokens) for tokens in texts] for index, texts in enumerate(references)}
-    try:
-        if metric == "meteor":
+    def __init__(self, metric: str, references: Sequence[Sequence[Sequence[str]]]):
+        self.metric = metric
+        self.references = {index: [" ".join(tokens) for tokens in texts] for index, texts in enumerate(references)}
+        self._program: Any = None
+
+    def __call__(self, predictions: Sequence[Sequence[str]]) -> float:
+        """The mean over the images, in [0, 1].
+
+        Raises:
+            JavaError: if the program fails.
+        """
+        results = {index: [" ".join(tokens)] for index, tokens in enumerate(predictions)}
+        try:
+            if self._program is None:
+                self._program = self._start()
+            value, _ = self._program.compute_score(self.references, results)
+        except (OSError, ValueError, CalledProcessError) as error:
+            raise JavaError(
+                f"the toolkit's {self.metric.upper()} failed ({error}); see that Java runs and has memory enough"
+            ) from error
+        return float(value)
+
+    def _start(self) -> Any:
+        if self.metric == "meteor":
             from pycocoevalcap.meteor.meteor import Meteor
 
-            scorer = Meteor()
-        else:
-            from pycocoevalcap.spice.spice import Spice
+            return Meteor()
+        from pycocoevalcap.spice.spice import Spice
 
-            scorer = Spice()
-        value, _ = scorer.compute_score(truths, results)
-    except (OSError, ValueError, CalledProcessError) as error:
-        raise JavaError(
-            f"the toolkit's {metric.upper()} failed ({error}); see that Java runs and has memory"
-        ) from error
-    return float(value)
+        return Spice()

@@ -16,7 +16,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from accelerate.utils import gather_object
-from huggingface_hub import eval_results_to_model_index
+from huggingface_hub.repocard_data import eval_results_to_model_index
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
@@ -75,8 +75,8 @@ def evaluate_captions(
         `model-index`; on processes other than the main one, an empty dictionary.
 
     Raises:
-        ValueError: if a metric is unknown, a source malformed, or `output_dir` holds a pass with other settings.
-        TooManyBadSamples: if more than 5 % of the pairs cannot be used.
+        ValueError: if a metric is unknown, a source malformed, no pair can be used, or `output_dir` holds a pass with
+            other settings.
     """
     check_metrics(metrics)
     if limit is not None and limit < 1:
@@ -101,6 +101,8 @@ def evaluate_captions(
         raise ValueError(
             f"none of {len(rows)} pairs can be used; the first: {rows[0]['problem'] if rows else 'no pairs'}"
         )
+    if len(good) < len(rows):
+        logger.warning(f"{len(rows) - len(good)} of {len(rows)} pairs cannot be used and are left out of the scores")
     texts = {name: [row["descriptions"][name] for row in good] for name in good[0]["descriptions"]}
     content = score_descriptions(texts, [row["references"] for row in good], seed, metrics, bert)
     settings = {"seed": seed, "weights": decides["weights"], "left_out": len(rows) - len(good), **generation_kwargs}
@@ -120,8 +122,9 @@ def _describe_pairs(model, processor, sources, records, done, limit, batch_size,
     pairs = open_pairs(sources, seed=0, shuffle=False)
     total = len(pairs) if hasattr(pairs, "__len__") else sum(source.get("size", 0) for source in sources) or None
     total = limit if total is None else min(total, limit or total)
-    bad = BadSamples()
-    decode = PairDecoder(bad)
+    decode = PairDecoder(
+        BadSamples(limit=1.0)
+    )  # counted in the result; a process that stops would leave the others waiting
     read = 0
     progress = tqdm(total=total, desc="describe", unit="image", disable=not state.is_main_process)
     for batch in _batches(enumerate(islice(pairs, limit)), batch_size * state.num_processes):
@@ -134,7 +137,6 @@ def _describe_pairs(model, processor, sources, records, done, limit, batch_size,
         read += len(batch)
         progress.update(len(batch))
     progress.close()
-    bad.judge()
     if records is not None and (limit is None or read < limit) and END not in records:
         records.add(END, read)
 

@@ -77,9 +77,9 @@ _TOKEN = re.compile(
             rf"{_LETTER}+?(?=n{_APOSTROPHE}t(?!\w))",  # do|n't
             rf"(?i:n{_APOSTROPHE}t)(?!\w)",
             rf"(?i:[odl]{_APOSTROPHE}{_LETTER}+|ma{_APOSTROPHE}am|c{_APOSTROPHE}mon)",
+            rf"(?i:y{_APOSTROPHE})(?={_LETTER})",
             rf"(?i:{_LETTER}*[aeiouy]{_APOSTROPHE}[aeiou]{_LETTER}*)",  # hawai'i
             rf"(?i:dunkin|somethin|ol|[dlj]){_APOSTROPHE}",
-            rf"(?i:y{_APOSTROPHE})(?={_LETTER})",
             rf"{_APOSTROPHE}(?i:n){_APOSTROPHE}",
             rf"{_APOSTROPHE}(?i:s|m|d|ll|re|ve|em|till?|cause|n)(?!\w)",
             r"'(?i:t)(?=(?i:is|was)(?!\w))",
