@@ -227,7 +227,8 @@ def named_sources(name: str, split: str | None = None) -> list[dict[str, Any]]:
     if kind == "shapes" and numbers:
         if len(numbers) > 2 or not all(number.isdigit() for number in numbers):
             raise ValueError(f"{name!r} is not shapes:COUNT or shapes:COUNT:SEED, such as shapes:500")
-        sources: list[dict[str, Any]] = [{"kind": "shapes", "size": int(numbers[0]), "seed": int([*numbers, 1][1])}]
+        seed = int(numbers[1]) if len(numbers) == 2 else 1
+        sources: list[dict[str, Any]] = [{"kind": "shapes", "size": int(numbers[0]), "seed": seed}]
     elif Path(name).is_dir():
         return [{"kind": "folder", "path": name} | ({"split": split} if split else {})]
     elif Path(name).is_file() and Path(name).suffix in (".yaml", ".yml"):
