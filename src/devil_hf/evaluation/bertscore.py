@@ -87,7 +87,7 @@ class BertScore:
 def bert_remedy(settings: BertScoreSettings, error: Exception) -> str:
     """Why BERTScore cannot be had, and what to do."""
     if isinstance(error, ImportError):
-        return f"{error}; install bert-score: pip install 'devil-hf[neurons]'"
+        return f"{error}; install bert-score: pip install 'devil-hf[metrics]'"
     return (
         f"{settings.model!s} cannot be loaded ({str(error).splitlines()[0]}). Give a local directory of {BERT_MODEL} (with "
         f"{BERT_LAYERS} layers to use, and its baseline file) where the Hub is out of reach"
