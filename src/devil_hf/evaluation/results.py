@@ -13,9 +13,9 @@
 
 Rows of `scores` are what was asked ("all" layers together, one layer, "mean" of their maps), rows of `controls` the same measure
 without the features; more is better in every metric. Only `title` and `scores` must be there, and `dataset` may be a name.
-`verdict` is for evaluations that judge their controls themselves; other keys, such as the
-`missing` metrics and the `model-index` of `devil evaluate captions`, are not read. A file may also hold a list of such objects. What
-`devil evaluate captions`, `devil evaluate neurons --output` and `devil quickstart` write is read as well.
+`verdict` is for evaluations that judge their controls themselves; other keys, such as the `missing` metrics and the `model-index`
+of `devil evaluate captions`, are not read. A file may also hold a list of such objects. What `devil evaluate captions`,
+`devil evaluate neurons --output` and `devil quickstart` write is read as well.
 """
 
 import json
