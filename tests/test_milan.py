@@ -27,6 +27,8 @@ from devil_hf.data.milan import read_annotations
 from devil_hf.data.milan import read_labels
 from devil_hf.data.milan import read_split
 from devil_hf.data.milan import write_milan
+from devil_hf.evaluation.bertscore import BertScoreSettings
+from devil_hf.evaluation.captions import caption_scores
 from devil_hf.evaluation.milannotations import bert_scores
 from devil_hf.evaluation.milannotations import best_constant
 from devil_hf.evaluation.milannotations import neuron_table
@@ -280,6 +282,12 @@ def naive_bert_score(folder, label, several, every_reference):
         recall = (similar.max(dim=0).values * b_weights).sum() / b_weights.sum()
         best = max(best, float(2 * precision * recall / (precision + recall)))
     return best
+
+
+def test_bertscore_of_captions_is_the_same_measure(tiny_bert):
+    scores = caption_scores(LABELS, REFERENCES, ["bertscore", "rouge_l"], BertScoreSettings(tiny_bert, layers=2))
+    assert scores["bertscore"] == pytest.approx(float(bert_scores(LABELS, REFERENCES, tiny_bert, layers=2).mean()))
+    assert set(scores) == {"bertscore", "rouge_l"}
 
 
 def test_bert_scores_are_milans(tiny_bert):

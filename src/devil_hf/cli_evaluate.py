@@ -36,6 +36,76 @@ def add_evaluate(verbs) -> None:
     neurons.add_argument("--output", type=Path, help="JSON file for scores and labels")
     neurons.add_argument("--device", help="default: cuda where there is one")
     neurons.add_argument("--json", action="store_true", help="print JSON")
+    _add_captions(subjects)
+
+
+def _add_captions(subjects) -> None:
+    example = "devil evaluate captions user/devil-resnet50-opt125m flickr8k --split test --output-dir scores/flickr8k"
+    captions = add_verb(subjects, "captions", run_evaluate_captions, "score what each layer says on captions", example)
+    add_caption_options(captions)
+
+
+def add_caption_options(captions: argparse.ArgumentParser) -> None:
+    """The options of `devil evaluate captions`, which scripts/evaluate.py has as well."""
+    captions.add_argument("checkpoint", metavar="CHECKPOINT", help="directory or Hub id; embedded: the package's own")
+    captions.add_argument("source", metavar="SOURCE", help="caption folder, shapes:COUNT, or YAML file of sources")
+    captions.add_argument("--split", help="of a caption folder; look at a test split once")
+    captions.add_argument(
+        "--metrics", nargs="+", help="bleu meteor rouge_l cider spice bertscore (default: all of them)"
+    )
+    captions.add_argument("--limit", type=int, help="only this many images from the beginning")
+    captions.add_argument("--batch-size", type=int, default=32, help="images at once, per process (default: 32)")
+    captions.add_argument("--guidance", type=float, default=1.0, help="default: %(default)s")
+    captions.add_argument("--num-beams", type=int, default=1, help="default: greedy")
+    captions.add_argument("--max-new-tokens", type=int, default=30, help="default: %(default)s")
+    captions.add_argument("--seed", type=int, default=0, help="of the shuffled control (default: %(default)s)")
+    captions.add_argument(
+        "--output-dir",
+        type=Path,
+        default=Path("devil-captions"),
+        help="of predictions.jsonl, where a stopped run goes on, and scores.json (default: %(default)s)",
+    )
+    captions.add_argument("--bert-model", default="roberta-large", help="name or directory (default: %(default)s)")
+    captions.add_argument("--bert-layers", type=int, help="of a directory, how many layers to use (roberta-large: 17)")
+    captions.add_argument("--bert-baseline", type=Path, help="of a directory, the file of values to rescale by")
+    captions.add_argument("--device", help="default: cuda where there is one")
+    captions.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run_evaluate_captions(arguments: argparse.Namespace) -> None:
+    from accelerate import PartialState
+
+    from devil_hf.data.sources import named_sources
+    from devil_hf.evaluation.bertscore import BertScoreSettings
+    from devil_hf.evaluation.captions import ALL_METRICS
+    from devil_hf.evaluation.captions import check_metrics
+    from devil_hf.evaluation.descriptions import caption_table
+    from devil_hf.evaluation.descriptions import evaluate_captions
+    from devil_hf.loading import load
+
+    metrics = arguments.metrics or ALL_METRICS
+    check_metrics(metrics)
+    bert = BertScoreSettings(arguments.bert_model, arguments.bert_layers, arguments.bert_baseline)
+    sources = named_sources(arguments.source, arguments.split)
+    PartialState(cpu=arguments.device == "cpu")
+    model, processor = load(None if arguments.checkpoint == "embedded" else arguments.checkpoint, arguments.device)
+    state_scope(model)
+    content = evaluate_captions(
+        model,
+        processor,
+        sources,
+        arguments.output_dir,
+        metrics,
+        arguments.limit,
+        arguments.batch_size,
+        arguments.seed,
+        bert,
+        guidance=arguments.guidance,
+        num_beams=arguments.num_beams,
+        max_new_tokens=arguments.max_new_tokens,
+    )
+    if content:
+        print(json.dumps(content) if arguments.json else caption_table(content))
 
 
 def run_evaluate_neurons(arguments: argparse.Namespace) -> None:

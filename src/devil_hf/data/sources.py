@@ -19,8 +19,10 @@ from collections.abc import Sequence
 from io import BytesIO
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import yaml
 from datasets import Dataset
 from datasets import DatasetDict
 from datasets import Features
@@ -208,6 +210,38 @@ SOURCE_KINDS: dict[str, Callable[..., Dataset | IterableDataset]] = {
     "hub": open_hub,
     "shapes": open_shapes,
 }
+
+
+def named_sources(name: str, split: str | None = None) -> list[dict[str, Any]]:
+    """The sources that a name on the command line stands for.
+
+    Args:
+        name (`str`): A caption folder, `shapes:COUNT` or `shapes:COUNT:SEED` (by default seed 1, scenes that the quickstart and
+            the embedded checkpoint are not trained on), or a YAML file with a source or a list of them.
+        split (`str`, *optional*): Of a caption folder.
+
+    Raises:
+        ValueError: for a name that is none of these, or a split of anything but a folder.
+    """
+    kind, *numbers = name.split(":")
+    if kind == "shapes" and numbers:
+        if len(numbers) > 2 or not all(number.isdigit() for number in numbers):
+            raise ValueError(f"{name!r} is not shapes:COUNT or shapes:COUNT:SEED, such as shapes:500")
+        seed = int(numbers[1]) if len(numbers) == 2 else 1
+        sources: list[dict[str, Any]] = [{"kind": "shapes", "size": int(numbers[0]), "seed": seed}]
+    elif Path(name).is_dir():
+        return [{"kind": "folder", "path": name} | ({"split": split} if split else {})]
+    elif Path(name).is_file() and Path(name).suffix in (".yaml", ".yml"):
+        content = yaml.safe_load(Path(name).read_text(encoding="utf-8"))
+        sources = content if isinstance(content, list) else [content]
+    else:
+        raise ValueError(
+            f"{name!r} is neither a caption folder, nor shapes:COUNT, nor a YAML file of sources; a data set of the Hub is a "
+            "YAML file with {kind: hub, path: USER/NAME, image_column: image, caption_column: caption}"
+        )
+    if split:
+        raise ValueError(f"split={split!r} is of a caption folder; {name!r} names its own")
+    return sources
 
 
 def _metadata_file(folder: Path, split: str | None) -> Path:

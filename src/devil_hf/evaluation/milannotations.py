@@ -11,12 +11,15 @@ from collections import Counter
 from collections.abc import Mapping
 from collections.abc import Sequence
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 import torch
 from transformers.utils import logging
 
+from devil_hf.evaluation.bertscore import BERT_MODEL
+from devil_hf.evaluation.bertscore import BertScore
+from devil_hf.evaluation.bertscore import BertScoreSettings
+from devil_hf.evaluation.bertscore import bert_remedy
 from devil_hf.evaluation.captions import caption_scores
 from devil_hf.evaluation.simulation import shuffled_labels
 from devil_hf.modeling_devil import DevilModel
@@ -24,8 +27,6 @@ from devil_hf.processing_devil import DevilProcessor
 
 logger = logging.get_logger(__name__)
 
-BERT_MODEL = "roberta-large"  # bert_score's choice for English
-BERT_LAYERS = 17
 COLUMNS = ("bert_score", "bleu_1", "bleu_4", "rouge_l", "cider")
 CONSTANTS = 20  # candidates for the constant label
 
@@ -75,11 +76,8 @@ def neuron_table(
             scores = bert_scores(texts, truths, bert_model, bert_layers, bert_baseline)
             rows[name]["bert_score"] = float(scores.mean())
     except (OSError, ImportError) as error:
-        logger.warning(
-            f"BERTScore is left out: {bert_model!s} cannot be loaded ({str(error).splitlines()[0]}). Give a local directory of "
-            f"{BERT_MODEL} (with {BERT_LAYERS} layers to use, and its baseline file) where the Hub is out of reach, or install "
-            "bert-score: pip install 'devil-hf[neurons]'."
-        )
+        settings = BertScoreSettings(bert_model, bert_layers, bert_baseline)
+        logger.warning(f"BERTScore is left out: {bert_remedy(settings, error)}")
     return rows
 
 
@@ -101,40 +99,8 @@ def bert_scores(
     layers: int | None = None,
     baseline: str | PathLike | None = None,
 ) -> torch.Tensor:
-    """BERTScore F1 (units,) with MILAN's settings: English, idf over the references, lower case, the best of the references.
-
-    Args:
-        model: a name that bert_score knows, or a directory.
-        layers: of a directory, how many layers to use.
-        baseline: of a directory, the file with the values to rescale by (bert_score hands them out, one per model); without
-            one, scores of a directory are not rescaled, with a warning.
-
-    Raises:
-        ImportError: without bert-score.
-        OSError: if the model cannot be loaded.
-        ValueError: for a directory without `layers`.
-    """
-    from bert_score import BERTScorer
-
-    local = Path(model).is_dir()
-    if local and layers is None:
-        raise ValueError(
-            f"{model} is a directory: say how many of its layers to use (bert_layers; {BERT_LAYERS} for {BERT_MODEL})"
-        )
-    if local and baseline is None:
-        logger.warning_once(f"BERTScore of {model} is not rescaled: there is no baseline file")
-    lowered = [[text.lower() for text in texts] for texts in references]
-    scorer = BERTScorer(
-        model_type=str(model),
-        num_layers=layers,
-        lang="en",
-        idf=True,
-        idf_sents=[text for texts in lowered for text in texts],
-        rescale_with_baseline=not local or baseline is not None,
-        baseline_path=None if baseline is None else str(baseline),
-    )
-    _, _, f1 = scorer.score([text.lower() for text in labels], lowered)
-    return f1
+    """BERTScore F1 (units,) with MILAN's settings; see `devil_hf.evaluation.bertscore.BertScoreSettings`."""
+    return BertScore(references, BertScoreSettings(model, layers, baseline))(labels)
 
 
 @torch.no_grad()

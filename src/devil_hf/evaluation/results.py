@@ -13,8 +13,9 @@
 
 Rows of `scores` are what was asked ("all" layers together, one layer, "mean" of their maps), rows of `controls` the same measure
 without the features; more is better in every metric. Only `title` and `scores` must be there, and `dataset` may be a name.
-`verdict` is for evaluations that judge their controls themselves. A file may also hold a list of such objects. What
-`scripts/evaluate.py --output`, `devil evaluate neurons --output` and `devil quickstart` write is read as well.
+`verdict` is for evaluations that judge their controls themselves; other keys, such as the `missing` metrics and the `model-index`
+of `devil evaluate captions`, are not read. A file may also hold a list of such objects. What `devil evaluate captions`,
+`devil evaluate neurons --output` and `devil quickstart` write is read as well.
 """
 
 import json
@@ -188,7 +189,7 @@ def _evaluations_of(content: Any, path: Path) -> list[Evaluation]:
         if name != ONE_ANNOTATOR
     }
     controls = {name: dict(row) for name, row in content.get("controls", {}).items()}
-    # scripts/evaluate.py keeps its controls among the layers, `devil evaluate neurons` beside the labels.
+    # Controls may stand among the layers, as `devil evaluate neurons` has them beside the labels.
     controls |= {name: scores.pop(name) for name in (*CONTROLS, CHANCE) if name in scores}
     settings = dict(content.get("settings", {}))
     for table in (scores, controls):

@@ -302,12 +302,12 @@ class DevilTrainer(Trainer):
             for text in self._describe(data, range(start, min(start + size, images)))
         ]
         found = gather_object(list(zip(texts, data.captions[:images], strict=True)))
-        scores: list[dict] = [{}]
+        scores: list[dict[str, float]] = [{}]
         if self.is_world_process_zero():
             scores = [caption_scores([text for text, _ in found], [captions for _, captions in found])]
         if self.args.world_size > 1:
             broadcast_object_list(scores)
-        return {name: value for name, value in scores[0].items() if not isinstance(value, str)}
+        return scores[0]
 
     def _show_descriptions(self, data: PooledCaptions) -> None:
         """What all layers and each layer alone say of a few validation images, into a file and the trackers."""
