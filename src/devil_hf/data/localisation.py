@@ -40,12 +40,14 @@ class LocalisedImage:
         key: name of the image, unique in its source.
         read: gives the image, as anything that holds one, such as a path.
         groups: phrase -> group that scores are reported for ("colour", or `CLASS`).
+        present: everything that is known to be in the image, phrases or not.
         draw: (height, width) of the upright image -> phrase -> bool mask of that shape.
     """
 
     key: str
     read: Callable[[], Any]
     groups: dict[str, str]
+    present: frozenset[str]
     draw: Callable[[tuple[int, int]], dict[str, np.ndarray]]
 
 
@@ -104,7 +106,8 @@ def _shapes(source: str) -> list[LocalisedImage]:
                 return {phrase.text: scene.masks[phrase.object_index] for phrase in phrases}
 
             groups = {phrase.text: phrase.attribute for phrase in phrases}
-            found.append(LocalisedImage(f"{seed}-{index}", lambda scene=scene: scene.image, groups, draw))
+            present = frozenset(word for item in scene.objects for word in item.attributes.values())
+            found.append(LocalisedImage(f"{seed}-{index}", lambda scene=scene: scene.image, groups, present, draw))
     return found
 
 
@@ -123,12 +126,18 @@ def read_coco_instances(file: str | PathLike, images: str | PathLike | None = No
         names = {category["id"]: category["name"] for category in content["categories"]}
         rows, annotations = content["images"], content["annotations"]
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{file} is no COCO instances file ({error!r}): expected images, annotations, categories") from error
+        raise ValueError(
+            f"{file} is no COCO instances file ({error!r}): expected images, annotations, categories"
+        ) from error
     of_image: dict[Any, dict[str, list[dict]]] = {}
     for annotation in annotations:
         if annotation["category_id"] not in names:
-            raise ValueError(f"{file}: annotation {annotation.get('id')} is of category {annotation['category_id']}, unnamed")
-        of_image.setdefault(annotation["image_id"], {}).setdefault(names[annotation["category_id"]], []).append(annotation)
+            raise ValueError(
+                f"{file}: annotation {annotation.get('id')} is of category {annotation['category_id']}, unnamed"
+            )
+        of_image.setdefault(annotation["image_id"], {}).setdefault(names[annotation["category_id"]], []).append(
+            annotation
+        )
     folder = _coco_folder(file, images, rows)
     found = []
     for row in rows:
@@ -143,9 +152,11 @@ def read_coco_instances(file: str | PathLike, images: str | PathLike | None = No
             def draw(size, objects=objects, drawn=drawn, name=row["file_name"]):
                 if size != drawn:
                     raise ValueError(f"{name} is {size} pixels (height, width), but its objects were drawn on {drawn}")
-                return {name: _union(size, (_coco_mask(part, size) for part in parts)) for name, parts in objects.items()}
+                return {
+                    name: _union(size, (_coco_mask(part, size) for part in parts)) for name, parts in objects.items()
+                }
 
-            found.append(_of_file(folder / row["file_name"], objects, draw, row["file_name"]))
+            found.append(_of_file(folder / row["file_name"], objects, draw, row["file_name"], of_image[row["id"]]))
     return found
 
 
@@ -162,7 +173,9 @@ def _coco_folder(file: Path, images: str | PathLike | None, rows: Sequence[dict]
                 raise FileNotFoundError(f"{len(missing)} images of {file} are not in {folder}, such as {missing[0]}")
             return folder
     looked = images or ", ".join(str(folder) for folder in usual)
-    raise FileNotFoundError(f"{rows[0]['file_name']} of {file} is not in {looked}: name the folder of the images (--images)")
+    raise FileNotFoundError(
+        f"{rows[0]['file_name']} of {file} is not in {looked}: name the folder of the images (--images)"
+    )
 
 
 def _coco_mask(annotation: dict, size: tuple[int, int]) -> np.ndarray:
@@ -225,7 +238,9 @@ def read_voc(folder: str | PathLike, images: str | PathLike | None = None) -> li
 
 def _voc_box(item: ElementTree.Element) -> tuple[float, ...]:
     """(left, top, right, bottom) in continuous pixels: VOC counts from 1 and includes both ends."""
-    left, top, right, bottom = (float(item.findtext(f"bndbox/{edge}") or "missing") for edge in ("xmin", "ymin", "xmax", "ymax"))
+    left, top, right, bottom = (
+        float(item.findtext(f"bndbox/{edge}") or "missing") for edge in ("xmin", "ymin", "xmax", "ymax")
+    )
     return left - 1, top - 1, right, bottom
 
 
@@ -263,7 +278,9 @@ def read_yolo(
             scale = np.array(size[::-1])
             phrases = dict.fromkeys(name for name, _ in objects)
             return {
-                phrase: _union(size, (polygon_mask([outline * scale], size) for name, outline in objects if name == phrase))
+                phrase: _union(
+                    size, (polygon_mask([outline * scale], size) for name, outline in objects if name == phrase)
+                )
                 for phrase in phrases
             }
 
@@ -278,7 +295,9 @@ def _yolo_object(line: str, names: dict[int, str], where: str) -> tuple[str, np.
     except ValueError as error:
         raise ValueError(f"{where} is no YOLO label ({error}): {line[:80]!r}") from error
     if int(number) not in names:
-        raise ValueError(f"{where} is of class {int(number)}, which has no name; the names are of {sorted(names)[:10]}...")
+        raise ValueError(
+            f"{where} is of class {int(number)}, which has no name; the names are of {sorted(names)[:10]}..."
+        )
     if len(values) == 4:
         x, y, width, height = values
         left, right, top, bottom = x - width / 2, x + width / 2, y - height / 2, y + height / 2
@@ -316,8 +335,11 @@ def _read_names(spec: str) -> dict[int, str]:
         raise ValueError(f"{spec} maps no class ids to names; FILE#KEY names a table inside a file") from error
 
 
-def _of_file(path: Path, names: Iterable[str], draw, key: str | None = None) -> LocalisedImage:
-    return LocalisedImage(key or path.name, lambda: path, dict.fromkeys(names, CLASS), draw)
+def _of_file(
+    path: Path, names: Iterable[str], draw, key: str | None = None, present: Iterable[str] = ()
+) -> LocalisedImage:
+    groups = dict.fromkeys(names, CLASS)
+    return LocalisedImage(key or path.name, lambda: path, groups, frozenset(groups) | frozenset(present), draw)
 
 
 def polygon_mask(outlines: Iterable[np.ndarray], size: tuple[int, int]) -> np.ndarray:
