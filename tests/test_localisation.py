@@ -135,7 +135,11 @@ def test_the_shapes_world_asks_for_words_that_one_object_of_several_has():
         (lambda f: "shapes:many", {}, "shapes:COUNT"),
         (lambda f: f / "images", {}, "is no COCO instances JSON, VOC folder"),
         (lambda f: coco(f, {"category_id": 9, "bbox": [0, 0, 1, 1]}), {}, "category 9, unnamed"),
-        (lambda f: coco(f, {"category_id": 3, "bbox": [0, 0, 1, 1]}, file_name="two.jpg"), {}, r"two.jpg .*\(--images\)"),
+        (
+            lambda f: coco(f, {"category_id": 3, "bbox": [0, 0, 1, 1]}, file_name="two.jpg"),
+            {},
+            r"two.jpg .*\(--images\)",
+        ),
         (lambda f: coco(f), {}, "names no object"),
     ],
 )

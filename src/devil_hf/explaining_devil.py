@@ -52,8 +52,8 @@ class ExplainMixin:
                 the null prefix, which makes maps of different phrases comparable (beyond the paper).
             window: side of the square pooled around each location, for all layers or by layer name.
             combine: None; "joint" asks all the layers together, coarser maps interpolated to the finest grid first
-                (paper); "informed" and "mean" average the layers' maps on the finest grid (beyond the paper), see
-                `combining_devil`: by how strongly each layer speaks for the phrase anywhere, which points best, or alike.
+                (paper); "informed" and "mean" average the layers' maps on the finest grid (beyond the paper):
+                weighted by what each layer knows of the phrase (see `combining_devil`; it points best), or alike.
             chunk_size: locations at once; chosen from the shapes when None.
             feature_maps: what `extract_features` returned, to ask again without running the backbone.
         """
@@ -81,8 +81,20 @@ class ExplainMixin:
             for index in visible
         }
         if combine:
-            maps = {combine: combine_maps(maps, combine)}
+            whole = self.layer_evidence(feature_maps, checked, visible) if combine == "informed" else None
+            maps = {combine: combine_maps(maps, combine, whole)}
         return AttributionOutput(maps=maps, measure=measure)
+
+    @torch.no_grad()
+    def layer_evidence(
+        self,
+        feature_maps: Sequence[Tensor | None],
+        phrases: Mapping[str, Tensor],
+        layers: str | int | Sequence[str | int] | None = None,
+    ) -> Tensor:
+        """(L, B, K) evidence of K phrases for the whole map of each layer alone, in nats per token over the null prefix."""
+        asked = resolve_layers(layers, self.layer_names)
+        return torch.stack([self.score(layers=i, feature_maps=feature_maps, **phrases).evidence for i in asked])
 
     def _windows(self, window: int | Mapping[str, int], visible: Sequence[int]) -> dict[int, int]:
         if isinstance(window, int):

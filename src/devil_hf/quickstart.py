@@ -210,7 +210,8 @@ def _play_pointing_game(model, processor, scenes: list[Scene], features, hits, c
     vocabulary = [word for words in ATTRIBUTE_WORDS.values() for word in words]
     phrases = processor(text=vocabulary, carrier=CARRIER, return_tensors="pt")
     maps = {name: one.cpu() for name, one in model.attribute(phrases=phrases, feature_maps=features).maps.items()}
-    maps = maps | {rule: combine_maps(maps, rule) for rule in COMBINATIONS}
+    whole = model.layer_evidence(features, phrases).cpu()
+    maps = maps | {rule: combine_maps(maps, rule, whole) for rule in COMBINATIONS}
     for image, scene in enumerate(scenes):
         for phrase in scene.unique_phrases():
             mask = scene.masks[phrase.object_index]

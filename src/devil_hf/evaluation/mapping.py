@@ -145,7 +145,8 @@ def _map_one(
     layers = {
         name: one.cpu() for name, one in model.attribute(phrases=text, feature_maps=features, layers=names).maps.items()
     }
-    maps = layers | {rule: combine_maps(layers, rule) for rule in COMBINATIONS}
+    weighed = model.layer_evidence(features, text, names).cpu()
+    maps = layers | {rule: combine_maps(layers, rule, weighed) for rule in COMBINATIONS}
     if settings.joint:
         joint = model.attribute(phrases=text, feature_maps=features, layers=names, combine="joint")
         maps["joint"] = joint.maps["joint"].cpu()
@@ -265,7 +266,8 @@ def _map_board(model, processor, members, phrases, names, settings: MapSettings)
     layers = {
         name: one.cpu() for name, one in model.attribute(phrases=text, feature_maps=features, layers=names).maps.items()
     }
-    maps = layers | {rule: combine_maps(layers, rule) for rule in COMBINATIONS}
+    weighed = model.layer_evidence(features, text, names).cpu()
+    maps = layers | {rule: combine_maps(layers, rule, weighed) for rule in COMBINATIONS}
     arrays = {f"map:{name}": one[0].float().numpy() for name, one in maps.items()} | {"masks": placed}
     return {"phrases": list(phrases), "arrays": arrays}
 
