@@ -47,7 +47,8 @@ def test_a_perfect_map_scores_one_on_everything(mask):
     perfect = mask.astype(float)
     assert pointing(perfect, mask) == energy_pointing(perfect, mask) == average_precision(perfect, mask) == 1
     assert (iou_at(perfect, mask)[1:] == 1).all()
-    assert choice(np.stack([perfect, 1 - perfect]), np.stack([mask, ~mask])).tolist() == [1, 0]
+    shares, rivals = choice(np.stack([perfect, 1 - perfect]), np.stack([mask, ~mask]))
+    assert shares.tolist() == [1, 1] and rivals.tolist() == [1, 1]
 
 
 def test_a_constant_map_scores_chance(mask):
@@ -58,7 +59,8 @@ def test_a_constant_map_scores_chance(mask):
         assert average_precision(flat, mask) == pytest.approx(area)
         assert iou_at(flat, mask) == pytest.approx(np.full(len(LEVELS), area))
     assert pointing(np.zeros((3, 4)), mask) == pytest.approx(chance_pointing((3, 4), mask))
-    assert choice(np.zeros((4, *SIZE)), np.stack([mask] * 4)).tolist() == [0.25] * 4
+    apart = np.stack([np.roll(mask, 12 * at, axis=1) & (np.arange(32) // 8 == (1 + at) % 4) for at in range(4)])
+    assert choice(np.zeros((4, *SIZE)), apart)[0].tolist() == [0.25] * 4
 
 
 def test_a_map_that_never_speaks_for_its_phrase_points_no_energy_at_it(mask):
@@ -97,11 +99,15 @@ def test_energy_agrees_with_a_loop(rng, mask):
     assert energy_pointing(values, mask) == pytest.approx(inside / total)
 
 
-def test_choice_agrees_with_a_loop(rng, mask):
-    values, masks = rng.normal(size=(3, *SIZE)), np.stack([mask, ~mask, np.roll(mask, 5, axis=1)])
-    for phrase, share in enumerate(choice(values, masks)):
+def test_choice_agrees_with_a_loop_and_asks_only_between_objects(rng, mask):
+    values, masks = rng.normal(size=(3, *SIZE)), np.stack([mask, ~mask, np.roll(mask, 14, axis=1)])
+    assert not (masks[0] & masks[2]).any()
+    shares, rivals = choice(values, masks)
+    assert rivals.tolist() == [2, 1, 1]
+    for phrase, against in ((0, (1, 2)), (1, (0,)), (2, (0,))):
         places = list(zip(*np.nonzero(masks[phrase]), strict=True))
-        assert share == pytest.approx(np.mean([values[:, i, j].argmax() == phrase for i, j in places]))
+        won = [all(values[phrase, i, j] > values[other, i, j] for other in against) for i, j in places]
+        assert shares[phrase] == pytest.approx(np.mean(won))
 
 
 @pytest.mark.parametrize("grid", [(1, 1), (3, 5), (7, 7), (24, 32)])

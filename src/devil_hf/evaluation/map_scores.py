@@ -67,7 +67,7 @@ def score_maps(
         seen: class names that the training captions hold; class phrases are then reported as "seen" and "unseen".
 
     Returns:
-        `groups`: group -> row -> metric -> value; `intervals`: the same with (low, high); `counts`: group -> phrases, images,
+        `images`: how many hold a phrase; `groups`: group -> row -> metric -> value; `intervals`: the same with (low, high); `counts`: group -> phrases, images,
         area; `boards`: the multi-object game likewise, row -> metric.
     """
     table: dict[str, list[Sample]] = {}
@@ -104,6 +104,7 @@ def score_maps(
                 groups[tag][name] = {metric: value for metric, (value, _) in found.items()}
                 intervals[tag][name] = {metric: interval for metric, (_, interval) in found.items()}
     content = {"groups": groups, "intervals": intervals, "counts": counts, "without_objects": left_out}
+    content["images"] = len({sample.image for sample in areas})
     summaries = {name: summarise(samples, resamples, seed) for name, samples in boards.items()}
     content["boards"] = {name: {metric: value for metric, (value, _) in one.items()} for name, one in summaries.items()}
     content["board_intervals"] = {
@@ -142,7 +143,7 @@ def _score_image(number: int, row, masks, maps, tags, table: dict[str, list[Samp
     tokens, null = np.array(row["tokens"]), np.array(row["null"])
     for name, (own, values) in everything.items():
         large = enlarge(values, size)
-        shares = choice(large, masks) if name not in (GRADCAM, CENTRE) else None
+        shares = choice(large, masks) if name not in (GRADCAM, CENTRE) else None  # what does not know of phrases
         # The other two measures of the same maps, where phrases compete.
         other = {}
         if name == DEFAULT_COMBINATION:
@@ -150,7 +151,7 @@ def _score_image(number: int, row, masks, maps, tags, table: dict[str, list[Samp
                 ("per_token", large + (null / tokens)[:, None, None]),
                 ("sum", large * tokens[:, None, None] + null[:, None, None]),
             ):
-                other[measure] = choice(one, masks)
+                other[measure] = choice(one, masks)[0]
         for at, phrase in enumerate(own):
             index = phrases.index(phrase)
             sample = Sample(number, phrase, tags[phrase])
@@ -162,8 +163,8 @@ def _score_image(number: int, row, masks, maps, tags, table: dict[str, list[Samp
                 "average_precision": average_precision(large[at], mask),
                 "iou": float(sample.overlap[FIXED, 0] / sample.overlap[FIXED, 1]),
             }
-            if shares is not None and len(phrases) > 1:
-                sample.values["choice"] = float(shares[index])
+            if shares is not None and shares[1][index]:
+                sample.values["choice"] = float(shares[0][index])
                 for measure, one in other.items():
                     table.setdefault(f"{name}, {measure}", []).append(
                         Sample(number, phrase, tags[phrase], {"choice": float(one[index])})
@@ -257,7 +258,7 @@ def as_results(content: Mapping[str, Any], dataset: str, settings: Mapping[str, 
     first = scores.pop(DEFAULT_COMBINATION)
     return {
         "title": "Attribution maps",
-        "dataset": {"name": dataset, "size": sum(1 for _ in content["counts"])},
+        "dataset": {"name": dataset, "size": content["images"]},
         "settings": dict(settings),
         "scores": {DEFAULT_COMBINATION: first} | scores,
         "controls": {CHANCE: beside.pop(CHANCE)},

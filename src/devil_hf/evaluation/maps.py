@@ -8,9 +8,9 @@ A map without any knowledge, equal everywhere, scores what chance would: ties sh
 |---|---|---|
 | pointing | is the maximum on the object, within half a cell | cells that count as hits |
 | energy | share of the positive evidence that lies on the object | area |
-| iou | overlap with the pixels above half of the map's range | area |
+| iou | overlap with the pixels that have at least half of the map's maximum | area |
 | average_precision | pixels ranked by the map | area |
-| choice | object pixels at which this phrase beats the image's other phrases | one of the phrases |
+| choice | object pixels at which this phrase beats those of the image's other objects | one of the phrases |
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ from numpy.typing import ArrayLike
 
 from devil_hf.evaluation.pointing import hit_cells
 
-LEVELS = np.linspace(0.0, 1.0, 41)  # shares of a map's range that the best threshold is looked for among
+LEVELS = np.linspace(0.0, 1.0, 41)  # shares of a map's maximum that the best threshold is looked for among
 FIXED_LEVEL = 0.5
 
 
@@ -57,14 +57,18 @@ def energy_pointing(values: ArrayLike, mask: ArrayLike) -> float:
 
 
 def relative(values: ArrayLike) -> np.ndarray:
-    """A map on its own range, lowest 0 and highest 1; ones where it is flat."""
+    """A map in shares of its maximum, what is negative at 0: as class activation maps are drawn.
+
+    A map that is nowhere positive (log-probabilities) is taken on its own range; one that is flat is one everywhere.
+    """
     values = _finite(values)
-    low, high = values.min(), values.max()
-    return (values - low) / (high - low) if high > low else np.ones_like(values)
+    low = 0.0 if values.max() > 0 else values.min()
+    high = values.max()
+    return np.clip(values - low, 0, None) / (high - low) if high > low else np.ones_like(values)
 
 
 def overlaps(values: ArrayLike, mask: ArrayLike, levels: Sequence[float] = tuple(LEVELS)) -> np.ndarray:
-    """Pixels in the intersection and in the union of the mask and {relative map >= level}, (levels, 2)."""
+    """Pixels in the intersection and in the union of the mask and {relative map >= level}, see `relative`, (levels, 2)."""
     flat, inside = relative(values).ravel(), _mask(mask).ravel()
     # One sort instead of a pass per level.
     order = np.sort(flat)
@@ -84,20 +88,28 @@ def average_precision(values: ArrayLike, mask: ArrayLike) -> float:
     return float(np.sum(np.diff(recall, prepend=0.0) * precision))
 
 
-def choice(values: ArrayLike, masks: ArrayLike) -> np.ndarray:
-    """Per phrase, the share of its pixels at which its map is the highest of the image's maps; ties share.
+def choice(values: ArrayLike, masks: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+    """Per phrase, the share of its pixels at which its map is higher than those of the image's other objects; ties share.
+
+    Phrases whose masks overlap may both be true of a place, so they do not compete.
 
     Args:
         values: (K, height, width), maps of the image's K phrases in one unit.
         masks: (K, height, width) bool.
 
     Returns:
-        (K,), 1 for a single phrase.
+        The shares (K,), and the number of rivals (K,); without a rival the share is 1.
     """
-    values = np.asarray(values, dtype=np.float64)
-    best = values == values.max(axis=0)
-    won = best / best.sum(axis=0)
-    return np.array([float(one[_mask(mask)].mean()) for one, mask in zip(won, np.asarray(masks), strict=True)])
+    values, masks = np.asarray(values, dtype=np.float64), np.stack([_mask(mask) for mask in np.asarray(masks)])
+    flat = masks.reshape(len(masks), -1)
+    rivals = ~(flat.astype(np.float32) @ flat.T.astype(np.float32) > 0)  # (K, K)
+    shares = []
+    for own, mask, others in zip(values, masks, rivals, strict=True):
+        against = values[others][:, mask]  # (rivals, pixels)
+        won = (own[mask] >= against).all(axis=0)
+        tied = (own[mask] == against).sum(axis=0)
+        shares.append(float(np.mean(won / (1 + tied))))
+    return np.array(shares), rivals.sum(axis=1)
 
 
 def centre_prior(size: tuple[int, int]) -> np.ndarray:

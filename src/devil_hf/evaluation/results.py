@@ -12,8 +12,8 @@
 ```
 
 Rows of `scores` are what was asked ("all" layers together, one layer, a combination of their maps), rows of `controls` the same
-measure without the features; more is better in every metric. Only `title` and `scores` must be there, and `dataset` may be a name.
-`verdict` is for evaluations that judge their controls themselves. A file may also hold a list of such objects. What
+measure without the features; more is better in every metric. Only `title` and `scores` must be there, and `dataset` may be a
+name. `verdict` is for evaluations that judge their controls themselves. A file may also hold a list of such objects. What
 `scripts/evaluate.py --output`, `devil evaluate neurons --output` and `devil quickstart` write is read as well.
 """
 

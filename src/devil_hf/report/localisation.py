@@ -55,7 +55,8 @@ def localisation_figure(
     # Grad-CAM has no unit in common with evidence, and is of some phrases only.
     names = [name for name in lines[0][2] if name != GRADCAM]
     names = [DEFAULT_COMBINATION, *(name for name in names if name != DEFAULT_COMBINATION)]
-    limit = max(float(np.abs(maps[name]).max()) for _, _, maps, _ in lines for name in names)
+    # What speaks against a phrase can be many times as strong as what speaks for it, and would pale the rest.
+    limit = max(max(float(maps[name].max()) for _, _, maps, _ in lines for name in names), 0.1)
     step, heading = tile + GAP, 26
     width = 2 * MARGIN + (len(names) + 1) * step - GAP
     figure = Image.new("RGB", (width, 2 * MARGIN + heading + len(lines) * (tile + 30) + 50), PAPER)
