@@ -73,7 +73,7 @@ def build_parser(full: bool = True) -> argparse.ArgumentParser:
     attribute.add_argument(
         "--measure", choices=("evidence", "per_token", "sum"), default="evidence", help="default: evidence"
     )
-    attribute.add_argument("--combine", choices=("joint", "mean"), help="one map from all the layers")
+    attribute.add_argument("--combine", choices=("informed", "mean", "joint"), help="one map from all the layers")
     attribute.add_argument("--window", type=int, default=1, help="side of the square around each place (default: 1)")
     attribute.add_argument("--carrier", help='a neutral word read before each phrase, such as "the"')
     attribute.add_argument(

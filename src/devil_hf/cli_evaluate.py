@@ -37,6 +37,7 @@ def add_evaluate(verbs) -> None:
     neurons.add_argument("--device", help="default: cuda where there is one")
     neurons.add_argument("--json", action="store_true", help="print JSON")
     _add_captions(subjects)
+    _add_maps(subjects)
 
 
 def _add_captions(subjects) -> None:
@@ -106,6 +107,99 @@ def run_evaluate_captions(arguments: argparse.Namespace) -> None:
     )
     if content:
         print(json.dumps(content) if arguments.json else caption_table(content))
+
+
+def _add_maps(subjects) -> None:
+    example = "devil evaluate maps CHECKPOINT coco/annotations/instances_val2017.json --carrier a --limit 500"
+    maps = add_verb(subjects, "maps", run_evaluate_maps, "score attribution maps against masks and boxes", example)
+    maps.add_argument(
+        "checkpoint", nargs="?", metavar="CHECKPOINT", help="default: the shapes-world checkpoint of the package"
+    )
+    maps.add_argument(
+        "source",
+        nargs="?",
+        default="shapes:150",
+        metavar="SOURCE",
+        help="shapes:COUNT[:SEED], COCO instances JSON, VOC folder, or folder of YOLO labels (default: %(default)s)",
+    )
+    maps.add_argument("--images", type=Path, help="folder of the images, where it is not the usual one")
+    maps.add_argument("--names", help="class names of YOLO labels: data.yaml, a text file, or FILE#KEY in JSON or YAML")
+    maps.add_argument("--limit", type=int, help="only this many images")
+    maps.add_argument("--layers", nargs="+", help="names or indices of layers (default: every one)")
+    maps.add_argument(
+        "--carrier", default="the", help='neutral word read before each phrase; "" for none (default: %(default)s)'
+    )
+    maps.add_argument(
+        "--no-joint", dest="joint", action="store_false", help="leave out maps of all layers asked together"
+    )
+    maps.add_argument(
+        "--boards", type=int, default=40, help="of 2, 3 and 4 images, for the multi-object game (default: %(default)s)"
+    )
+    maps.add_argument(
+        "--captions",
+        nargs="+",
+        default=[],
+        metavar="FOLDER:SPLIT",
+        help="captions of the training: class names that fewer than --seen of their images name are reported apart",
+    )
+    maps.add_argument("--seen", type=int, default=10, help="default: %(default)s images")
+    maps.add_argument("--gradcam", action="store_true", help="also Grad-CAM of the backbone's classifier")
+    maps.add_argument("--class-names", type=Path, help="of that classifier, one a line (default: ImageNet's)")
+    maps.add_argument(
+        "--seed", type=int, default=0, help="of boards, random orders and intervals (default: %(default)s)"
+    )
+    maps.add_argument(
+        "--output-dir",
+        type=Path,
+        default=Path("devil-maps"),
+        help="maps, records, scores.json and maps.png; goes on where it stopped (default: %(default)s)",
+    )
+    maps.add_argument("--device", help="default: cuda where there is one")
+    maps.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run_evaluate_maps(arguments: argparse.Namespace) -> None:
+    from devil_hf.data.localisation import open_localised
+    from devil_hf.evaluation.gradcam import ClassMapper
+    from devil_hf.evaluation.gradcam import read_class_names
+    from devil_hf.evaluation.map_scores import as_results
+    from devil_hf.evaluation.map_scores import maps_table
+    from devil_hf.evaluation.map_scores import named_in_captions
+    from devil_hf.evaluation.map_scores import score_maps
+    from devil_hf.evaluation.mapping import MapSettings
+    from devil_hf.evaluation.mapping import collect_maps
+    from devil_hf.loading import load
+    from devil_hf.report.localisation import localisation_figure
+
+    for name, least in (("limit", 1), ("boards", 0), ("seen", 1)):
+        value = getattr(arguments, name)
+        if value is not None and value < least:
+            raise ValueError(f"--{name} {value} must be at least {least}")
+    examples = open_localised(arguments.source, arguments.images, arguments.names)[: arguments.limit]
+    seen = None
+    if arguments.captions:
+        seen = named_in_captions(
+            {phrase for one in examples for phrase in one.groups}, arguments.captions, arguments.seen
+        )
+    model, processor = load(arguments.checkpoint, arguments.device)
+    state_scope(model)
+    known = model.layer_names
+    layers = [
+        int(name) if name not in known and name.lstrip("-").isdigit() else name for name in arguments.layers or []
+    ]
+    settings = MapSettings(tuple(layers), arguments.carrier or None, arguments.joint, arguments.boards, arguments.seed)
+    classes = None
+    if arguments.gradcam:
+        classes = ClassMapper(model, read_class_names(arguments.class_names) if arguments.class_names else None)
+    keys, records = collect_maps(model, processor, examples, arguments.source, arguments.output_dir, settings, classes)
+    rows = {key: records[key] for key in keys}
+    content = score_maps(rows, arguments.output_dir, seen, seed=arguments.seed)
+    noted = {"carrier": arguments.carrier, "seed": arguments.seed, "tolerance": "half a cell", "images": len(examples)}
+    results = as_results(content, arguments.source, noted)
+    (arguments.output_dir / "scores.json").write_text(json.dumps(results, indent=1) + "\n")
+    localisation_figure(processor, examples, rows, arguments.output_dir).save(arguments.output_dir / "maps.png")
+    print(json.dumps(results) if arguments.json else maps_table(content))
+    print(f"scores, maps and picture: {arguments.output_dir}", file=sys.stderr)
 
 
 def run_evaluate_neurons(arguments: argparse.Namespace) -> None:

@@ -13,6 +13,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .backbone_devil import resolve_layers
+from .combining_devil import COMBINATIONS
+from .combining_devil import combine_maps
+from .combining_devil import finest_grid
 from .outputs_devil import AttributionOutput
 from .outputs_devil import DescribeOutput
 from .pooling_devil import pool_every_location
@@ -49,21 +52,22 @@ class ExplainMixin:
                 the null prefix, which makes maps of different phrases comparable (beyond the paper).
             window: side of the square pooled around each location, for all layers or by layer name.
             combine: None; "joint" asks all the layers together, coarser maps interpolated to the finest grid first
-                (paper); "mean" averages the layers' maps on the finest grid (beyond the paper).
+                (paper); "informed" and "mean" average the layers' maps on the finest grid (beyond the paper):
+                weighted by what each layer knows of the phrase (see `combining_devil`; it points best), or alike.
             chunk_size: locations at once; chosen from the shapes when None.
             feature_maps: what `extract_features` returned, to ask again without running the backbone.
         """
         if measure not in ("sum", "per_token", "evidence"):
             raise ValueError(f"measure={measure!r} is not one of 'sum', 'per_token', 'evidence'.")
-        if combine not in (None, "joint", "mean"):
-            raise ValueError(f"combine={combine!r} is not one of None, 'joint', 'mean'.")
+        if combine not in (None, "joint", *COMBINATIONS):
+            raise ValueError(f"combine={combine!r} is not one of {(None, 'joint', *COMBINATIONS)}.")
         checked = self._phrases(phrases or {})
         visible = resolve_layers(layers, self.layer_names)
         if feature_maps is None:
             feature_maps = self.extract_features(pixel_values, visible)
         windows = self._windows(window, visible)
         if combine == "joint":
-            finest = _finest_grid([maps for maps in (feature_maps[i] for i in visible) if maps is not None])
+            finest = finest_grid([maps for maps in (feature_maps[i] for i in visible) if maps is not None])
             resized = [
                 F.interpolate(feature_maps[i].float(), finest, mode="bilinear", align_corners=False)
                 if i in visible
@@ -76,9 +80,21 @@ class ExplainMixin:
             self.layer_names[index]: self._attribution_map(feature_maps, [index], windows, checked, measure, chunk_size)
             for index in visible
         }
-        if combine == "mean":
-            maps = {"mean": average_maps(maps)}
+        if combine:
+            whole = self.layer_evidence(feature_maps, checked, visible) if combine == "informed" else None
+            maps = {combine: combine_maps(maps, combine, whole)}
         return AttributionOutput(maps=maps, measure=measure)
+
+    @torch.no_grad()
+    def layer_evidence(
+        self,
+        feature_maps: Sequence[Tensor | None],
+        phrases: Mapping[str, Tensor],
+        layers: str | int | Sequence[str | int] | None = None,
+    ) -> Tensor:
+        """(L, B, K) evidence of K phrases for the whole map of each layer alone, in nats per token over the null prefix."""
+        asked = resolve_layers(layers, self.layer_names)
+        return torch.stack([self.score(layers=i, feature_maps=feature_maps, **phrases).evidence for i in asked])
 
     def _windows(self, window: int | Mapping[str, int], visible: Sequence[int]) -> dict[int, int]:
         if isinstance(window, int):
@@ -335,15 +351,4 @@ class ExplainMixin:
         return (ended - (sequences == self.config.eos_token_id).long()) == 0
 
 
-def average_maps(maps: Mapping[str, Tensor]) -> Tensor:
-    """Mean of attribution maps (B, K, H_l, W_l) of several layers, interpolated bilinearly to the finest of their grids."""
-    finest = _finest_grid(list(maps.values()))
-    resized = [F.interpolate(one, finest, mode="bilinear", align_corners=False) for one in maps.values()]
-    return torch.stack(resized).mean(dim=0)
-
-
-def _finest_grid(maps: Sequence[Tensor]) -> tuple[int, int]:
-    return max(((one.shape[-2], one.shape[-1]) for one in maps), key=lambda grid: grid[0] * grid[1])
-
-
-__all__ = ["ExplainMixin", "average_maps"]
+__all__ = ["ExplainMixin"]

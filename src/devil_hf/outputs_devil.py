@@ -108,7 +108,7 @@ class AttributionOutput(ShapesRepr, ModelOutput):
     """Attribution maps.
 
     Args:
-        maps: layer name (or "joint", "mean") -> (B, K, H_l, W_l), in nats: over the null prefix and per token for the measure
+        maps: layer (or combination) -> (B, K, H_l, W_l), in nats: over the null prefix and per token for the measure
             "evidence", per token for "per_token", summed over the phrase for "sum".
         measure: which of the three.
     """

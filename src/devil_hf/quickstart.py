@@ -21,6 +21,8 @@ from transformers import TrainingArguments
 from transformers import set_seed
 
 from devil_hf.backbone_devil import FeatureBackbone
+from devil_hf.combining_devil import COMBINATIONS
+from devil_hf.combining_devil import combine_maps
 from devil_hf.data.shapes import ATTRIBUTE_WORDS
 from devil_hf.data.shapes import Scene
 from devil_hf.data.shapes import make_scene
@@ -29,7 +31,6 @@ from devil_hf.embedded import SCOPE
 from devil_hf.evaluation.pointing import chance_pointing
 from devil_hf.evaluation.pointing import pointing_game
 from devil_hf.evaluation.words import WordCounts
-from devil_hf.explaining_devil import average_maps
 from devil_hf.loading import load
 from devil_hf.modeling_devil import DevilModel
 from devil_hf.processing_devil import DevilProcessor
@@ -171,7 +172,7 @@ def measure(
     The pointing game asks every location of every layer, so it takes the first `pointing_scenes` of the scenes only.
 
     Returns:
-        `{"description_f1": {"all" or layer: {attribute: F1}}, "pointing": {layer or "mean": {attribute: share}},
+        `{"description_f1": {"all" or layer: {attribute: F1}}, "pointing": {layer or combination: {attribute: share}},
         "chance_pointing": share, "pointing_phrases": {attribute: how many}}`.
     """
     names = ["all", *model.layer_names]
@@ -201,7 +202,7 @@ def measure(
 
 
 def _play_pointing_game(model, processor, scenes: list[Scene], features, hits, chances) -> None:
-    """Point at every word that one object of several has, by every layer's map and by their mean."""
+    """Point at every word that one object of several has, by every layer's map and by their combinations."""
     several = [image for image, scene in enumerate(scenes) if len(scene.objects) > 1]
     if not several:
         return
@@ -209,7 +210,8 @@ def _play_pointing_game(model, processor, scenes: list[Scene], features, hits, c
     vocabulary = [word for words in ATTRIBUTE_WORDS.values() for word in words]
     phrases = processor(text=vocabulary, carrier=CARRIER, return_tensors="pt")
     maps = {name: one.cpu() for name, one in model.attribute(phrases=phrases, feature_maps=features).maps.items()}
-    maps = maps | {"mean": average_maps(maps)}
+    whole = model.layer_evidence(features, phrases).cpu()
+    maps = maps | {rule: combine_maps(maps, rule, whole) for rule in COMBINATIONS}
     for image, scene in enumerate(scenes):
         for phrase in scene.unique_phrases():
             mask = scene.masks[phrase.object_index]

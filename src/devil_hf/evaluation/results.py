@@ -11,11 +11,11 @@
 }
 ```
 
-Rows of `scores` are what was asked ("all" layers together, one layer, "mean" of their maps), rows of `controls` the same measure
-without the features; more is better in every metric. Only `title` and `scores` must be there, and `dataset` may be a name.
-`verdict` is for evaluations that judge their controls themselves; other keys, such as the `missing` metrics and the `model-index`
-of `devil evaluate captions`, are not read. A file may also hold a list of such objects. What `devil evaluate captions`,
-`devil evaluate neurons --output` and `devil quickstart` write is read as well.
+Rows of `scores` are what was asked ("all" layers together, one layer, a combination of their maps), rows of `controls` the same
+measure without the features; more is better in every metric. Only `title` and `scores` must be there, and `dataset` may be a
+name. `verdict` is for evaluations that judge their controls themselves; other keys, such as the `missing` metrics and the
+`model-index` of `devil evaluate captions`, are not read. A file may also hold a list of such objects. What `devil evaluate
+captions`, `devil evaluate neurons --output` and `devil quickstart` write is read as well.
 """
 
 import json
@@ -29,6 +29,8 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult
+
+from devil_hf.combining_devil import COMBINATIONS
 
 TASK = "image-to-text"
 SHAPES_WORLD = "shapes world of devil-hf (held-out scenes)"
@@ -65,7 +67,7 @@ class Evaluation:
 
     Args:
         title: what was measured.
-        scores: row (layer, "all", "mean") -> metric -> value.
+        scores: row (layer, "all", a combination) -> metric -> value.
         controls: name of the control (see `CONTROLS`, or "chance") -> metric -> value.
         dataset: `name`, and where known `id` on the Hub, `split` and `size` (images).
         settings: whatever else decides the numbers.
@@ -86,8 +88,8 @@ class Evaluation:
 
     @property
     def headline(self) -> str:
-        """The row that stands for the whole model: all layers together, else the mean of their maps, else the deepest."""
-        return next((name for name in ("all", "mean") if name in self.scores), list(self.scores)[-1])
+        """The row that stands for the whole model: all layers together, else a combination of their maps, else the deepest."""
+        return next((name for name in ("all", *COMBINATIONS) if name in self.scores), list(self.scores)[-1])
 
     def model_index(self) -> list[EvalResult]:
         """Every score as an entry of a model card's `model-index`; controls are not results of the model."""

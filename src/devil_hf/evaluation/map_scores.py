@@ -1,0 +1,309 @@
+"""Scores of recorded maps: a table per group of phrases, chance and a centre prior beside it, with bootstrap intervals.
+
+Intervals are of images drawn with replacement, 95 %. Measures by pixel compare maps enlarged to the crop. Within one phrase the
+three measures of a map rank its places alike (evidence is the sum over the phrase's tokens, less a constant, times a
+constant), so they differ in two metrics only: `energy`, which needs a zero, and `choice`, where phrases compete.
+"""
+
+import re
+from collections.abc import Collection
+from collections.abc import Iterable
+from collections.abc import Mapping
+from collections.abc import Sequence
+from dataclasses import dataclass
+from dataclasses import field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm.auto import tqdm
+
+from devil_hf.data.captions import read_caption_records
+from devil_hf.evaluation.mapping import CENTRE
+from devil_hf.evaluation.mapping import DEFAULT_COMBINATION
+from devil_hf.evaluation.mapping import GRADCAM
+from devil_hf.evaluation.mapping import RANDOM
+from devil_hf.evaluation.mapping import read_arrays
+from devil_hf.evaluation.maps import FIXED_LEVEL
+from devil_hf.evaluation.maps import LEVELS
+from devil_hf.evaluation.maps import average_precision
+from devil_hf.evaluation.maps import bootstrap
+from devil_hf.evaluation.maps import centre_prior
+from devil_hf.evaluation.maps import choice
+from devil_hf.evaluation.maps import energy_pointing
+from devil_hf.evaluation.maps import enlarge
+from devil_hf.evaluation.maps import overlaps
+from devil_hf.evaluation.maps import pointing
+from devil_hf.evaluation.maps import ratio
+from devil_hf.evaluation.pointing import chance_pointing
+from devil_hf.evaluation.results import CHANCE
+from devil_hf.evaluation.results import metric_name
+
+CLASSIFIED = "classes of the backbone"
+PER_PHRASE = ("pointing", "energy", "average_precision", "iou", "insertion", "deletion")
+METRICS = (*PER_PHRASE[:4], "iou_best", "miou", "choice", *PER_PHRASE[4:])
+FIXED = int(np.argmin(np.abs(LEVELS - FIXED_LEVEL)))
+
+
+@dataclass
+class Sample:
+    """What one row of the table has for one phrase of one image (or board)."""
+
+    image: int
+    phrase: str
+    tags: tuple[str, ...]
+    values: dict[str, float] = field(default_factory=dict)
+    overlap: np.ndarray | None = None  # (levels, 2): intersection and union in shares of the crop
+
+
+def score_maps(
+    rows: Mapping[str, Any], folder: Path, seen: Collection[str] | None = None, resamples: int = 2_000, seed: int = 0
+) -> dict[str, Any]:
+    """Score what `collect_maps` wrote.
+
+    Args:
+        rows: key -> row, those to score.
+        folder: that of the records.
+        seen: class names that the training captions hold; class phrases are then reported as "seen" and "unseen".
+
+    Returns:
+        `images`: how many hold a phrase; `groups`: group -> row -> metric -> value; `intervals`: the same with (low, high);
+        `counts`: group -> phrases, images, area; `boards`: the multi-object game likewise, row -> metric.
+    """
+    table: dict[str, list[Sample]] = {}
+    boards: dict[str, list[Sample]] = {}
+    areas: list[Sample] = []
+    left_out = 0
+    for number, row in enumerate(tqdm(rows.values(), desc="scores", unit="image", leave=False)):
+        if not row["phrases"]:
+            left_out += 1
+            continue
+        masks, maps = read_arrays(folder / "maps" / row["file"])
+        if "board" in row:
+            _score_board(number, row, masks, maps, boards)
+            continue
+        tags = {phrase: _tags(phrase, row, seen) for phrase in row["phrases"]}
+        areas += [
+            Sample(number, p, tags[p], {"area": float(m.mean())}) for p, m in zip(row["phrases"], masks, strict=True)
+        ]
+        _score_image(number, row, masks, maps, tags, table)
+    groups: dict[str, Any] = {}
+    intervals: dict[str, Any] = {}
+    counts: dict[str, Any] = {}
+    for tag in dict.fromkeys(tag for sample in areas for tag in sample.tags):
+        chosen = [sample for sample in areas if tag in sample.tags]
+        counts[tag] = {
+            "phrases": len(chosen),
+            "images": len({sample.image for sample in chosen}),
+            "area": float(np.mean([sample.values["area"] for sample in chosen])),
+        }
+        groups[tag], intervals[tag] = {}, {}
+        for name, samples in table.items():
+            found = summarise([sample for sample in samples if tag in sample.tags], resamples, seed)
+            if found:
+                groups[tag][name] = {metric: value for metric, (value, _) in found.items()}
+                intervals[tag][name] = {metric: interval for metric, (_, interval) in found.items()}
+    content = {"groups": groups, "intervals": intervals, "counts": counts, "without_objects": left_out}
+    content["images"] = len({sample.image for sample in areas})
+    summaries = {name: summarise(samples, resamples, seed) for name, samples in boards.items()}
+    content["boards"] = {name: {metric: value for metric, (value, _) in one.items()} for name, one in summaries.items()}
+    content["board_intervals"] = {
+        name: {metric: span for metric, (_, span) in one.items()} for name, one in summaries.items()
+    }
+    return content
+
+
+def named_in_captions(names: Collection[str], sources: Sequence[str], least: int) -> set[str]:
+    """The names that the captions of at least `least` images hold as words, one or many of the thing.
+
+    Args:
+        sources: caption folders, `FOLDER` or `FOLDER:SPLIT`.
+    """
+    texts = []
+    for source in sources:
+        folder, split = (source, None) if Path(source).is_dir() else source.rpartition(":")[::2]
+        texts += [" ".join(record["captions"]).lower() for record in read_caption_records(folder, split)]
+    counted = {name: re.compile(rf"\b{re.escape(name.lower())}(s|es)?\b") for name in names}
+    return {name for name, pattern in counted.items() if sum(bool(pattern.search(text)) for text in texts) >= least}
+
+
+def _tags(phrase: str, row: Mapping[str, Any], seen: Collection[str] | None) -> tuple[str, ...]:
+    group = row["groups"][phrase]
+    if seen is not None:
+        group = "seen" if phrase in seen else "unseen"
+    return (group, CLASSIFIED) if phrase in row.get("classified", ()) else (group,)
+
+
+def _score_image(number: int, row, masks, maps, tags, table: dict[str, list[Sample]]) -> None:
+    phrases, size = row["phrases"], masks.shape[-2:]
+    finest = max((one.shape[-2:] for name, one in maps.items() if name != GRADCAM), key=lambda grid: grid[0] * grid[1])
+    everything = {name: (phrases if name != GRADCAM else row["classified"], one) for name, one in maps.items()}
+    everything[CENTRE] = (phrases, np.repeat(centre_prior(finest)[None], len(phrases), axis=0))
+    everything[CHANCE] = (phrases, np.ones((len(phrases), *finest)))
+    tokens, null = np.array(row["tokens"]), np.array(row["null"])
+    for name, (own, values) in everything.items():
+        large = enlarge(values, size)
+        shares = choice(large, masks) if name not in (GRADCAM, CENTRE) else None  # what does not know of phrases
+        # The other two measures of the same maps, where phrases compete.
+        other = {}
+        if name == DEFAULT_COMBINATION:
+            for measure, one in (
+                ("per_token", large + (null / tokens)[:, None, None]),
+                ("sum", large * tokens[:, None, None] + null[:, None, None]),
+            ):
+                other[measure] = choice(one, masks)[0]
+        for at, phrase in enumerate(own):
+            index = phrases.index(phrase)
+            sample = Sample(number, phrase, tags[phrase])
+            mask = masks[index]
+            sample.overlap = overlaps(large[at], mask) / mask.size
+            sample.values = {
+                "pointing": chance_pointing(finest, mask) if name == CHANCE else pointing(values[at], mask),
+                "energy": energy_pointing(large[at], mask),
+                "average_precision": average_precision(large[at], mask),
+                "iou": float(sample.overlap[FIXED, 0] / sample.overlap[FIXED, 1]),
+            }
+            if shares is not None and shares[1][index]:
+                sample.values["choice"] = float(shares[0][index])
+                for measure, one in other.items():
+                    table.setdefault(f"{name}, {measure}", []).append(
+                        Sample(number, phrase, tags[phrase], {"choice": float(one[index])})
+                    )
+            for curve, sign in (("insertion", 1), ("deletion", -1)):
+                if name in row[curve]:
+                    steps = np.mean(row[curve][name][index])
+                    sample.values[curve] = float(steps if sign > 0 else row["whole"][index] - steps)
+            table.setdefault(name, []).append(sample)
+    for index, phrase in enumerate(phrases):
+        drawn = {"insertion": np.mean(row["insertion"][RANDOM][index])}
+        drawn["deletion"] = row["whole"][index] - np.mean(row["deletion"][RANDOM][index])
+        table.setdefault("random order", []).append(
+            Sample(number, phrase, tags[phrase], {name: float(value) for name, value in drawn.items()})
+        )
+
+
+def _score_board(number: int, row, masks, maps, table: dict[str, list[Sample]]) -> None:
+    """Does the maximum lie on the object (`pointing_N`), and in the quarter of the right image (`tile_N`)?"""
+    size, half = row["board"], (masks.shape[1] // 2, masks.shape[2] // 2)
+    finest = max((one.shape[-2:] for one in maps.values()), key=lambda grid: grid[0] * grid[1])
+    for name, values in {**maps, CHANCE: np.ones((len(masks), *finest))}.items():
+        for at, mask in enumerate(masks):
+            tile = np.zeros_like(mask)
+            row_at, column_at = divmod(at, 2)
+            tile[row_at * half[0] : (row_at + 1) * half[0], column_at * half[1] : (column_at + 1) * half[1]] = True
+            found = {
+                f"pointing_{size}": pointing(values[at], mask),
+                # A quarter is told without tolerance, among those that hold an image.
+                f"tile_{size}": 1 / size if name == CHANCE else pointing(values[at], tile, 0),
+            }
+            table.setdefault(name, []).append(Sample(number, row["phrases"][at], ("board",), found))
+
+
+def summarise(samples: Iterable[Sample], resamples: int, seed: int) -> dict[str, tuple[float, tuple[float, float]]]:
+    """Metric -> its value over the samples, and its 95 % interval over images."""
+    samples = list(samples)
+    metrics = dict.fromkeys(metric for sample in samples for metric in sample.values)
+    found = {}
+    for metric in metrics:
+        chosen = [sample for sample in samples if metric in sample.values]
+        images = {image: at for at, image in enumerate(dict.fromkeys(sample.image for sample in chosen))}
+        sums, weights = np.zeros(len(images)), np.zeros(len(images))
+        for sample in chosen:
+            sums[images[sample.image]] += sample.values[metric]
+            weights[images[sample.image]] += 1
+        found[metric] = (float(sums.sum() / weights.sum()), bootstrap(sums, weights, resamples, seed))
+    drawn = [sample for sample in samples if sample.overlap is not None]
+    if drawn:
+        found |= _overlap_metrics(drawn, resamples, seed)
+    return found
+
+
+def _overlap_metrics(samples: list[Sample], resamples: int, seed: int) -> dict[str, tuple[float, tuple[float, float]]]:
+    """`iou_best`: mean IoU at the one level, for all maps, that is best with the masks in hand; `miou`: intersection over union
+    of all images together, per phrase, averaged over phrases."""
+    images = {image: at for at, image in enumerate(dict.fromkeys(sample.image for sample in samples))}
+    phrases = {phrase: at for at, phrase in enumerate(dict.fromkeys(sample.phrase for sample in samples))}
+    overlap = np.stack([sample.overlap for sample in samples if sample.overlap is not None])  # (samples, levels, 2)
+    by_level = overlap[..., 0] / overlap[..., 1]
+    best = int(by_level.mean(axis=0).argmax())
+    rows = np.array([images[sample.image] for sample in samples])
+    columns = np.array([phrases[sample.phrase] for sample in samples])
+    sums = np.bincount(rows, by_level[:, best], len(images))
+    weights = np.bincount(rows, minlength=len(images)).astype(float)
+    crossed, joined = np.zeros((len(images), len(phrases))), np.zeros((len(images), len(phrases)))
+    np.add.at(crossed, (rows, columns), overlap[:, FIXED, 0])
+    np.add.at(joined, (rows, columns), overlap[:, FIXED, 1])
+    return {
+        "iou_best": (float(by_level[:, best].mean()), bootstrap(sums, weights, resamples, seed)),
+        "miou": (
+            float(ratio(crossed.sum(axis=0)[None], joined.sum(axis=0)[None])[0]),
+            bootstrap(crossed, joined, resamples, seed),
+        ),
+    }
+
+
+def as_results(content: Mapping[str, Any], dataset: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What `score_maps` returned in the layout of `evaluation/results.py`; metrics carry their group where there are several."""
+    several = len(content["groups"]) > 1
+    scores: dict[str, dict[str, float]] = {}
+    for group, rows in content["groups"].items():
+        for name, values in rows.items():
+            target = scores.setdefault(name, {})
+            for metric, value in values.items():
+                target[f"{metric}_{group.replace(' ', '_')}" if several else metric] = value
+    for name, values in content["boards"].items():
+        scores.setdefault(name, {}).update(values)
+    aside = [name for name in (CHANCE, CENTRE, GRADCAM, "random order") if name in scores]
+    beside = {name: scores.pop(name) for name in aside}
+    first = scores.pop(DEFAULT_COMBINATION)
+    return {
+        "title": "Attribution maps",
+        "dataset": {"name": dataset, "size": content["images"]},
+        "settings": dict(settings),
+        "scores": {DEFAULT_COMBINATION: first} | scores,
+        "controls": {CHANCE: beside.pop(CHANCE)},
+        "baselines": beside,
+        "intervals": content["intervals"],
+        "board_intervals": content["board_intervals"],
+        "counts": content["counts"],
+    }
+
+
+def maps_table(content: Mapping[str, Any]) -> str:
+    """The scores as text: per group a row for each map, then the multi-object game."""
+    lines: list[str] = []
+    for group, rows in content["groups"].items():
+        counts = content["counts"][group]
+        lines.append(
+            f"{group}: {counts['phrases']} phrases on {counts['images']} images, mean area {counts['area']:.3f}"
+        )
+        lines += _block(
+            rows,
+            [metric for metric in METRICS if any(metric in row for row in rows.values())],
+            content["intervals"][group],
+        )
+        lines.append("")
+    if content["boards"]:
+        lines.append("several images on one board, a phrase each")
+        rows = content["boards"]
+        lines += _block(rows, list(next(iter(rows.values()))), content["board_intervals"])
+    return "\n".join(lines).rstrip()
+
+
+def _block(rows, metrics: list[str], intervals) -> list[str]:
+    width = max(len(name) for name in rows) + 2
+    heads = [metric_name(metric) for metric in metrics]
+    lines = [" " * width + "".join(f"{head:>20}" for head in heads)]
+    for name, row in rows.items():
+        cells = []
+        for metric in metrics:
+            text = ""
+            if metric in row:
+                low, high = intervals[name][metric]
+                text = f"{row[metric]:.3f} {low:.3f}-{high:.3f}"
+            cells.append(f"{text:>20}")
+        lines.append(f"{name:{width}}" + "".join(cells))
+    return lines
+
+
+__all__ = ["CLASSIFIED", "METRICS", "Sample", "as_results", "maps_table", "score_maps", "summarise"]
