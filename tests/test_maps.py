@@ -59,7 +59,7 @@ def test_a_constant_map_scores_chance(mask):
         assert average_precision(flat, mask) == pytest.approx(area)
         assert iou_at(flat, mask) == pytest.approx(np.full(len(LEVELS), area))
     assert pointing(np.zeros((3, 4)), mask) == pytest.approx(chance_pointing((3, 4), mask))
-    apart = np.stack([np.roll(mask, 12 * at, axis=1) & (np.arange(32) // 8 == (1 + at) % 4) for at in range(4)])
+    apart = np.stack([np.roll(mask, 8 * at, axis=1) & (np.arange(32) // 8 == (1 + at) % 4) for at in range(4)])
     assert choice(np.zeros((4, *SIZE)), apart)[0].tolist() == [0.25] * 4
 
 

@@ -107,7 +107,11 @@ def _shapes(source: str) -> list[LocalisedImage]:
 
             groups = {phrase.text: phrase.attribute for phrase in phrases}
             present = frozenset(word for item in scene.objects for word in item.attributes.values())
-            found.append(LocalisedImage(f"{seed}-{index}", lambda scene=scene: scene.image, groups, present, draw))
+
+            def read(scene=scene):
+                return scene.image
+
+            found.append(LocalisedImage(f"{seed}-{index}", read, groups, present, draw))
     return found
 
 

@@ -94,7 +94,7 @@ def collect_maps(
         if example.key not in records:
             pixels, masks = _read(processor, example)
             shown = [phrase for phrase, mask in masks.items() if mask.any()]
-            row = {"phrases": []}
+            row: dict[str, Any] = {"phrases": []}
             if shown:
                 row = _map_one(
                     model, processor, pixels, {phrase: masks[phrase] for phrase in shown}, names, settings, classes
@@ -197,9 +197,9 @@ def location_curves(
     phrases, steps = next(iter(orders.values())).shape[0], 2 * len(SHARES)
     weights: list[Tensor | None] = [None] * len(model.layer_names)
     for index in asked:
-        grid = features[index].shape[-2:]  # type: ignore[union-attr]
+        rows, columns = features[index].shape[-2:]  # type: ignore[union-attr]
         values = torch.stack(
-            [F.adaptive_avg_pool2d(one, grid) for one in orders.values()]
+            [F.adaptive_avg_pool2d(one, (int(rows), int(columns))) for one in orders.values()]
         )  # (orders, K, rows, columns)
         weights[index] = shown_weights(values.flatten(0, 1)).flatten(0, 1)  # (orders * K * steps, rows, columns)
     found = model.score(feature_maps=features, location_weights=weights, layers=list(names), **text).evidence
@@ -273,7 +273,7 @@ def _map_board(model, processor, members, phrases, names, settings: MapSettings)
 
 
 def _write(path: Path, arrays: Mapping[str, np.ndarray]) -> dict[str, str]:
-    packed = {name: np.packbits(one) if one.dtype == bool else one for name, one in arrays.items()}
+    packed: dict[str, Any] = {name: np.packbits(one) if one.dtype == bool else one for name, one in arrays.items()}
     np.savez_compressed(path, mask_shape=np.array(arrays["masks"].shape), **packed)
     return {"file": path.name}
 
