@@ -36,6 +36,66 @@ def add_evaluate(verbs) -> None:
     neurons.add_argument("--output", type=Path, help="JSON file for scores and labels")
     neurons.add_argument("--device", help="default: cuda where there is one")
     neurons.add_argument("--json", action="store_true", help="print JSON")
+    _add_controls(subjects)
+
+
+def _add_controls(subjects) -> None:
+    controls = add_verb(
+        subjects,
+        "controls",
+        run_evaluate_controls,
+        "test whether it is the features that speak; exit code 0: trusted, 3: not trusted, 1: error",
+        "devil evaluate controls CHECKPOINT --data flickr8k --split val --limit 100",
+    )
+    controls.add_argument("checkpoint", nargs="?", help="directory or Hub id (default: the shapes-world checkpoint)")
+    controls.add_argument(
+        "--data",
+        default="shapes",
+        help='"shapes" (default: its held-out scenes) or "shapes:SEED", a caption folder, or a source of a recipe such as '
+        '"{kind: hub, path: user/data, image_column: image, caption_column: caption}"',
+    )
+    controls.add_argument("--split", help="of a caption folder")
+    controls.add_argument("--limit", type=int, default=200, help="only the first images (default: %(default)s)")
+    controls.add_argument("--phrases", nargs="+", help="words to map (default: frequent words of the captions)")
+    controls.add_argument("--layers", nargs="+", help="layers to map (default: those with at most 256 places)")
+    controls.add_argument("--map-images", type=int, default=50, help="images to map (default: %(default)s)")
+    controls.add_argument("--max-new-tokens", type=int, default=30, help="default: %(default)s")
+    controls.add_argument("--batch-size", type=int, default=32, help="default: %(default)s")
+    controls.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    controls.add_argument(
+        "--output-dir",
+        type=Path,
+        default=Path("devil-controls"),
+        help="scores, descriptions and maps; a stopped run goes on from there (default: %(default)s)",
+    )
+    controls.add_argument("--device", help="default: cuda where there is one")
+    controls.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run_evaluate_controls(arguments: argparse.Namespace) -> int:
+    from devil_hf.evaluation.captioned import open_captioned
+    from devil_hf.evaluation.controls import UNTRUSTED
+    from devil_hf.evaluation.controls import control_table
+    from devil_hf.evaluation.controls import run_controls
+    from devil_hf.loading import load
+
+    data = open_captioned(arguments.data, arguments.split, arguments.limit)
+    model, processor = load(arguments.checkpoint, arguments.device)
+    state_scope(model)
+    result = run_controls(
+        model,
+        processor,
+        data,
+        arguments.output_dir,
+        phrases=arguments.phrases,
+        layers=arguments.layers,
+        map_images=arguments.map_images,
+        max_new_tokens=arguments.max_new_tokens,
+        batch_size=arguments.batch_size,
+        seed=arguments.seed,
+    )
+    print(json.dumps(result) if arguments.json else control_table(result))
+    return 0 if result["verdict"]["passed"] else UNTRUSTED
 
 
 def run_evaluate_neurons(arguments: argparse.Namespace) -> None:
