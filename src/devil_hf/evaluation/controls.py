@@ -80,9 +80,9 @@ WORDS = {word for words in ATTRIBUTE_WORDS.values() for word in words}
 CONSTANTS = 20
 UNTRUSTED = 3  # exit code; 1 is an error, 2 a wrong command line
 # Too frequent in English captions to point at anything.
-STOP_WORDS = frozenset(
+STOP_WORDS = words_of(
     "a an the and or of in on at to with from by for is are was be been being it its his her their he she they this that there "
-    "as into onto over up down out off through while who which one two three some other another each near next front".split()
+    "as into onto over up down out off through while who which one two three some other another each near next front"
 )
 
 
@@ -262,8 +262,8 @@ class _Run:
             prefix = self.model.ask(self.pixel_values(batch))
             ids = self.model._decode(prefix, max_new_tokens=self.max_new_tokens)
             texts = self.processor.batch_decode(ids, skip_special_tokens=True)
-            evidence = self.score(prefix, [self.data.captions[at] for at in batch])
-            for at, text, values in zip(batch, texts, evidence, strict=True):
+            scored = self.score(prefix, [self.data.captions[at] for at in batch])
+            for at, text, values in zip(batch, texts, scored, strict=True):
                 row = {"text": text.strip(), "evidence": values}
                 self.records.add(f"{name} {self.data.keys[at]}", row)
             bar.update(len(batch))

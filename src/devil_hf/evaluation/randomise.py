@@ -11,6 +11,7 @@ import copy
 from collections.abc import Iterator
 from collections.abc import Sequence
 from contextlib import contextmanager
+from typing import Any
 from zlib import crc32
 
 import torch
@@ -110,7 +111,8 @@ def untrained_translator(model: DevilModel, seed: int = 0) -> Iterator[None]:
     """The model with a translator of the same shape that has learned nothing."""
     trained = model.translator
     model.translator = copy.deepcopy(trained)
-    for part in (*model.translator.modules(), *model.translator.parameters()):
+    parts: list[Any] = [*model.translator.modules(), *model.translator.parameters()]
+    for part in parts:
         part._is_hf_initialized = False  # what was loaded would be left as it is
     try:
         with torch.random.fork_rng(devices=[]):
