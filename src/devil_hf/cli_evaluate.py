@@ -37,6 +37,7 @@ def add_evaluate(verbs) -> None:
     neurons.add_argument("--device", help="default: cuda where there is one")
     neurons.add_argument("--json", action="store_true", help="print JSON")
     _add_controls(subjects)
+    _add_shapes(subjects)
 
 
 def _add_controls(subjects) -> None:
@@ -96,6 +97,49 @@ def run_evaluate_controls(arguments: argparse.Namespace) -> int:
     )
     print(json.dumps(result) if arguments.json else control_table(result))
     return 0 if result["verdict"]["passed"] else UNTRUSTED
+
+
+def _add_shapes(subjects) -> None:
+    shapes = add_verb(
+        subjects,
+        "shapes",
+        run_evaluate_shapes,
+        "measure what each layer knows of the shapes world, where every answer is known exactly",
+        "devil evaluate shapes CHECKPOINT --output-dir devil-shapes",
+    )
+    shapes.add_argument("checkpoint", nargs="?", help="directory or Hub id (default: the shapes-world checkpoint)")
+    shapes.add_argument("--limit", type=int, default=300, help="held-out scenes (default: %(default)s)")
+    shapes.add_argument("--seed", type=int, default=1, help="of the world (default: %(default)s, which is held out)")
+    shapes.add_argument("--batch-size", type=int, default=25, help="default: %(default)s")
+    shapes.add_argument(
+        "--output-dir",
+        type=Path,
+        default=Path("devil-shapes"),
+        help="scores, answers and the figure; a stopped run goes on from there (default: %(default)s)",
+    )
+    shapes.add_argument("--device", help="default: cuda where there is one")
+    shapes.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run_evaluate_shapes(arguments: argparse.Namespace) -> None:
+    from devil_hf.evaluation.ground_truth import ground_truth
+    from devil_hf.evaluation.ground_truth import knowledge_panels
+    from devil_hf.evaluation.ground_truth import knowledge_table
+    from devil_hf.loading import load
+    from devil_hf.report.figures import knowledge_figure
+
+    model, processor = load(arguments.checkpoint, arguments.device)
+    result = ground_truth(
+        model,
+        processor,
+        arguments.output_dir,
+        scenes=arguments.limit,
+        seed=arguments.seed,
+        batch_size=arguments.batch_size,
+    )
+    picture = arguments.output_dir / "layers.png"
+    knowledge_figure(*knowledge_panels(result), "What each layer knows").save(picture, optimize=True)
+    print(json.dumps(result) if arguments.json else f"{knowledge_table(result)}\n\nfigure: {picture}")
 
 
 def run_evaluate_neurons(arguments: argparse.Namespace) -> None:
