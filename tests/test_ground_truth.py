@@ -12,6 +12,7 @@ from devil_hf.data.shapes import ATTRIBUTE_WORDS
 from devil_hf.data.shapes import make_scene
 from devil_hf.evaluation import ground_truth as truth
 from devil_hf.evaluation.pointing import pointing_game
+from devil_hf.evaluation.results import read_evaluations
 from devil_hf.loading import load
 from devil_hf.report.figures import knowledge_figure
 
@@ -48,6 +49,9 @@ def test_the_table_and_the_figure_show_every_layer(answers):
         assert any(line.startswith(layer) for line in table.splitlines())
     assert "relation" in table and "size" in table and "count" in table
     picture = Image.open(folder / "layers.png")
+    (evaluation,) = read_evaluations(folder / "shapes.json")
+    assert evaluation.scores["layer2"]["place_colour"] == result["places_chosen"]["layer2"]["colour"]
+    assert evaluation.controls["chance"]["pointing_shape"] < evaluation.scores["mean"]["pointing_shape"]
     assert min(picture.size) > 300 and (folder / "layers.png").stat().st_size < 200_000
 
 

@@ -26,7 +26,8 @@ class CaptionedImages:
     """Images with what people (or a grammar) say of them.
 
     Args:
-        name: what they are, for settings and errors.
+        name: what they are, for people.
+        source: what was asked for, as it was written.
         keys: one name per image.
         captions: at least one per image.
         load: the image at a position.
@@ -35,6 +36,7 @@ class CaptionedImages:
     """
 
     name: str
+    source: str
     keys: list[str]
     captions: list[list[str]]
     load: Callable[[int], PILImage.Image]
@@ -80,7 +82,8 @@ def open_captioned(data: str = SHAPES, split: str | None = None, limit: int = 20
     if len(rows) < 2:
         raise ValueError(f"{data} holds {len(rows)} captioned images: at least 2 are needed")
     return CaptionedImages(
-        name=data,
+        name=Path(str(source.get("path", source["kind"]))).name,
+        source=data,
         keys=[row["key"] for row in rows],
         captions=[row["captions"] for row in rows],
         load=lambda at: Image().decode_example(rows[at]["image"]).convert("RGB"),
@@ -96,9 +99,8 @@ def held_out_scenes(count: int, seed: int = HELD_OUT_WORLD, captions: int = 5) -
         scenes.append(sample_scene(rng))
         texts.append([scenes[-1].caption(rng) for _ in range(captions)])
     keys = [f"scene {seed} {index}" for index in range(count)]
-    return CaptionedImages(
-        f"{SHAPES}:{seed}", keys, texts, lambda at: PILImage.fromarray(scenes[at].image), scenes=scenes
-    )
+    name = f"{SHAPES}:{seed}"
+    return CaptionedImages(name, name, keys, texts, lambda at: PILImage.fromarray(scenes[at].image), scenes=scenes)
 
 
 def _seed(data: str) -> int:

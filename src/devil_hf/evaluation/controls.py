@@ -134,7 +134,7 @@ def run_controls(
     run = _Run(model, processor, data, Path(output_dir), phrases, layers, map_images, max_new_tokens, batch_size, seed)
     measured = run.measure()
     result = judge(measured, data, seed) | {"settings": run.shown_settings}
-    dataset = {"name": SHAPES_WORLD if data.scenes else Path(data.name).name, "size": len(data)}
+    dataset: dict[str, Any] = {"name": SHAPES_WORLD if data.scenes else data.name, "size": len(data)}
     dataset |= {"split": data.split} if data.split else {}
     result = {"title": "Controls", "dataset": dataset} | result
     (Path(output_dir) / "controls.json").write_text(json.dumps(result, indent=1) + "\n")
@@ -166,6 +166,11 @@ class _Run:
         if not phrases:
             phrases = sorted(WORDS) if data.scenes else frequent_words(data.captions[: self.mapped])
         self.phrases = list(phrases)
+        self.true_phrases = [self._true_phrases(at) for at in range(self.mapped)]
+        if not any(self.true_phrases):
+            raise ValueError(
+                f"none of the phrases {self.phrases} is true of one of the {self.mapped} mapped images: name others (--phrases)"
+            )
         first = self.pixel_values([0])
         with torch.no_grad():
             grids = [cast(Tensor, maps).shape[-2:] for maps in model.extract_features(first)]
@@ -176,7 +181,7 @@ class _Run:
         self.stages = weight_stages(model.backbone, first.to(next(model.parameters()).device))
         settings = {
             "weights": weights_hash(model),
-            "data": [data.name, data.split],
+            "data": [data.source, data.split],
             "phrases": self.phrases,
             "layers": [model.layer_names[at] for at in self.layers],
             "map_images": self.mapped,
@@ -184,7 +189,6 @@ class _Run:
             "seed": seed,
         }
         self.records = Records(folder / "controls.jsonl", settings)
-        self.true_phrases = [self._true_phrases(at) for at in range(self.mapped)]
         generator = torch.Generator().manual_seed(seed)
         order = torch.randperm(len(data), generator=generator)
         self.partner = order.roll(1)[order.argsort()].tolist()
@@ -201,7 +205,7 @@ class _Run:
             said = {word for words in self.data.scenes[at].words.values() for word in words}
         else:
             said = {word for text in self.data.captions[at] for word in words_of(text)}
-        return [position for position, phrase in enumerate(self.phrases) if words_of(phrase) <= said]
+        return [at for at, phrase in enumerate(self.phrases) if words_of(phrase) - STOP_WORDS <= said]
 
     def measure(self) -> dict[str, Measured]:
         """Every condition, the intact one first."""
@@ -435,16 +439,18 @@ def judge(measured: Mapping[str, Measured], data: CaptionedImages, seed: int = 0
     """Scores, intervals and the verdict of what was measured; the intact model is `measured["all"]`."""
     draws = bootstrap_draws(len(data), seed=seed)
     statistics = {name: _statistics(one, data) for name, one in measured.items()}
+    statistics[INTACT].pop("map_correlation", None)  # with itself
     over = {name: {m: ratio.over(draws) for m, ratio in row.items()} for name, row in statistics.items()}
     rows = {name: {metric: ratio.value for metric, ratio in row.items()} for name, row in statistics.items()}
     for name, one in measured.items():
         rows[name] |= _bleu(one.texts, data.captions)
-    scores = {INTACT: {metric: value for metric, value in rows[INTACT].items() if metric != "map_correlation"}}
     return {
-        "scores": scores,
+        "scores": {INTACT: rows[INTACT]},
         "controls": {name: row for name, row in rows.items() if name != INTACT},
         "intervals": {name: {m: interval(values) for m, values in row.items()} for name, row in over.items()},
-        "map_correlation_by_layer": {name: one.by_layer for name, one in measured.items() if one.by_layer},
+        "map_correlation_by_layer": {
+            name: one.by_layer for name, one in measured.items() if one.by_layer and name != INTACT
+        },
         "texts": {name: measured[name].texts[0] for name in ("null", "constant")},
         "verdict": _verdict(rows, over, bool(np.isfinite(measured[INTACT].correlation).any())),
     }

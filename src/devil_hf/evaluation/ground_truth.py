@@ -234,7 +234,7 @@ def summary(rows: Rows, scenes: Sequence[Scene]) -> dict[str, Any]:
         `described`, `places`: row -> class -> {precision, recall, f1}, with `count` and `relation` of `described` as shares;
         `chosen`, `places_chosen`, `pointing`: row -> class -> share; `empty_places`: layer -> share that name an attribute all
         the same; `stated_relations`: row -> how many. Rows are layers, "all", "mean" (of the maps), "constant", "shuffled" and
-        "chance".
+        "chance". `scores` and `controls` hold them as one table, in the layout of `evaluation/results.py`.
     """
     layers = list(rows[0]["said"])
     texts = {layer: [row["said"][layer] for row in rows] for layer in layers}
@@ -252,18 +252,38 @@ def summary(rows: Rows, scenes: Sequence[Scene]) -> dict[str, Any]:
         if held:
             described[layer]["relation"] = _share(held)
     described["constant"]["count"] = max(counts.count(n) for n in set(counts)) / len(counts)
-    return {
-        "title": "What each layer knows of the shapes world",
-        "dataset": {"name": SHAPES_WORLD, "size": len(scenes)},
+    parts = {
         "described": described,
-        "stated_relations": stated,
         "chosen": _chosen_scores(rows, scenes, truths),
         **_place_scores(rows, scenes),
         "pointing": pointing_scores([row["pointing"] for row in rows]),
+    }
+    flat = {layer: _flat(parts, layer) for layer in (*layers, "mean", "chance")}
+    return {
+        "title": "What each layer knows",
+        "dataset": {"name": SHAPES_WORLD, "size": len(scenes)},
+        "scores": {layer: row for layer, row in flat.items() if row and layer != "chance"},
+        "controls": {"chance": flat["chance"]},
+        **parts,
+        "stated_relations": stated,
         "pointing_phrases": {
             name: sum(p["attribute"] == name for row in rows for p in row["pointing"]) for name in ATTRIBUTE_WORDS
         },
     }
+
+
+def _flat(parts: Mapping[str, Any], layer: str) -> dict[str, float]:
+    """One row of the layout that model cards show."""
+    row = {}
+    for part, prefix in (
+        ("described", "f1"),
+        ("chosen", "chosen"),
+        ("places_chosen", "place"),
+        ("pointing", "pointing"),
+    ):
+        for name, value in parts[part].get(layer, {}).items():
+            row[f"{prefix}_{name}"] = value["f1"] if isinstance(value, Mapping) else value
+    return row
 
 
 def word_scores(texts: Sequence[str], truths: Sequence[Mapping[str, set[str]]]) -> dict[str, Any]:
@@ -430,25 +450,25 @@ def knowledge_table(result: Mapping[str, Any]) -> str:
 
 def knowledge_panels(result: Mapping[str, Any]) -> tuple[dict, dict]:
     """What `report.figures.knowledge_figure` draws: its panels, and the chance of each."""
-    layers = [name for name in result["chosen"] if name not in ("constant", "chance")]
-    layers = [*layers[1:], layers[0]]  # shallow to deep, then all together
-    chosen = {layer: dict(result["chosen"][layer]) for layer in layers}
-    for layer in layers:
-        chosen[layer]["count"] = result["described"][layer]["count"]
+    layers = [name for name in result["chosen"] if name not in ("all", "constant", "chance")]
+    together = "all layers"
+    chosen = {layer: dict(result["chosen"][layer]) for layer in (*layers, "all")}
+    for layer, row in chosen.items():
+        row["count"] = result["described"][layer]["count"]
+    chosen[together] = chosen.pop("all")
     chance = {**result["chosen"]["chance"], "count": result["described"]["constant"]["count"]}
+    pointing = {layer: result["pointing"][layer] for layer in layers if layer in result["pointing"]}
+    if pointing:
+        pointing[together] = result["pointing"]["mean"]
     panels = {
-        "whole image: which answer has the most evidence? (count: of the description)": chosen,
+        "whole image: which answer has the most evidence? (count: as described)": chosen,
         "one place on an object: which word has the most evidence?": {
-            layer: result["places_chosen"][layer] for layer in layers if layer in result["places_chosen"]
+            layer: result["places_chosen"][layer] for layer in layers
         },
-        "where is it? the map's maximum is on the object": {
-            name: result["pointing"][name] for name in (*layers, "mean") if name in result["pointing"]
-        },
+        "where is it? the maximum of the word's map (all: of their mean)": pointing,
     }
-    bases = dict(
-        zip(panels, (chance, result["places_chosen"]["chance"], result["pointing"].get("chance", {})), strict=True)
-    )
-    return {heading: table for heading, table in panels.items() if table}, bases
+    bases = zip(panels, (chance, result["places_chosen"]["chance"], result["pointing"].get("chance", {})), strict=True)
+    return {heading: table for heading, table in panels.items() if table}, dict(bases)
 
 
 def _cell(value: Any) -> str:
