@@ -219,7 +219,7 @@ def network(request, shipped):
         tokenizer=shipped[1].tokenizer,
         **{"translator_width": 16, "translator_depth": 1, "translator_heads": 1, "translator_feed_forward": 16},
     )
-    size = backbone.config["input_size"]
+    size = backbone.config["input_size"] if "vit" in request.param else (3, 64, 64)
     return model.eval(), torch.randn(6, *size, generator=torch.Generator().manual_seed(1))
 
 
