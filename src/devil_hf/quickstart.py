@@ -9,7 +9,6 @@ import json
 import subprocess
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -201,7 +200,7 @@ def measure(
         "description_f1": {n: _rounded({a: one["f1"] for a, one in row.items()}) for n, row in words.items()},
         "pointing": pointing,
         "chance_pointing": round(float(np.mean(chances)), 4) if chances else 0.0,
-        "pointing_phrases": dict(Counter(phrase["attribute"] for phrase in phrases)),
+        "pointing_phrases": {a: sum(phrase["attribute"] == a for phrase in phrases) for a in ATTRIBUTE_WORDS},
     }
 
 
@@ -218,7 +217,10 @@ def score_table(scores: dict) -> str:
         f"{name:12}" + "".join(f"{row[a]:10.3f}" for a in attributes) for name, row in scores["description_f1"].items()
     ]
     lines += ["", "pointing game, for words that one object of several has", header]
-    lines += [f"{name:12}" + "".join(f"{row[a]:10.3f}" for a in attributes) for name, row in scores["pointing"].items()]
+    lines += [
+        f"{name:12}" + "".join(f"{row[a]:10.3f}" if a in row else f"{'':10}" for a in attributes)
+        for name, row in scores["pointing"].items()
+    ]
     chance = scores["chance_pointing"]
     lines.append(f"{'chance':12}" + f"{chance:10.3f}" * len(attributes))
     return "\n".join(lines)

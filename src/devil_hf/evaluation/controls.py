@@ -178,7 +178,7 @@ class _Run:
         chosen = resolve_layers(layers, model.layer_names) if layers else []
         chosen = chosen or [at for at, count in enumerate(places) if 1 < count <= MAP_PLACES]
         self.layers = sorted(chosen or [places.index(min(places))])
-        self.stages = weight_stages(model.backbone, first.to(next(model.parameters()).device))
+        self.stages = weight_stages(model.backbone, first.to(next(model.backbone.parameters())))
         settings = {
             "weights": weights_hash(model),
             "data": [data.source, data.split],
@@ -248,8 +248,8 @@ class _Run:
         batches = [range(begin, min(begin + self.batch_size, self.mapped)) for begin in ends]
         if len(batches) > 1 and len(batches[-1]) == 1:  # one image alone may have no variance to normalise by
             batches.pop()
-        device = next(self.model.parameters()).device
-        pixel_values = [self.pixel_values(batch).to(device) for batch in batches]
+        like = next(self.model.backbone.parameters())
+        pixel_values = [self.pixel_values(batch).to(like) for batch in batches]
         with randomised_backbone(self.model, stages, pixel_values, self.seed):
             yield
 
