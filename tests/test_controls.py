@@ -257,7 +257,7 @@ def test_random_weights_keep_mean_and_spread_and_nothing_else(network):
             assert abs(np.corrcoef(new.flatten(), old[name].flatten())[0, 1]) < 0.15
         assert large
         for norm in (module for module in model.backbone.modules() if isinstance(module, _BatchNorm)):
-            assert norm.num_batches_tracked == 1 or not norm.running_mean.any()  # those behind the deepest layer
+            assert norm.num_batches_tracked >= 1 or not norm.running_mean.any()  # those behind the deepest layer
             assert norm.momentum is not None
 
 
