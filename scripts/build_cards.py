@@ -3,7 +3,8 @@
     python scripts/build_cards.py
 
 A card of a recipe (`scripts/recipes/cc3m_*.yaml`) says what is known without training, and that the rest is not measured;
-nothing is downloaded. Scores of the embedded checkpoint are those in its scores.json, if `devil quickstart` wrote one.
+nothing is downloaded. Scores of the embedded checkpoint are those in its scores.json, which `devil quickstart` wrote, and in its
+evaluations/, where the result of `devil evaluate controls` lies.
 """
 
 import argparse

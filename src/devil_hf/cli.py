@@ -26,7 +26,15 @@ def main(argv: list[str] | None = None) -> int:
     logging.disable_progress_bar()  # of loading weights; training shows its own
     try:
         return arguments.run(arguments) or 0
-    except (OSError, ValueError, TypeError, RuntimeError, StrictDataclassError, CalledProcessError) as error:
+    except (
+        OSError,
+        ImportError,
+        ValueError,
+        TypeError,
+        RuntimeError,
+        StrictDataclassError,
+        CalledProcessError,
+    ) as error:
         if arguments.debug:
             raise
         print(f"devil {arguments.verb}: {error}", file=sys.stderr)

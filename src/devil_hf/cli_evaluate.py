@@ -38,6 +38,8 @@ def add_evaluate(verbs) -> None:
     neurons.add_argument("--json", action="store_true", help="print JSON")
     _add_captions(subjects)
     _add_maps(subjects)
+    _add_controls(subjects)
+    _add_shapes(subjects)
 
 
 def _add_captions(subjects) -> None:
@@ -200,6 +202,108 @@ def run_evaluate_maps(arguments: argparse.Namespace) -> None:
     localisation_figure(processor, examples, rows, arguments.output_dir).save(arguments.output_dir / "maps.png")
     print(json.dumps(results) if arguments.json else maps_table(content))
     print(f"scores, maps and picture: {arguments.output_dir}", file=sys.stderr)
+
+
+def _add_controls(subjects) -> None:
+    controls = add_verb(
+        subjects,
+        "controls",
+        run_evaluate_controls,
+        "test whether it is the features that speak; exit code 0: trusted, 3: not trusted, 1: error",
+        "devil evaluate controls CHECKPOINT --data flickr8k --split val --limit 100",
+    )
+    controls.add_argument("checkpoint", nargs="?", help="directory or Hub id (default: the shapes-world checkpoint)")
+    controls.add_argument(
+        "--data",
+        default="shapes",
+        help='"shapes" (default: its held-out scenes) or "shapes:SEED", a caption folder, or a source of a recipe such as '
+        '"{kind: hub, path: user/data, image_column: image, caption_column: caption}"',
+    )
+    controls.add_argument("--split", help="of a caption folder")
+    controls.add_argument("--limit", type=int, default=200, help="only the first images (default: %(default)s)")
+    controls.add_argument("--phrases", nargs="+", help="words to map (default: frequent words of the captions)")
+    controls.add_argument("--layers", nargs="+", help="layers to map (default: those with at most 256 places)")
+    controls.add_argument("--map-images", type=int, default=50, help="images to map (default: %(default)s)")
+    controls.add_argument("--max-new-tokens", type=int, default=30, help="default: %(default)s")
+    controls.add_argument("--batch-size", type=int, default=32, help="default: %(default)s")
+    controls.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    controls.add_argument(
+        "--output-dir",
+        type=Path,
+        default=Path("devil-controls"),
+        help="scores, descriptions and maps; a stopped run goes on from there (default: %(default)s)",
+    )
+    controls.add_argument("--device", help="default: cuda where there is one")
+    controls.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run_evaluate_controls(arguments: argparse.Namespace) -> int:
+    from devil_hf.evaluation.captioned import open_captioned
+    from devil_hf.evaluation.controls import UNTRUSTED
+    from devil_hf.evaluation.controls import control_table
+    from devil_hf.evaluation.controls import run_controls
+    from devil_hf.loading import load
+
+    data = open_captioned(arguments.data, arguments.split, arguments.limit)
+    model, processor = load(arguments.checkpoint, arguments.device)
+    state_scope(model)
+    result = run_controls(
+        model,
+        processor,
+        data,
+        arguments.output_dir,
+        phrases=arguments.phrases,
+        layers=arguments.layers,
+        map_images=arguments.map_images,
+        max_new_tokens=arguments.max_new_tokens,
+        batch_size=arguments.batch_size,
+        seed=arguments.seed,
+    )
+    print(json.dumps(result) if arguments.json else control_table(result))
+    return 0 if result["verdict"]["passed"] else UNTRUSTED
+
+
+def _add_shapes(subjects) -> None:
+    shapes = add_verb(
+        subjects,
+        "shapes",
+        run_evaluate_shapes,
+        "measure what each layer knows of the shapes world, where every answer is known exactly",
+        "devil evaluate shapes CHECKPOINT --output-dir devil-shapes",
+    )
+    shapes.add_argument("checkpoint", nargs="?", help="directory or Hub id (default: the shapes-world checkpoint)")
+    shapes.add_argument("--limit", type=int, default=300, help="held-out scenes (default: %(default)s)")
+    shapes.add_argument("--seed", type=int, default=1, help="of the world (default: %(default)s, which is held out)")
+    shapes.add_argument("--batch-size", type=int, default=25, help="default: %(default)s")
+    shapes.add_argument(
+        "--output-dir",
+        type=Path,
+        default=Path("devil-shapes"),
+        help="scores, answers and the figure; a stopped run goes on from there (default: %(default)s)",
+    )
+    shapes.add_argument("--device", help="default: cuda where there is one")
+    shapes.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run_evaluate_shapes(arguments: argparse.Namespace) -> None:
+    from devil_hf.evaluation.ground_truth import ground_truth
+    from devil_hf.evaluation.ground_truth import knowledge_panels
+    from devil_hf.evaluation.ground_truth import knowledge_table
+    from devil_hf.loading import load
+    from devil_hf.report.figures import knowledge_figure
+
+    model, processor = load(arguments.checkpoint, arguments.device)
+    result = ground_truth(
+        model,
+        processor,
+        arguments.output_dir,
+        scenes=arguments.limit,
+        seed=arguments.seed,
+        batch_size=arguments.batch_size,
+    )
+    picture = arguments.output_dir / "layers.png"
+    knowledge_figure(*knowledge_panels(result), "What each layer knows").save(picture, optimize=True)
+    print(json.dumps(result) if arguments.json else f"{knowledge_table(result)}\n\nfigure: {picture}")
 
 
 def run_evaluate_neurons(arguments: argparse.Namespace) -> None:

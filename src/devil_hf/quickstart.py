@@ -12,25 +12,30 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from typing import cast
 
 import numpy as np
 from PIL import Image
+from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from transformers import TrainingArguments
 from transformers import set_seed
 
 from devil_hf.backbone_devil import FeatureBackbone
-from devil_hf.combining_devil import COMBINATIONS
-from devil_hf.combining_devil import combine_maps
 from devil_hf.data.shapes import ATTRIBUTE_WORDS
-from devil_hf.data.shapes import Scene
+from devil_hf.data.shapes import HELD_OUT_WORLD
+from devil_hf.data.shapes import TRAINING_WORLD
 from devil_hf.data.shapes import make_scene
 from devil_hf.data.shapes import sample_scene
 from devil_hf.embedded import SCOPE
-from devil_hf.evaluation.pointing import chance_pointing
-from devil_hf.evaluation.pointing import pointing_game
-from devil_hf.evaluation.words import WordCounts
+from devil_hf.evaluation.ground_truth import describe_scenes
+from devil_hf.evaluation.ground_truth import pixel_values
+from devil_hf.evaluation.ground_truth import play_pointing
+from devil_hf.evaluation.ground_truth import pointing_scores
+from devil_hf.evaluation.ground_truth import word_maps
+from devil_hf.evaluation.ground_truth import word_scores
+from devil_hf.evaluation.results import CHANCE
 from devil_hf.loading import load
 from devil_hf.modeling_devil import DevilModel
 from devil_hf.processing_devil import DevilProcessor
@@ -41,8 +46,6 @@ from devil_hf.training.features import PooledCaptions
 from devil_hf.training.features import pooled_feature_draws
 from devil_hf.training.trainer import DevilTrainer
 
-CARRIER = "the"  # the paper's neutral word before a phrase; a bare "circle" is no way to begin a caption
-TRAINING_WORLD, HELD_OUT_WORLD = 0, 1  # seeds; different seeds share no scene
 # The translator of the embedded checkpoint, and what makes training leave the plateau where the prefix is ignored.
 TRANSLATOR: dict[str, Any] = {
     "prefix_length": 8,
@@ -170,56 +173,39 @@ def measure(
     """Scores on held-out scenes: F1 of the words by layer and attribute, and the pointing game.
 
     The pointing game asks every location of every layer, so it takes the first `pointing_scenes` of the scenes only.
+    `devil evaluate shapes` asks more.
 
     Returns:
         `{"description_f1": {"all" or layer: {attribute: F1}}, "pointing": {layer or combination: {attribute: share}},
         "chance_pointing": share, "pointing_phrases": {attribute: how many}}`.
     """
-    names = ["all", *model.layer_names]
-    words = {
-        name: {attribute: WordCounts(vocabulary) for attribute, vocabulary in ATTRIBUTE_WORDS.items()} for name in names
-    }
-    hits: dict[str, dict[str, list[bool]]] = {}
-    chances: dict[str, list[float]] = {}
+    world = [make_scene(HELD_OUT_WORLD, index) for index in range(scenes)]
+    said: list[dict[str, str]] = []
+    played: list[list[dict]] = []
     for start in tqdm(range(0, scenes, batch_size), desc="held-out scenes", unit="batch", leave=False):
-        batch = [make_scene(HELD_OUT_WORLD, index) for index in range(start, min(start + batch_size, scenes))]
-        pixel_values = processor(images=[Image.fromarray(s.image) for s in batch], return_tensors="pt")["pixel_values"]
-        features = model.extract_features(pixel_values)
-        output = model.describe(feature_maps=features, max_new_tokens=40)
-        texts = processor.batch_decode(output.sequences, skip_special_tokens=True)
-        for row, text in enumerate(texts):
-            scene = batch[int(output.image_index[row])]
-            for attribute, counts in words[output.layer_of(row)].items():
-                counts.add(text, scene.words[attribute])
-        played = min(max(pointing_scenes - start, 0), len(batch))
-        _play_pointing_game(model, processor, batch[:played], features, hits, chances)
+        batch = world[start : start + batch_size]
+        features = model.extract_features(pixel_values(processor, batch))
+        said += describe_scenes(model, processor, features)
+        several = [at for at, scene in enumerate(batch[: max(pointing_scenes - start, 0)]) if len(scene.objects) > 1]
+        if several:
+            asked = [cast(Tensor, maps)[several] for maps in features]
+            played += play_pointing(word_maps(model, processor, asked), [batch[at] for at in several])
+    truths = [scene.words for scene in world]
+    words = {name: word_scores([texts[name] for texts in said], truths) for name in said[0]}
+    pointing = {name: _rounded(row) for name, row in pointing_scores(played).items()}
+    pointing.pop(CHANCE, None)
+    phrases = [phrase for row in played for phrase in row]
+    chances = [chance for phrase in phrases for _, chance in phrase["games"].values()]
     return {
-        "description_f1": {name: {a: round(c.f1, 4) for a, c in counts.items()} for name, counts in words.items()},
-        "pointing": {name: {a: round(float(np.mean(h)), 4) for a, h in rows.items()} for name, rows in hits.items()},
-        "chance_pointing": round(float(np.mean([c for values in chances.values() for c in values])), 4),
-        "pointing_phrases": {a: len(h) for a, h in next(iter(hits.values())).items()} if hits else {},
+        "description_f1": {n: _rounded({a: one["f1"] for a, one in row.items()}) for n, row in words.items()},
+        "pointing": pointing,
+        "chance_pointing": round(float(np.mean(chances)), 4) if chances else 0.0,
+        "pointing_phrases": {a: sum(phrase["attribute"] == a for phrase in phrases) for a in ATTRIBUTE_WORDS},
     }
 
 
-def _play_pointing_game(model, processor, scenes: list[Scene], features, hits, chances) -> None:
-    """Point at every word that one object of several has, by every layer's map and by their combinations."""
-    several = [image for image, scene in enumerate(scenes) if len(scene.objects) > 1]
-    if not several:
-        return
-    scenes, features = [scenes[image] for image in several], [maps[several] for maps in features]
-    vocabulary = [word for words in ATTRIBUTE_WORDS.values() for word in words]
-    phrases = processor(text=vocabulary, carrier=CARRIER, return_tensors="pt")
-    maps = {name: one.cpu() for name, one in model.attribute(phrases=phrases, feature_maps=features).maps.items()}
-    whole = model.layer_evidence(features, phrases).cpu()
-    maps = maps | {rule: combine_maps(maps, rule, whole) for rule in COMBINATIONS}
-    for image, scene in enumerate(scenes):
-        for phrase in scene.unique_phrases():
-            mask = scene.masks[phrase.object_index]
-            column = vocabulary.index(phrase.text)
-            for name, values in maps.items():
-                hit = pointing_game(values[image, column].numpy(), mask)
-                hits.setdefault(name, {a: [] for a in ATTRIBUTE_WORDS})[phrase.attribute].append(hit)
-                chances.setdefault(name, []).append(chance_pointing(tuple(values.shape[-2:]), mask))
+def _rounded(row: dict[str, float]) -> dict[str, float]:
+    return {name: round(value, 4) for name, value in row.items()}
 
 
 def score_table(scores: dict) -> str:
@@ -231,7 +217,10 @@ def score_table(scores: dict) -> str:
         f"{name:12}" + "".join(f"{row[a]:10.3f}" for a in attributes) for name, row in scores["description_f1"].items()
     ]
     lines += ["", "pointing game, for words that one object of several has", header]
-    lines += [f"{name:12}" + "".join(f"{row[a]:10.3f}" for a in attributes) for name, row in scores["pointing"].items()]
+    lines += [
+        f"{name:12}" + "".join(f"{row[a]:10.3f}" if a in row else f"{'':10}" for a in attributes)
+        for name, row in scores["pointing"].items()
+    ]
     chance = scores["chance_pointing"]
     lines.append(f"{'chance':12}" + f"{chance:10.3f}" * len(attributes))
     return "\n".join(lines)

@@ -25,6 +25,7 @@ from datasets import Value
 from PIL import Image as PILImage
 
 SCENE_SIZE = 128  # side of a scene in pixels
+TRAINING_WORLD, HELD_OUT_WORLD = 0, 1  # seeds; different seeds share no scene
 
 COLOURS = {
     "red": (208, 32, 36),

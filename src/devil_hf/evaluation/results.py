@@ -83,8 +83,9 @@ class Evaluation:
 
     @property
     def metrics(self) -> list[str]:
-        """Names of the metrics, in the order in which they first occur."""
-        return list(dict.fromkeys(metric for row in self.scores.values() for metric in row))
+        """Names of the metrics, in the order in which they first occur; some may only be there for controls."""
+        rows = (*self.scores.values(), *self.controls.values())
+        return list(dict.fromkeys(metric for row in rows for metric in row))
 
     @property
     def headline(self) -> str:

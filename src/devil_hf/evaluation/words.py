@@ -10,9 +10,14 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 
+def word_list(text: str) -> list[str]:
+    """The lower-cased words of a text in their order, without punctuation."""
+    return re.findall(r"[^\W_]+(?:[-'][^\W_]+)*", text.lower())
+
+
 def words_of(text: str) -> set[str]:
     """The lower-cased words of a text."""
-    return set(re.findall(r"[^\W_]+(?:[-'][^\W_]+)*", text.lower()))
+    return set(word_list(text))
 
 
 @dataclass

@@ -309,4 +309,75 @@ def layers_figure(
     return figure
 
 
-__all__ = ["attribution_figure", "color_bar", "layers_figure", "locations_figure", "map_tile", "signed"]
+def knowledge_figure(
+    panels: Mapping[str, Mapping[str, Mapping[str, float]]],
+    chance: Mapping[str, Mapping[str, float]],
+    title: str,
+    *,
+    cell: tuple[int, int] = (76, 38),
+) -> Image.Image:
+    """Heat tables side by side: one question each, layers by classes of words, coloured from chance (white) to always right.
+
+    Args:
+        panels: heading -> layer -> class -> share in [0, 1]; the layers of all panels are the rows, shallowest first.
+        chance: heading -> class -> share without knowledge, shown as the last row; the colour of a cell is its share above this.
+        title: of the whole figure.
+        cell: width and height of a cell.
+    """
+    width, height = cell
+    layers = list(dict.fromkeys(layer for table in panels.values() for layer in table))
+    classes = {
+        heading: list(dict.fromkeys(c for row in table.values() for c in row)) for heading, table in panels.items()
+    }
+    label_width = round(max(_font(15).getlength(layer) for layer in (*layers, "chance"))) + GAP
+    lefts, left = {}, MARGIN + label_width
+    for heading in panels:
+        lefts[heading] = left
+        left += len(classes[heading]) * width + 2 * GAP
+    top = MARGIN + 96
+    bottom = top + (len(layers) + 1) * height + 8
+    figure = Image.new("RGB", (left - 2 * GAP + MARGIN, bottom + MARGIN + 44), PAPER)
+    draw = ImageDraw.Draw(figure)
+    _write(draw, (MARGIN, MARGIN - 8), title, 20)
+    for row, layer in enumerate(layers):
+        _write(draw, (MARGIN, top + row * height + height / 2), layer, 15, MUTED, "lm")
+    _write(draw, (MARGIN, bottom - height / 2), "chance", 15, MUTED, "lm")
+    for heading, table in panels.items():
+        span = len(classes[heading]) * width
+        size, lines = _fit(heading, span, 2 * _line_height(15), (15, 13, 12))
+        _write(draw, (lefts[heading], top - 62), lines, size)
+        for column, name in enumerate(classes[heading]):
+            x = lefts[heading] + column * width
+            _write(draw, (x + width / 2, top - 10), name, 14, MUTED, "mm")
+            base = chance[heading].get(name)
+            if base is not None:
+                _write(draw, (x + width / 2, bottom - height / 2), f"{100 * base:.0f}", 15, MUTED, "mm")
+            for row, layer in enumerate(layers):
+                value = table.get(layer, {}).get(name)
+                if value is not None:
+                    _heat_cell(draw, (x, top + row * height, width - 3, height - 3), value, base or 0.0)
+        draw.line((lefts[heading], bottom - height + 2, lefts[heading] + span - 3, bottom - height + 2), fill=RULE)
+    note = "Per cent right. Colour: from chance (white) to always right (blue)."
+    _write(draw, (MARGIN, bottom + GAP), note, 14, MUTED)
+    return figure
+
+
+def _heat_cell(draw: ImageDraw.ImageDraw, box: tuple[int, int, int, int], value: float, base: float) -> None:
+    """One cell with its percentage; light to dark of one hue, so that it reads in grey as well."""
+    x, y, width, height = box
+    share = min(max((value - base) / max(1 - base, 1e-6), 0.0), 1.0)
+    low, high = (246, 248, 251), (24, 78, 148)
+    colour = tuple(round(a + share * (b - a)) for a, b in zip(low, high, strict=True))
+    draw.rounded_rectangle((x, y, x + width, y + height), radius=4, fill=colour)
+    _write(draw, (x + width / 2, y + height / 2), f"{100 * value:.0f}", 16, PAPER if share > 0.5 else INK, "mm")
+
+
+__all__ = [
+    "attribution_figure",
+    "color_bar",
+    "knowledge_figure",
+    "layers_figure",
+    "locations_figure",
+    "map_tile",
+    "signed",
+]
