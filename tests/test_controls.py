@@ -312,11 +312,11 @@ def test_rank_correlation_is_that_of_naive_ranks():
 def test_image_scores_average_to_the_corpus_scores():
     texts = ["A dog's bone on grass.", "two men play", "a red ball"]
     references = [["a dog with a bone on the grass", "A dog."], ["two men play ball", "men"], ["a ball, red"]]
-    plain = [controls.plain(text) for text in texts], [[controls.plain(t) for t in several] for several in references]
-    corpus = caption_scores(*plain, metrics=["bleu", "rouge_l", "cider"])
-    each = controls._image_scores(texts, references) | controls._bleu(texts, references)
+    corpus = caption_scores(texts, references, metrics=["bleu", "rouge_l", "cider"])
+    scores = controls._CaptionScores(references)
+    each = scores.of_images(texts) | scores.of_corpus(texts)
     for metric in ("cider", "rouge_l", "bleu_1", "bleu_4"):
-        assert np.mean(each[metric]) == pytest.approx(corpus[metric], abs=1e-6)
+        assert np.mean(each[metric]) == pytest.approx(corpus[metric], abs=1e-9)
 
 
 def test_intervals_are_those_of_resampled_images():

@@ -38,6 +38,6 @@ def bootstrap_draws(images: int, draws: int = 2_000, seed: int = 0) -> np.ndarra
 
 
 def interval(values: np.ndarray, confidence: float = 0.95) -> list[float]:
-    """The percentile interval [low, high] of a statistic over draws (D,)."""
+    """The percentile interval [low, high] of a statistic over draws (D,); NaN, where a draw has none, is left out."""
     tail = (1 - confidence) / 2
-    return [float(end) for end in np.quantile(values, (tail, 1 - tail))]
+    return [float(end) for end in np.nanquantile(values, (tail, 1 - tail))]

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from statistics import fmean
 from subprocess import CalledProcessError
 from typing import Any
 
@@ -70,10 +71,10 @@ class CaptionScorer:
         if metric == "bleu":
             self._metrics[metric] = lambda _, tokens: dict(zip(BLEU, bleu(tokens, self._tokens), strict=True))
         elif metric == "rouge_l":
-            self._metrics[metric] = lambda _, tokens: {"rouge_l": rouge_l(tokens, self._tokens)}
+            self._metrics[metric] = lambda _, tokens: {"rouge_l": fmean(rouge_l(tokens, self._tokens))}
         elif metric == "cider":
             cider = CiderD(self._tokens)
-            self._metrics[metric] = lambda _, tokens: {"cider": cider(tokens)}
+            self._metrics[metric] = lambda _, tokens: {"cider": fmean(cider(tokens))}
         elif metric == "bertscore":
             try:
                 scorer = BertScore(self.references, bert)

@@ -11,7 +11,7 @@ layers together:
   with the captions in hand; its evidence is that of this text under each image's own features;
 * `untrained`: a translator of the same shape with random weights, measured against its own null prefix.
 
-Metrics, all with 95 % intervals of a bootstrap over images: CIDEr and ROUGE-L of descriptions (lower case, no punctuation), in
+Metrics, all with 95 % intervals of a bootstrap over images: CIDEr-D and ROUGE-L of descriptions, in
 the shapes world the F1 of colour, texture and shape words; the evidence of the true captions in nats per token over the null
 prefix; and the rank correlation (Spearman) of attribution maps with those of the intact model, per image, layer and phrase that
 is true of the image. BLEU is a ratio of the whole corpus and comes without interval.
@@ -44,13 +44,6 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-try:
-    from pycocoevalcap.bleu.bleu import Bleu
-    from pycocoevalcap.cider.cider import Cider
-    from pycocoevalcap.rouge.rouge import Rouge
-except ImportError as error:
-    raise ImportError("caption metrics need pycocoevalcap: pip install 'devil-hf[metrics]'") from error
-
 from devil_hf.backbone_devil import resolve_layers
 from devil_hf.backbone_devil import weights_hash
 from devil_hf.data.shapes import ATTRIBUTE_WORDS
@@ -58,14 +51,18 @@ from devil_hf.evaluation.bootstrap import Ratio
 from devil_hf.evaluation.bootstrap import bootstrap_draws
 from devil_hf.evaluation.bootstrap import interval
 from devil_hf.evaluation.captioned import CaptionedImages
+from devil_hf.evaluation.captions import BLEU
 from devil_hf.evaluation.milannotations import null_label
+from devil_hf.evaluation.ngrams import CiderD
+from devil_hf.evaluation.ngrams import bleu
+from devil_hf.evaluation.ngrams import rouge_l
 from devil_hf.evaluation.randomise import randomised_backbone
 from devil_hf.evaluation.randomise import untrained_translator
 from devil_hf.evaluation.randomise import weight_stages
 from devil_hf.evaluation.records import Records
 from devil_hf.evaluation.results import CONTROLS
 from devil_hf.evaluation.results import SHAPES_WORLD
-from devil_hf.evaluation.words import word_list
+from devil_hf.evaluation.tokens import ptb_tokens
 from devil_hf.evaluation.words import words_of
 from devil_hf.modeling_devil import DevilModel
 from devil_hf.processing_devil import DevilProcessor
@@ -386,29 +383,20 @@ def _ranks(values: Tensor) -> np.ndarray:
 # ---------------------------------------------------------------------------------------------------------- captions
 
 
-def plain(text: str) -> str:
-    """Lower case without punctuation: what every tokeniser of captions leaves as it is."""
-    return " ".join(word for token in word_list(text) for word in token.split("'"))
+class _CaptionScores:
+    """BLEU of the corpus, CIDEr-D and ROUGE-L of each image, against fixed captions."""
 
+    def __init__(self, captions: Sequence[Sequence[str]]):
+        self.references = [[ptb_tokens(text) for text in texts] for texts in captions]
+        self.cider = CiderD(self.references)
 
-def _image_scores(texts: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, np.ndarray]:
-    """CIDEr and ROUGE-L of each image, (N,); CIDEr takes its document frequencies from all the references."""
-    truths, results = _plain_pairs(texts, references)
-    return {
-        "cider": np.asarray(Cider().compute_score(truths, results)[1]),
-        "rouge_l": np.asarray(Rouge().compute_score(truths, results)[1]),
-    }
+    def of_images(self, texts: Sequence[str]) -> dict[str, np.ndarray]:
+        """Metric -> (N,); CIDEr takes its document frequencies from the captions of all images."""
+        tokens = [ptb_tokens(text) for text in texts]
+        return {"cider": np.array(self.cider(tokens)), "rouge_l": np.array(rouge_l(tokens, self.references))}
 
-
-def _bleu(texts: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
-    values, _ = Bleu(4).compute_score(*_plain_pairs(texts, references), verbose=0)
-    return {f"bleu_{n}": float(value) for n, value in enumerate(values, 1)}
-
-
-def _plain_pairs(texts: Sequence[str], references: Sequence[Sequence[str]]) -> tuple[dict, dict]:
-    """References and texts as the toolkit takes them."""
-    truths = {at: [plain(text) for text in several] for at, several in enumerate(references)}
-    return truths, {at: [plain(text)] for at, text in enumerate(texts)}
+    def of_corpus(self, texts: Sequence[str]) -> dict[str, float]:
+        return dict(zip(BLEU, bleu([ptb_tokens(text) for text in texts], self.references), strict=True))
 
 
 def best_constant(texts: Sequence[str], references: Sequence[Sequence[str]]) -> str:
@@ -420,7 +408,8 @@ def best_constant(texts: Sequence[str], references: Sequence[Sequence[str]]) -> 
         for text in sorted(counts, key=lambda t: (-counts[t], t))[:CONSTANTS]
         if text
     }
-    return max(sorted(candidates), key=lambda text: _image_scores([text] * len(references), references)["cider"].mean())
+    scores = _CaptionScores(references)
+    return max(sorted(candidates), key=lambda text: np.mean(scores.cider([ptb_tokens(text)] * len(references))))
 
 
 def _word_f1(texts: Sequence[str], data: CaptionedImages) -> Ratio:
@@ -438,12 +427,13 @@ def _word_f1(texts: Sequence[str], data: CaptionedImages) -> Ratio:
 def judge(measured: Mapping[str, Measured], data: CaptionedImages, seed: int = 0) -> dict[str, Any]:
     """Scores, intervals and the verdict of what was measured; the intact model is `measured["all"]`."""
     draws = bootstrap_draws(len(data), seed=seed)
-    statistics = {name: _statistics(one, data) for name, one in measured.items()}
+    scores = _CaptionScores(data.captions)
+    statistics = {name: _statistics(one, data, scores) for name, one in measured.items()}
     statistics[INTACT].pop("map_correlation", None)  # with itself
     over = {name: {m: ratio.over(draws) for m, ratio in row.items()} for name, row in statistics.items()}
     rows = {name: {metric: ratio.value for metric, ratio in row.items()} for name, row in statistics.items()}
     for name, one in measured.items():
-        rows[name] |= _bleu(one.texts, data.captions)
+        rows[name] |= scores.of_corpus(one.texts)
     return {
         "scores": {INTACT: rows[INTACT]},
         "controls": {name: row for name, row in rows.items() if name != INTACT},
@@ -456,8 +446,8 @@ def judge(measured: Mapping[str, Measured], data: CaptionedImages, seed: int = 0
     }
 
 
-def _statistics(one: Measured, data: CaptionedImages) -> dict[str, Ratio]:
-    found = {metric: Ratio.mean(values) for metric, values in _image_scores(one.texts, data.captions).items()}
+def _statistics(one: Measured, data: CaptionedImages, scores: _CaptionScores) -> dict[str, Ratio]:
+    found = {metric: Ratio.mean(values) for metric, values in scores.of_images(one.texts).items()}
     if data.scenes:
         found["word_f1"] = _word_f1(one.texts, data)
     found["evidence"] = Ratio.mean(one.evidence)

@@ -19,6 +19,8 @@ from itertools import product
 import numpy as np
 from numpy.typing import ArrayLike
 
+from devil_hf.evaluation.bootstrap import bootstrap_draws
+from devil_hf.evaluation.bootstrap import interval
 from devil_hf.evaluation.pointing import hit_cells
 
 LEVELS = np.linspace(0.0, 1.0, 41)  # shares of a map's maximum that the best threshold is looked for among
@@ -145,11 +147,9 @@ def bootstrap(values: ArrayLike, weights: ArrayLike, resamples: int = 2_000, see
         weights: of the same shape: how much each sum counts (number of phrases, pixels of the union).
     """
     values, weights = (np.asarray(one, dtype=np.float64) for one in (values, weights))
-    generator = np.random.default_rng(seed)
-    counts = generator.multinomial(len(values), np.full(len(values), 1 / len(values)), size=resamples)  # (R, images)
-    means = ratio(counts @ values, counts @ weights)
-    low, high = np.nanquantile(means, (0.025, 0.975))
-    return float(low), float(high)
+    draws = bootstrap_draws(len(values), resamples, seed)
+    low, high = interval(ratio(draws @ values, draws @ weights))
+    return low, high
 
 
 def ratio(values: np.ndarray, weights: np.ndarray) -> np.ndarray:

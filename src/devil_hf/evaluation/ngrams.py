@@ -48,8 +48,8 @@ def bleu(predictions: Sequence[Tokens], references: Sequence[Sequence[Tokens]]) 
     return scores
 
 
-def rouge_l(predictions: Sequence[Tokens], references: Sequence[Sequence[Tokens]]) -> float:
-    """ROUGE-L, the mean over the images, in [0, 1]."""
+def rouge_l(predictions: Sequence[Tokens], references: Sequence[Sequence[Tokens]]) -> list[float]:
+    """ROUGE-L of each image, in [0, 1]; that of the corpus is their mean."""
     scores = []
     for prediction, texts in zip(predictions, references, strict=True):
         found = prediction or [""]  # to the toolkit, nothing is one empty word
@@ -58,7 +58,7 @@ def rouge_l(predictions: Sequence[Tokens], references: Sequence[Sequence[Tokens]
         recall = max(length / of for length, of in common)
         total = recall + BETA**2 * precision
         scores.append((1 + BETA**2) * precision * recall / total if total else 0.0)
-    return sum(scores) / len(scores)
+    return scores
 
 
 def _common(one: Tokens, other: Tokens) -> int:
@@ -86,13 +86,13 @@ class CiderD:
         self._log_images = math.log(len(references))
         self._references = [[self._weigh(count) for count in texts] for texts in counts]
 
-    def __call__(self, predictions: Sequence[Tokens]) -> float:
-        """The mean over the images, in [0, 10]."""
+    def __call__(self, predictions: Sequence[Tokens]) -> list[float]:
+        """The score of each image, in [0, 10]; that of the corpus is their mean."""
         scores = []
         for prediction, texts in zip(predictions, self._references, strict=True):
             weighed = self._weigh(ngrams(prediction))
             scores.append(10 * sum(_similarity(weighed, text) for text in texts) / len(texts))
-        return sum(scores) / len(scores)
+        return scores
 
     def _weigh(self, counts: Counter[tuple[str, ...]]) -> tuple[list[Weights], list[float], int]:
         """Weights by length of the run, their norms, and the length of the caption in pairs of words."""

@@ -167,8 +167,6 @@ class Recipe:
                 raise ValueError(f"report_to names {name!r}, which is none of {', '.join(TRACKERS)}")
             if not importlib.util.find_spec(name):
                 raise ValueError(f"report_to names {name!r}, which is not installed: pip install {name}")
-        if self.describe_validation and not importlib.util.find_spec("pycocoevalcap"):
-            raise ValueError("describe_validation needs pycocoevalcap: pip install 'devil-hf[metrics]'")
 
     def _validate_steps(self) -> None:
         saving = self.steps_between_checkpoints
