@@ -125,7 +125,9 @@ def test_slim_and_full_checkpoints_answer_the_same(name, checkpoints, baselines,
     slim, full = (AutoModel.from_pretrained(checkpoints / name / kind) for kind in ("slim", "full"))
     for loaded in (slim, full):
         assert type(loaded.translator) is type(model.translator)
-        assert torch.equal(loaded.generate(pixel_values, max_new_tokens=5), model.generate(pixel_values, max_new_tokens=5))
+        assert torch.equal(
+            loaded.generate(pixel_values, max_new_tokens=5), model.generate(pixel_values, max_new_tokens=5)
+        )
         expected = model.attribute(pixel_values, phrases).maps["layer4"]
         torch.testing.assert_close(loaded.attribute(pixel_values, phrases).maps["layer4"], expected, atol=1e-5, rtol=0)
         guided = loaded.describe(pixel_values, guidance=1.5, evidence=True, max_new_tokens=3)
@@ -268,7 +270,9 @@ def comparison_file(fields, tmp_path):
     return file
 
 
-def test_a_comparison_trains_each_translator_once_and_scores_all_on_the_same_images(comparison_file, tmp_path, monkeypatch):
+def test_a_comparison_trains_each_translator_once_and_scores_all_on_the_same_images(
+    comparison_file, tmp_path, monkeypatch
+):
     asked = read_comparison(comparison_file, fields={"max_steps": 4})
     assert asked.recipes["linear"].model == SMALL_TRANSLATOR | {"translator_type": "limber", "location_dropout": 0.0}
     assert {recipe.max_steps for recipe in asked.recipes.values()} == {4}
@@ -316,7 +320,9 @@ def test_a_wrong_comparison_is_named(change, text, comparison_file):
         read_comparison(comparison_file)
 
 
-@pytest.mark.parametrize("file", sorted((Path(__file__).parents[1] / "scripts/comparisons").glob("*.yaml")), ids=lambda f: f.stem)
+@pytest.mark.parametrize(
+    "file", sorted((Path(__file__).parents[1] / "scripts/comparisons").glob("*.yaml")), ids=lambda f: f.stem
+)
 def test_every_comparison_is_valid(file):
     found = read_comparison(file, fields={"report_to": "none"})
     types = {recipe.model.get("translator_type", "transformer") for recipe in found.recipes.values()}

@@ -1,4 +1,4 @@
-"""Translators beside each other: each trained by a recipe of its own on the same data with several seeds, scored on the same images.
+"""Translators beside each other, trained on the same data with several seeds and scored on the same images.
 
 A comparison is a YAML file: a recipe that all share, what each translator changes in it, and the images that are scored. A run
 that is finished is kept and never repeated; one that was stopped goes on.
@@ -120,7 +120,9 @@ def _check_same_run(recipe: Recipe) -> None:
     folder = Path(recipe.output_dir)
     newest = get_last_checkpoint(str(folder)) if folder.is_dir() else None
     if newest is not None and (changed := recipe.differences(read_recipe(Path(newest)))):
-        raise ValueError(f"{folder} holds a run with other values of {changed}: name another --output-dir, or delete it")
+        raise ValueError(
+            f"{folder} holds a run with other values of {changed}: name another --output-dir, or delete it"
+        )
 
 
 def run(name: str, recipe: Recipe, images: "EvaluationImages", decodings: Mapping[str, dict]) -> dict[str, Any]:

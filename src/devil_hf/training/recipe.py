@@ -153,7 +153,8 @@ class Recipe:
             )
         if self.checkpoint and not self.new_translator and self.layers is not None:
             raise ValueError(
-                f"layers={self.layers}, but the translator of {self.checkpoint} reads its own: set new_translator, or leave them out"
+                f"layers={self.layers}, but the translator of {self.checkpoint} reads its own: set new_translator, or leave "
+                "them out"
             )
         if self.lora is not None:
             check_lora(self.lora)
