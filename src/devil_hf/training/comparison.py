@@ -5,6 +5,7 @@ that is finished is kept and never repeated; one that was stopped goes on.
 """
 
 import dataclasses
+import hashlib
 import itertools
 import json
 import os
@@ -40,7 +41,6 @@ from devil_hf.training.run import train
 logger = logging.get_logger(__name__)
 
 METRICS = ("bleu", "rouge_l", "cider")
-RESULT_FILE = "result.json"
 NEW_TOKENS = 40
 ALL_LAYERS = "all"
 
@@ -98,7 +98,8 @@ def compare(comparison: Comparison, seeds: Sequence[int], output_dir: Path) -> l
     """Train and score every translator with every seed, seed by seed.
 
     Args:
-        output_dir: gets a folder NAME/seed_N for every run, with its checkpoint, and scores and descriptions in `result.json`.
+        output_dir: gets a folder NAME/seed_N for every run, with its checkpoint, and scores and descriptions in a JSON file for
+            each evaluation.
 
     Returns:
         The content of these files.
@@ -128,12 +129,11 @@ def _check_same_run(recipe: Recipe) -> None:
 def run(name: str, recipe: Recipe, images: "EvaluationImages", decodings: Mapping[str, dict]) -> dict[str, Any]:
     """One run, trained and scored as far as that is not done yet."""
     folder = Path(recipe.output_dir)
-    file = folder / RESULT_FILE
-    evaluation = {"data": images.sources, "decodings": dict(decodings)}
+    evaluation = {"data": images.sources, "decodings": dict(decodings), "max_new_tokens": NEW_TOKENS}
+    digest = hashlib.sha256(json.dumps(evaluation, sort_keys=True).encode()).hexdigest()
+    file = folder / f"scores_{digest[:8]}.json"
     if file.is_file():
-        result = json.loads(file.read_text())
-        if result["evaluation"] == evaluation:
-            return result
+        return json.loads(file.read_text())
     checkpoint = folder / CHECKPOINT_FOLDER
     if not checkpoint.is_dir():
         logger.warning(f"training {name}, seed {recipe.seed}")
