@@ -276,20 +276,22 @@ def test_a_comparison_trains_each_translator_once_and_scores_all_on_the_same_ima
     asked = read_comparison(comparison_file, fields={"max_steps": 4})
     assert asked.recipes["linear"].model == SMALL_TRANSLATOR | {"translator_type": "limber", "location_dropout": 0.0}
     assert {recipe.max_steps for recipe in asked.recipes.values()} == {4}
-    results = compare(asked, [0, 1], tmp_path / "runs")
-    assert [(run["name"], run["seed"]) for run in results] == [("devil", 0), ("linear", 0), ("devil", 1), ("linear", 1)]
-    assert {tuple(run["images"]) for run in results} == {tuple(results[0]["images"])}
-    scores = [set(run["scores"]["greedy"]) for run in results[:2]]
-    assert scores == [{"all", "layer4"}, {"all"}]
-    model = AutoModel.from_pretrained(tmp_path / "runs/linear/seed_0/checkpoint")
+    results = compare(asked, [3], tmp_path / "runs")
+    assert [(run["name"], run["seed"]) for run in results] == [("devil", 3), ("linear", 3)]
+    assert results[0]["images"] == results[1]["images"] and len(set(results[0]["images"])) == 2
+    assert [set(run["scores"]["greedy"]) for run in results] == [{"all", "layer4"}, {"all"}]
+    model = AutoModel.from_pretrained(tmp_path / "runs/linear/seed_3/checkpoint")
     assert results[1]["trained_parameters"] == sum(p.numel() for p in model.translator.parameters())
-    # What is finished stays; another evaluation trains nothing either.
+    # What is finished stays; another evaluation trains nothing either, and costs no earlier one.
     monkeypatch.setattr(comparison, "train", lambda recipe: pytest.fail("it was trained again"))
-    assert compare(asked, [0, 1], tmp_path / "runs") == json.loads(json.dumps(results))
+    del asked.recipes["devil"]
     asked.decodings = {"beams": {"num_beams": 2}}
-    assert set(compare(asked, [0], tmp_path / "runs")[0]["scores"]) == {"beams"}
+    assert set(compare(asked, [3], tmp_path / "runs")[0]["scores"]) == {"beams"}
+    monkeypatch.setattr(comparison, "load", lambda path: pytest.fail("it was evaluated again"))
+    asked.decodings = {"greedy": {}}
+    assert compare(asked, [3], tmp_path / "runs") == json.loads(json.dumps(results[1:]))
     with pytest.raises(ValueError, match=r"other values of \['learning_rate'\]"):
-        compare(read_comparison(comparison_file, fields={"max_steps": 4, "learning_rate": 0.5}), [0], tmp_path / "runs")
+        compare(read_comparison(comparison_file, fields={"max_steps": 4, "learning_rate": 0.5}), [3], tmp_path / "runs")
 
 
 def test_the_table_has_means_and_standard_deviations_over_seeds():
