@@ -204,6 +204,12 @@ class FeatureBackbone(nn.Module):
         """The architecture of `config`, without its weights; a custom backbone needs its `module`."""
         return cls(build_module(config) if module is None else module, config)
 
+    def select(self, layers: str | int | Sequence[str | int]) -> "FeatureBackbone":
+        """The same network, read at some of the chosen layers only."""
+        positions = resolve_layers(layers, self.layers)
+        chosen = {name: [self.config[name][at] for at in positions] for name in ("layers", "channels", "readers")}
+        return FeatureBackbone(self.module, self.config | chosen)
+
     def train(self, mode: bool = True) -> "FeatureBackbone":
         """Stay in evaluation mode: a frozen network has neither dropout nor running statistics."""
         return super().train(False)

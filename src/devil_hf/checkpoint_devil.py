@@ -28,6 +28,7 @@ from transformers.utils.hub import extract_commit_hash
 from .backbone_devil import FeatureBackbone
 from .backbone_devil import source_state_dict
 from .backbone_devil import weights_hash
+from .baselines_devil import TRANSLATORS
 from .configuration_devil import DevilConfig
 from .lora_devil import LORA_NAME
 from .lora_devil import add_lora
@@ -56,7 +57,7 @@ class DevilPreTrainedModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    _no_split_modules = ["FeatureBackbone", "Translator"]
+    _no_split_modules = ["FeatureBackbone", *(translator.__name__ for translator in TRANSLATORS.values())]
     # The installed package brings a way to publish with checks and a card; the code of a checkpoint alone has none.
     publish: Callable[..., str] | None = None
 

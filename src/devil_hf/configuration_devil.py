@@ -28,6 +28,8 @@ class DevilConfig(PreTrainedConfig):
         text_config: configuration of the frozen causal language model.
         language_model_source: `{"source", "revision", "sha256"}` of the language model's pretrained weights.
         prefix_length: k, the number of prefix vectors that the language model reads (paper: 10).
+        translator_type: `"transformer"` is DeViL's, of any number of layers; `"clipcap"`, `"clipcap_mlp"` and `"limber"` are
+            baselines that read one layer, see `baselines_devil.py`: of the sizes below they use those that they have.
         translator_width: D, the width of the translator (paper: 768).
         translator_depth: its number of layers (paper: 12).
         translator_heads: its number of attention heads (paper: 12).
@@ -60,7 +62,7 @@ class DevilConfig(PreTrainedConfig):
     language_model_source: dict[str, Any] | None = None
 
     prefix_length: int = 10
-    translator_type: Literal["transformer"] = "transformer"
+    translator_type: Literal["transformer", "clipcap", "clipcap_mlp", "limber"] = "transformer"
     translator_width: int = 768
     translator_depth: int = 12
     translator_heads: int = 12
@@ -145,6 +147,13 @@ class DevilConfig(PreTrainedConfig):
         if self.translator_width % self.translator_heads:
             raise ValueError(
                 f"translator_width={self.translator_width} is not a multiple of translator_heads={self.translator_heads}."
+            )
+
+    def validate_layers(self):
+        if self.translator_type != "transformer" and self.backbone_config is not None and len(self.layers) != 1:
+            raise ValueError(
+                f"translator_type={self.translator_type!r} reads the pooled feature of one layer, but {len(self.layers)} are "
+                f"chosen: set layers to one of {self.layers} (in its paper the deepest), or use translator_type='transformer'."
             )
 
     def validate_lora(self):

@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 
 from .backbone_devil import FeatureBackbone
 from .backbone_devil import resolve_layers
+from .baselines_devil import TRANSLATORS
 from .checkpoint_devil import DevilPreTrainedModel
 from .checkpoint_devil import check_language_model
 from .explaining_devil import ExplainMixin
@@ -42,7 +43,6 @@ from .scoring_devil import EvidenceGuidance
 from .scoring_devil import rows_per_chunk
 from .scoring_devil import run_language_model
 from .scoring_devil import score_phrases
-from .translator_devil import Translator
 
 DEFAULT_NEW_TOKENS = 40
 
@@ -65,7 +65,7 @@ class DevilModel(ExplainMixin, DevilPreTrainedModel):
         self.language_model.get_output_embeddings().register_forward_pre_hook(_contiguous_input)
         # Descriptions follow the arguments of the call alone, not decoding habits that came with the language model.
         self.language_model.generation_config = GenerationConfig.from_model_config(self.language_model.config)
-        self.translator = Translator(self.backbone.channels, embedding_width, config)
+        self.translator: Any = TRANSLATORS[config.translator_type](self.backbone.channels, embedding_width, config)
         for given in (backbone, language_model):
             if given is not None:
                 _keep_weights(given)
@@ -80,7 +80,7 @@ class DevilModel(ExplainMixin, DevilPreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         # Only our own parts: the base class would overwrite the weights of a timm backbone.
-        if isinstance(module, Translator):
+        if isinstance(module, TRANSLATORS[self.config.translator_type]):
             module.reset_parameters()
         elif hasattr(module, "init_non_persistent_buffers"):
             module.init_non_persistent_buffers()
@@ -118,7 +118,7 @@ class DevilModel(ExplainMixin, DevilPreTrainedModel):
 
     def translate(self, pooled: Sequence[Tensor | None], layer_mask: Tensor | None = None, rows: int = 1) -> Tensor:
         """Prefix (N, k, D_lm) for pooled features, one (N, C_l) per layer or None where hidden (paper, section 3.1)."""
-        weight = self.translator.output.weight
+        weight = next(self.translator.parameters())
         if weight.is_meta:
             raise ValueError(
                 "the translator's weights are offloaded: keep them on a device, for instance by device_map."

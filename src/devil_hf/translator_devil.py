@@ -107,14 +107,19 @@ class Translator(nn.Module):
         """Initialise as in the paper: embeddings and queries 0.1 N(0, 1), linear layers as torch does."""
         init.normal_(self.layer_embedding, std=0.1)
         init.normal_(self.queries, std=0.1)
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                bound = module.in_features**-0.5
-                init.uniform_(module.weight, -bound, bound)
-                init.uniform_(module.bias, -bound, bound)
-            elif isinstance(module, nn.LayerNorm):
-                init.ones_(module.weight)
-                init.zeros_(module.bias)
+        reset_layers(self)
 
 
-__all__ = ["Translator", "TranslatorBlock"]
+def reset_layers(translator: nn.Module) -> None:
+    """Initialise the linear layers of a translator as torch does, and its norms to do nothing."""
+    for module in translator.modules():
+        if isinstance(module, nn.Linear):
+            bound = module.in_features**-0.5
+            init.uniform_(module.weight, -bound, bound)
+            init.uniform_(module.bias, -bound, bound)
+        elif isinstance(module, nn.LayerNorm):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+
+
+__all__ = ["Translator", "TranslatorBlock", "reset_layers"]

@@ -99,8 +99,12 @@ def cached_features(
     processor: DevilProcessor,
     dataset: Dataset | IterableDataset,
     decoder: PairDecoder,
+    sample_seed: int = 0,
 ) -> "CachedFeatures":
     """Open the cache in `folder`, after computing what it still lacks; all processes of a run call this together.
+
+    Args:
+        sample_seed: of which draw and which caption an epoch takes; the key's seed is that of the draws themselves.
 
     Raises:
         StaleCache: when the folder holds features of something else.
@@ -123,7 +127,7 @@ def cached_features(
         if state.is_main_process:
             _write_json(file, found | {"complete": True})
         state.wait_for_everyone()
-    return CachedFeatures(folder, key["seed"])
+    return CachedFeatures(folder, sample_seed)
 
 
 def _check_key(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:

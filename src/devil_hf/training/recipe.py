@@ -9,6 +9,7 @@ import dataclasses
 import importlib.util
 import json
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass
 from dataclasses import field
 from pathlib import Path
@@ -44,10 +45,12 @@ class Recipe:
     checkpoint: str = _option("instead of both: a DeViL checkpoint to go on from; `embedded` is the shipped one", "")
     new_translator: bool = _option("with a checkpoint: keep its frozen parts only", False)
     backbone_kwargs: dict = _option("further arguments of the backbone's architecture", {})
-    layers: list | None = _option("names or indices of layers; default: the backbone's stages", None)
+    layers: list | None = _option(
+        "names or indices of layers; default: the backbone's stages, or those of the checkpoint", None
+    )
     class_tokens: bool = _option("also read class tokens, as layers of their own", False)
     resize: str = _option("`backbone`: its own evaluation preprocessing; `paper`: short side to the crop", "backbone")
-    model: dict = _option("fields of DevilConfig: translator sizes, dropouts, null_probability", {})
+    model: dict = _option("fields of DevilConfig: translator type and sizes, dropouts, null_probability", {})
     lora: dict | None = _option(
         "LoRA on the language model: rank, alpha, dropout, target_modules; {} for the defaults", None
     )
@@ -62,6 +65,7 @@ class Recipe:
     cache_features: str = _option("folder of frozen features, computed once; training then reads no pixels", "")
     views: int = _option("cached views of each image: itself, then random views", 1)
     draws: int = _option("cached draws of location dropout of each view", 8)
+    cache_seed: int = _option("of cached views and draws: runs of several seeds can share one cache", 0)
 
     max_steps: int = _option("optimiser steps", 2_000)
     batch_size: int = _option("captions per step and process", 64)
@@ -147,6 +151,11 @@ class Recipe:
                 f"model has fields {sorted(self.model)}, but the translator is that of {self.checkpoint}: "
                 "set new_translator, or leave them out"
             )
+        if self.checkpoint and not self.new_translator and self.layers is not None:
+            raise ValueError(
+                f"layers={self.layers}, but the translator of {self.checkpoint} reads its own: set new_translator, or leave "
+                "them out"
+            )
         if self.lora is not None:
             check_lora(self.lora)
         if self.save == "merged" and self.lora is None and not self.checkpoint:
@@ -231,12 +240,23 @@ def recipe_of(namespace: argparse.Namespace) -> Recipe:
         FileNotFoundError: when there is no such file.
         ValueError: for unknown fields, values of a wrong type, and whatever `Recipe.validate` finds.
     """
+    values = {} if namespace.config is None else read_recipe(namespace.config)
+    return make_recipe(values | given_fields(namespace))
+
+
+def given_fields(namespace: argparse.Namespace) -> dict[str, Any]:
+    """The recipe's fields among parsed options."""
     names = {option.name for option in dataclasses.fields(Recipe)}
-    values: dict[str, Any] = {}
-    if namespace.config is not None:
-        values = read_recipe(namespace.config)
-    values |= {name: value for name, value in vars(namespace).items() if name in names}
-    hints = typing.get_type_hints(Recipe)
+    return {name: value for name, value in vars(namespace).items() if name in names}
+
+
+def make_recipe(values: dict[str, Any]) -> Recipe:
+    """A checked recipe of fields as a YAML file has them.
+
+    Raises:
+        ValueError: for values of a wrong type, and whatever `Recipe.validate` finds.
+    """
+    hints, values = typing.get_type_hints(Recipe), dict(values)
     for name, value in values.items():
         if hints[name] in (int, float):  # YAML reads 1e-3 as text
             if hints[name] is int and isinstance(value, float) and not value.is_integer():
@@ -258,7 +278,12 @@ def read_recipe(path: Path) -> dict[str, Any]:
     if not file.is_file():
         raise FileNotFoundError(f"there is no recipe {file}")
     values = yaml.safe_load(file.read_text()) or {}
+    check_fields(values, str(file))
+    return values
+
+
+def check_fields(values: Mapping[str, Any], where: str) -> None:
+    """Raise a ValueError for fields that no recipe has."""
     names = sorted(option.name for option in dataclasses.fields(Recipe))
     if unknown := sorted(set(values) - set(names)):
-        raise ValueError(f"{file} has fields {unknown} that no recipe has; fields are {names}")
-    return values
+        raise ValueError(f"{where} has fields {unknown} that no recipe has; fields are {names}")

@@ -183,10 +183,11 @@ def _build_on_checkpoint(recipe: Recipe) -> tuple[DevilModel, DevilProcessor]:
         return loaded, processor
     fields = recipe.model | ({} if recipe.lora is None else {"lora": recipe.lora})
     settings = config.to_dict() | fields | {"frozen_weights": "embedded"}
-    settings |= {"text_config": config.text_config, "backbone_config": config.backbone_config}
+    backbone = loaded.backbone if recipe.layers is None else loaded.backbone.select(recipe.layers)
+    settings |= {"text_config": config.text_config, "backbone_config": backbone.config}
     known = {option.name for option in dataclasses.fields(type(config))}
     fresh = type(config)(**{name: value for name, value in settings.items() if name in known})
-    model = DevilModel(fresh, backbone=loaded.backbone, language_model=loaded.language_model)
+    model = DevilModel(fresh, backbone=backbone, language_model=loaded.language_model)
     if not recipe.new_translator:
         model.translator.load_state_dict(loaded.translator.state_dict())
     return model.eval(), processor
@@ -211,9 +212,11 @@ def _training_data(
             recipe.views,
             recipe.draws,
             recipe.smallest_crop,
-            recipe.seed,
+            recipe.cache_seed,
         )
-        return cached_features(Path(recipe.cache_features), key, model, processor, dataset, decoder)
+        return cached_features(
+            Path(recipe.cache_features), key, model, processor, dataset, decoder, sample_seed=recipe.seed
+        )
     if isinstance(dataset, Dataset):
         if not len(dataset):
             raise ValueError(f"train_data {recipe.train_data} hold not one image with a caption")

@@ -1,0 +1,272 @@
+"""Translators beside each other, trained on the same data with several seeds and scored on the same images.
+
+A comparison is a YAML file: a recipe that all share, what each translator changes in it, and the images that are scored. A run
+that is finished is kept and never repeated; one that was stopped goes on.
+"""
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import os
+import statistics
+from collections.abc import Iterator
+from collections.abc import Mapping
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import logging
+
+from devil_hf.data.decoding import BadSamples
+from devil_hf.data.decoding import PairDecoder
+from devil_hf.data.pairs import open_pairs
+from devil_hf.evaluation.captions import caption_scores
+from devil_hf.loading import load
+from devil_hf.modeling_devil import DevilModel
+from devil_hf.processing_devil import DevilProcessor
+from devil_hf.training.features import pooled_feature_draws
+from devil_hf.training.recipe import CHECKPOINT_FOLDER
+from devil_hf.training.recipe import Recipe
+from devil_hf.training.recipe import check_fields
+from devil_hf.training.recipe import make_recipe
+from devil_hf.training.recipe import read_recipe
+from devil_hf.training.run import train
+
+logger = logging.get_logger(__name__)
+
+METRICS = ("bleu", "rouge_l", "cider")
+NEW_TOKENS = 40
+ALL_LAYERS = "all"
+
+
+@dataclass
+class Comparison:
+    """What is compared, and on what.
+
+    Args:
+        recipes: the recipe of each translator, by the name of its row.
+        evaluation_data: sources of the captioned images that are described and scored; no training reads them.
+        decodings: arguments of `generate` by the name of a column.
+    """
+
+    recipes: dict[str, Recipe]
+    evaluation_data: list[dict]
+    decodings: dict[str, dict]
+
+
+def read_comparison(path: Path, recipe: Path | None = None, fields: Mapping[str, Any] | None = None) -> Comparison:
+    """Read a comparison file.
+
+    It has `recipe` (a recipe file, beside this one), `translators` (by name, the fields of the recipe that each changes; `model`
+    is merged field by field), `evaluation_data`, and optionally `decodings`.
+
+    Args:
+        recipe: another recipe than the file's.
+        fields: fields of the recipe that are changed for all translators, over everything else.
+
+    Raises:
+        FileNotFoundError: when the file or its recipe is not there.
+        ValueError: for a file with other parts, and for whatever is wrong with a recipe.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no comparison {path}")
+    content = yaml.safe_load(path.read_text()) or {}
+    needed, optional = {"recipe", "translators", "evaluation_data"}, {"decodings"}
+    if missing := sorted(needed - set(content)):
+        raise ValueError(f"{path} lacks {missing}; a comparison has {sorted(needed | optional)}")
+    if unknown := sorted(set(content) - needed - optional):
+        raise ValueError(f"{path} has {unknown}; a comparison has {sorted(needed | optional)}")
+    shared = read_recipe(path.parent / content["recipe"] if recipe is None else recipe)
+    recipes = {}
+    for name, own in content["translators"].items():
+        check_fields(own or {}, f"translator {name!r} of {path}")
+        recipes[name] = make_recipe(_merged(_merged(shared, own or {}), fields or {}))
+    return Comparison(recipes, content["evaluation_data"], content.get("decodings") or {"greedy": {}})
+
+
+def _merged(fields: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    return {**fields, **over, "model": {**fields.get("model", {}), **over.get("model", {})}}
+
+
+def compare(comparison: Comparison, seeds: Sequence[int], output_dir: Path) -> list[dict[str, Any]]:
+    """Train and score every translator with every seed, seed by seed.
+
+    Args:
+        output_dir: gets a folder NAME/seed_N for every run, with its checkpoint, and scores and descriptions in a JSON file for
+            each evaluation.
+
+    Returns:
+        The content of these files.
+
+    Raises:
+        ValueError: when a folder holds a run of another recipe.
+    """
+    runs = [
+        (name, dataclasses.replace(recipe, seed=seed, output_dir=str(output_dir / name / f"seed_{seed}"), resume=True))
+        for seed, (name, recipe) in itertools.product(seeds, comparison.recipes.items())
+    ]
+    for _, recipe in runs:
+        _check_same_run(recipe)
+    images = EvaluationImages(comparison.evaluation_data)
+    return [run(name, recipe, images, comparison.decodings) for name, recipe in runs]
+
+
+def _check_same_run(recipe: Recipe) -> None:
+    folder = Path(recipe.output_dir)
+    newest = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    if newest is not None and (changed := recipe.differences(read_recipe(Path(newest)))):
+        raise ValueError(
+            f"{folder} holds a run with other values of {changed}: name another --output-dir, or delete it"
+        )
+
+
+def run(name: str, recipe: Recipe, images: "EvaluationImages", decodings: Mapping[str, dict]) -> dict[str, Any]:
+    """One run, trained and scored as far as that is not done yet."""
+    folder = Path(recipe.output_dir)
+    evaluation = {"data": images.sources, "decodings": dict(decodings), "max_new_tokens": NEW_TOKENS}
+    digest = hashlib.sha256(json.dumps(evaluation, sort_keys=True).encode()).hexdigest()
+    file = folder / f"scores_{digest[:8]}.json"
+    if file.is_file():
+        return json.loads(file.read_text())
+    checkpoint = folder / CHECKPOINT_FOLDER
+    if not checkpoint.is_dir():
+        logger.warning(f"training {name}, seed {recipe.seed}")
+        train(recipe)
+    model, processor = load(checkpoint)
+    texts = {column: images.describe(model, processor, options) for column, options in decodings.items()}
+    references = images.captions
+    result = {
+        "name": name,
+        "seed": recipe.seed,
+        "trained_parameters": sum(tensor.numel() for tensor in model.trainable_state_dict().values()),
+        "evaluation": evaluation,
+        **_training_record(folder),
+        "scores": {
+            column: {row: caption_scores(rows, references, METRICS) for row, rows in by_row.items()}
+            for column, by_row in texts.items()
+        },
+        "images": images.keys,
+        "descriptions": texts,
+    }
+    partial = file.with_suffix(".partial")
+    partial.write_text(json.dumps(result, indent=1))
+    os.replace(partial, file)
+    return result
+
+
+def _training_record(folder: Path) -> dict[str, Any]:
+    """The best validation loss and its step, where there are validation data."""
+    state = json.loads((Path(str(get_last_checkpoint(str(folder)))) / "trainer_state.json").read_text())
+    return {"validation_loss": state["best_metric"], "best_step": state["best_global_step"]}
+
+
+class EvaluationImages:
+    """The captioned images that all translators are scored on; their features are computed once for each choice of layers.
+
+    Args:
+        sources: as in a recipe.
+    """
+
+    def __init__(self, sources: Sequence[dict]):
+        self.sources = list(sources)
+        self.keys: list[str] = []
+        self.captions: list[list[str]] = []
+        self._features: dict[str, list[Tensor]] = {}
+        self._pairs = open_pairs(self.sources, seed=0, shuffle=False)  # a missing file is an error before the training
+
+    def describe(
+        self, model: DevilModel, processor: DevilProcessor, options: Mapping[str, Any], batch_size: int = 64
+    ) -> dict[str, list[str]]:
+        """Descriptions of every image, by all layers together and, of several, by the deepest."""
+        features = self.features(model, processor)
+        settings = {"max_new_tokens": NEW_TOKENS} | dict(options)
+        guidance = settings.pop("guidance", 1.0)
+        deepest = torch.ones(1, len(features), dtype=torch.bool)
+        deepest[:, -1] = False
+        rows = {ALL_LAYERS: None} | ({model.layer_names[-1]: deepest} if len(features) > 1 else {})
+        texts: dict[str, list[str]] = {row: [] for row in rows}
+        for start in range(0, len(self.keys), batch_size):
+            pooled = [layer[start : start + batch_size].to(model.device).float() for layer in features]
+            for row, mask in rows.items():
+                prefix = model.translate(pooled, None if mask is None else mask.expand(len(pooled[0]), -1))
+                sequences = model._decode(prefix, guidance, **settings)
+                texts[row] += [text.strip() for text in processor.batch_decode(sequences, skip_special_tokens=True)]
+        return texts
+
+    def features(self, model: DevilModel, processor: DevilProcessor) -> list[Tensor]:
+        """Features of the whole images, (images, C_l) of each layer."""
+        transform = processor.image_processor.to_json_string()
+        key = json.dumps([model.config.backbone_config["sha256"], model.layer_names, transform])
+        if key not in self._features:
+            self.keys, self.captions = [], []
+            with torch.no_grad():
+                drawn = pooled_feature_draws(model, self._batches(processor), description="evaluation features")
+            self._features[key] = [layer[:, 0] for layer in drawn]
+        return self._features[key]
+
+    def _batches(self, processor: DevilProcessor, size: int = 32) -> Iterator[Tensor]:
+        bad_samples = BadSamples(0.0)  # rows of a table must be of the same images
+        decoder = PairDecoder(bad_samples)
+        rows = iter(self._pairs)
+        while chunk := list(itertools.islice(rows, size)):
+            samples = [sample for sample in map(decoder, chunk) if sample is not None]
+            bad_samples.judge()
+            self.keys += [sample["key"] for sample in samples]
+            self.captions += [sample["captions"] for sample in samples]
+            yield processor(images=[sample["image"] for sample in samples], return_tensors="pt")["pixel_values"]
+
+
+# ------------------------------------------------------------------------------------------------------------- the table
+
+
+def summarise(results: Sequence[Mapping[str, Any]], metric: str = "cider") -> list[dict[str, Any]]:
+    """One entry for each translator and row of it: mean and standard deviation over seeds, times 100 as papers print them."""
+    summary = []
+    for name in dict.fromkeys(result["name"] for result in results):
+        runs = [result for result in results if result["name"] == name]
+        losses = [result["validation_loss"] for result in runs if result["validation_loss"] is not None]
+        for row in next(iter(runs[0]["scores"].values())):
+            columns = {
+                column: _mean_and_spread([100 * result["scores"][column][row][metric] for result in runs])
+                for column in runs[0]["scores"]
+            }
+            summary.append(
+                {
+                    "name": name,
+                    "layers": row,
+                    "seeds": [result["seed"] for result in runs],
+                    "trained_parameters": runs[0]["trained_parameters"],
+                    "validation_loss": _mean_and_spread(losses) if losses else None,
+                    metric: columns,
+                }
+            )
+    return summary
+
+
+def _mean_and_spread(values: Sequence[float]) -> dict[str, Any]:
+    spread = statistics.stdev(values) if len(values) > 1 else None
+    return {"mean": statistics.fmean(values), "sd": spread, "values": list(values)}
+
+
+def comparison_table(summary: Sequence[Mapping[str, Any]], metric: str = "cider") -> str:
+    """A summary as text; each figure with its standard deviation over the seeds."""
+    columns = list(summary[0][metric])
+    head = f"{'translator':24}{'layers':10}{'parameters':>12}{'validation loss':>18}"
+    lines = [head + "".join(f"{f'{metric}, {column}':>18}" for column in columns)]
+    for entry in summary:
+        loss = "" if entry["validation_loss"] is None else _shown(entry["validation_loss"], 3)
+        line = f"{entry['name']:24}{entry['layers']:10}{entry['trained_parameters']:12,}{loss:>18}"
+        lines.append(line + "".join(f"{_shown(entry[metric][column], 1):>18}" for column in columns))
+    seeds = sorted({seed for entry in summary for seed in entry["seeds"]})
+    return "\n".join([*lines, f"mean ± standard deviation over seeds {', '.join(map(str, seeds))}"])
+
+
+def _shown(value: Mapping[str, Any], digits: int) -> str:
+    spread = "" if value["sd"] is None else f" ± {value['sd']:.{digits}f}"
+    return f"{value['mean']:.{digits}f}{spread}"
