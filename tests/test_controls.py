@@ -157,7 +157,16 @@ def test_a_stopped_run_ends_like_one_that_was_not(shipped, tmp_path):
     lines = (tmp_path / "whole" / "controls.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "cut").mkdir()
     (tmp_path / "cut" / "controls.jsonl").write_text("".join(lines[:12]) + lines[12][:20])
-    assert controls.run_controls(*shipped, held_out_scenes(4), tmp_path / "cut", **options) == whole
+    cut = controls.run_controls(*shipped, held_out_scenes(4), tmp_path / "cut", **options)
+    # The image that was lost was then alone in its batch: other kernels, other rounding.
+    assert _leaves(cut) == {name: pytest.approx(value, abs=1e-5) for name, value in _leaves(whole).items()}
+
+
+def _leaves(tree, name=""):
+    if isinstance(tree, dict | list):
+        parts = tree.items() if isinstance(tree, dict) else enumerate(tree)
+        return {path: leaf for key, part in parts for path, leaf in _leaves(part, f"{name}/{key}").items()}
+    return {name: tree}
 
 
 @pytest.mark.parametrize(
