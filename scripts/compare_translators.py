@@ -42,6 +42,8 @@ def main() -> None:
         comparison.recipes = {name: comparison.recipes[name] for name in arguments.types}
     if arguments.evaluation_data:
         comparison.evaluation_data = arguments.evaluation_data
+    if arguments.output:
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
     results = compare(comparison, arguments.seeds, output_dir)
     summary = summarise(results)
     print(comparison_table(summary))

@@ -182,6 +182,7 @@ def test_the_command_prints_a_table_and_refuses_what_is_wrong_before_work(checkp
         (["evaluate", "captions", "nowhere", "shapes:many"], "shapes:COUNT"),
         ([*command, "--split", "val"], "split"),
         ([*command, *options, "--limit", "0"], "limit=0"),
+        ([*command, *options, "--batch-size", "0"], "batch_size=0"),
     ):
         assert main(wrong) == 1
         assert message in capsys.readouterr().err

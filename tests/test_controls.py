@@ -174,7 +174,9 @@ def _leaves(tree, name=""):
     [
         (["--limit", "1"], "at least 2 images"),
         (["--data", "nowhere"], "nowhere"),
-        (["--data", "shapes:x"], "shapes:SEED"),
+        (["--data", "shapes:x"], "shapes:COUNT"),
+        (["--data", "{kind: shapes, size: 4}", "--split", "test"], "write it into the source"),
+        (["--batch-size", "0"], "batch_size=0"),
         (["--layers", "layer9"], "layer9"),
         (["--map-images", "1"], "map_images 1"),
         (["--phrases", "a zebra"], "a zebra"),
@@ -184,6 +186,32 @@ def test_bad_questions_end_before_long_work(options, text, tmp_path, capsys):
     assert cli.main(["evaluate", "controls", *options, "--output-dir", str(tmp_path / "new")]) == 1
     assert text in capsys.readouterr().err.splitlines()[-1]
     assert not (tmp_path / "new" / "controls.json").exists()
+
+
+def test_maps_of_other_settings_are_not_taken_for_these(shipped, tmp_path, monkeypatch):
+    options = {"layers": ["layer4"], "map_images": 2, "batch_size": 2}
+    controls.run_controls(*shipped, held_out_scenes(2), tmp_path, **options)
+    (tmp_path / "controls.jsonl").unlink()
+
+    def asked_again(*arguments, **named):
+        raise AssertionError("asked again")
+
+    monkeypatch.setattr(DevilModel, "attribute", asked_again)
+    controls.run_controls(*shipped, held_out_scenes(2), tmp_path, **options)  # the same settings: the maps stay
+    (tmp_path / "controls.jsonl").unlink()
+    with pytest.raises(AssertionError, match="asked again"):
+        controls.run_controls(*shipped, held_out_scenes(2), tmp_path, **options, phrases=["red", "blue", "green"])
+
+
+def test_captioned_images_leave_out_what_cannot_be_used(tmp_path):
+    rows = [{"image": f"{at}.png", "captions": [["a dog"], [" "], ["a cat"], ["a cow"]][at]} for at in range(4)]
+    for at in range(4):
+        Image.new("RGB", (40, 30), (60 * at, 0, 0)).save(tmp_path / f"{at}.png")
+    (tmp_path / "2.png").write_bytes(b"no picture")
+    (tmp_path / "captions.jsonl").write_text("".join(json.dumps(row | {"split": "val"}) + "\n" for row in rows))
+    data = open_captioned(str(tmp_path))
+    assert data.captions == [["a dog"], ["a cow"]]
+    assert [data.load(at).getpixel((0, 0))[0] for at in range(2)] == [0, 180]
 
 
 def test_captioned_images_come_from_folders_and_sources(tmp_path):

@@ -4,7 +4,6 @@ import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 from subprocess import CalledProcessError
 
@@ -13,6 +12,7 @@ from transformers.utils import logging
 
 from devil_hf.cli_evaluate import add_evaluate
 from devil_hf.cli_evaluate import add_verb
+from devil_hf.cli_evaluate import read_layers
 from devil_hf.cli_evaluate import state_scope
 
 EPILOG = "Checkpoints are directories or Hub ids; without one, the shapes-world checkpoint of the package answers."
@@ -192,13 +192,6 @@ def _question(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
-def _layers(names: list[str] | None, known: Sequence[str]) -> list[str | int] | None:
-    """Layers as typed: a name wins over an index, since some networks name their layers by numbers."""
-    if names is None:
-        return None
-    return [int(name) if name not in known and name.lstrip("-").isdigit() else name for name in names]
-
-
 def _locations(places: list[str] | None) -> str | list[tuple[int, int]] | None:
     if places is None:
         return None
@@ -236,13 +229,14 @@ def run_train(arguments: argparse.Namespace) -> None:
 
 
 def run_push(arguments: argparse.Namespace) -> None:
-    from devil_hf.hub import check_repo_id
     from devil_hf.hub import prepare
     from devil_hf.hub import push
+    from devil_hf.spaces import prepare_space
     from devil_hf.spaces import push_space
 
     if arguments.space:
-        check_repo_id(arguments.space)
+        with tempfile.TemporaryDirectory() as folder:
+            prepare_space(arguments.space, folder, arguments.repo_id)  # its errors come before anything is public
     if arguments.output_dir and not arguments.dry_run:
         raise ValueError("--output-dir keeps the files of a --dry-run: give both, or neither")
     names = ("revision", "slim", "images", "phrases", "scores", "license", "datasets", "data", "language")
@@ -251,6 +245,10 @@ def run_push(arguments: argparse.Namespace) -> None:
         with tempfile.TemporaryDirectory() as folder:
             draft = prepare(arguments.checkpoint, arguments.repo_id, arguments.output_dir or folder, **options)
             tree, card = draft.tree(), str(draft.card)
+        if arguments.space:
+            draft.notes.append(
+                f"`devil space {arguments.space} --checkpoint {arguments.repo_id} --dry-run` shows the Space"
+            )
         if arguments.json:
             print(json.dumps({"files": tree, "card": card, "notes": draft.notes}))
             return
@@ -260,7 +258,8 @@ def run_push(arguments: argparse.Namespace) -> None:
     options |= {"private": arguments.private, "commit_message": arguments.commit_message}
     urls = {"commit": push(arguments.checkpoint, arguments.repo_id, **options)}
     if arguments.space:
-        urls["space"] = push_space(arguments.space, arguments.repo_id, private=arguments.private)
+        space = {"private": arguments.private, "commit_message": arguments.commit_message}
+        urls["space"] = push_space(arguments.space, arguments.repo_id, **space)
     print(json.dumps({"repo_id": arguments.repo_id} | urls) if arguments.json else "\n".join(urls.values()))
 
 
@@ -300,7 +299,7 @@ def run_describe(arguments: argparse.Namespace) -> None:
     state_scope(model)
     output = model.describe(
         **processor(images=images, return_tensors="pt"),
-        layers=_layers(arguments.layers, model.layer_names),
+        layers=read_layers(arguments.layers, model.layer_names),
         locations=locations,
         window=arguments.window,
         evidence=arguments.evidence,
@@ -338,7 +337,7 @@ def run_attribute(arguments: argparse.Namespace) -> None:
     output = model.attribute(
         **processor(images=image, return_tensors="pt"),
         phrases=processor(text=arguments.phrases, carrier=arguments.carrier, return_tensors="pt"),
-        layers=_layers(arguments.layers, model.layer_names),
+        layers=read_layers(arguments.layers, model.layer_names),
         measure=arguments.measure,
         combine=arguments.combine,
         window=arguments.window,
@@ -389,7 +388,7 @@ def run_neurons(arguments: argparse.Namespace) -> None:
     settings.validate()
     model, processor = load(arguments.checkpoint, arguments.device)
     state_scope(model)
-    settings.layers = _layers(arguments.layers, [] if arguments.network else model.layer_names)
+    settings.layers = read_layers(arguments.layers, [] if arguments.network else model.layer_names)
     if arguments.directions:
         if not arguments.layers or len(arguments.layers) != 1 or arguments.network:
             raise ValueError("directions belong to one layer of the checkpoint's backbone: name it by --layers")

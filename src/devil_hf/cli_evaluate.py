@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 
@@ -185,11 +186,8 @@ def run_evaluate_maps(arguments: argparse.Namespace) -> None:
         )
     model, processor = load(arguments.checkpoint, arguments.device)
     state_scope(model)
-    known = model.layer_names
-    layers = [
-        int(name) if name not in known and name.lstrip("-").isdigit() else name for name in arguments.layers or []
-    ]
-    settings = MapSettings(tuple(layers), arguments.carrier or None, arguments.joint, arguments.boards, arguments.seed)
+    layers = tuple(read_layers(arguments.layers, model.layer_names) or ())
+    settings = MapSettings(layers, arguments.carrier or None, arguments.joint, arguments.boards, arguments.seed)
     classes = None
     if arguments.gradcam:
         classes = ClassMapper(model, read_class_names(arguments.class_names) if arguments.class_names else None)
@@ -216,8 +214,8 @@ def _add_controls(subjects) -> None:
     controls.add_argument(
         "--data",
         default="shapes",
-        help='"shapes" (default: its held-out scenes) or "shapes:SEED", a caption folder, or a source of a recipe such as '
-        '"{kind: hub, path: user/data, image_column: image, caption_column: caption}"',
+        help='"shapes" (default: its held-out scenes), shapes:COUNT[:SEED], caption folder, YAML file of sources, or a source '
+        'such as "{kind: hub, path: user/data, image_column: image, caption_column: caption}"',
     )
     controls.add_argument("--split", help="of a caption folder")
     controls.add_argument("--limit", type=int, default=200, help="only the first images (default: %(default)s)")
@@ -253,7 +251,7 @@ def run_evaluate_controls(arguments: argparse.Namespace) -> int:
         data,
         arguments.output_dir,
         phrases=arguments.phrases,
-        layers=arguments.layers,
+        layers=read_layers(arguments.layers, model.layer_names),
         map_images=arguments.map_images,
         max_new_tokens=arguments.max_new_tokens,
         batch_size=arguments.batch_size,
@@ -293,6 +291,7 @@ def run_evaluate_shapes(arguments: argparse.Namespace) -> None:
     from devil_hf.report.figures import knowledge_figure
 
     model, processor = load(arguments.checkpoint, arguments.device)
+    state_scope(model)
     result = ground_truth(
         model,
         processor,
@@ -369,6 +368,13 @@ def add_verb(verbs, name: str, run, summary: str, example: str) -> argparse.Argu
     )
     parser.set_defaults(run=run)
     return parser
+
+
+def read_layers(names: list[str] | None, known: Sequence[str]) -> list[str | int] | None:
+    """Layers as typed: a name wins over an index, since some networks name their layers by numbers."""
+    if names is None:
+        return None
+    return [int(name) if name not in known and name.lstrip("-").isdigit() else name for name in names]
 
 
 def state_scope(model) -> None:

@@ -4,19 +4,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from dataclasses import field
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import yaml
-from datasets import Image
 from PIL import Image as PILImage
-from transformers.utils import logging
 
+from devil_hf.data.decoding import BadSamples
+from devil_hf.data.decoding import PairDecoder
 from devil_hf.data.pairs import open_pairs
 from devil_hf.data.shapes import HELD_OUT_WORLD
 from devil_hf.data.shapes import Scene
 from devil_hf.data.shapes import sample_scene
-
-logger = logging.get_logger(__name__)
+from devil_hf.data.sources import named_sources
 
 SHAPES = "shapes"
 
@@ -51,43 +51,47 @@ def open_captioned(data: str = SHAPES, split: str | None = None, limit: int = 20
     """Open the first `limit` images of `data`.
 
     Args:
-        data: "shapes" or "shapes:SEED" (held-out scenes of the shapes world, whose seed is 1), a caption folder, or a source of
-            a recipe in braces, such as "{kind: hub, path: user/data, image_column: image, caption_column: caption}".
-        split: of a caption folder.
+        data: "shapes" (held-out scenes) or "shapes:COUNT[:SEED]", a caption folder, a YAML file of sources, or one source of a
+            recipe in braces, such as "{kind: hub, path: user/data, image_column: image, caption_column: caption}".
+        split: of a caption folder; sources name their own.
 
     Raises:
-        FileNotFoundError: for a folder or file that is not there.
-        ValueError: for anything else that cannot be read, and for a limit below 2: controls compare images.
+        ValueError: for what cannot be read, for a split of anything but a folder, and for fewer than two images: controls
+            compare images.
     """
     if limit < 2:
         raise ValueError(f"limit {limit}: at least 2 images are needed, to tell what belongs to which")
-    if data.partition(":")[0] == SHAPES:
-        return held_out_scenes(limit, _seed(data))
+    if data == SHAPES:
+        data = f"{SHAPES}:{limit}"
     if data.lstrip().startswith("{"):
-        source = yaml.safe_load(data)
+        if split:
+            raise ValueError(f"split={split!r} is of a caption folder; write it into the source {data}")
+        sources = [yaml.safe_load(data)]
     else:
-        if not Path(data).is_dir():
-            raise FileNotFoundError(
-                f"{data!r} is no folder; give a caption folder, {SHAPES}, or a source such as '{{kind: hub, path: ...}}'"
-            )
-        source = {"kind": "folder", "path": data} | ({"split": split} if split else {})
-    rows = []
-    for row in open_pairs([source], seed=0, shuffle=False):
-        if row["problem"] or not row["captions"]:
-            logger.warning(f"{row['key']} is left out: {row['problem'] or 'no caption'}")
-        else:
-            rows.append(row)
+        sources = named_sources(data, split)
+    if [source.get("kind") for source in sources] == [SHAPES]:
+        return held_out_scenes(min(sources[0]["size"], limit), sources[0].get("seed", 0))
+    rows: dict[str, dict] = {}
+    decode = PairDecoder(BadSamples(limit=1.0))
+    for row in open_pairs(sources, seed=0, shuffle=False):
+        usable = decode(row)  # an image that is broken is found now, and not in the middle of the work
+        if usable is not None:
+            rows[row["key"] if row["key"] not in rows else f"{row['key']} ({len(rows)})"] = row | {
+                "captions": usable["captions"]
+            }
         if len(rows) == limit:
             break
     if len(rows) < 2:
-        raise ValueError(f"{data} holds {len(rows)} captioned images: at least 2 are needed")
+        raise ValueError(f"{data} holds {len(rows)} images with captions that can be used: at least 2 are needed")
+    encoded = list(rows.values())
+    first = sources[0]
     return CaptionedImages(
-        name=Path(str(source.get("path", source["kind"]))).name,
+        name=Path(str(first.get("path", first["kind"]))).name,
         source=data,
-        keys=[row["key"] for row in rows],
-        captions=[row["captions"] for row in rows],
-        load=lambda at: Image().decode_example(rows[at]["image"]).convert("RGB"),
-        split=source.get("split"),
+        keys=list(rows),
+        captions=[row["captions"] for row in encoded],
+        load=lambda at: cast(dict, decode(encoded[at]))["image"],
+        split=first.get("split"),
     )
 
 
@@ -101,10 +105,3 @@ def held_out_scenes(count: int, seed: int = HELD_OUT_WORLD, captions: int = 5) -
     keys = [f"scene {seed} {index}" for index in range(count)]
     name = f"{SHAPES}:{seed}"
     return CaptionedImages(name, name, keys, texts, lambda at: PILImage.fromarray(scenes[at].image), scenes=scenes)
-
-
-def _seed(data: str) -> int:
-    _, colon, number = data.partition(":")
-    if colon and not number.isdigit():
-        raise ValueError(f"{data!r} is neither {SHAPES} nor {SHAPES}:SEED, such as {SHAPES}:{HELD_OUT_WORLD}")
-    return int(number) if colon else HELD_OUT_WORLD

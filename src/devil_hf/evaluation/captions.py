@@ -79,7 +79,7 @@ class CaptionScorer:
             try:
                 scorer = BertScore(self.references, bert)
                 self._metrics[metric] = lambda texts, _: {"bertscore": float(scorer(texts).mean())}
-            except (OSError, ImportError) as error:
+            except (OSError, ImportError, KeyError) as error:  # KeyError: a name that bert-score has no layer for
                 self.missing[metric] = bert_remedy(bert, error)
         else:
             reason = _missing_java(metric)
@@ -194,6 +194,7 @@ class JavaMetric:
                 self._program = self._start()
             value, _ = self._program.compute_score(self.references, results)
         except (OSError, ValueError, CalledProcessError) as error:
+            self._program = None  # a dead program answers nothing any more
             raise JavaError(
                 f"the toolkit's {self.metric.upper()} failed ({error}); see that Java runs and has memory enough"
             ) from error

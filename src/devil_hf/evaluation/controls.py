@@ -22,6 +22,7 @@ intact ones lies below `MAP_CORRELATION_LIMIT` with its whole interval. A descri
 features cannot pass; one that does, passes whatever its quality.
 """
 
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator
@@ -157,6 +158,8 @@ class _Run:
     ) -> None:
         self.model, self.processor, self.data, self.folder = model, processor, data, folder
         self.max_new_tokens, self.batch_size, self.seed = max_new_tokens, batch_size, seed
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size} must be at least 1")
         self.mapped = min(map_images, len(data))
         if self.mapped < 2:
             raise ValueError(f"map_images {map_images}: at least 2 images are needed")
@@ -186,6 +189,9 @@ class _Run:
             "seed": seed,
         }
         self.records = Records(folder / "controls.jsonl", settings)
+        # Maps of other settings, whose records were removed, must not be taken for these.
+        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+        self.map_folder = folder / "maps" / digest
         generator = torch.Generator().manual_seed(seed)
         order = torch.randperm(len(data), generator=generator)
         self.partner = order.roll(1)[order.argsort()].tolist()
@@ -317,7 +323,7 @@ class _Run:
 
     def maps(self, name: str, reached: int) -> dict[str, Tensor]:
         """Maps of the first images by layer, (images, K, H, W), from disk if they are there."""
-        path = self.folder / "maps" / f"{name}.safetensors"
+        path = self.map_folder / f"{name}.safetensors"
         if path.exists():
             return load_file(path)
         names = [self.model.layer_names[at] for at in self.layers]

@@ -29,6 +29,7 @@ from devil_hf.evaluation.bertscore import BertScoreSettings
 from devil_hf.evaluation.captions import METRICS
 from devil_hf.evaluation.captions import CaptionScorer
 from devil_hf.evaluation.captions import check_metrics
+from devil_hf.evaluation.controls import best_constant
 from devil_hf.evaluation.records import Records
 from devil_hf.evaluation.results import CONTROLS
 from devil_hf.evaluation.results import Evaluation
@@ -42,7 +43,6 @@ PREDICTIONS_FILE = "predictions.jsonl"
 SCORES_FILE = "scores.json"
 TITLE = "Captions of features"
 END = "end"  # key of the record that says how many rows there are
-CONSTANTS = 20  # candidates for the constant description
 COLUMNS = ("bleu_1", "bleu_2", "bleu_3", "bleu_4", "meteor", "rouge_l", "cider", "spice", "bertscore")
 
 
@@ -62,7 +62,8 @@ def evaluate_captions(
 
     Args:
         sources: as in a recipe, see `devil_hf.data.sources`.
-        output_dir: where `predictions.jsonl` and `scores.json` are written; a pass that was stopped there goes on.
+        output_dir: where `predictions.jsonl` and `scores.json` are written; a pass that was stopped there goes on. Rows are told
+            apart by their place in `sources`: data that change need another folder.
         metrics: see `caption_scores`.
         limit: only this many pairs from the beginning.
         batch_size: images at once, per process.
@@ -81,6 +82,8 @@ def evaluate_captions(
     check_metrics(metrics)
     if limit is not None and limit < 1:
         raise ValueError(f"limit={limit} leaves nothing to evaluate; give at least 1, or none")
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size} must be at least 1")
     state, folder = PartialState(), Path(output_dir)
     if state.num_processes > 1:
         model.to(state.device)
@@ -106,6 +109,8 @@ def evaluate_captions(
     texts = {name: [row["descriptions"][name] for row in good] for name in good[0]["descriptions"]}
     content = score_descriptions(texts, [row["references"] for row in good], seed, metrics, bert)
     settings = {"seed": seed, "weights": decides["weights"], "left_out": len(rows) - len(good), **generation_kwargs}
+    if any("bertscore" in row for row in content["scores"].values()):
+        settings["bertscore"] = str(bert)
     content = _results(content, sources, len(good), settings, Path(str(model.name_or_path)).name or "devil")
     (folder / SCORES_FILE).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return content
@@ -179,8 +184,8 @@ def score_descriptions(
 ) -> dict[str, dict]:
     """Caption scores by layer, with two controls that use no image.
 
-    "shuffled" gives each image the all-layers description of another one; "constant" gives every image the same description:
-    of the twenty that the model says most often, the one with the best CIDEr, chosen with the references in hand.
+    "shuffled" gives each image the all-layers description of another one; "constant" gives every image the same text: of the
+    twenty most frequent descriptions and references the one with the best CIDEr, chosen with the references in hand.
 
     Returns:
         `scores`, `controls` and `missing`: row -> metric -> value, and metric -> why it is missing.
@@ -189,9 +194,7 @@ def score_descriptions(
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(references), generator=generator)
     shuffled = [texts["all"][int(index)] for index in order.roll(1)[order.argsort()]]
-    candidates = sorted(set(texts["all"]), key=lambda text: (-texts["all"].count(text), text))[:CONSTANTS]
-    cider = CaptionScorer(references, ["cider"])
-    constant = max(candidates, key=lambda text: cider([text] * len(references))["cider"])
+    constant = best_constant(texts["all"], references)
     targets = texts | {"shuffled": shuffled, "constant": [constant] * len(references)}
     rows: dict[str, dict[str, Any]] = {}
     missing: dict[str, str] = {}
@@ -229,9 +232,17 @@ def caption_table(content: dict[str, Any]) -> str:
     columns = [name for name in COLUMNS if any(name in row for row in rows.values())]
     first = max(len(name) for name in rows) + 2
     lines = [" " * first + "".join(f"{metric_name(column):>14}" for column in columns)]
-    lines += [f"{name:{first}}" + "".join(f"{100 * row[c]:14.1f}" for c in columns) for name, row in rows.items()]
+    lines += [f"{name:{first}}" + "".join(_percent(row.get(c)) for c in columns) for name, row in rows.items()]
     lines += [f"{metric_name(name)} is missing: {reason}" for name, reason in content["missing"].items()]
+    if left_out := content.get("settings", {}).get("left_out"):
+        lines.append(f"{left_out} pairs could not be used and are left out; {PREDICTIONS_FILE} names them")
+    if bert := content.get("settings", {}).get("bertscore"):
+        lines.append(f"BERTScore: {bert}")
     return "\n".join(lines)
+
+
+def _percent(value: float | None) -> str:
+    return f"{'':14}" if value is None else f"{100 * value:14.1f}"
 
 
 def _batches(rows: Iterator, size: int) -> Iterator[list]:

@@ -83,6 +83,8 @@ def read_comparison(path: Path, recipe: Path | None = None, fields: Mapping[str,
     if unknown := sorted(set(content) - needed - optional):
         raise ValueError(f"{path} has {unknown}; a comparison has {sorted(needed | optional)}")
     shared = read_recipe(path.parent / content["recipe"] if recipe is None else recipe)
+    if not isinstance(content["translators"], dict):
+        raise ValueError(f"translators of {path} must be fields of a recipe by name, not {content['translators']!r}")
     recipes = {}
     for name, own in content["translators"].items():
         check_fields(own or {}, f"translator {name!r} of {path}")
@@ -180,6 +182,7 @@ class EvaluationImages:
         self._features: dict[str, list[Tensor]] = {}
         self._pairs = open_pairs(self.sources, seed=0, shuffle=False)  # a missing file is an error before the training
 
+    @torch.no_grad()
     def describe(
         self, model: DevilModel, processor: DevilProcessor, options: Mapping[str, Any], batch_size: int = 64
     ) -> dict[str, list[str]]:
