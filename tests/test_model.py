@@ -6,12 +6,15 @@ from torch.nn import functional as F
 from transformers import GenerationConfig
 from transformers import TextIteratorStreamer
 
+from devil_hf import DevilConfig
 from devil_hf.pooling_devil import layer_dropout
 from devil_hf.pooling_devil import location_dropout
 from devil_hf.pooling_devil import pool
 from devil_hf.pooling_devil import pool_every_location
 from devil_hf.pooling_devil import region_weights
 from devil_hf.pooling_devil import window_weights
+from devil_hf.translator_devil import Translator
+from tests.conftest import SMALL_TRANSLATOR
 
 
 def naive_log_probs(model, prefix, tokens):
@@ -121,7 +124,7 @@ def test_region_weights_sum_to_one_and_flag_what_vanishes():
 @pytest.mark.parametrize("schedule", ["constant", "log_uniform"])
 def test_location_dropout_is_uniform_over_a_subset_that_is_never_empty(schedule):
     torch.manual_seed(0)
-    weights = location_dropout(4000, [(3, 4)], 0.5, schedule)[0].flatten(1)
+    weights = location_dropout(4000, [(3, 4)], 0.5, schedule, 0.25)[0].flatten(1)
     kept = (weights > 0).sum(dim=1)
     assert kept.min() >= 1 and kept.max() == 12
     torch.testing.assert_close(weights.sum(dim=1), torch.ones(4000))
@@ -131,13 +134,13 @@ def test_location_dropout_is_uniform_over_a_subset_that_is_never_empty(schedule)
         assert abs(kept.float().mean().item() - 6.0) < 0.3 and few < 0.01
     else:
         assert 0.08 < few < 0.16 and 0.2 < whole < 0.33
-    assert location_dropout(5, [(3, 4)], 1.0, "constant")[0].gt(0).flatten(1).sum(dim=1).tolist() == [1] * 5
-    assert location_dropout(5, [(1, 1)], 0.5, schedule)[0].flatten().tolist() == [1.0] * 5
+    assert location_dropout(5, [(3, 4)], 1.0, "constant", 0.25)[0].gt(0).flatten(1).sum(dim=1).tolist() == [1] * 5
+    assert location_dropout(5, [(1, 1)], 0.5, schedule, 0.25)[0].flatten().tolist() == [1.0] * 5
 
 
 def test_an_image_shown_whole_is_whole_in_every_layer():
     torch.manual_seed(0)
-    first, second = location_dropout(2000, [(8, 8), (6, 6)], 0.5, "log_uniform")
+    first, second = location_dropout(2000, [(8, 8), (6, 6)], 0.5, "log_uniform", 0.25)
     whole = (first > 0).flatten(1).all(dim=1)
     assert 0.2 < whole.float().mean() < 0.3
     assert (second > 0).flatten(1).all(dim=1)[whole].float().mean() > 0.9
@@ -151,6 +154,16 @@ def test_layers_are_all_hidden_only_where_the_null_prefix_is_drawn():
     assert not layer_dropout(50, 3, 1.0, 0.0).all(dim=1).any()
     drawn = layer_dropout(4000, 3, 0.5, null_probability=0.2).all(dim=1).float().mean().item()
     assert abs(drawn - 0.2) < 0.03
+
+
+def test_all_layers_are_shown_as_often_as_asked():
+    torch.manual_seed(0)
+    hidden = layer_dropout(4000, 3, 0.9, null_probability=0.1, all_layers_probability=0.6)
+    shown = (~hidden).all(dim=1).float().mean().item()
+    assert abs(shown - 0.9 * (0.6 + 0.4 * 0.1**2)) < 0.03  # the last layer always stays, the other two seldom
+    assert abs(hidden.all(dim=1).float().mean().item() - 0.1) < 0.02
+    whole = location_dropout(4000, [(5, 5)], 0.5, "log_uniform", 0.7)[0].flatten(1).gt(0).all(dim=1)
+    assert abs(whole.float().mean().item() - (0.7 + 0.3 * 0.006)) < 0.03
 
 
 @torch.no_grad()
@@ -380,3 +393,27 @@ def test_features_that_are_not_finite_are_reported_not_decoded(model, pixel_valu
     ):
         with pytest.raises(ValueError, match="not finite"):
             verb()
+
+
+def test_the_shortcut_adds_linear_maps_of_the_visible_layers():
+    torch.manual_seed(0)
+    channels, width = [5, 7, 3], 16
+    config = DevilConfig(**SMALL_TRANSLATOR, translator_shortcut=True, normalize_features=True)
+    translator = Translator(channels, width, config)
+    translator.reset_parameters()
+    pooled = [torch.randn(4, c) for c in channels]
+    mask = torch.tensor([[False, False, False], [True, False, True], [False, True, False], [True, True, True]])
+    plain = translator(pooled, mask)  # shortcuts begin at zero
+    for shortcut in translator.shortcuts:
+        torch.nn.init.normal_(shortcut.weight)
+    expected = plain.clone()
+    for row in range(4):
+        visible = [at for at in range(3) if not mask[row, at]]
+        for at in visible:
+            feature = translator.feature_norms[at](pooled[at][row])
+            expected[row] += (translator.shortcuts[at].weight @ feature).view(-1, width)
+    torch.testing.assert_close(translator(pooled, mask), expected)
+    # A layer that is hidden everywhere is as good as one that was never computed.
+    alone = translator([None, pooled[1], None])
+    torch.testing.assert_close(alone[1], translator(pooled, mask)[1])
+    assert translator([None] * 3, rows=2).shape == (2, config.prefix_length, width)

@@ -35,12 +35,15 @@ class DevilConfig(PreTrainedConfig):
         translator_heads: its number of attention heads (paper: 12).
         translator_feed_forward: width of its feed-forward layers (paper: 3072).
         translator_norm_eps: epsilon of its layer norms (paper: 1e-12).
+        translator_shortcut: also add a linear map of each visible layer's feature to the prefix (paper: no).
         normalize_features: layer norm of each pooled feature before its projection (paper: no).
         layer_dropout: probability that training hides a layer (paper: 0.5); one layer always stays visible.
         location_dropout: probability that training drops a location (paper: 0.5); one location always stays.
         location_schedule: `"constant"` drops every location with `location_dropout` (paper); `"log_uniform"` draws how many
-            locations are kept log-uniformly between one and all of them, which makes single places point better
-            (a quarter of the images stay whole).
+            locations are kept log-uniformly between one and all of them, which makes single places point better.
+        whole_probability: how often the log-uniform schedule shows the whole image in every layer.
+        all_layers_probability: how often training hides no layer, beyond what `layer_dropout` gives (paper: 0). With
+            `whole_probability` it says how much of the training goes into whole images by all layers together.
         null_probability: how often training hides every layer, so that the null prefix is learned (paper: 0).
         max_caption_tokens: training captions are cut to this many tokens (paper: 100).
         lora: `rank`, `alpha`, `dropout` and `target_modules` of LoRA adapters in the language model, see `add_lora`
@@ -68,11 +71,14 @@ class DevilConfig(PreTrainedConfig):
     translator_heads: int = 12
     translator_feed_forward: int = 3072
     translator_norm_eps: float = 1e-12
+    translator_shortcut: bool = False
     normalize_features: bool = False
 
     layer_dropout: float = 0.5
     location_dropout: float = 0.5
     location_schedule: Literal["constant", "log_uniform"] = "constant"
+    whole_probability: float = 0.25
+    all_layers_probability: float = 0.0
     null_probability: float = 0.0
     max_caption_tokens: int = 100
     lora: dict[str, Any] | None = None
@@ -128,7 +134,13 @@ class DevilConfig(PreTrainedConfig):
         return super().from_dict(config_dict, **kwargs)
 
     def validate_probabilities(self):
-        for name in ("layer_dropout", "location_dropout", "null_probability"):
+        for name in (
+            "layer_dropout",
+            "location_dropout",
+            "whole_probability",
+            "all_layers_probability",
+            "null_probability",
+        ):
             value = getattr(self, name)
             if not 0.0 <= value <= 1.0:
                 raise ValueError(f"{name}={value} is not a probability: give a number between 0 and 1.")

@@ -33,8 +33,8 @@ from .lora_devil import lora_layers
 from .outputs_devil import DevilOutput
 from .outputs_devil import ScoreOutput
 from .pooling_devil import check_weights
-from .pooling_devil import layer_dropout
-from .pooling_devil import location_dropout
+from .pooling_devil import draw_layer_mask
+from .pooling_devil import draw_location_weights
 from .pooling_devil import pool
 from .pooling_devil import read_locations
 from .pooling_devil import region_weights
@@ -276,10 +276,7 @@ class DevilModel(ExplainMixin, DevilPreTrainedModel):
             ]
         rows = pooled_features[0].shape[0]
         if layer_mask is None and self.training:
-            config = self.config
-            layer_mask = layer_dropout(
-                rows, len(pooled_features), config.layer_dropout, config.null_probability, pooled_features[0].device
-            )
+            layer_mask = draw_layer_mask(self.config, rows, len(pooled_features), pooled_features[0].device)
         prefix = self.translate(pooled_features, layer_mask)
         if input_ids is None:
             return DevilOutput(prefix=prefix)
@@ -290,9 +287,7 @@ class DevilModel(ExplainMixin, DevilPreTrainedModel):
         return DevilOutput(loss=loss, logits=logits, prefix=prefix)
 
     def _training_weights(self, feature_maps: Sequence[Tensor]) -> list[Tensor]:
-        config, first = self.config, feature_maps[0]
-        grids = [maps.shape[-2:] for maps in feature_maps]
-        rows = location_dropout(len(first), grids, config.location_dropout, config.location_schedule, first.device)
+        rows = draw_location_weights(self.config, len(feature_maps[0]), feature_maps)
         return [weights[:, None] for weights in rows]
 
     def _caption_inputs(self, prefix: Tensor, input_ids: Tensor, attention_mask: Tensor | None):

@@ -32,20 +32,21 @@ def pool(feature_map: Tensor, weights: Tensor | None) -> Tensor:
     return torch.einsum(equation, feature_map, weights).flatten(0, 1)
 
 
-# Share of training rows that the log-uniform schedule shows whole, in all their layers: what most questions will be.
-WHOLE_SHARE = 0.25
-
-
 def location_dropout(
-    rows: int, grids: Sequence[Sequence[int]], probability: float, schedule: str, device=None
+    rows: int,
+    grids: Sequence[Sequence[int]],
+    probability: float,
+    schedule: str,
+    whole_probability: float,
+    device=None,
 ) -> list[Tensor]:
     """Draw training weights, one (rows, H_l, W_l) per layer: uniform over a random, never empty subset of its locations.
 
     `"constant"` drops each location with `probability` (paper). `"log_uniform"` draws the number of kept locations of each
-    layer log-uniformly between one and all, so that few places and many are both common, and shows a quarter of the rows
-    whole in every layer.
+    layer log-uniformly between one and all, so that few places and many are both common, and with `whole_probability` shows
+    a row whole in every layer: what most questions will be.
     """
-    whole = torch.rand(rows, 1, device=device) < WHOLE_SHARE
+    whole = torch.rand(rows, 1, device=device) < whole_probability
     weights = []
     for H, W in grids:
         draw = torch.rand(rows, H * W, device=device)
@@ -60,13 +61,47 @@ def location_dropout(
     return weights
 
 
-def layer_dropout(rows: int, layers: int, probability: float, null_probability: float, device=None) -> Tensor:
-    """Draw a training layer mask (rows, L), True = hidden: never all hidden unless the null prefix is drawn."""
+def layer_dropout(
+    rows: int,
+    layers: int,
+    probability: float,
+    null_probability: float,
+    all_layers_probability: float = 0.0,
+    device=None,
+) -> Tensor:
+    """Draw a training layer mask (rows, L), True = hidden: never all hidden unless the null prefix is drawn.
+
+    Args:
+        probability: that a layer is hidden.
+        null_probability: that every layer of a row is hidden.
+        all_layers_probability: that none is, of the other rows and beyond what `probability` gives.
+    """
     draw = torch.rand(rows, layers, device=device)
     hidden = draw < probability
     hidden.scatter_(1, draw.argmax(dim=1, keepdim=True), False)
+    if all_layers_probability:
+        hidden &= torch.rand(rows, 1, device=device) >= all_layers_probability
     null = torch.rand(rows, 1, device=device) < null_probability
     return hidden | null
+
+
+def draw_location_weights(config, rows: int, feature_maps: Sequence[Tensor]) -> list[Tensor]:
+    """Training weights as `config` (a `DevilConfig`) wants them, one (rows, H_l, W_l) per layer."""
+    return location_dropout(
+        rows,
+        [maps.shape[-2:] for maps in feature_maps],
+        config.location_dropout,
+        config.location_schedule,
+        config.whole_probability,
+        feature_maps[0].device,
+    )
+
+
+def draw_layer_mask(config, rows: int, layers: int, device=None) -> Tensor:
+    """A training layer mask (rows, L) as `config` (a `DevilConfig`) wants it."""
+    return layer_dropout(
+        rows, layers, config.layer_dropout, config.null_probability, config.all_layers_probability, device
+    )
 
 
 def read_locations(locations: Any, grid: tuple[int, int], layer: str) -> list[tuple[int, int]]:

@@ -54,6 +54,10 @@ class Translator(nn.Module):
         channels: C_l, feature width of each layer.
         embedding_width: D_lm, width of the language model's embeddings.
         config: a `DevilConfig`; its `prefix_length`, `translator_*` and `normalize_features` are read.
+
+    With `translator_shortcut` (beyond the paper) the prefix also gets the sum over the visible layers of a linear map of each
+    feature. All positions of the prefix see a layer through one token, which they must tell apart by the transformer alone;
+    the shortcut gives each a view of its own, as LiMBeR has it.
     """
 
     def __init__(self, channels: Sequence[int], embedding_width: int, config):
@@ -71,6 +75,11 @@ class Translator(nn.Module):
         )
         self.norm = nn.LayerNorm(width, eps=eps)
         self.output = nn.Linear(width, embedding_width)
+        self.shortcuts = (
+            nn.ModuleList(nn.Linear(c, config.prefix_length * embedding_width, bias=False) for c in channels)
+            if config.translator_shortcut
+            else None
+        )
 
     def forward(self, pooled: Sequence[Tensor | None], layer_mask: Tensor | None = None, rows: int = 1) -> Tensor:
         """Translate pooled features.
@@ -84,9 +93,10 @@ class Translator(nn.Module):
             The prefix, (N, k, D_lm).
         """
         visible = [index for index, vectors in enumerate(pooled) if vectors is not None]
+        features = [self.feature_norms[index](pooled[index]) for index in visible]
         tokens = [
-            self.projections[index](self.feature_norms[index](pooled[index])) + self.layer_embedding[index]
-            for index in visible
+            self.projections[index](values) + self.layer_embedding[index]
+            for index, values in zip(visible, features, strict=True)
         ]
         rows = tokens[0].shape[0] if tokens else rows
         queries = self.queries.expand(rows, -1, -1)
@@ -101,13 +111,22 @@ class Translator(nn.Module):
         for block in self.blocks[:-1]:
             sequence = block(sequence, attention_mask)
         sequence = self.blocks[-1](sequence, attention_mask, last=queries.shape[1])
-        return self.output(self.norm(sequence))
+        prefix = self.output(self.norm(sequence))
+        if self.shortcuts is not None and visible:
+            views = torch.stack([self.shortcuts[i](values) for i, values in zip(visible, features, strict=True)], dim=1)
+            if layer_mask is not None:
+                views = views.masked_fill(layer_mask[:, visible, None], 0.0)
+            prefix = prefix + views.sum(dim=1).view(prefix.shape)
+        return prefix
 
     def reset_parameters(self) -> None:
         """Initialise as in the paper: embeddings and queries 0.1 N(0, 1), linear layers as torch does."""
         init.normal_(self.layer_embedding, std=0.1)
         init.normal_(self.queries, std=0.1)
         reset_layers(self)
+        if self.shortcuts is not None:
+            for weight in self.shortcuts.parameters():
+                init.zeros_(weight)  # begins as the transformer alone
 
 
 def reset_layers(translator: nn.Module) -> None:
@@ -116,7 +135,8 @@ def reset_layers(translator: nn.Module) -> None:
         if isinstance(module, nn.Linear):
             bound = module.in_features**-0.5
             init.uniform_(module.weight, -bound, bound)
-            init.uniform_(module.bias, -bound, bound)
+            if module.bias is not None:
+                init.uniform_(module.bias, -bound, bound)
         elif isinstance(module, nn.LayerNorm):
             init.ones_(module.weight)
             init.zeros_(module.bias)

@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from devil_hf.modeling_devil import DevilModel
-from devil_hf.pooling_devil import location_dropout
+from devil_hf.pooling_devil import draw_location_weights
 from devil_hf.pooling_devil import pool
 
 
@@ -60,11 +60,8 @@ def _draw_weights(model: DevilModel, feature_maps: list[Tensor], draws: int | No
     """Per layer, weights (B, draws, H_l, W_l), or None for uniform ones."""
     if draws is None:
         return [None] * len(feature_maps)
-    config, images = model.config, len(feature_maps[0])
-    grids = [maps.shape[-2:] for maps in feature_maps]
-    rows = location_dropout(
-        images * draws, grids, config.location_dropout, config.location_schedule, feature_maps[0].device
-    )
+    images = len(feature_maps[0])
+    rows = draw_location_weights(model.config, images * draws, feature_maps)
     return [weights.view(images, draws, *weights.shape[1:]) for weights in rows]
 
 

@@ -29,7 +29,7 @@ from transformers.utils import logging
 from devil_hf.data.decoding import BadSamples
 from devil_hf.evaluation.captions import caption_scores
 from devil_hf.modeling_devil import DevilModel
-from devil_hf.pooling_devil import layer_dropout
+from devil_hf.pooling_devil import draw_layer_mask
 from devil_hf.processing_devil import DevilProcessor
 from devil_hf.training.features import PooledCaptions
 from devil_hf.training.feed import CaptionCollator
@@ -214,7 +214,7 @@ class DevilTrainer(Trainer):
         """The model's caption loss, with a layer mask that is drawn here, so that it can be counted."""
         config = self.accelerator.unwrap_model(self.model).config
         rows, layers = len(inputs["input_ids"]), len(self._shown)
-        mask = layer_dropout(rows, layers, config.layer_dropout, config.null_probability, self.args.device)
+        mask = draw_layer_mask(config, rows, layers, self.args.device)
         self._shown += (~mask).sum(dim=0)
         self._empty_rows += mask.all(dim=1).sum()
         self._rows += rows
