@@ -84,7 +84,10 @@ def cache_key(
         "layers": model.layer_names,
         "image_transform": processor.image_processor.to_json_string(),
         "data": data,
-        "location_dropout": [config.location_schedule, config.location_dropout, config.whole_probability],
+        "location_dropout": [
+            config.location_schedule,
+            config.whole_probability if config.location_schedule == "log_uniform" else config.location_dropout,
+        ],
         "views": views,
         "draws": draws,
         "smallest_crop": smallest_crop if views > 1 else None,
