@@ -231,6 +231,24 @@ def test_grad_cam_is_the_librarys_and_leaves_the_backbone_alone(tokenizer, langu
     assert grad_cam
     with pytest.raises(ValueError, match="3 class names for the 4 classes"):
         ClassMapper(model, ["a", "b", "c"])
+    # Weights elsewhere, here of another type, take the pixels along; a backbone of its own, since others share this one.
+    module.double()
+    precise = ClassMapper(model, ["cat, house cat", "sports car", "school bus", "bus stop"]).maps(pixels, ["car"])
+    module.float()
+    assert precise["car"] == pytest.approx(maps["car"], abs=1e-4)
+
+
+def test_grad_cam_refuses_tokens_before_it_maps(tokenizer, language_model):
+    pytest.importorskip("pytorch_grad_cam")
+    import timm
+
+    from devil_hf import DevilModel
+
+    network = timm.create_model("test_vit.r160_in1k", pretrained=False, num_classes=2).eval()
+    options = {"translator_width": 16, "translator_depth": 1, "translator_heads": 1, "translator_feed_forward": 16}
+    model = DevilModel.from_backbone_and_language_model(network, language_model, tokenizer=tokenizer, **options)
+    with pytest.raises(ValueError, match=r"feature map .* gives \(1, \d+, \d+\)"):
+        ClassMapper(model, ["a", "b"])
 
 
 def test_grad_cam_needs_a_classifier(model):
