@@ -100,9 +100,7 @@ def ground_truth(
 
 
 @torch.no_grad()
-def scene_rows(
-    model: DevilModel, processor: DevilProcessor, scenes: Sequence[Scene], indices: Sequence[int]
-) -> Rows:
+def scene_rows(model: DevilModel, processor: DevilProcessor, scenes: Sequence[Scene], indices: Sequence[int]) -> Rows:
     """Every answer about each scene, as JSON; `indices` are those of the scenes in their world."""
     features = model.extract_features(pixel_values(processor, scenes))
     maps = word_maps(model, processor, features)
@@ -213,8 +211,9 @@ def _choose(
             turn = indices[image] % len(options)
             options = options[turn:] + options[:turn]
             phrases = model._phrases(processor(text=options, return_tensors="pt"))
-            given, null = (model._score_rows(p, phrases).sum(dim=-1) for p in (rows, model.null_prefix()))
-            for layer, best in zip(names, (given - null).argmax(dim=1).tolist(), strict=True):
+            # In one batch, where equal prefixes score equally to the last bit.
+            *given, null = model._score_rows(torch.cat([rows, model.null_prefix()]), phrases).sum(dim=-1)
+            for layer, best in zip(names, (torch.stack(given) - null).argmax(dim=1).tolist(), strict=True):
                 chosen[image][layer][name] = options[best]
     return chosen
 

@@ -74,7 +74,7 @@ def score_maps(
         seen: class names that the training captions hold; class phrases are then reported as "seen" and "unseen".
 
     Returns:
-        `images`: how many hold a visible phrase; `groups`: group -> row -> metric -> value; `intervals`: the same with (low, high);
+        `images`: how many hold a phrase; `groups`: group -> row -> metric -> value; `intervals`: the same with (low, high);
         `counts`: group -> phrases, images, area; `boards`: the multi-object game likewise, row -> metric.
 
     Raises:
