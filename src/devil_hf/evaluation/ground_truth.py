@@ -211,9 +211,9 @@ def _choose(
             turn = indices[image] % len(options)
             options = options[turn:] + options[:turn]
             phrases = model._phrases(processor(text=options, return_tensors="pt"))
-            # In one batch, where equal prefixes score equally to the last bit.
-            *given, null = model._score_rows(torch.cat([rows, model.null_prefix()]), phrases).sum(dim=-1)
-            for layer, best in zip(names, (torch.stack(given) - null).argmax(dim=1).tolist(), strict=True):
+            given, null = (model._score_rows(p, phrases).sum(dim=-1) for p in (rows, model.null_prefix()))
+            evidence = (given - null).round(decimals=3)  # what is less is rounding of the sums
+            for layer, best in zip(names, evidence.argmax(dim=1).tolist(), strict=True):
                 chosen[image][layer][name] = options[best]
     return chosen
 
