@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from devil_hf import DevilModel
@@ -115,6 +116,20 @@ def test_choices_differ_in_one_thing_and_the_first_is_true():
             assert truth.relations_hold(options["relation"][0], scene) == [True]
             assert truth.relations_hold(options["relation"][1], scene) == [False]
     assert relations > 20
+
+
+def test_a_translator_that_sees_nothing_chooses_no_better_than_chance():
+    """All options then have the same evidence: the true one, which `choices` names first, must not win."""
+    model, processor = load(device="cpu")
+    torch.nn.init.zeros_(model.translator.output.weight)
+    indices = [index for index in range(40) if make_scene(1, index).relations][:6]
+    scenes = [make_scene(1, index) for index in indices]
+    with torch.no_grad():
+        features = model.extract_features(truth.pixel_values(processor, scenes))
+        chosen = truth._choose(model, processor, features, scenes, range(6))
+    for name, chance in (("size", 1 / 3), ("relation", 1 / 2)):
+        right = [row["all"][name] == truth.choices(scene)[name][0] for row, scene in zip(chosen, scenes, strict=True)]
+        assert np.mean(right) == pytest.approx(chance)
 
 
 @pytest.mark.parametrize("grid", [(4, 4), (8, 8), (32, 32)])

@@ -98,6 +98,23 @@ def test_voc_counts_pixels_from_one(folder, segmented):
     assert (drawn(folder)["dog"] == truth()).all()
 
 
+def test_classes_that_voc_masks_do_not_tell_are_left_out(folder):
+    (folder / "Annotations").mkdir()
+    (folder / "SegmentationClass").mkdir()
+    Image.new("RGB", (WIDTH, HEIGHT), "grey").save(folder / "JPEGImages" / "two.jpg")
+    box = "<bndbox><xmin>11</xmin><ymin>9</ymin><xmax>30</xmax><ymax>20</ymax></bndbox>"
+    for stem, names in (("one", ("dog", "head")), ("two", ("head",))):
+        objects = "".join(f"<object><name>{name}</name>{box}</object>" for name in names)
+        xml = f"<annotation><filename>{stem}.jpg</filename>{objects}</annotation>"
+        (folder / "Annotations" / f"{stem}.xml").write_text(xml)
+        Image.fromarray(np.where(truth(), 12, 0).astype(np.uint8)).save(folder / "SegmentationClass" / f"{stem}.png")
+    (example,) = open_localised(folder)
+    assert set(example.groups) == set(example.draw((HEIGHT, WIDTH))) == {"dog"}
+    assert example.present == {"dog", "head"}  # a board must not ask for the head elsewhere
+    (folder / "SegmentationClass" / "two.png").unlink()
+    assert [set(one.groups) for one in open_localised(folder)] == [{"dog"}, {"head"}]  # boxes tell any class
+
+
 @pytest.mark.parametrize(
     "label", ["1 0.333333 0.35 0.333333 0.3", "1 0.166667 0.2 0.5 0.2 0.5 0.5 0.166667 0.5"], ids=["box", "polygon"]
 )

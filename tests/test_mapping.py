@@ -12,12 +12,14 @@ from torch.nn import functional as F
 from devil_hf.cli import main
 from devil_hf.combining_devil import combine_maps
 from devil_hf.data.localisation import LocalisedImage
+from devil_hf.evaluation import map_scores
 from devil_hf.evaluation import mapping
 from devil_hf.evaluation.gradcam import ClassMapper
 from devil_hf.evaluation.map_scores import as_results
 from devil_hf.evaluation.map_scores import maps_table
 from devil_hf.evaluation.map_scores import named_in_captions
 from devil_hf.evaluation.map_scores import score_maps
+from devil_hf.evaluation.map_scores import summarise
 from devil_hf.evaluation.mapping import MapSettings
 from devil_hf.evaluation.mapping import collect_maps
 from devil_hf.evaluation.mapping import draw_boards
@@ -27,6 +29,7 @@ from devil_hf.evaluation.mapping import shown_weights
 from devil_hf.evaluation.results import read_evaluations
 from devil_hf.report.localisation import localisation_figure
 
+SOURCE = {"source": "test"}
 SETTINGS = MapSettings(layers=(-2, -1), carrier="the", boards=1)
 
 
@@ -140,15 +143,15 @@ def test_boards_ask_for_what_only_one_of_their_images_has_whatever_the_limit(exa
 
 def test_a_killed_evaluation_goes_on_and_scores_need_no_model(model, processor, examples, tmp_path, monkeypatch):
     whole, _ = tmp_path / "whole", (tmp_path / "stopped").mkdir()
-    keys, records = collect_maps(model, processor, examples, "test", whole, SETTINGS)
+    keys, records = collect_maps(model, processor, examples, SOURCE, whole, SETTINGS)
     stopped = tmp_path / "stopped"
-    collect_maps(model, processor, examples[:1], "test", stopped, SETTINGS)
+    collect_maps(model, processor, examples[:1], SOURCE, stopped, SETTINGS)
     with (stopped / mapping.RECORDS).open("a") as file:
         file.write('{"key": "1.jpg", "row": {"phra')  # killed while writing
     asked = []
     once = mapping._map_one
     monkeypatch.setattr(mapping, "_map_one", lambda *a, **k: asked.append(1) or once(*a, **k))
-    again, resumed = collect_maps(model, processor, examples, "test", stopped, SETTINGS)
+    again, resumed = collect_maps(model, processor, examples, SOURCE, stopped, SETTINGS)
     assert again == keys and len(asked) == 2
     for key in keys:
         assert resumed[key].keys() == records[key].keys()
@@ -158,7 +161,7 @@ def test_a_killed_evaluation_goes_on_and_scores_need_no_model(model, processor, 
             np.allclose(maps[name], maps_again[name], atol=1e-5) for name in maps
         )
     with pytest.raises(ValueError, match="carrier"):
-        collect_maps(model, processor, examples, "test", stopped, replace(SETTINGS, carrier="a"))
+        collect_maps(model, processor, examples, SOURCE, stopped, replace(SETTINGS, carrier="a"))
 
     monkeypatch.setattr(type(model), "forward", None)
     rows = {key: records[key] for key in keys}
@@ -170,6 +173,12 @@ def test_a_killed_evaluation_goes_on_and_scores_need_no_model(model, processor, 
     area = content["counts"]["class"]["area"]
     assert table["chance"]["energy"] == table["chance"]["average_precision"] == pytest.approx(area)
     assert "informed" in maps_table(content)
+    for name in model.layer_names[-2:]:  # each against chance on its own grid
+        assert table[name]["pointing_chance"] >= table["informed"]["pointing_chance"] == table["chance"]["pointing"]
+    # Log-probabilities are never positive: no energy, and overlaps from their minimum.
+    for measure in ("sum", "per_token"):
+        other = table[f"informed, {measure}"]
+        assert other["energy"] == 0 and {"iou", "iou_best", "miou"} <= set(other)
     results = as_results(content, "test", {"seed": 0})
     (tmp_path / "scores.json").write_text(json.dumps(results))
     (evaluation,) = read_evaluations(tmp_path / "scores.json")
@@ -178,8 +187,52 @@ def test_a_killed_evaluation_goes_on_and_scores_need_no_model(model, processor, 
     assert isinstance(localisation_figure(processor, examples, rows, whole), Image.Image)
 
 
+def test_images_that_are_added_leave_every_map_with_its_image(model, processor, examples, tmp_path):
+    settings = replace(SETTINGS, boards=3, joint=False)
+    collect_maps(model, processor, examples[1:], SOURCE, tmp_path / "grown", settings)
+    keys, grown = collect_maps(model, processor, examples, SOURCE, tmp_path / "grown", settings)
+    again, whole = collect_maps(model, processor, examples, SOURCE, tmp_path / "whole", settings)
+    assert keys == again
+    for key in keys:
+        assert grown[key]["phrases"] == whole[key]["phrases"]
+        one, other = (
+            read_arrays(tmp_path / folder / "maps" / rows[key]["file"])
+            for folder, rows in (("grown", grown), ("whole", whole))
+        )
+        assert (one[0] == other[0]).all() and one[1]["informed"] == pytest.approx(other[1]["informed"], abs=1e-5)
+    with pytest.raises(ValueError, match="names"):
+        collect_maps(model, processor, examples, SOURCE | {"names": "other.yaml"}, tmp_path / "grown", settings)
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+@pytest.mark.parametrize("grid", [(8, 8), (7, 7), (1, 1)])
+def test_random_maps_score_the_printed_chance_on_boards(size, grid):
+    rng, draws = np.random.default_rng(0), 400
+    masks = np.zeros((size, 32, 32), dtype=bool)
+    for at in range(size):
+        row, column = divmod(at, 2)
+        masks[at, 16 * row + 3 : 16 * row + 9, 16 * column + 4 : 16 * column + 13] = True
+    table = {}
+    for number in range(draws):
+        row = {"board": size, "phrases": [str(at) for at in range(size)]}
+        map_scores._score_board(number, row, masks, {"layer": rng.normal(size=(size, *grid))}, table)
+    found = {name: summarise(samples, 20, 0) for name, samples in table.items()}
+    for metric, chance in (
+        (f"tile_{size}", found["chance"][f"tile_{size}"][0]),
+        (f"pointing_{size}", found["layer"][f"pointing_chance_{size}"][0]),
+    ):
+        sigma = (chance * (1 - chance) / (draws * size)) ** 0.5
+        assert found["layer"][metric][0] == pytest.approx(chance, abs=4 * sigma + 1e-9)
+    assert found["chance"][f"tile_{size}"][0] == 1 / size
+
+
+def test_scores_of_nothing_are_an_error(tmp_path):
+    with pytest.raises(ValueError, match="no phrase of these images is visible"):
+        score_maps({"one.jpg": {"phrases": [], "groups": {}}}, tmp_path)
+
+
 def test_recorded_maps_are_those_of_the_model(model, processor, examples, tmp_path):
-    _, records = collect_maps(model, processor, examples[:1], "test", tmp_path, SETTINGS)
+    _, records = collect_maps(model, processor, examples[:1], SOURCE, tmp_path, SETTINGS)
     masks, maps = read_arrays(tmp_path / "maps" / records["0.jpg"]["file"])
     inputs = processor(images=examples[0].read(), return_tensors="pt")
     text = processor(text=records["0.jpg"]["phrases"], carrier="the", return_tensors="pt")
@@ -231,6 +284,24 @@ def test_grad_cam_is_the_librarys_and_leaves_the_backbone_alone(tokenizer, langu
     assert grad_cam
     with pytest.raises(ValueError, match="3 class names for the 4 classes"):
         ClassMapper(model, ["a", "b", "c"])
+    # Weights elsewhere, here of another type, take the pixels along; a backbone of its own, since others share this one.
+    module.double()
+    precise = ClassMapper(model, ["cat, house cat", "sports car", "school bus", "bus stop"]).maps(pixels, ["car"])
+    module.float()
+    assert precise["car"] == pytest.approx(maps["car"], abs=1e-4)
+
+
+def test_grad_cam_refuses_tokens_before_it_maps(tokenizer, language_model):
+    pytest.importorskip("pytorch_grad_cam")
+    import timm
+
+    from devil_hf import DevilModel
+
+    network = timm.create_model("test_vit.r160_in1k", pretrained=False, num_classes=2).eval()
+    options = {"translator_width": 16, "translator_depth": 1, "translator_heads": 1, "translator_feed_forward": 16}
+    model = DevilModel.from_backbone_and_language_model(network, language_model, tokenizer=tokenizer, **options)
+    with pytest.raises(ValueError, match=r"feature map .* gives \(1, \d+, \d+\)"):
+        ClassMapper(model, ["a", "b"])
 
 
 def test_grad_cam_needs_a_classifier(model):
@@ -246,6 +317,7 @@ def test_grad_cam_needs_a_classifier(model):
         (["shapes:x"], "shapes:COUNT"),
         (["shapes:3", "--limit", "0"], "--limit 0 must be at least 1"),
         (["shapes:3", "--captions", "nowhere:train"], "nowhere"),
+        (["shapes:3", "--captions", "typo"], "FOLDER:SPLIT"),
     ],
 )
 def test_bad_input_is_an_error_before_anything_is_loaded(arguments, message, capsys, tmp_path):

@@ -191,10 +191,13 @@ def run_evaluate_maps(arguments: argparse.Namespace) -> None:
     classes = None
     if arguments.gradcam:
         classes = ClassMapper(model, read_class_names(arguments.class_names) if arguments.class_names else None)
-    keys, records = collect_maps(model, processor, examples, arguments.source, arguments.output_dir, settings, classes)
+    source = {"source": arguments.source}
+    source |= {name: str(value) for name in ("images", "names") if (value := getattr(arguments, name))}
+    keys, records = collect_maps(model, processor, examples, source, arguments.output_dir, settings, classes)
     rows = {key: records[key] for key in keys}
     content = score_maps(rows, arguments.output_dir, seen, seed=arguments.seed)
-    noted = {"carrier": arguments.carrier, "seed": arguments.seed, "tolerance": "half a cell", "images": len(examples)}
+    noted = {"carrier": arguments.carrier, "seed": arguments.seed, "images": len(examples)}
+    noted["tolerance"] = "half a cell of a map's own grid, chance that of the finest"
     results = as_results(content, arguments.source, noted)
     (arguments.output_dir / "scores.json").write_text(json.dumps(results, indent=1) + "\n")
     localisation_figure(processor, examples, rows, arguments.output_dir).save(arguments.output_dir / "maps.png")

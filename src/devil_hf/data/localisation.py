@@ -21,9 +21,9 @@ from PIL import Image
 from PIL import ImageDraw
 
 from devil_hf.data.images import EXTENSIONS
+from devil_hf.data.shapes import HELD_OUT_WORLD
 from devil_hf.data.shapes import make_scene
 
-HELD_OUT_WORLD = 1  # the seed of scenes that no checkpoint of the package was trained on
 FINE = 5  # polygons are drawn this many times larger
 CLASS = "class"  # the group of phrases that are class names
 VOC_CLASSES = (
@@ -207,6 +207,8 @@ def _decode_runs(code: dict, size: tuple[int, int]) -> np.ndarray:
 def read_voc(folder: str | PathLike, images: str | PathLike | None = None) -> list[LocalisedImage]:
     """Pascal VOC: the masks of `SegmentationClass` where an image has one, else the boxes of its annotation.
 
+    Masks tell VOC's twenty classes only: others are left out of an image that has masks.
+
     Args:
         folder: with `Annotations/*.xml`.
         images: folder of the images (`JPEGImages`).
@@ -220,12 +222,15 @@ def read_voc(folder: str | PathLike, images: str | PathLike | None = None) -> li
             objects = [(item.findtext("name", ""), _voc_box(item)) for item in root.iter("object")]
         except (ElementTree.ParseError, TypeError, ValueError) as error:
             raise ValueError(f"{file} is no VOC annotation ({error})") from error
+        segmentation = folder / "SegmentationClass" / f"{file.stem}.png"
+        present = frozenset(name for name, _ in objects)
+        if segmentation.is_file():
+            objects = [(name, box) for name, box in objects if name in VOC_CLASSES]
         if not objects:
             continue
         image = pictures / (root.findtext("filename") or f"{file.stem}.jpg")
         if not image.is_file():
             raise FileNotFoundError(f"{image} of {file} does not exist: name the folder of the images (--images)")
-        segmentation = folder / "SegmentationClass" / f"{file.stem}.png"
 
         def draw(size, objects=objects, segmentation=segmentation):
             names = dict.fromkeys(name for name, _ in objects)
@@ -233,10 +238,10 @@ def read_voc(folder: str | PathLike, images: str | PathLike | None = None) -> li
                 classes = np.asarray(Image.open(segmentation))  # palette indices; 255 is the border between objects
                 if classes.shape != size:
                     raise ValueError(f"{segmentation} is {classes.shape} pixels, its image {size} (height, width)")
-                return {name: classes == VOC_CLASSES.index(name) + 1 for name in names if name in VOC_CLASSES}
+                return {name: classes == VOC_CLASSES.index(name) + 1 for name in names}
             return {name: _union(size, (box_mask(box, size) for one, box in objects if one == name)) for name in names}
 
-        found.append(_of_file(image, (name for name, _ in objects), draw))
+        found.append(_of_file(image, (name for name, _ in objects), draw, present=present))
     return found
 
 

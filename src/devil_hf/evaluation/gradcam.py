@@ -26,7 +26,8 @@ class ClassMapper:
         names: names of the classes, in the order of the logits, synonyms separated by commas; None for ImageNet's thousand.
 
     Raises:
-        ValueError: if pytorch-grad-cam is not installed, the backbone has no classifier, or the names do not fit it.
+        ValueError: if pytorch-grad-cam is not installed, the backbone has no classifier, the names do not fit it, or the deepest
+            layer gives no feature map (transformers give tokens).
     """
 
     def __init__(self, model: DevilModel, names: Sequence[str] | None = None):
@@ -37,11 +38,24 @@ class ClassMapper:
         self.module: nn.Module = model.backbone.module
         self.layer = model.layer_names[-1].split(":")[0]
         height, width = model.backbone.config["input_size"][1:]
+        shapes: list[tuple[int, ...]] = []
+        handles = [
+            module.register_forward_hook(lambda _, __, output: shapes.append(tuple(getattr(output, "shape", ()))))
+            for name, module in self.module.named_modules()
+            if name == self.layer
+        ]
         with torch.no_grad():
-            logits = self.module(torch.zeros(1, 3, height, width))
+            logits = self.module(self._placed(torch.zeros(1, 3, height, width)))
+        for handle in handles:
+            handle.remove()
         if not isinstance(logits, Tensor) or logits.ndim != 2 or not getattr(self.module, "num_classes", 1):
             raise ValueError(
                 "Grad-CAM needs the backbone's classifier, and this backbone was made without one (num_classes=0)"
+            )
+        if not shapes or len(shapes[0]) != 4 or shapes[0][1] != model.backbone.channels[-1]:
+            raise ValueError(
+                f"Grad-CAM needs a feature map (images, channels, rows, columns) of the deepest layer, and {self.layer!r} gives "
+                f"{shapes[0] if shapes else 'nothing'}: leave it out for this backbone"
             )
         if names is None:
             info = ImageNetInfo()
@@ -52,6 +66,10 @@ class ClassMapper:
             )
         self.names = [[part.strip().lower() for part in name.split(",")] for name in names]
         self.cam = GradCAM
+
+    def _placed(self, pixel_values: Tensor) -> Tensor:
+        """Where the weights are, and as precise."""
+        return pixel_values.to(next(self.module.parameters()))
 
     def classes_of(self, phrase: str) -> list[int]:
         """The classes that a phrase names."""
@@ -71,7 +89,7 @@ class ClassMapper:
                 classes = self.classes_of(phrase)
                 if classes:
                     # The frozen weights need no gradient, the features do: it enters with the pixels.
-                    pixels = pixel_values.clone().requires_grad_()
+                    pixels = self._placed(pixel_values).detach().clone().requires_grad_()
                     with torch.enable_grad():
                         enlarged = cam(pixels, targets=[lambda logits, of=classes: logits[of].logsumexp(dim=0)])
                     grid = cam.activations_and_grads.activations[0].shape[-2:]

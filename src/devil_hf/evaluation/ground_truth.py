@@ -39,6 +39,7 @@ from devil_hf.data.shapes import SIZES
 from devil_hf.data.shapes import Scene
 from devil_hf.data.shapes import SceneObject
 from devil_hf.data.shapes import make_scene
+from devil_hf.evaluation.controls import CARRIER
 from devil_hf.evaluation.pointing import chance_pointing
 from devil_hf.evaluation.pointing import pointing_game
 from devil_hf.evaluation.records import Records
@@ -48,7 +49,6 @@ from devil_hf.evaluation.words import word_list
 from devil_hf.modeling_devil import DevilModel
 from devil_hf.processing_devil import DevilProcessor
 
-CARRIER = "the"  # the paper's neutral word before a phrase; a bare "circle" is no way to begin a caption
 CLASSES = {**ATTRIBUTE_WORDS, "size": tuple(SIZES)}
 VOCABULARY = [word for words in ATTRIBUTE_WORDS.values() for word in words]
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
@@ -87,7 +87,8 @@ def ground_truth(
     bar = tqdm(total=scenes, initial=scenes - len(missing), desc="scenes", unit="scene")
     for begin in range(0, len(missing), batch_size):
         batch = missing[begin : begin + batch_size]
-        for index, row in zip(batch, scene_rows(model, processor, [make_scene(seed, i) for i in batch]), strict=True):
+        found = scene_rows(model, processor, [make_scene(seed, i) for i in batch], batch)
+        for index, row in zip(batch, found, strict=True):
             records.add(str(index), row)
         bar.update(len(batch))
     bar.close()
@@ -99,13 +100,13 @@ def ground_truth(
 
 
 @torch.no_grad()
-def scene_rows(model: DevilModel, processor: DevilProcessor, scenes: Sequence[Scene]) -> Rows:
-    """Every answer about each scene, as JSON."""
+def scene_rows(model: DevilModel, processor: DevilProcessor, scenes: Sequence[Scene], indices: Sequence[int]) -> Rows:
+    """Every answer about each scene, as JSON; `indices` are those of the scenes in their world."""
     features = model.extract_features(pixel_values(processor, scenes))
     maps = word_maps(model, processor, features)
     said, pointed = describe_scenes(model, processor, features), play_pointing(maps, scenes)
     places = _answer_places(model, processor, features, maps, scenes)
-    chosen = _choose(model, processor, features, scenes)
+    chosen = _choose(model, processor, features, scenes, indices)
     return [
         {"said": said[at], "pointing": pointed[at], "places": places[at], "chosen": chosen[at]}
         for at in range(len(scenes))
@@ -190,8 +191,10 @@ def _likeliest(evidence: Tensor) -> dict[str, str]:
     return {name: max(words, key=lambda word: values[word]) for name, words in ATTRIBUTE_WORDS.items()}
 
 
-def _choose(model, processor, features, scenes: Sequence[Scene]) -> list[dict[str, dict[str, Any]]]:
-    """By layer, the choices by evidence about each whole image: class -> [chosen, right]."""
+def _choose(
+    model, processor, features, scenes: Sequence[Scene], indices: Sequence[int]
+) -> list[dict[str, dict[str, Any]]]:
+    """By layer, the choices by evidence about each whole image: class -> chosen text."""
     names = ["all", *model.layer_names]
     chosen: list[dict[str, dict[str, Any]]] = [{name: {} for name in names} for _ in scenes]
     words = processor(text=VOCABULARY, carrier=CARRIER, return_tensors="pt")
@@ -204,9 +207,13 @@ def _choose(model, processor, features, scenes: Sequence[Scene]) -> list[dict[st
     for image, scene in enumerate(scenes):
         rows = torch.stack([prefix[image] for prefix in prefixes.values()])
         for name, options in choices(scene).items():
+            # Of equals the first is chosen: the true one is not always the first.
+            turn = indices[image] % len(options)
+            options = options[turn:] + options[:turn]
             phrases = model._phrases(processor(text=options, return_tensors="pt"))
             given, null = (model._score_rows(p, phrases).sum(dim=-1) for p in (rows, model.null_prefix()))
-            for layer, best in zip(names, (given - null).argmax(dim=1).tolist(), strict=True):
+            evidence = (given - null).round(decimals=3)  # what is less is rounding of the sums
+            for layer, best in zip(names, evidence.argmax(dim=1).tolist(), strict=True):
                 chosen[image][layer][name] = options[best]
     return chosen
 

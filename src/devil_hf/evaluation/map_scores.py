@@ -2,7 +2,13 @@
 
 Intervals are of images drawn with replacement, 95 %. Measures by pixel compare maps enlarged to the crop. Within one phrase the
 three measures of a map rank its places alike (evidence is the sum over the phrase's tokens, less a constant, times a
-constant), so they differ in two metrics only: `energy`, which needs a zero, and `choice`, where phrases compete.
+constant): `pointing` and `average_precision` are those of the evidence. The rows "sum" and "per_token" have what differs: `iou`,
+`iou_best`, `miou` and `energy`, which start from zero or, for the log-probabilities, from the map's minimum (their energy is 0:
+they are never positive), and `choice`, where phrases compete.
+
+Pointing is decided on each map's own grid, where half a cell of a coarse grid is more of the image than of a fine one. So every
+row has its own `pointing_chance` beside it; the row "chance" is that of the finest grid. Grad-CAM is in the group of the classes
+of the backbone only, since it has a map for these phrases only.
 """
 
 import re
@@ -41,7 +47,8 @@ from devil_hf.evaluation.results import metric_name
 
 CLASSIFIED = "classes of the backbone"
 PER_PHRASE = ("pointing", "energy", "average_precision", "iou", "insertion", "deletion")
-METRICS = (*PER_PHRASE[:4], "iou_best", "miou", "choice", *PER_PHRASE[4:])
+POINTING_CHANCE = "pointing_chance"
+METRICS = (PER_PHRASE[0], POINTING_CHANCE, *PER_PHRASE[1:4], "iou_best", "miou", "choice", *PER_PHRASE[4:])
 FIXED = int(np.argmin(np.abs(LEVELS - FIXED_LEVEL)))
 
 
@@ -69,14 +76,17 @@ def score_maps(
     Returns:
         `images`: how many hold a phrase; `groups`: group -> row -> metric -> value; `intervals`: the same with (low, high);
         `counts`: group -> phrases, images, area; `boards`: the multi-object game likewise, row -> metric.
+
+    Raises:
+        ValueError: if no phrase of any image is visible in the crop.
     """
+    if not any(row["phrases"] for row in rows.values() if "board" not in row):
+        raise ValueError("no phrase of these images is visible in the crop: give more images (--limit), or others")
     table: dict[str, list[Sample]] = {}
     boards: dict[str, list[Sample]] = {}
     areas: list[Sample] = []
-    left_out = 0
     for number, row in enumerate(tqdm(rows.values(), desc="scores", unit="image", leave=False)):
         if not row["phrases"]:
-            left_out += 1
             continue
         masks, maps = read_arrays(folder / "maps" / row["file"])
         if "board" in row:
@@ -103,7 +113,7 @@ def score_maps(
             if found:
                 groups[tag][name] = {metric: value for metric, (value, _) in found.items()}
                 intervals[tag][name] = {metric: interval for metric, (_, interval) in found.items()}
-    content = {"groups": groups, "intervals": intervals, "counts": counts, "without_objects": left_out}
+    content = {"groups": groups, "intervals": intervals, "counts": counts}
     content["images"] = len({sample.image for sample in areas})
     summaries = {name: summarise(samples, resamples, seed) for name, samples in boards.items()}
     content["boards"] = {name: {metric: value for metric, (value, _) in one.items()} for name, one in summaries.items()}
@@ -122,6 +132,8 @@ def named_in_captions(names: Collection[str], sources: Sequence[str], least: int
     texts = []
     for source in sources:
         folder, split = (source, None) if Path(source).is_dir() else source.rpartition(":")[::2]
+        if not folder:
+            raise ValueError(f"--captions {source!r} is no folder: give FOLDER or FOLDER:SPLIT, such as flickr8k:train")
         texts += [" ".join(record["captions"]).lower() for record in read_caption_records(folder, split)]
     counted = {name: re.compile(rf"\b{re.escape(name.lower())}(s|es)?\b") for name in names}
     return {name for name, pattern in counted.items() if sum(bool(pattern.search(text)) for text in texts) >= least}
@@ -145,30 +157,31 @@ def _score_image(number: int, row, masks, maps, tags, table: dict[str, list[Samp
         large = enlarge(values, size)
         shares = choice(large, masks) if name not in (GRADCAM, CENTRE) else None  # what does not know of phrases
         # The other two measures of the same maps, where phrases compete.
-        other = {}
+        other: dict[str, np.ndarray] = {}
         if name == DEFAULT_COMBINATION:
             for measure, one in (
                 ("per_token", large + (null / tokens)[:, None, None]),
                 ("sum", large * tokens[:, None, None] + null[:, None, None]),
             ):
-                other[measure] = choice(one, masks)[0]
+                other[measure] = one
+        won = {measure: choice(one, masks)[0] for measure, one in other.items()}
+        grid = (values.shape[-2], values.shape[-1])
         for at, phrase in enumerate(own):
             index = phrases.index(phrase)
-            sample = Sample(number, phrase, tags[phrase])
             mask = masks[index]
-            sample.overlap = overlaps(large[at], mask) / mask.size
-            sample.values = {
-                "pointing": chance_pointing(finest, mask) if name == CHANCE else pointing(values[at], mask),
-                "energy": energy_pointing(large[at], mask),
+            sample = _by_pixels(number, phrase, (CLASSIFIED,) if name == GRADCAM else tags[phrase], large[at], mask)
+            sample.values |= {
+                "pointing": pointing(values[at], mask),
+                POINTING_CHANCE: chance_pointing(grid, mask),
                 "average_precision": average_precision(large[at], mask),
-                "iou": float(sample.overlap[FIXED, 0] / sample.overlap[FIXED, 1]),
             }
             if shares is not None and shares[1][index]:
                 sample.values["choice"] = float(shares[0][index])
-                for measure, one in other.items():
-                    table.setdefault(f"{name}, {measure}", []).append(
-                        Sample(number, phrase, tags[phrase], {"choice": float(one[index])})
-                    )
+            for measure, one in other.items():
+                also = _by_pixels(number, phrase, tags[phrase], one[at], mask)
+                if shares is not None and shares[1][index]:
+                    also.values["choice"] = float(won[measure][index])
+                table.setdefault(f"{name}, {measure}", []).append(also)
             for curve, sign in (("insertion", 1), ("deletion", -1)):
                 if name in row[curve]:
                     steps = np.mean(row[curve][name][index])
@@ -182,19 +195,35 @@ def _score_image(number: int, row, masks, maps, tags, table: dict[str, list[Samp
         )
 
 
+def _by_pixels(number: int, phrase: str, tags: tuple[str, ...], values: np.ndarray, mask: np.ndarray) -> Sample:
+    overlap = overlaps(values, mask) / mask.size
+    scores = {"energy": energy_pointing(values, mask), "iou": float(overlap[FIXED, 0] / overlap[FIXED, 1])}
+    return Sample(number, phrase, tags, scores, overlap)
+
+
+def quarters(grid: tuple[int, int]) -> np.ndarray:
+    """The share of each cell that lies in each quarter of a board, (4, rows, columns); cells on the middle line are halved."""
+    rows, columns = (np.sign((np.arange(edge) + 0.5) - edge / 2) / 2 + 0.5 for edge in grid)
+    return np.stack([np.outer(down, right) for down in (1 - rows, rows) for right in (1 - columns, columns)])
+
+
 def _score_board(number: int, row, masks, maps, table: dict[str, list[Sample]]) -> None:
-    """Does the maximum lie on the object (`pointing_N`), and in the quarter of the right image (`tile_N`)?"""
-    size, half = row["board"], (masks.shape[1] // 2, masks.shape[2] // 2)
+    """Does the maximum lie on the object (`pointing_N`), and in the quarter of the right image (`tile_N`, without tolerance)?
+
+    The maximum is that of the quarters that hold an image.
+    """
+    size = row["board"]
     finest = max((one.shape[-2:] for one in maps.values()), key=lambda grid: grid[0] * grid[1])
     for name, values in {**maps, CHANCE: np.ones((len(masks), *finest))}.items():
+        tiles = quarters((values.shape[-2], values.shape[-1]))[:size]
+        used = tiles.sum(axis=0)
         for at, mask in enumerate(masks):
-            tile = np.zeros_like(mask)
-            row_at, column_at = divmod(at, 2)
-            tile[row_at * half[0] : (row_at + 1) * half[0], column_at * half[1] : (column_at + 1) * half[1]] = True
+            shown = np.where(used > 0, values[at], values[at].min() - 1)
+            top = shown == shown.max()
             found = {
-                f"pointing_{size}": pointing(values[at], mask),
-                # A quarter is told without tolerance, among those that hold an image.
-                f"tile_{size}": 1 / size if name == CHANCE else pointing(values[at], tile, 0),
+                f"pointing_{size}": pointing(shown, mask),
+                f"{POINTING_CHANCE}_{size}": pointing((used > 0).astype(float), mask),
+                f"tile_{size}": 1 / size if name == CHANCE else float((tiles[at][top] / used[top]).mean()),
             }
             table.setdefault(name, []).append(Sample(number, row["phrases"][at], ("board",), found))
 
@@ -250,9 +279,13 @@ def as_results(content: Mapping[str, Any], dataset: str, settings: Mapping[str, 
         for name, values in rows.items():
             target = scores.setdefault(name, {})
             for metric, value in values.items():
+                if metric == POINTING_CHANCE:  # no score of the row, see `pointing_chance`
+                    continue
                 target[f"{metric}_{group.replace(' ', '_')}" if several else metric] = value
     for name, values in content["boards"].items():
-        scores.setdefault(name, {}).update(values)
+        scores.setdefault(name, {}).update(
+            {metric: value for metric, value in values.items() if not metric.startswith(POINTING_CHANCE)}
+        )
     aside = [name for name in (CHANCE, CENTRE, GRADCAM, "random order") if name in scores]
     beside = {name: scores.pop(name) for name in aside}
     first = scores.pop(DEFAULT_COMBINATION)
@@ -266,6 +299,14 @@ def as_results(content: Mapping[str, Any], dataset: str, settings: Mapping[str, 
         "intervals": content["intervals"],
         "board_intervals": content["board_intervals"],
         "counts": content["counts"],
+        "pointing_chance": {
+            group: {name: row[POINTING_CHANCE] for name, row in rows.items() if POINTING_CHANCE in row}
+            for group, rows in content["groups"].items()
+        },
+        "board_pointing_chance": {
+            name: {metric: value for metric, value in row.items() if metric.startswith(POINTING_CHANCE)}
+            for name, row in content["boards"].items()
+        },
     }
 
 

@@ -5,6 +5,7 @@ phrases, their prior under the null prefix, and the curves of insertion and dele
 the model, so that a new measure costs no inference.
 """
 
+import hashlib
 from collections.abc import Mapping
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -61,7 +62,7 @@ def collect_maps(
     model: DevilModel,
     processor: DevilProcessor,
     examples: Sequence[LocalisedImage],
-    source: str,
+    source: Mapping[str, str],
     folder: Path,
     settings: MapSettings,
     classes: ClassMapper | None = None,
@@ -69,7 +70,7 @@ def collect_maps(
     """Map every phrase of every image, and of boards of several images; what `folder` already holds is not done again.
 
     Args:
-        source: name of the examples, part of what the records must agree in.
+        source: what names the examples (source, folder of images, class names), part of what the records must agree in.
         classes: Grad-CAM of the backbone's classifier, where wanted.
 
     Returns:
@@ -79,18 +80,18 @@ def collect_maps(
     names = [model.layer_names[index] for index in asked]
     decides = {
         "weights": weights_hash(model),
-        "source": source,
+        **source,
         "layers": names,
         "carrier": settings.carrier,
         "joint": settings.joint,
         "seed": settings.seed,
-        "gradcam": classes is not None,
+        "gradcam": _digest(*(", ".join(one) for one in classes.names)) if classes else False,
     }
     records = Records(folder / RECORDS, decides)
     (folder / "maps").mkdir(exist_ok=True)
     boards = draw_boards(examples, settings)
     bar = tqdm(total=len(examples) + len(boards), desc="maps", unit="image")
-    for number, example in enumerate(examples):
+    for example in examples:
         if example.key not in records:
             pixels, masks = _read(processor, example)
             shown = [phrase for phrase, mask in masks.items() if mask.any()]
@@ -99,7 +100,7 @@ def collect_maps(
                 row = _map_one(
                     model, processor, pixels, {phrase: masks[phrase] for phrase in shown}, names, settings, classes
                 )
-                row |= _write(folder / "maps" / f"{number:06d}.npz", row.pop("arrays"))
+                row |= _write(folder / "maps" / f"{_digest(example.key)}.npz", row.pop("arrays"))
             row |= {"groups": {phrase: example.groups[phrase] for phrase in row["phrases"]}}
             records.add(example.key, row)
         bar.update()
@@ -245,7 +246,8 @@ def draw_boards(examples: Sequence[LocalisedImage], settings: MapSettings) -> li
                 own = sorted(set(examples[one].groups) - others)
                 phrases.append(own[int(pick.integers(len(own)))] if own else "")
             if all(phrases) and tuple(members) not in made:
-                boards.append((f"board-{size}-{'-'.join(map(str, members))}", members, phrases))
+                of = _digest(*(examples[one].key for one in members), *phrases)
+                boards.append((f"board-{size}-{of}", members, phrases))
                 made.add(tuple(members))
     return boards
 
@@ -270,6 +272,11 @@ def _map_board(model, processor, members, phrases, names, settings: MapSettings)
     maps = layers | {rule: combine_maps(layers, rule, weighed) for rule in COMBINATIONS}
     arrays = {f"map:{name}": one[0].float().numpy() for name, one in maps.items()} | {"masks": placed}
     return {"phrases": list(phrases), "arrays": arrays}
+
+
+def _digest(*texts: str) -> str:
+    """A file name of texts: positions change when images are added."""
+    return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:20]
 
 
 def _write(path: Path, arrays: Mapping[str, np.ndarray]) -> dict[str, str]:
