@@ -80,6 +80,8 @@ def ground_truth(
     """
     if scenes < 2:
         raise ValueError(f"{scenes} scenes: at least 2 are needed, to deal descriptions to others")
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size} must be at least 1")
     folder = Path(output_dir)
     settings = {"weights": weights_hash(model), "seed": seed, "layers": model.layer_names}
     records = Records(folder / "shapes.jsonl", settings)

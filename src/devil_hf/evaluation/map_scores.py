@@ -113,7 +113,7 @@ def score_maps(
             if found:
                 groups[tag][name] = {metric: value for metric, (value, _) in found.items()}
                 intervals[tag][name] = {metric: interval for metric, (_, interval) in found.items()}
-    content = {"groups": groups, "intervals": intervals, "counts": counts}
+    content: dict[str, Any] = {"groups": groups, "intervals": intervals, "counts": counts}
     content["images"] = len({sample.image for sample in areas})
     summaries = {name: summarise(samples, resamples, seed) for name, samples in boards.items()}
     content["boards"] = {name: {metric: value for metric, (value, _) in one.items()} for name, one in summaries.items()}
