@@ -75,7 +75,7 @@ def naive_loss(model: DevilModel, pixel_values: torch.Tensor, input_ids: torch.T
             rows.append(places[:, keep].mean(dim=1))
         pooled.append(torch.stack(rows))
     count = len(features)
-    mask = layer_dropout(len(input_ids), count, 0.5 if dropout else 0.0, 0.0, input_ids.device)
+    mask = layer_dropout(len(input_ids), count, 0.5 if dropout else 0.0, 0.0, device=input_ids.device)
     translator = model.translator
     tokens = [translator.projections[i](translator.feature_norms[i](z)) for i, z in enumerate(pooled)]
     tokens = torch.stack(tokens, dim=1) + translator.layer_embedding
