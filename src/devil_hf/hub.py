@@ -25,7 +25,7 @@ import torch
 from huggingface_hub import CommitOperationAdd
 from huggingface_hub import CommitOperationDelete
 from huggingface_hub import HfApi
-from huggingface_hub import ModelCard
+from huggingface_hub import RepoCard
 from huggingface_hub.utils import validate_repo_id
 from PIL import Image
 from safetensors import SafetensorError
@@ -77,12 +77,12 @@ class Draft:
 
     Args:
         folder: where its files lie.
-        card: its model card, also in `folder/README.md`.
+        card: its card, also in `folder/README.md`.
         notes: what its publisher should know: what the card could not say.
     """
 
     folder: Path
-    card: ModelCard
+    card: RepoCard
     notes: list[str]
 
     def tree(self) -> dict[str, int]:

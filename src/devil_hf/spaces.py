@@ -7,7 +7,6 @@ package index; the index brings only what the package depends on.
 import re
 import shutil
 import tempfile
-from dataclasses import dataclass
 from importlib.metadata import requires
 from os import PathLike
 from pathlib import Path
@@ -17,6 +16,7 @@ from huggingface_hub import CommitOperationDelete
 from huggingface_hub import HfApi
 from huggingface_hub import SpaceCard
 
+from devil_hf.hub import Draft
 from devil_hf.hub import check_repo_id
 from devil_hf.hub import reaching_the_hub
 
@@ -25,27 +25,7 @@ CHECKPOINT_VARIABLE = "DEVIL_CHECKPOINT"
 LEFT_OUT = ("__pycache__", "*.pyc", "space", "hub_cards", ".*")
 
 
-@dataclass
-class SpaceDraft:
-    """A Space that is ready to be pushed.
-
-    Args:
-        folder: where its files lie.
-        card: its card, also in `folder/README.md`.
-        checkpoint: Hub id of the checkpoint that answers; None for the embedded shapes world.
-    """
-
-    folder: Path
-    card: SpaceCard
-    checkpoint: str | None
-
-    def tree(self) -> dict[str, int]:
-        """Path -> bytes of every file."""
-        files = sorted(path for path in self.folder.rglob("*") if path.is_file())
-        return {path.relative_to(self.folder).as_posix(): path.stat().st_size for path in files}
-
-
-def prepare_space(space_id: str, folder: str | PathLike, checkpoint: str | None = None) -> SpaceDraft:
+def prepare_space(space_id: str, folder: str | PathLike, checkpoint: str | None = None) -> Draft:
     """Write everything that a Space needs into `folder`.
 
     Args:
@@ -84,7 +64,7 @@ def prepare_space(space_id: str, folder: str | PathLike, checkpoint: str | None 
         if not replaced:
             raise ValueError(f"{_template_folder() / 'README.md'} has no paragraph on its default model to replace")
     card.save(folder / "README.md")
-    return SpaceDraft(folder, card, checkpoint)
+    return Draft(folder, card, [])
 
 
 def push_space(
@@ -147,4 +127,4 @@ def _dependencies() -> list[str]:
     return [one for one in requires("devil-hf") or [] if "extra ==" not in one and not one.startswith("gradio")]
 
 
-__all__ = ["SpaceDraft", "prepare_space", "push_space"]
+__all__ = ["prepare_space", "push_space"]
