@@ -1,25 +1,12 @@
 """METEOR 1.5 (needs Java and pycocoevalcap) of captions, for `evaluate.load` on this folder."""
 
-import datasets
-import evaluate
+from devil_hf.evaluation import (
+    metric_modules,
+)  # as a module: `evaluate` takes the first metric class that it finds here
 
-from devil_hf.evaluation.captions import caption_scores
 
+class Meteor(metric_modules.CaptionMetric):
+    """See `metric_modules.CaptionMetric`."""
 
-class Meteor(evaluate.Metric):
-    """One prediction and a list of references per image; see `devil_hf.evaluation.caption_scores` for units."""
-
-    def _info(self):
-        text = datasets.Value("string")
-        return evaluate.MetricInfo(
-            description="METEOR 1.5 (needs Java and pycocoevalcap), in the units of the COCO caption toolkit.",
-            citation="",
-            inputs_description="predictions: list of str; references: list of lists of str.",
-            features=datasets.Features({"predictions": text, "references": datasets.Sequence(text)}),
-        )
-
-    def _compute(self, predictions, references):
-        scores = caption_scores(predictions, references, ["meteor"])
-        if "missing" in scores:
-            raise RuntimeError(f"meteor cannot be computed: {scores['missing']['meteor']}")
-        return scores
+    METRIC = "meteor"
+    DESCRIPTION = "METEOR 1.5 (needs Java and pycocoevalcap), in the units of the COCO caption toolkit."

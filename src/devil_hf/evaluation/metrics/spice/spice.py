@@ -1,25 +1,12 @@
 """SPICE (needs Java, pycocoevalcap and Stanford CoreNLP) of captions, for `evaluate.load` on this folder."""
 
-import datasets
-import evaluate
+from devil_hf.evaluation import (
+    metric_modules,
+)  # as a module: `evaluate` takes the first metric class that it finds here
 
-from devil_hf.evaluation.captions import caption_scores
 
+class Spice(metric_modules.CaptionMetric):
+    """See `metric_modules.CaptionMetric`."""
 
-class Spice(evaluate.Metric):
-    """One prediction and a list of references per image; see `devil_hf.evaluation.caption_scores` for units."""
-
-    def _info(self):
-        text = datasets.Value("string")
-        return evaluate.MetricInfo(
-            description="SPICE (needs Java, pycocoevalcap and Stanford CoreNLP), in the units of the COCO caption toolkit.",
-            citation="",
-            inputs_description="predictions: list of str; references: list of lists of str.",
-            features=datasets.Features({"predictions": text, "references": datasets.Sequence(text)}),
-        )
-
-    def _compute(self, predictions, references):
-        scores = caption_scores(predictions, references, ["spice"])
-        if "missing" in scores:
-            raise RuntimeError(f"spice cannot be computed: {scores['missing']['spice']}")
-        return scores
+    METRIC = "spice"
+    DESCRIPTION = "SPICE (needs Java, pycocoevalcap and Stanford CoreNLP), in the units of the COCO caption toolkit."
