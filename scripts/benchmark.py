@@ -18,6 +18,7 @@ import time
 
 import timm
 import torch
+from benchmark_training import bf16_pays
 from benchmark_training import training
 from transformers import AutoModelForCausalLM
 from transformers import OPTConfig
@@ -88,16 +89,6 @@ def naive_describe(model: DevilModel, pixel_values: torch.Tensor, words: int) ->
 
 
 # ---------------------------------------------------------------------------------------------------------- measuring
-
-
-def bf16_pays(device: str) -> bool:
-    """Whether a linear layer of the paper's shape runs faster in bf16: not on CPUs without instructions for it."""
-    fastest = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        inputs = torch.randn(512, 768, dtype=dtype, device=device)
-        weight = torch.randn(3072, 768, dtype=dtype, device=device)
-        fastest[dtype] = min(timed(torch.nn.functional.linear, inputs, weight)[0] for _ in range(5))
-    return fastest[torch.bfloat16] < fastest[torch.float32]
 
 
 def timed(function, *arguments) -> tuple[float, torch.Tensor]:
@@ -208,10 +199,16 @@ def main():
     if arguments.json:
         print(json.dumps(report))
         return
+    print_report(report)
+
+
+def print_report(report: dict, within: str = ""):
+    """A line for each figure; those of a part behind its name."""
     for name, value in report.items():
         if isinstance(value, dict):
-            value = ", ".join(f"{side} {seconds:.3f} s" for side, seconds in value.items())
-        print(f"{name:34} {value:.4g}" if isinstance(value, float) else f"{name:34} {value}")
+            print_report(value, f"{within}{name} ")
+        else:
+            print(f"{within + name:44} {value:.4g}" if isinstance(value, float) else f"{within + name:44} {value}")
 
 
 if __name__ == "__main__":
