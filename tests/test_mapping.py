@@ -26,6 +26,8 @@ from devil_hf.evaluation.mapping import draw_boards
 from devil_hf.evaluation.mapping import location_curves
 from devil_hf.evaluation.mapping import read_arrays
 from devil_hf.evaluation.mapping import shown_weights
+from devil_hf.evaluation.maps import centre_prior
+from devil_hf.evaluation.maps import pointing
 from devil_hf.evaluation.results import read_evaluations
 from devil_hf.report.localisation import localisation_figure
 
@@ -224,6 +226,16 @@ def test_random_maps_score_the_printed_chance_on_boards(size, grid):
         sigma = (chance * (1 - chance) / (draws * size)) ** 0.5
         assert found["layer"][metric][0] == pytest.approx(chance, abs=4 * sigma + 1e-9)
     assert found["chance"][f"tile_{size}"][0] == 1 / size
+    # It points at the middle of an image, and cannot know of which.
+    assert found["centre prior"][f"tile_{size}"][0] == pytest.approx(1 / size)
+    assert found["centre prior"][f"pointing_{size}"][0] == found["layer"][f"pointing_centre_{size}"][0]
+    if grid == (8, 8):
+        alone = [
+            pointing(centre_prior((4, 4)), masks[at][16 * (at // 2) :, 16 * (at % 2) :][:16, :16]) for at in range(size)
+        ]
+        assert np.mean(alone) > 0 and found["centre prior"][f"pointing_{size}"][0] == pytest.approx(
+            np.mean(alone) / size
+        )
 
 
 def test_scores_of_nothing_are_an_error(tmp_path):

@@ -122,6 +122,14 @@ def test_the_centre_prior_is_highest_in_the_middle():
     assert np.unravel_index(prior.argmax(), prior.shape) == (2, 3) and prior == pytest.approx(prior[::-1, ::-1])
 
 
+@pytest.mark.parametrize("edge", [8, 14])
+def test_the_centre_prior_of_a_board_is_that_of_each_of_its_images(edge):
+    board = centre_prior((edge, edge), tiles=2)
+    half = edge // 2
+    for row, column in product((0, half), (0, half)):
+        assert board[row : row + half, column : column + half] == pytest.approx(centre_prior((half, half)))
+
+
 def test_boards_hold_every_image_in_its_own_quarter(rng):
     crops = rng.normal(size=(3, 3, 8, 8))
     board = tile_crops(crops)

@@ -7,8 +7,9 @@ constant): `pointing` and `average_precision` are those of the evidence. The row
 they are never positive), and `choice`, where phrases compete.
 
 Pointing is decided on each map's own grid, where half a cell of a coarse grid is more of the image than of a fine one. So every
-row has its own `pointing_chance` beside it; the row "chance" is that of the finest grid. Grad-CAM is in the group of the classes
-of the backbone only, since it has a map for these phrases only.
+row has its own `pointing_chance` beside it, and in `pointing_centre` the centre prior on that grid; the rows "chance" and
+"centre prior" are those of the finest grid. On boards the centre prior is that of each image. Grad-CAM is in the group of the
+classes of the backbone only, since it has a map for these phrases only.
 """
 
 import re
@@ -47,8 +48,17 @@ from devil_hf.evaluation.results import metric_name
 
 CLASSIFIED = "classes of the backbone"
 PER_PHRASE = ("pointing", "energy", "average_precision", "iou", "insertion", "deletion")
-POINTING_CHANCE = "pointing_chance"
-METRICS = (PER_PHRASE[0], POINTING_CHANCE, *PER_PHRASE[1:4], "iou_best", "miou", "choice", *PER_PHRASE[4:])
+POINTING_CHANCE, POINTING_CENTRE = "pointing_chance", "pointing_centre"
+METRICS = (
+    PER_PHRASE[0],
+    POINTING_CHANCE,
+    POINTING_CENTRE,
+    *PER_PHRASE[1:4],
+    "iou_best",
+    "miou",
+    "choice",
+    *PER_PHRASE[4:],
+)
 FIXED = int(np.argmin(np.abs(LEVELS - FIXED_LEVEL)))
 
 
@@ -173,6 +183,7 @@ def _score_image(number: int, row, masks, maps, tags, table: dict[str, list[Samp
             sample.values |= {
                 "pointing": pointing(values[at], mask),
                 POINTING_CHANCE: chance_pointing(grid, mask),
+                POINTING_CENTRE: pointing(centre_prior(grid), mask),
                 "average_precision": average_precision(large[at], mask),
             }
             if shares is not None and shares[1][index]:
@@ -214,15 +225,18 @@ def _score_board(number: int, row, masks, maps, table: dict[str, list[Sample]]) 
     """
     size = row["board"]
     finest = max((one.shape[-2:] for one in maps.values()), key=lambda grid: grid[0] * grid[1])
-    for name, values in {**maps, CHANCE: np.ones((len(masks), *finest))}.items():
+    centre = np.repeat(centre_prior(finest, tiles=2)[None], len(masks), axis=0)
+    for name, values in {**maps, CENTRE: centre, CHANCE: np.ones((len(masks), *finest))}.items():
         tiles = quarters((values.shape[-2], values.shape[-1]))[:size]
         used = tiles.sum(axis=0)
+        own_centre = np.where(used > 0, centre_prior((values.shape[-2], values.shape[-1]), tiles=2), -1)
         for at, mask in enumerate(masks):
             shown = np.where(used > 0, values[at], values[at].min() - 1)
             top = shown == shown.max()
             found = {
                 f"pointing_{size}": pointing(shown, mask),
                 f"{POINTING_CHANCE}_{size}": pointing((used > 0).astype(float), mask),
+                f"{POINTING_CENTRE}_{size}": pointing(own_centre, mask),
                 f"tile_{size}": 1 / size if name == CHANCE else float((tiles[at][top] / used[top]).mean()),
             }
             table.setdefault(name, []).append(Sample(number, row["phrases"][at], ("board",), found))
@@ -279,12 +293,16 @@ def as_results(content: Mapping[str, Any], dataset: str, settings: Mapping[str, 
         for name, values in rows.items():
             target = scores.setdefault(name, {})
             for metric, value in values.items():
-                if metric == POINTING_CHANCE:  # no score of the row, see `pointing_chance`
+                if metric in (POINTING_CHANCE, POINTING_CENTRE):  # no scores of the row, see below
                     continue
                 target[f"{metric}_{group.replace(' ', '_')}" if several else metric] = value
     for name, values in content["boards"].items():
         scores.setdefault(name, {}).update(
-            {metric: value for metric, value in values.items() if not metric.startswith(POINTING_CHANCE)}
+            {
+                metric: value
+                for metric, value in values.items()
+                if not metric.startswith((POINTING_CHANCE, POINTING_CENTRE))
+            }
         )
     aside = [name for name in (CHANCE, CENTRE, GRADCAM, "random order") if name in scores]
     beside = {name: scores.pop(name) for name in aside}
@@ -299,13 +317,19 @@ def as_results(content: Mapping[str, Any], dataset: str, settings: Mapping[str, 
         "intervals": content["intervals"],
         "board_intervals": content["board_intervals"],
         "counts": content["counts"],
-        "pointing_chance": {
-            group: {name: row[POINTING_CHANCE] for name, row in rows.items() if POINTING_CHANCE in row}
-            for group, rows in content["groups"].items()
+        **{
+            metric: {
+                group: {name: row[metric] for name, row in rows.items() if metric in row}
+                for group, rows in content["groups"].items()
+            }
+            for metric in (POINTING_CHANCE, POINTING_CENTRE)
         },
-        "board_pointing_chance": {
-            name: {metric: value for metric, value in row.items() if metric.startswith(POINTING_CHANCE)}
-            for name, row in content["boards"].items()
+        **{
+            f"board_{own}": {
+                name: {metric: value for metric, value in row.items() if metric.startswith(own)}
+                for name, row in content["boards"].items()
+            }
+            for own in (POINTING_CHANCE, POINTING_CENTRE)
         },
     }
 

@@ -114,9 +114,13 @@ def choice(values: ArrayLike, masks: ArrayLike) -> tuple[np.ndarray, np.ndarray]
     return np.array(shares), rivals.sum(axis=1)
 
 
-def centre_prior(size: tuple[int, int]) -> np.ndarray:
-    """The map that always says "the middle": a Gaussian with a quarter of each side as its deviation, (rows, columns)."""
-    rows, columns = (((np.arange(edge) + 0.5) / edge - 0.5) / 0.25 for edge in size)
+def centre_prior(size: tuple[int, int], tiles: int = 1) -> np.ndarray:
+    """The map that always says "the middle": a Gaussian with a quarter of each side as its deviation, (rows, columns).
+
+    Args:
+        tiles: images side by side and below each other; each has its own middle.
+    """
+    rows, columns = (((np.arange(edge) + 0.5) / edge * tiles % 1 - 0.5) / 0.25 for edge in size)
     return np.exp(-(rows[:, None] ** 2 + columns[None] ** 2) / 2)
 
 
