@@ -292,16 +292,19 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(kind, more, fields, shards,
     torch.testing.assert_close(weights(train(Recipe(**stopped, resume=True))), weights(straight), rtol=0, atol=0)
 
 
-def test_a_run_that_stopped_early_is_only_saved_again(fields, monkeypatch):
+def test_a_run_that_stopped_early_is_only_saved_again_until_its_patience_is_raised(fields, monkeypatch):
     def without_gain(self, *args):
         self.early_stopping_patience_counter += 1
 
     monkeypatch.setattr(EarlyStoppingCallback, "check_metric_value", without_gain)
-    fields["patience"] = 2
+    fields["patience"] = 1
     before = weights(train(Recipe(**fields)))
-    assert not (Path(fields["output_dir"]) / "checkpoint-6").exists()
-    monkeypatch.setattr(DevilTrainer, "training_step", lambda *_, **__: pytest.fail("it was trained on"))
-    torch.testing.assert_close(weights(train(Recipe(**fields, resume=True))), before, rtol=0, atol=0)
+    assert not (Path(fields["output_dir"]) / "checkpoint-4").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(DevilTrainer, "training_step", lambda *_, **__: pytest.fail("it was trained on"))
+        torch.testing.assert_close(weights(train(Recipe(**fields, resume=True))), before, rtol=0, atol=0)
+    train(Recipe(**fields | {"patience": 3, "resume": True}))
+    assert (Path(fields["output_dir"]) / "checkpoint-6").exists()
 
 
 # ------------------------------------------------------------------------------------------------------ feature cache

@@ -137,9 +137,18 @@ class DevilTrainer(Trainer):
         saved = cast(dict, state.stateful_callbacks).get("EarlyStoppingCallback")
         return saved is not None and any(
             saved["attributes"]["early_stopping_patience_counter"] >= callback.early_stopping_patience
-            for callback in self.callback_handler.callbacks
-            if isinstance(callback, EarlyStoppingCallback)
+            for callback in self._early_stopping()
         )
+
+    def _load_callback_state(self) -> None:
+        """A checkpoint gives back how long the gain has been waited for; how long it may be is this run's own setting."""
+        asked = [one.early_stopping_patience for one in self._early_stopping()]
+        super()._load_callback_state()
+        for callback, patience in zip(self._early_stopping(), asked, strict=True):
+            callback.early_stopping_patience = patience
+
+    def _early_stopping(self) -> list[EarlyStoppingCallback]:
+        return [one for one in self.callback_handler.callbacks if isinstance(one, EarlyStoppingCallback)]
 
     def _take_up(self, folder: Path, state: TrainerState) -> None:
         """Load a run that had come to its end."""
