@@ -31,6 +31,7 @@ import devil_hf.hub
 from devil_hf import DevilModel
 from devil_hf.cli import main
 from devil_hf.demo.checkpoints import Checkpoints
+from devil_hf.evaluation.results import fingerprint
 from devil_hf.hub import check_code
 from devil_hf.hub import check_weights
 from devil_hf.hub import prepare
@@ -403,6 +404,21 @@ def test_a_model_without_a_processor_is_refused(model, tmp_path):
     nameless.name_or_path = ""
     with pytest.raises(ValueError, match="processor="):
         prepare(nameless, "tester/devil", tmp_path)
+
+
+def test_scores_of_other_weights_are_not_published(model, processor, checkpoint, unchecked, tmp_path):
+    (tmp_path / "own.json").write_text(json.dumps(SCORES | {"weights": fingerprint(model)}))
+    (tmp_path / "other.json").write_text(json.dumps([SCORES, SCORES | {"weights": "0" * 64}]))
+    half = copy.deepcopy(model).half()
+    assert fingerprint(half.float()) != fingerprint(model)  # rounding is a change
+    prepare(checkpoint, "tester/devil", tmp_path / "own", scores=[tmp_path / "own.json"])
+    full = tmp_path / "half"
+    half.half().save_pretrained(full)
+    processor.save_pretrained(full)
+    (tmp_path / "half.json").write_text(json.dumps(SCORES | {"weights": fingerprint(half)}))
+    prepare(full, "tester/devil", tmp_path / "published", scores=[tmp_path / "half.json"])
+    with pytest.raises(ValueError, match=f"other weights .00000000. than these .{fingerprint(model):.8}"):
+        prepare(checkpoint, "tester/devil", tmp_path / "refused", scores=[tmp_path / "other.json"])
 
 
 # --------------------------------------------------------------------------------------------------------- command line

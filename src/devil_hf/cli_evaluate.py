@@ -171,6 +171,7 @@ def run_evaluate_maps(arguments: argparse.Namespace) -> None:
     from devil_hf.evaluation.map_scores import score_maps
     from devil_hf.evaluation.mapping import MapSettings
     from devil_hf.evaluation.mapping import collect_maps
+    from devil_hf.evaluation.results import fingerprint
     from devil_hf.loading import load
     from devil_hf.report.localisation import localisation_figure
 
@@ -198,7 +199,7 @@ def run_evaluate_maps(arguments: argparse.Namespace) -> None:
     content = score_maps(rows, arguments.output_dir, seen, seed=arguments.seed)
     noted = {"carrier": arguments.carrier, "seed": arguments.seed, "images": len(examples)}
     noted["tolerance"] = "half a cell of a map's own grid, chance that of the finest"
-    results = as_results(content, arguments.source, noted)
+    results = as_results(content, arguments.source, noted) | {"weights": fingerprint(model)}
     (arguments.output_dir / "scores.json").write_text(json.dumps(results, indent=1) + "\n")
     localisation_figure(processor, examples, rows, arguments.output_dir).save(arguments.output_dir / "maps.png")
     print(json.dumps(results) if arguments.json else maps_table(content))

@@ -42,6 +42,7 @@ from devil_hf.cards import without_paths
 from devil_hf.configuration_devil import DevilConfig
 from devil_hf.data.shapes import make_scene
 from devil_hf.embedded import SCOPE
+from devil_hf.evaluation.results import check_measured
 from devil_hf.evaluation.results import read_evaluations
 from devil_hf.image_processing_devil import ImageSource
 from devil_hf.image_processing_devil import load_images
@@ -219,7 +220,7 @@ def prepare(
         revision: the branch that it will be pushed to, for the card's snippet.
 
     Raises:
-        ValueError: when something is missing, not finite, or would not load elsewhere.
+        ValueError: when something is missing, not finite, or would not load elsewhere, and for scores of other weights.
     """
     check_repo_id(repo_id)
     folder = Path(folder)
@@ -229,13 +230,15 @@ def prepare(
     given = [evaluation for path in scores for evaluation in read_evaluations(path)]
     pictures = [] if images is None else [picture.copy() for picture in load_images(images)]
     model, processor = _stage(checkpoint, processor, folder, slim)
+    evaluations = [evaluation for path in _score_files(folder) for evaluation in read_evaluations(path)] + given
+    check_measured(evaluations, model)
     recipe = folder / RECIPE_FILE
     facts = Facts(
         repo_id=repo_id,
         config=DevilConfig.from_pretrained(folder),
         layers=layer_table(model),
         trained_parameters=sum(tensor.numel() for tensor in model.trainable_state_dict().values()),
-        evaluations=[evaluation for path in _score_files(folder) for evaluation in read_evaluations(path)] + given,
+        evaluations=evaluations,
         examples=draw_examples(model, processor, folder, pictures, phrases),
         recipe=recipe.read_text().strip() if recipe.is_file() else None,
         license=license or ("apache-2.0" if model.config.scope == SCOPE else UNKNOWN_LICENSE),

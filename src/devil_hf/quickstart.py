@@ -36,6 +36,7 @@ from devil_hf.evaluation.ground_truth import pointing_scores
 from devil_hf.evaluation.ground_truth import word_maps
 from devil_hf.evaluation.ground_truth import word_scores
 from devil_hf.evaluation.results import CHANCE
+from devil_hf.evaluation.results import fingerprint
 from devil_hf.loading import load
 from devil_hf.modeling_devil import DevilModel
 from devil_hf.processing_devil import DevilProcessor
@@ -97,6 +98,7 @@ def quickstart(
     subprocess.run(command, check=True)
     file = output_dir / "scores.json"
     scores = json.loads(file.read_text())
+    scores["weights"] = fingerprint(model)
     scores["seconds"] = round(time.perf_counter() - began, 1)
     file.write_text(json.dumps(scores, indent=1) + "\n")
     return scores

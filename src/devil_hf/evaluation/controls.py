@@ -63,6 +63,7 @@ from devil_hf.evaluation.randomise import weight_stages
 from devil_hf.evaluation.records import Records
 from devil_hf.evaluation.results import CONTROLS
 from devil_hf.evaluation.results import SHAPES_WORLD
+from devil_hf.evaluation.results import fingerprint
 from devil_hf.evaluation.tokens import ptb_tokens
 from devil_hf.evaluation.words import words_of
 from devil_hf.modeling_devil import DevilModel
@@ -134,7 +135,7 @@ def run_controls(
     result = judge(measured, data, seed) | {"settings": run.shown_settings}
     dataset: dict[str, Any] = {"name": SHAPES_WORLD if data.scenes else data.name, "size": len(data)}
     dataset |= {"split": data.split} if data.split else {}
-    result = {"title": "Controls", "dataset": dataset} | result
+    result = {"title": "Controls", "dataset": dataset} | result | {"weights": fingerprint(model)}
     (Path(output_dir) / "controls.json").write_text(json.dumps(result, indent=1) + "\n")
     return result
 

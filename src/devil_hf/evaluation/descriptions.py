@@ -33,6 +33,7 @@ from devil_hf.evaluation.controls import best_constant
 from devil_hf.evaluation.records import Records
 from devil_hf.evaluation.results import CONTROLS
 from devil_hf.evaluation.results import Evaluation
+from devil_hf.evaluation.results import fingerprint
 from devil_hf.evaluation.results import metric_name
 from devil_hf.modeling_devil import DevilModel
 from devil_hf.processing_devil import DevilProcessor
@@ -108,10 +109,10 @@ def evaluate_captions(
         logger.warning(f"{len(rows) - len(good)} of {len(rows)} pairs cannot be used and are left out of the scores")
     texts = {name: [row["descriptions"][name] for row in good] for name in good[0]["descriptions"]}
     content = score_descriptions(texts, [row["references"] for row in good], seed, metrics, bert)
-    settings = {"seed": seed, "weights": decides["weights"], "left_out": len(rows) - len(good), **generation_kwargs}
+    settings = {"seed": seed, "left_out": len(rows) - len(good), **generation_kwargs}
     if any("bertscore" in row for row in content["scores"].values()):
         settings["bertscore"] = str(bert)
-    content = _results(content, sources, len(good), settings, Path(str(model.name_or_path)).name or "devil")
+    content = _results(content, sources, len(good), settings, model)
     (folder / SCORES_FILE).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return content
 
@@ -206,7 +207,7 @@ def score_descriptions(
     return {"scores": rows, "controls": controls, "missing": missing}
 
 
-def _results(content, sources, images: int, settings: dict[str, Any], name: str) -> dict[str, Any]:
+def _results(content, sources, images: int, settings: dict[str, Any], model: DevilModel) -> dict[str, Any]:
     """The layout of `devil_hf.evaluation.results`, with the entries of a model card."""
     dataset: dict[str, Any] = {"name": " + ".join(_source_name(source) for source in sources), "size": images}
     splits = {source["split"] for source in sources if "split" in source}
@@ -215,7 +216,8 @@ def _results(content, sources, images: int, settings: dict[str, Any], name: str)
     if len(sources) == 1 and sources[0]["kind"] == "hub":
         dataset["id"] = sources[0]["path"]
     entries = Evaluation(TITLE, content["scores"], dataset=dataset, settings=settings).model_index()
-    head = {"title": TITLE, "dataset": dataset, "settings": settings}
+    head = {"title": TITLE, "dataset": dataset, "settings": settings, "weights": fingerprint(model)}
+    name = Path(str(model.name_or_path)).name or "devil"
     return head | content | {"model-index": eval_results_to_model_index(name, entries)}
 
 

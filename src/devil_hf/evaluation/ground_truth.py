@@ -44,6 +44,7 @@ from devil_hf.evaluation.pointing import chance_pointing
 from devil_hf.evaluation.pointing import pointing_game
 from devil_hf.evaluation.records import Records
 from devil_hf.evaluation.results import SHAPES_WORLD
+from devil_hf.evaluation.results import fingerprint
 from devil_hf.evaluation.words import WordCounts
 from devil_hf.evaluation.words import word_list
 from devil_hf.modeling_devil import DevilModel
@@ -97,6 +98,7 @@ def ground_truth(
     rows = [records[str(index)] for index in range(scenes)]
     world = [make_scene(seed, index) for index in range(scenes)]
     result = summary(rows, world) | {"settings": {"decoding": "greedy", "seed": seed}}
+    result |= {"weights": fingerprint(model)}
     (folder / "shapes.json").write_text(json.dumps(result, indent=1) + "\n")
     return result
 

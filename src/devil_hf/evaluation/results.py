@@ -7,19 +7,22 @@
   "settings": {"num_beams": 1, "tokenizer": "simple"},
   "scores": {"all": {"bleu_4": 0.125, "cider": 0.273}, "layer4": {"bleu_4": 0.131, "cider": 0.290}},
   "controls": {"shuffled": {"bleu_4": 0.063, "cider": 0.094}},
-  "verdict": {"passed": true, "reason": "..."}
+  "verdict": {"passed": true, "reason": "..."},
+  "weights": "9f2c..."
 }
 ```
 
 Rows of `scores` are what was asked ("all" layers together, one layer, a combination of their maps), rows of `controls` the same
 measure without the features; more is better in every metric. Only `title` and `scores` must be there, and `dataset` may be a
-name. `verdict` is for evaluations that judge their controls themselves; other keys, such as the `missing` metrics and the
+name. `verdict` is for evaluations that judge their controls themselves; `weights` says of which weights all this is true (see
+`fingerprint`), and no other model is published with it. Other keys, such as the `missing` metrics and the
 `model-index` of `devil evaluate captions`, are not read. A file may also hold a list of such objects. What `devil evaluate
 captions`, `devil evaluate neurons --output` and `devil quickstart` write is read as well.
 """
 
 import json
 import math
+from collections.abc import Iterable
 from collections.abc import Mapping
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,7 +33,9 @@ from typing import Any
 
 from huggingface_hub import EvalResult
 
+from devil_hf.backbone_devil import weights_hash
 from devil_hf.combining_devil import COMBINATIONS
+from devil_hf.modeling_devil import DevilModel
 
 TASK = "image-to-text"
 SHAPES_WORLD = "shapes world of devil-hf (held-out scenes)"
@@ -72,6 +77,7 @@ class Evaluation:
         dataset: `name`, and where known `id` on the Hub, `split` and `size` (images).
         settings: whatever else decides the numbers.
         verdict: `{"passed": bool, "reason": str}` where the evaluation judged its controls itself.
+        weights: `fingerprint` of the model that was measured, where it was recorded.
     """
 
     title: str
@@ -80,6 +86,7 @@ class Evaluation:
     dataset: dict[str, Any] = field(default_factory=lambda: {"name": "not recorded"})
     settings: dict[str, Any] = field(default_factory=dict)
     verdict: dict[str, Any] | None = None
+    weights: str | None = None
 
     @property
     def metrics(self) -> list[str]:
@@ -157,6 +164,25 @@ def judge_controls(evaluations: Sequence[Evaluation]) -> ControlVerdict:
     return ControlVerdict(status, findings, sorted(run), missing)
 
 
+def fingerprint(model: DevilModel) -> str:
+    """SHA-256 of the trained weights (translator, LoRA) in fp32, the same whatever precision and form they are saved in.
+
+    The frozen parts have hashes of their own, which loading checks.
+    """
+    return weights_hash({name: tensor.float() for name, tensor in model.trainable_state_dict().items()})
+
+
+def check_measured(evaluations: Iterable[Evaluation], model: DevilModel) -> None:
+    """Raise a ValueError when an evaluation says that it was made with other weights than the model's."""
+    own = fingerprint(model)
+    for evaluation in evaluations:
+        if evaluation.weights not in (None, own):
+            raise ValueError(
+                f"{evaluation.title!r} was measured on other weights ({evaluation.weights:.8}) than these ({own:.8}): measure "
+                "again, or leave it out"
+            )
+
+
 def read_evaluations(path: str | PathLike) -> list[Evaluation]:
     """The evaluations of a JSON file in one of the layouts named above.
 
@@ -210,6 +236,7 @@ def _evaluations_of(content: Any, path: Path) -> list[Evaluation]:
             dataset={"name": dataset} if isinstance(dataset, str) else dict(dataset),
             settings=settings,
             verdict=content.get("verdict"),
+            weights=content.get("weights"),
         )
     ]
 
@@ -217,13 +244,14 @@ def _evaluations_of(content: Any, path: Path) -> list[Evaluation]:
 def _quickstart_evaluations(content: Mapping[str, Any]) -> list[Evaluation]:
     dataset = {"name": SHAPES_WORLD}
     words = {row: {f"f1_{name}": value for name, value in v.items()} for row, v in content["description_f1"].items()}
-    found = [Evaluation("F1 of the words in descriptions", words, dataset=dataset, settings={"decoding": "greedy"})]
+    weights = content.get("weights")
+    found = [Evaluation("F1 of the words in descriptions", words, {}, dataset, {"decoding": "greedy"}, weights=weights)]
     if content.get("pointing"):
         pointing = {row: {f"pointing_{a}": value for a, value in v.items()} for row, v in content["pointing"].items()}
         chance = dict.fromkeys(next(iter(pointing.values())), content["chance_pointing"])
         settings = {"tolerance": "half a cell", "carrier": "the", "phrases": content.get("pointing_phrases")}
         title = "Pointing game, words that one object of several has"
-        found.append(Evaluation(title, pointing, {CHANCE: chance}, dataset, settings))
+        found.append(Evaluation(title, pointing, {CHANCE: chance}, dataset, settings, weights=weights))
     return found
 
 
@@ -236,4 +264,14 @@ def _check_table(table: Table, path: Path) -> None:
                 )
 
 
-__all__ = ["CHANCE", "CONTROLS", "ControlVerdict", "Evaluation", "judge_controls", "metric_name", "read_evaluations"]
+__all__ = [
+    "CHANCE",
+    "CONTROLS",
+    "ControlVerdict",
+    "Evaluation",
+    "check_measured",
+    "fingerprint",
+    "judge_controls",
+    "metric_name",
+    "read_evaluations",
+]
