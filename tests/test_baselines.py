@@ -331,7 +331,11 @@ def test_a_wrong_comparison_is_named(change, text, comparison_file):
 )
 def test_every_comparison_is_valid(file):
     found = read_comparison(file, fields={"report_to": "none"})
-    types = {recipe.model.get("translator_type", "transformer") for recipe in found.recipes.values()}
-    assert types == {"transformer", *BASELINES}
-    budget = {(r.max_steps, r.batch_size, str(r.train_data), r.language_model, r.views) for r in found.recipes.values()}
-    assert len(budget) == 1
+    recipes = found.recipes.values()
+    assert len({(r.max_steps, r.batch_size, str(r.train_data), r.views) for r in recipes}) == 1  # one budget
+    if file.stem == "lora":
+        without, adapted = ({r.language_model for r in recipes if bool(r.lora) is lora} for lora in (False, True))
+        assert without == adapted and {r.lora["rank"] for r in recipes if r.lora} == {8}
+    else:
+        assert {r.model.get("translator_type", "transformer") for r in recipes} == {"transformer", *BASELINES}
+        assert len({r.language_model for r in recipes}) == 1
