@@ -227,7 +227,7 @@ def main():
 
 
 def _peak_resident_memory() -> float:
-    """GB. `getrusage` would give the parent's peak where that is higher: it survives the start of a new program."""
+    """GB, on Linux. `getrusage` would give the parent's peak where that is higher: it survives the start of a new program."""
     (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
     return int(line.split()[1]) / 2**20
 

@@ -419,6 +419,12 @@ def test_scores_of_other_weights_are_not_published(model, processor, checkpoint,
     prepare(full, "tester/devil", tmp_path / "published", scores=[tmp_path / "half.json"])
     with pytest.raises(ValueError, match=f"other weights .00000000. than these .{fingerprint(model):.8}"):
         prepare(checkpoint, "tester/devil", tmp_path / "refused", scores=[tmp_path / "other.json"])
+    # A verdict says nothing of the same translator before another language model.
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        next(other.language_model.parameters()).mul_(1.01)
+    with pytest.raises(ValueError, match="other weights"):
+        prepare(other, "tester/devil", tmp_path / "tuned", processor=processor, scores=[tmp_path / "own.json"])
 
 
 # --------------------------------------------------------------------------------------------------------- command line

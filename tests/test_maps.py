@@ -122,12 +122,22 @@ def test_the_centre_prior_is_highest_in_the_middle():
     assert np.unravel_index(prior.argmax(), prior.shape) == (2, 3) and prior == pytest.approx(prior[::-1, ::-1])
 
 
-@pytest.mark.parametrize("edge", [8, 14])
+@pytest.mark.parametrize("edge", [8, 14, 24, 28, 40, 48, 56])
 def test_the_centre_prior_of_a_board_is_that_of_each_of_its_images(edge):
     board = centre_prior((edge, edge), tiles=2)
     half = edge // 2
+    alone = centre_prior((half, half))
+    assert (alone == alone.max()).sum() == (1 if half % 2 else 4)
     for row, column in product((0, half), (0, half)):
-        assert board[row : row + half, column : column + half] == pytest.approx(centre_prior((half, half)))
+        assert (board[row : row + half, column : column + half] == alone).all()  # ties, too, to the last bit
+
+
+def test_the_centre_prior_of_a_board_that_cannot_be_halved_favours_no_image():
+    for edge in (7, 9, 25):
+        board = centre_prior((edge, edge), tiles=2)
+        assert (board == board[::-1]).all() and (board == board[:, ::-1]).all()
+        top = board == board.max()
+        assert top[: edge // 2, : edge // 2].any() and not top[edge // 2].any()
 
 
 def test_boards_hold_every_image_in_its_own_quarter(rng):

@@ -307,6 +307,20 @@ def test_a_run_that_stopped_early_is_only_saved_again_until_its_patience_is_rais
     assert (Path(fields["output_dir"]) / "checkpoint-6").exists()
 
 
+def test_the_best_checkpoint_is_kept_when_the_output_folder_is_called_otherwise(fields, tmp_path, monkeypatch):
+    worse, evaluate = iter([1.0, 2.0, 3.0]), DevilTrainer.evaluate
+    monkeypatch.setattr(DevilTrainer, "evaluate", lambda *a, **k: evaluate(*a, **k) | {"eval_loss": next(worse)})
+    monkeypatch.chdir(tmp_path)
+    kill_at(monkeypatch, 3)  # after checkpoint 2
+    with pytest.raises(Killed):
+        train(Recipe(**fields | {"output_dir": "before"}))
+    best = weights("before/checkpoint-2")
+    Path("before").rename("after")
+    after = weights(train(Recipe(**fields | {"output_dir": str(tmp_path / "after"), "resume": True})))
+    assert Path("after/checkpoint-6").is_dir()  # the newest is another
+    torch.testing.assert_close({name: after[name] for name in best}, best, rtol=0, atol=0)
+
+
 # ------------------------------------------------------------------------------------------------------ feature cache
 
 
@@ -418,6 +432,7 @@ def test_every_recipe_is_valid(file):
         ({"save_steps": 3}, "save_steps=3"),
         ({"save_steps": 4}, "save_steps=4 must equal evaluation_steps=2"),
         ({"keep_checkpoints": 1}, "keep_checkpoints=1"),
+        ({"validation_data": [{"kind": "shapes", "split": "test"}]}, "no longer be held out"),
         ({"cache_features": "features", "smallest_crop": 0.5}, "smallest_crop=0.5"),
         ({"push_to_hub": "devil"}, "USER/REPO"),
         ({"logging_steps": 4}, "logging_steps=4"),

@@ -74,6 +74,7 @@ MARGINS = {"cider": 0.01, "word_f1": 0.05, "evidence": 0.02}
 MAP_CORRELATION_LIMIT = 0.5
 FLAT = 1e-3  # nats per token: a map that differs by less from place to place says nothing
 CARRIER = "the"  # the paper's neutral word before a phrase; a bare "circle" is no way to begin a caption
+STATISTICS_BATCH = 32  # images at once when the statistics of random batch norms are estimated
 MAP_PLACES = 256  # layers with more locations are left out of the maps unless asked for
 WORDS = {word for words in ATTRIBUTE_WORDS.values() for word in words}
 CONSTANTS = 20
@@ -248,8 +249,8 @@ class _Run:
 
     @contextmanager
     def randomised(self, stages) -> Iterator[None]:
-        ends = range(0, self.mapped, self.batch_size)
-        batches = [range(begin, min(begin + self.batch_size, self.mapped)) for begin in ends]
+        begins = range(0, self.mapped, STATISTICS_BATCH)
+        batches = [range(begin, min(begin + STATISTICS_BATCH, self.mapped)) for begin in begins]
         if len(batches) > 1 and len(batches[-1]) == 1:  # one image alone may have no variance to normalise by
             batches.pop()
         like = next(self.model.backbone.parameters())

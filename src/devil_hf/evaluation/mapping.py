@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import numpy as np
 import torch
@@ -97,9 +98,8 @@ def collect_maps(
             shown = [phrase for phrase, mask in masks.items() if mask.any()]
             row: dict[str, Any] = {"phrases": []}
             if shown:
-                row = _map_one(
-                    model, processor, pixels, {phrase: masks[phrase] for phrase in shown}, names, settings, classes
-                )
+                own = {phrase: masks[phrase] for phrase in shown}
+                row = _map_one(model, processor, pixels, own, names, settings, example.key, classes)
                 row |= _write(folder / "maps" / f"{_digest(example.key)}.npz", row.pop("arrays"))
             row |= {"groups": {phrase: example.groups[phrase] for phrase in row["phrases"]}}
             records.add(example.key, row)
@@ -131,7 +131,7 @@ def _read(processor: DevilProcessor, example: LocalisedImage) -> tuple[Tensor, d
 
 
 def _map_one(
-    model, processor, pixels, masks, names, settings: MapSettings, classes: ClassMapper | None = None
+    model, processor, pixels, masks, names, settings: MapSettings, key: str, classes: ClassMapper | None = None
 ) -> dict[str, Any]:
     """Maps, prior and curves of one image's phrases; `arrays` go to a file of their own.
 
@@ -157,7 +157,9 @@ def _map_one(
     orders = {DEFAULT_COMBINATION: maps[DEFAULT_COMBINATION][0]}
     grid = orders[DEFAULT_COMBINATION].shape[-2:]
     orders[CENTRE] = torch.tensor(centre_prior((grid[0], grid[1]))).float().expand(len(phrases), -1, -1)
-    generator = torch.Generator().manual_seed(settings.seed)
+    generator = torch.Generator().manual_seed(
+        (settings.seed << 32) ^ crc32(key.encode())
+    )  # each image has orders of its own
     orders[RANDOM] = torch.rand(len(phrases), *grid, generator=generator)
     curves = location_curves(model, features, names, text, orders)
     row = {

@@ -120,7 +120,8 @@ def centre_prior(size: tuple[int, int], tiles: int = 1) -> np.ndarray:
     Args:
         tiles: images side by side and below each other; each has its own middle.
     """
-    rows, columns = (((np.arange(edge) + 0.5) / edge * tiles % 1 - 0.5) / 0.25 for edge in size)
+    # Whole numbers until the end, so that places equally far from the middle are equal to the last bit.
+    rows, columns = (((2 * np.arange(edge) + 1) * tiles % (2 * edge) - edge) / (0.5 * edge) for edge in size)
     return np.exp(-(rows[:, None] ** 2 + columns[None] ** 2) / 2)
 
 

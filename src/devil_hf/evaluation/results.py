@@ -20,6 +20,7 @@ name. `verdict` is for evaluations that judge their controls themselves; `weight
 captions`, `devil evaluate neurons --output` and `devil quickstart` write is read as well.
 """
 
+import hashlib
 import json
 import math
 from collections.abc import Iterable
@@ -165,11 +166,12 @@ def judge_controls(evaluations: Sequence[Evaluation]) -> ControlVerdict:
 
 
 def fingerprint(model: DevilModel) -> str:
-    """SHA-256 of the trained weights (translator, LoRA) in fp32, the same whatever precision and form they are saved in.
-
-    The frozen parts have hashes of their own, which loading checks.
-    """
-    return weights_hash({name: tensor.float() for name, tensor in model.trainable_state_dict().items()})
+    """SHA-256 of all weights, frozen ones too, in fp32: the same for a slim and a full checkpoint, and for fp16 weights that were
+    loaded as fp32. Rounding weights, or merging LoRA into them, makes another model."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(weights_hash({name: tensor.float()}).encode())  # one at a time: copies of all may not fit
+    return digest.hexdigest()
 
 
 def check_measured(evaluations: Iterable[Evaluation], model: DevilModel) -> None:

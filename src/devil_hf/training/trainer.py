@@ -146,14 +146,21 @@ class DevilTrainer(Trainer):
         super()._load_callback_state()
         for callback, patience in zip(self._early_stopping(), asked, strict=True):
             callback.early_stopping_patience = patience
+        self.state.best_model_checkpoint = self._best_checkpoint(self.state)
 
     def _early_stopping(self) -> list[EarlyStoppingCallback]:
         return [one for one in self.callback_handler.callbacks if isinstance(one, EarlyStoppingCallback)]
+
+    def _best_checkpoint(self, state: TrainerState) -> str | None:
+        """Where the best checkpoint lies in the output folder of now, whatever that was called when it was written."""
+        folder = Path(str(self.args.output_dir)) / f"checkpoint-{state.best_global_step}"
+        return str(folder) if state.best_global_step and folder.is_dir() else None
 
     def _take_up(self, folder: Path, state: TrainerState) -> None:
         """Load a run that had come to its end."""
         self.state = state
         self._load_from_checkpoint(str(folder))
+        state.best_model_checkpoint = self._best_checkpoint(state)
         if self.args.load_best_model_at_end and state.best_model_checkpoint is not None:
             self._load_best_model()
 
