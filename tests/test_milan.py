@@ -27,11 +27,14 @@ from devil_hf.data.milan import read_annotations
 from devil_hf.data.milan import read_labels
 from devil_hf.data.milan import read_split
 from devil_hf.data.milan import write_milan
+from devil_hf.evaluation import milannotations
 from devil_hf.evaluation.bertscore import BertScoreSettings
 from devil_hf.evaluation.captions import caption_scores
 from devil_hf.evaluation.milannotations import bert_scores
 from devil_hf.evaluation.milannotations import best_constant
+from devil_hf.evaluation.milannotations import label_annotated_units
 from devil_hf.evaluation.milannotations import neuron_table
+from devil_hf.evaluation.results import read_evaluations
 from devil_hf.training.units import unit_captions
 
 KEYS = [("layer1", 0), ("layer1", 3), ("layer2", 1), ("layer2", 2), ("layer2", 7)]
@@ -303,8 +306,6 @@ def test_bert_scores_are_milans(tiny_bert):
 
 
 def test_without_weights_the_other_metrics_are_still_there(caplog, monkeypatch):
-    from devil_hf.evaluation import milannotations
-
     said = []
     monkeypatch.setattr(milannotations.logger, "warning", said.append)
     rows = neuron_table(LABELS, REFERENCES, bert_model="roberta-large")
@@ -318,14 +319,34 @@ def test_evaluate_neurons_prints_the_table(units, tiny_bert, tmp_path, capsys):
     torch.save(content, tmp_path / "alexnet_imagenet-splits.pth")
     command = ["evaluate", "neurons", "--milan", str(tmp_path), "--split", "within-alexnet-imagenet", "--json"]
     command += ["--train-steps", "2", "--output-dir", str(tmp_path / "run")]
-    assert (
-        main([*command, "--bert-model", str(tiny_bert), "--bert-layers", "2", "--output", str(tmp_path / "o.json")])
-        == 0
-    )
+    assert main([*command, "--bert-model", str(tiny_bert), "--bert-layers", "2"]) == 0
     scores = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert scores["units"] == 2 and scores["scores"]["constant label"]["bert_score"] is not None
+    assert scores["settings"]["units"] == 2 and scores["scores"]["constant label"]["bert_score"] is not None
     assert (tmp_path / "run" / "checkpoint" / "config.json").is_file()
-    assert {row["unit"] for row in json.loads((tmp_path / "o.json").read_text())["labels"]} == {2, 7}
+    assert json.loads((tmp_path / "run" / "scores.json").read_text()) == scores
+    assert [e.title for e in read_evaluations(tmp_path / "run" / "scores.json")] == ["Labels of units"]
+
+
+def test_labelling_goes_on_where_it_was_stopped(model, processor, units, tmp_path, monkeypatch):
+    options = (model, processor, units, len(units), "greedy", {"milan": "here"})
+    whole = label_annotated_units(*options, tmp_path / "whole")
+    assert [(row["layer"], row["unit"]) for row in whole] == [(unit.layer, unit.unit) for unit in units]
+    monkeypatch.setattr(milannotations, "UNITS", 2)
+    label_annotated_units(model, processor, units, 2, "greedy", {"milan": "here"}, tmp_path / "stopped")
+    read = []
+    features = milannotations.encoded_features
+
+    def counted(model, processor, units):
+        units = list(units)
+        read.extend(unit.unit for unit in units)
+        return features(model, processor, units)
+
+    monkeypatch.setattr(milannotations, "encoded_features", counted)
+    again = label_annotated_units(*options, tmp_path / "stopped")
+    assert [row["label"] for row in again] == [row["label"] for row in whole]
+    assert read == [unit.unit for unit in units[2:]]
+    with pytest.raises(ValueError, match="strategy"):
+        label_annotated_units(model, processor, units, 2, "beam", {"milan": "here"}, tmp_path / "stopped")
 
 
 # ---------------------------------------------------------------------------------------------------------- real labels

@@ -25,8 +25,12 @@ def add_evaluate(verbs) -> None:
         "--train-steps", type=int, default=0, help="first train on the split's training units (default: no)"
     )
     neurons.add_argument("--learning-rate", type=float, default=1e-4, help="of that training (default: %(default)s)")
+    neurons.add_argument("--seed", type=int, default=0, help="of that training (default: %(default)s)")
     neurons.add_argument(
-        "--output-dir", type=Path, default=Path("devil-milan"), help="of that training (default: %(default)s)"
+        "--output-dir",
+        type=Path,
+        default=Path("devil-milan"),
+        help="labels.jsonl, where a stopped run goes on, scores.json, and what was trained (default: %(default)s)",
     )
     neurons.add_argument("--strategy", choices=("greedy", "beam", "rerank"), default="rerank")
     neurons.add_argument(
@@ -34,7 +38,6 @@ def add_evaluate(verbs) -> None:
     )
     neurons.add_argument("--bert-layers", type=int, help="of a directory, how many layers to use (roberta-large: 17)")
     neurons.add_argument("--bert-baseline", type=Path, help="of a directory, the file of values to rescale by")
-    neurons.add_argument("--output", type=Path, help="JSON file for scores and labels")
     neurons.add_argument("--device", help="default: cuda where there is one")
     neurons.add_argument("--json", action="store_true", help="print JSON")
     _add_captions(subjects)
@@ -311,23 +314,26 @@ def run_evaluate_shapes(arguments: argparse.Namespace) -> None:
 
 def run_evaluate_neurons(arguments: argparse.Namespace) -> None:
     from devil_hf.data.milan import open_milan
-    from devil_hf.data.unit_features import encoded_features
+    from devil_hf.evaluation.milannotations import label_annotated_units
     from devil_hf.evaluation.milannotations import neuron_table
     from devil_hf.evaluation.milannotations import null_label
     from devil_hf.evaluation.milannotations import table_text
-    from devil_hf.evaluation.units import label_units
+    from devil_hf.evaluation.results import fingerprint
     from devil_hf.loading import load
 
+    if arguments.limit is not None and arguments.limit < 1:
+        raise ValueError(f"--limit {arguments.limit} leaves nothing to label; give at least 1, or none")
     train, test = open_milan(arguments.milan, arguments.split)
     model, processor = load(arguments.checkpoint, arguments.device)
     state_scope(model)
+    folder = arguments.output_dir
     if arguments.train_steps:
         from transformers import TrainingArguments
 
         from devil_hf.training.units import train_on_units
 
         settings = TrainingArguments(
-            output_dir=str(arguments.output_dir),
+            output_dir=str(folder),
             max_steps=arguments.train_steps,
             per_device_train_batch_size=64,
             learning_rate=arguments.learning_rate,
@@ -337,11 +343,12 @@ def run_evaluate_neurons(arguments: argparse.Namespace) -> None:
             logging_steps=max(arguments.train_steps // 20, 1),
             report_to=[],
             use_cpu=arguments.device == "cpu",
+            seed=arguments.seed,
         )
-        train_on_units(model, processor, train, settings).save_model(str(arguments.output_dir / "checkpoint"))
+        train_on_units(model, processor, train, settings).save_model(str(folder / "checkpoint"))
     count = min(arguments.limit or len(test), len(test))
-    pooled = encoded_features(model, processor, (test[at] for at in range(count)))
-    units = label_units(model, processor, pooled, arguments.strategy)
+    source = {"milan": str(arguments.milan), "split": arguments.split}
+    units = label_annotated_units(model, processor, test, count, arguments.strategy, source, folder)
     rows = neuron_table(
         [unit["label"] for unit in units],
         test.summaries[:count],
@@ -350,15 +357,16 @@ def run_evaluate_neurons(arguments: argparse.Namespace) -> None:
         arguments.bert_layers,
         arguments.bert_baseline,
     )
-    content = {"split": arguments.split, "units": count, "scores": rows}
-    if arguments.output:
-        named = {
-            "title": "Labels of units",
-            "dataset": {"name": "MILANNOTATIONS", "split": arguments.split},
-            "settings": {"units": count, "strategy": arguments.strategy},
-        }
-        arguments.output.write_text(json.dumps(named | content | {"labels": units}, indent=1))
+    content = {
+        "title": "Labels of units",
+        "dataset": {"name": "MILANNOTATIONS", "split": arguments.split},
+        "settings": {"units": count, "strategy": arguments.strategy},
+        "scores": rows,
+        "weights": fingerprint(model),
+    }
+    (folder / "scores.json").write_text(json.dumps(content, indent=1) + "\n")
     print(json.dumps(content) if arguments.json else table_text(rows))
+    print(f"scores and labels: {folder}", file=sys.stderr)
 
 
 def add_verb(verbs, name: str, run, summary: str, example: str) -> argparse.ArgumentParser:

@@ -11,24 +11,64 @@ from collections import Counter
 from collections.abc import Mapping
 from collections.abc import Sequence
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers.utils import logging
 
+from devil_hf.backbone_devil import weights_hash
+from devil_hf.data.exemplars import Unit
+from devil_hf.data.milan import SeveralUnits
+from devil_hf.data.unit_features import encoded_features
 from devil_hf.evaluation.bertscore import BERT_MODEL
 from devil_hf.evaluation.bertscore import BertScore
 from devil_hf.evaluation.bertscore import BertScoreSettings
 from devil_hf.evaluation.bertscore import bert_remedy
 from devil_hf.evaluation.captions import caption_scores
+from devil_hf.evaluation.records import Records
 from devil_hf.evaluation.simulation import shuffled_labels
+from devil_hf.evaluation.units import label_units
 from devil_hf.modeling_devil import DevilModel
 from devil_hf.processing_devil import DevilProcessor
 
+LABELS = "labels.jsonl"
+UNITS = 64  # labelled before they are written down
 logger = logging.get_logger(__name__)
 
 COLUMNS = ("bert_score", "bleu_1", "bleu_4", "rouge_l", "cider")
 CONSTANTS = 20  # candidates for the constant label
+
+
+def label_annotated_units(
+    model: DevilModel,
+    processor: DevilProcessor,
+    units: SeveralUnits | Sequence[Unit],
+    count: int,
+    strategy: str,
+    source: Mapping[str, str],
+    output_dir: str | PathLike,
+) -> list[dict[str, Any]]:
+    """Label the first `count` units; `output_dir/labels.jsonl` takes them as they come, and a stopped pass goes on there.
+
+    Args:
+        source: what names the units (folder, split), part of what the records must agree in.
+
+    Returns:
+        What `label_units` returns, one dictionary for each unit.
+
+    Raises:
+        ValueError: if `output_dir` holds labels of other weights, units or strategy.
+    """
+    decides = {"weights": weights_hash(model), **source, "strategy": strategy}
+    records = Records(Path(output_dir) / LABELS, decides)
+    missing = [at for at in range(count) if str(at) not in records]
+    for begin in range(0, len(missing), UNITS):
+        part = missing[begin : begin + UNITS]
+        pooled = encoded_features(model, processor, (units[at] for at in part))
+        for at, row in zip(part, label_units(model, processor, pooled, strategy), strict=True):
+            records.add(str(at), row)
+    return [records[str(at)] for at in range(count)]
 
 
 def neuron_table(

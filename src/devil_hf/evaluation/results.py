@@ -17,7 +17,7 @@ measure without the features; more is better in every metric. Only `title` and `
 name. `verdict` is for evaluations that judge their controls themselves; `weights` says of which weights all this is true (see
 `fingerprint`), and no other model is published with it. Other keys, such as the `missing` metrics and the
 `model-index` of `devil evaluate captions`, are not read. A file may also hold a list of such objects. What `devil evaluate
-captions`, `devil evaluate neurons --output` and `devil quickstart` write is read as well.
+captions`, `devil evaluate neurons` and `devil quickstart` write is read as well.
 """
 
 import hashlib
