@@ -121,7 +121,8 @@ def run_controls(
         phrases: words to map; default: the attributes of the shapes world, else the twelve nouns and adjectives (any words
             but the commonest) that the captions of most images have. Each is mapped on the images whose captions have it.
         layers: layers to map; default: those with at most 256 locations.
-        map_images: how many of the images are mapped, from the first on.
+        map_images: how many of the images are mapped, from the first on (all of them where there are fewer, and more images can
+            then not be added to the same folder).
         seed: of the random weights, the shuffling and the bootstrap.
 
     Returns:
