@@ -185,6 +185,7 @@ def measure(shape: str, device: str, threads: int, repeats: int, batch: int) -> 
     times = {name: values if name in slow else values[1:] for name, values in times.items()}
     seconds = {name: statistics.median(values) for name, values in times.items()}
     report["seconds"] = seconds
+    report["bf16_pays"] = not slow
     report["images_per_second"] = {name: batch / value for name, value in seconds.items()}
     report |= {f"speedup_{name}": seconds["naive"] / seconds[name] for name in VARIANTS[1:]}
     with FlopCounterMode(display=False) as counter:

@@ -427,6 +427,16 @@ def test_scores_of_other_weights_are_not_published(model, processor, checkpoint,
         prepare(other, "tester/devil", tmp_path / "tuned", processor=processor, scores=[tmp_path / "own.json"])
 
 
+def test_scores_of_a_slim_checkpoint_in_half_precision_are_published(slim_model, processor, unchecked, tmp_path):
+    folder = tmp_path / "slim"
+    copy.deepcopy(slim_model).half().save_pretrained(folder, slim=True)
+    processor.save_pretrained(folder)
+    measured = DevilModel.from_pretrained(folder, dtype=torch.float32)  # as evaluations load it
+    (tmp_path / "scores.json").write_text(json.dumps(SCORES | {"weights": fingerprint(measured)}))
+    draft = prepare(folder, "tester/devil", tmp_path / "draft", scores=[tmp_path / "scores.json"])
+    assert "Captions" in str(draft.card)
+
+
 # --------------------------------------------------------------------------------------------------------- command line
 
 

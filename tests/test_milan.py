@@ -328,11 +328,11 @@ def test_evaluate_neurons_prints_the_table(units, tiny_bert, tmp_path, capsys):
 
 
 def test_labelling_goes_on_where_it_was_stopped(model, processor, units, tmp_path, monkeypatch):
-    options = (model, processor, units, len(units), "greedy", {"milan": "here"})
-    whole = label_annotated_units(*options, tmp_path / "whole")
+    keys = [f"{unit.layer} {unit.unit}" for unit in units]
+    whole = label_annotated_units(model, processor, units, keys, "greedy", tmp_path, tmp_path / "whole")
     assert [(row["layer"], row["unit"]) for row in whole] == [(unit.layer, unit.unit) for unit in units]
     monkeypatch.setattr(milannotations, "UNITS", 2)
-    label_annotated_units(model, processor, units, 2, "greedy", {"milan": "here"}, tmp_path / "stopped")
+    label_annotated_units(model, processor, units, keys[:2], "greedy", tmp_path, tmp_path / "stopped")
     read = []
     features = milannotations.encoded_features
 
@@ -342,11 +342,12 @@ def test_labelling_goes_on_where_it_was_stopped(model, processor, units, tmp_pat
         return features(model, processor, units)
 
     monkeypatch.setattr(milannotations, "encoded_features", counted)
-    again = label_annotated_units(*options, tmp_path / "stopped")
-    assert [row["label"] for row in again] == [row["label"] for row in whole]
-    assert read == [unit.unit for unit in units[2:]]
+    # In another order, as of another split, each unit keeps its own label.
+    again = label_annotated_units(model, processor, units[::-1], keys[::-1], "greedy", tmp_path, tmp_path / "stopped")
+    assert [row["label"] for row in again] == [row["label"] for row in whole[::-1]]
+    assert read == [unit.unit for unit in units[:1:-1]]
     with pytest.raises(ValueError, match="strategy"):
-        label_annotated_units(model, processor, units, 2, "beam", {"milan": "here"}, tmp_path / "stopped")
+        label_annotated_units(model, processor, units, keys, "beam", tmp_path, tmp_path / "stopped")
 
 
 # ---------------------------------------------------------------------------------------------------------- real labels

@@ -433,6 +433,7 @@ def test_every_recipe_is_valid(file):
         ({"save_steps": 4}, "save_steps=4 must equal evaluation_steps=2"),
         ({"keep_checkpoints": 1}, "keep_checkpoints=1"),
         ({"validation_data": [{"kind": "shapes", "split": "test"}]}, "no longer be held out"),
+        ({"validation_data": [{"kind": "hub", "path": "a/b", "split": "test[:100]"}]}, "no longer be held out"),
         ({"cache_features": "features", "smallest_crop": 0.5}, "smallest_crop=0.5"),
         ({"push_to_hub": "devil"}, "USER/REPO"),
         ({"logging_steps": 4}, "logging_steps=4"),

@@ -30,7 +30,7 @@ def add_evaluate(verbs) -> None:
         "--output-dir",
         type=Path,
         default=Path("devil-milan"),
-        help="labels.jsonl, where a stopped run goes on, scores.json, and what was trained (default: %(default)s)",
+        help="labels.jsonl, where stopped labelling goes on, scores.json, and what was trained (default: %(default)s)",
     )
     neurons.add_argument("--strategy", choices=("greedy", "beam", "rerank"), default="rerank")
     neurons.add_argument(
@@ -347,8 +347,9 @@ def run_evaluate_neurons(arguments: argparse.Namespace) -> None:
         )
         train_on_units(model, processor, train, settings).save_model(str(folder / "checkpoint"))
     count = min(arguments.limit or len(test), len(test))
-    source = {"milan": str(arguments.milan), "split": arguments.split}
-    units = label_annotated_units(model, processor, test, count, arguments.strategy, source, folder)
+    units = label_annotated_units(
+        model, processor, test, test.names[:count], arguments.strategy, arguments.milan, folder
+    )
     rows = neuron_table(
         [unit["label"] for unit in units],
         test.summaries[:count],

@@ -231,7 +231,12 @@ def prepare(
     pictures = [] if images is None else [picture.copy() for picture in load_images(images)]
     model, processor = _stage(checkpoint, processor, folder, slim)
     evaluations = [evaluation for path in _score_files(folder) for evaluation in read_evaluations(path)] + given
-    check_measured(evaluations, model)
+    if any(evaluation.weights for evaluation in evaluations):
+        # As evaluations load it, in fp32: frozen parts of a slim checkpoint would be rounded to its own precision otherwise.
+        given_model = isinstance(checkpoint, DevilModel)
+        check_measured(
+            evaluations, model if given_model else DevilModel.from_pretrained(checkpoint, dtype=torch.float32)
+        )
     recipe = folder / RECIPE_FILE
     facts = Facts(
         repo_id=repo_id,

@@ -212,6 +212,15 @@ class SeveralUnits:
         raise IndexError(index)
 
     @cached_property
+    def names(self) -> list[str]:
+        """NETWORK/DATASET layer unit, of every unit."""
+        return [
+            f"{part.folder.parent.name}/{part.folder.name} {layer} {unit}"
+            for part in self.parts
+            for layer, unit in part.keys
+        ]
+
+    @cached_property
     def summaries(self) -> list[tuple[str, ...]]:
         """Of every unit, without reading any array."""
         return [part.summaries[key] for part in self.parts for key in part.keys]

@@ -86,6 +86,7 @@ def collect_maps(
         "carrier": settings.carrier,
         "joint": settings.joint,
         "seed": settings.seed,
+        "random_orders": "by image",
         "gradcam": _digest(*(", ".join(one) for one in classes.names)) if classes else False,
     }
     records = Records(folder / RECORDS, decides)

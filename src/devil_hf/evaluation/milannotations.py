@@ -44,31 +44,32 @@ def label_annotated_units(
     model: DevilModel,
     processor: DevilProcessor,
     units: SeveralUnits | Sequence[Unit],
-    count: int,
+    keys: Sequence[str],
     strategy: str,
-    source: Mapping[str, str],
+    root: str | PathLike,
     output_dir: str | PathLike,
 ) -> list[dict[str, Any]]:
-    """Label the first `count` units; `output_dir/labels.jsonl` takes them as they come, and a stopped pass goes on there.
+    """Label units; `output_dir/labels.jsonl` takes them as they come, and a stopped pass goes on there.
 
     Args:
-        source: what names the units (folder, split), part of what the records must agree in.
+        keys: a name of each of the first units, by which it is known again; those after them are left out.
+        root: where the units lie, part of what the records must agree in.
 
     Returns:
-        What `label_units` returns, one dictionary for each unit.
+        What `label_units` returns, one dictionary for each key.
 
     Raises:
-        ValueError: if `output_dir` holds labels of other weights, units or strategy.
+        ValueError: if `output_dir` holds labels by other weights, of another root, or by another strategy.
     """
-    decides = {"weights": weights_hash(model), **source, "strategy": strategy}
+    decides = {"weights": weights_hash(model), "units": str(Path(root).resolve()), "strategy": strategy}
     records = Records(Path(output_dir) / LABELS, decides)
-    missing = [at for at in range(count) if str(at) not in records]
+    missing = [at for at, key in enumerate(keys) if key not in records]
     for begin in range(0, len(missing), UNITS):
         part = missing[begin : begin + UNITS]
         pooled = encoded_features(model, processor, (units[at] for at in part))
         for at, row in zip(part, label_units(model, processor, pooled, strategy), strict=True):
-            records.add(str(at), row)
-    return [records[str(at)] for at in range(count)]
+            records.add(keys[at], row)
+    return [records[key] for key in keys]
 
 
 def neuron_table(

@@ -166,8 +166,8 @@ def judge_controls(evaluations: Sequence[Evaluation]) -> ControlVerdict:
 
 
 def fingerprint(model: DevilModel) -> str:
-    """SHA-256 of all weights, frozen ones too, in fp32: the same for a slim and a full checkpoint, and for fp16 weights that were
-    loaded as fp32. Rounding weights, or merging LoRA into them, makes another model."""
+    """SHA-256 of all weights, frozen ones too, in fp32: the same for a slim and a full checkpoint in fp32, and for fp16 weights
+    that were loaded as fp32. Rounding weights, or merging LoRA into them, makes another model."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(weights_hash({name: tensor.float()}).encode())  # one at a time: copies of all may not fit
@@ -175,7 +175,7 @@ def fingerprint(model: DevilModel) -> str:
 
 
 def check_measured(evaluations: Iterable[Evaluation], model: DevilModel) -> None:
-    """Raise a ValueError when an evaluation says that it was made with other weights than the model's."""
+    """Raise a ValueError when an evaluation says that it was made with other weights than the model's; not all say it."""
     own = fingerprint(model)
     for evaluation in evaluations:
         if evaluation.weights not in (None, own):

@@ -189,7 +189,7 @@ class Recipe:
                 f"logging_steps={self.logging_steps} must divide the {saving} steps between two checkpoints: a run "
                 "that goes on from one could not repeat the loss curve otherwise"
             )
-        if any(source.get("split") == "test" for source in self.validation_data):
+        if any(str(source.get("split")).split("[")[0] == "test" for source in self.validation_data):
             raise ValueError(
                 "validation_data names the split 'test': the best checkpoint is chosen on them, so a score on that split would "
                 "no longer be held out; name another split"

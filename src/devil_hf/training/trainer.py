@@ -152,9 +152,21 @@ class DevilTrainer(Trainer):
         return [one for one in self.callback_handler.callbacks if isinstance(one, EarlyStoppingCallback)]
 
     def _best_checkpoint(self, state: TrainerState) -> str | None:
-        """Where the best checkpoint lies in the output folder of now, whatever that was called when it was written."""
-        folder = Path(str(self.args.output_dir)) / f"checkpoint-{state.best_global_step}"
-        return str(folder) if state.best_global_step and folder.is_dir() else None
+        """Where the best checkpoint lies: in the output folder of now, whatever that was called when it was written."""
+        if not state.best_global_step:
+            return None
+        saved, here = (
+            state.best_model_checkpoint,
+            Path(str(self.args.output_dir)) / f"checkpoint-{state.best_global_step}",
+        )
+        if saved is not None and Path(saved).is_dir() and not (here.is_dir() and here.samefile(saved)):
+            return saved  # of another run, which this one goes on from
+        if here.is_dir():
+            return str(here)
+        logger.warning(
+            f"the best checkpoint, of step {state.best_global_step}, is gone; the last weights may stand in for it"
+        )
+        return None
 
     def _take_up(self, folder: Path, state: TrainerState) -> None:
         """Load a run that had come to its end."""
