@@ -108,7 +108,8 @@ def decoded(rows, decoder: PairDecoder) -> list[dict]:
 
 
 def row_of(content: bytes, *captions: str) -> dict:
-    return {"key": "k", "image": {"bytes": content, "path": None}, "captions": list(captions), "problem": None}
+    image = {"bytes": content, "path": None}
+    return {"key": "k", "image": image, "captions": list(captions), "region": None, "problem": None}
 
 
 def read(stream, workers: int, batches: int | None = None) -> list:

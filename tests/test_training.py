@@ -30,6 +30,7 @@ from devil_hf.training import run
 from devil_hf.training.feature_cache import CachedFeatures
 from devil_hf.training.feature_cache import StaleCache
 from devil_hf.training.features import PooledCaptions
+from devil_hf.training.features import pool_draws
 from devil_hf.training.features import pooled_feature_draws
 from devil_hf.training.recipe import Recipe
 from devil_hf.training.recipe import parse_recipe
@@ -353,7 +354,7 @@ def test_an_interrupted_cache_is_finished_and_equal(fields, tmp_path, monkeypatc
     monkeypatch.setattr("devil_hf.training.feature_cache.SHARD_IMAGES", 2)
     fields |= {"cache_features": str(tmp_path / "whole"), "max_steps": 2, "validation_data": []}
     train(Recipe(**fields))
-    original, calls = pooled_feature_draws, []
+    original, calls = pool_draws, []
 
     def draw(*args, **kwargs):
         calls.append(1)
@@ -362,7 +363,7 @@ def test_an_interrupted_cache_is_finished_and_equal(fields, tmp_path, monkeypatc
         return original(*args, **kwargs)
 
     fields |= {"cache_features": str(tmp_path / "parts"), "output_dir": str(tmp_path / "other")}
-    monkeypatch.setattr("devil_hf.training.feature_cache.pooled_feature_draws", draw)
+    monkeypatch.setattr("devil_hf.training.feature_cache.pool_draws", draw)
     with pytest.raises(Killed):
         train(Recipe(**fields))
     train(Recipe(**fields))

@@ -12,6 +12,7 @@ from transformers import AutoProcessor
 
 from devil_hf.backbone_devil import FeatureBackbone
 from devil_hf.configuration_devil import DevilConfig
+from devil_hf.grounding import describe_grounded
 from devil_hf.image_processing_devil import DevilImageProcessor
 from devil_hf.modeling_devil import DevilModel
 from devil_hf.pipeline_devil import VisionFeatureDescriptionPipeline
@@ -44,4 +45,5 @@ __all__ = [
     "DevilProcessor",
     "FeatureBackbone",
     "VisionFeatureDescriptionPipeline",
+    "describe_grounded",
 ]

@@ -1,6 +1,7 @@
 """The `devil` command: every verb one call into the library."""
 
 import argparse
+import dataclasses
 import json
 import sys
 import tempfile
@@ -71,6 +72,11 @@ def build_parser(full: bool = True) -> argparse.ArgumentParser:
     )
     describe.add_argument("--max-new-tokens", type=int, default=30, help="default: %(default)s")
     describe.add_argument("--num-beams", type=int, default=1, help="default: greedy")
+    describe.add_argument(
+        "--grounded",
+        action="store_true",
+        help="one description per image, the one whose phrases its places support best",
+    )
     describe.add_argument("--output", type=Path, help="also draw the image beside the words, into this file")
 
     example = 'devil attribute photo.jpg "a dog" grass --layers layer3 layer4 --output maps.png'
@@ -297,6 +303,9 @@ def run_describe(arguments: argparse.Namespace) -> None:
     images = [image for path in arguments.images for image in load_images(path)]
     model, processor = load(arguments.checkpoint, arguments.device)
     state_scope(model)
+    if arguments.grounded:
+        _describe_grounded(arguments, images, model, processor)
+        return
     output = model.describe(
         **processor(images=images, return_tensors="pt"),
         layers=read_layers(arguments.layers, model.layer_names),
@@ -324,6 +333,33 @@ def run_describe(arguments: argparse.Namespace) -> None:
         print(f"{row['image']}  {row['layer']}{place}: {row['description']}")
         if arguments.evidence:
             print("    " + "  ".join(f"{word}{value:+.1f}" for word, value in row["words"]))
+
+
+def _describe_grounded(arguments: argparse.Namespace, images, model, processor) -> None:
+    """One description per image, with the evidence of each phrase in nats."""
+    for name in ("locations", "evidence", "output"):
+        if getattr(arguments, name):
+            raise ValueError(f"--grounded describes whole images, phrase by phrase: leave out --{name}")
+    if arguments.guidance != 1.0:
+        raise ValueError(f"--grounded weighs the places instead: leave out --guidance {arguments.guidance}")
+    from devil_hf.grounding import CANDIDATES
+    from devil_hf.grounding import describe_grounded
+
+    found = describe_grounded(
+        model,
+        processor,
+        **processor(images=images, return_tensors="pt"),
+        layers=read_layers(arguments.layers, model.layer_names),
+        candidates=arguments.num_beams if arguments.num_beams > 1 else CANDIDATES,
+        max_new_tokens=arguments.max_new_tokens,
+    )
+    if arguments.json:
+        rows = zip(arguments.images, found, strict=True)
+        print(json.dumps([{"image": image, **dataclasses.asdict(description)} for image, description in rows]))
+        return
+    for image, description in zip(arguments.images, found, strict=True):
+        print(f"{image}: {description.text}")
+        print("    " + "  ".join(f"{phrase.text} {phrase.evidence:+.1f}" for phrase in description.phrases))
 
 
 def run_attribute(arguments: argparse.Namespace) -> None:

@@ -252,6 +252,7 @@ class DevilModel(ExplainMixin, DevilPreTrainedModel):
         pooled_features: Sequence[Tensor] | None = None,
         location_weights: Sequence[Tensor | None] | None = None,
         layer_mask: Tensor | None = None,
+        regions: Tensor | None = None,
     ) -> DevilOutput:
         """Caption loss of image-text pairs (paper, equation 3).
 
@@ -264,12 +265,14 @@ class DevilModel(ExplainMixin, DevilPreTrainedModel):
             attention_mask: (B, T), 0 on padding; None when there is none.
             location_weights: per layer (B, 1, H_l, W_l), or None for uniform.
             layer_mask: (B, L) bool, True = hidden.
+            regions: (B, H, W) masks, as `processor.masks_to_regions` makes them, of what each caption speaks of; ones for a
+                whole image (beyond the paper). Location dropout then draws places inside of them.
         """
         if pooled_features is None:
             if feature_maps is None:
                 feature_maps = cast(list[Tensor], self.extract_features(pixel_values))
             if location_weights is None:
-                location_weights = self._training_weights(feature_maps) if self.training else [None] * len(feature_maps)
+                location_weights = self._default_weights(feature_maps, regions)
             pooled_features = [
                 self._finite(pool(maps, weights), index)
                 for index, (maps, weights) in enumerate(zip(feature_maps, location_weights, strict=True))
@@ -286,9 +289,14 @@ class DevilModel(ExplainMixin, DevilPreTrainedModel):
         loss = F.cross_entropy(logits.float().flatten(0, 1), labels.to(logits.device).flatten())
         return DevilOutput(loss=loss, logits=logits, prefix=prefix)
 
-    def _training_weights(self, feature_maps: Sequence[Tensor]) -> list[Tensor]:
-        rows = draw_location_weights(self.config, len(feature_maps[0]), feature_maps)
-        return [weights[:, None] for weights in rows]
+    def _default_weights(self, feature_maps: Sequence[Tensor], regions: Tensor | None) -> list[Tensor] | list[None]:
+        """Per layer (B, 1, H_l, W_l): drawn in training mode, all of each region otherwise; None for whole images."""
+        if self.training:
+            drawn = draw_location_weights(self.config, len(feature_maps[0]), feature_maps, regions)
+            return [weights[:, None] for weights in drawn]
+        if regions is None:
+            return [None] * len(feature_maps)
+        return [region_weights(regions[:, None], tuple(maps.shape[-2:]))[0] for maps in feature_maps]
 
     def _caption_inputs(self, prefix: Tensor, input_ids: Tensor, attention_mask: Tensor | None):
         """Labels (B, T + 1), -100 on padding; input embeddings of BOS, prefix, caption, EOS; their attention mask."""

@@ -5,7 +5,6 @@ z = sum over locations of w * f (paper, section 3.2). The whole image, a place, 
 training dropout differ only in w. The weights are built here; nothing here knows the translator or the language model.
 """
 
-import math
 import operator
 from collections.abc import Sequence
 from typing import Any
@@ -39,24 +38,34 @@ def location_dropout(
     schedule: str,
     whole_probability: float,
     device=None,
+    regions: Tensor | None = None,
 ) -> list[Tensor]:
     """Draw training weights, one (rows, H_l, W_l) per layer: uniform over a random, never empty subset of its locations.
 
     `"constant"` drops each location with `probability` (paper). `"log_uniform"` draws the number of kept locations of each
     layer log-uniformly between one and all, so that few places and many are both common, and with `whole_probability` shows
     a row whole in every layer: what most questions will be.
+
+    With `regions` (rows, H_in, W_in), soft masks of which no row is empty, the subset is one of the locations that lie at least
+    half as much in the region as the one that lies in it most, weighted by how much they do (beyond the paper).
     """
     whole = torch.rand(rows, 1, device=device) < whole_probability
     weights = []
     for H, W in grids:
+        share = torch.ones(rows, H * W, device=device)
+        if regions is not None:
+            share = region_weights(regions[:, None], (H, W))[0].flatten(1).to(share)
+        eligible = share >= 0.5 * share.amax(dim=1, keepdim=True)
         draw = torch.rand(rows, H * W, device=device)
-        rank = draw.argsort(dim=1).argsort(dim=1)  # (rows, H * W), a random order of the locations
+        # A random order in which the eligible locations come first; `rank` 0 is the first.
+        rank = draw.masked_fill(~eligible, 2.0).argsort(dim=1).argsort(dim=1)  # (rows, H * W)
+        places = eligible.sum(dim=1, keepdim=True)
         if schedule == "log_uniform":
-            kept = torch.exp(torch.rand(rows, 1, device=device) * math.log(H * W)).round()
+            kept = torch.exp(torch.rand(rows, 1, device=device) * places.log()).round()
             keep = (rank < kept) | whole
         else:
-            keep = (draw >= probability) | (rank == H * W - 1)
-        mass = keep.float()
+            keep = (draw >= probability) | (rank == places - 1)
+        mass = keep * eligible * share
         weights.append((mass / mass.sum(dim=1, keepdim=True)).view(rows, H, W))
     return weights
 
@@ -85,8 +94,10 @@ def layer_dropout(
     return hidden | null
 
 
-def draw_location_weights(config, rows: int, feature_maps: Sequence[Tensor]) -> list[Tensor]:
-    """Training weights as `config` (a `DevilConfig`) wants them, one (rows, H_l, W_l) per layer."""
+def draw_location_weights(
+    config, rows: int, feature_maps: Sequence[Tensor], regions: Tensor | None = None
+) -> list[Tensor]:
+    """Training weights as `config` (a `DevilConfig`) wants them, one (rows, H_l, W_l) per layer; inside of `regions`."""
     return location_dropout(
         rows,
         [maps.shape[-2:] for maps in feature_maps],
@@ -94,6 +105,7 @@ def draw_location_weights(config, rows: int, feature_maps: Sequence[Tensor]) -> 
         config.location_schedule,
         config.whole_probability,
         feature_maps[0].device,
+        regions,
     )
 
 

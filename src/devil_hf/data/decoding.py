@@ -16,6 +16,7 @@ Nothing here draws from a global random generator: which caption is used, and wh
 """
 
 import zlib
+from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Sequence
 from copy import deepcopy
@@ -116,20 +117,23 @@ class PairDecoder:
     Args:
         bad_samples ([`BadSamples`]): Where samples are counted.
         seed (`int`): Seed of the choice among several captions.
+        sees (callable, *optional*): Whether any of a mask (height, width) is in what the model gets to see; rows with other
+            regions are left out, and are not bad.
     """
 
-    def __init__(self, bad_samples: BadSamples, seed: int = 0):
-        self.bad_samples, self.seed = bad_samples, seed
+    def __init__(self, bad_samples: BadSamples, seed: int = 0, sees: Callable[[np.ndarray], bool] | None = None):
+        self.bad_samples, self.seed, self.sees = bad_samples, seed, sees
 
     def __call__(self, row: dict[str, Any], epoch: int = 0) -> dict[str, Any] | None:
         """Decode one row.
 
         Returns:
             `dict` or `None`: `key` (str), `image` (upright RGB `PIL.Image`), `captions` (list of non-empty str),
-            `caption` (one of them, another one in another epoch) and `seed` (int, for random views of the image), or
-            `None` for a bad row.
+            `caption` (one of them, another one in another epoch), `region` (bool mask of the image's size that they speak of,
+            or `None` for the whole image) and `seed` (int, for random views of the image), or `None` for a row that
+            cannot be used.
         """
-        image, problem = None, row["problem"]
+        image, region, problem = None, None, row["problem"]
         captions = [text for text in (" ".join(caption.split()) for caption in row["captions"] or []) if text]
         if problem is None and not captions:
             problem = "empty caption"
@@ -138,12 +142,15 @@ class PairDecoder:
                 image = _decode(row["image"])
             except Exception as error:  # damaged files make Pillow's plugins raise almost anything
                 problem = f"broken image ({type(error).__name__}: {error})"
+        if problem is None and row["region"] is not None:
+            region = np.asarray(Image.open(BytesIO(row["region"])).convert("L")) > 127
         self.bad_samples.add(row["key"], problem)
-        if problem is not None:
+        if problem is not None or (region is not None and self.sees is not None and not self.sees(region)):
             return None
         rng = np.random.default_rng((self.seed, epoch, zlib.crc32(row["key"].encode())))
         caption, seed = captions[rng.integers(len(captions))], int(rng.integers(1 << 31))
-        return {"key": row["key"], "image": image, "captions": captions, "caption": caption, "seed": seed}
+        sample = {"key": row["key"], "image": image, "captions": captions, "caption": caption, "seed": seed}
+        return sample | {"region": region}
 
 
 class PairTable:

@@ -94,7 +94,7 @@ def shard_rows(urls: Sequence[str], caption_field: str) -> Iterator[dict]:
                 samples += 1
         except (tarfile.TarError, EOFError) as error:
             problem = f"the shard is damaged behind {samples} whole samples ({error})"
-            yield {"key": url, "image": None, "captions": [], "problem": problem}
+            yield {"key": url, "image": None, "captions": [], "region": None, "problem": problem}
 
 
 def _samples(url: str, caption_ending: str) -> Iterator[tuple[str, dict[str, bytes]]]:
@@ -152,7 +152,7 @@ def _row(name: str, fields: dict[str, bytes], caption_field: str) -> dict:
         except (ValueError, KeyError, TypeError) as error:
             problem = problem or f"no field {field!r} in its {ending} member ({error!r})"
     picture = {"bytes": fields[image], "path": f"{key}.{image}"} if image else None
-    return {"key": key, "image": picture, "captions": captions, "problem": problem}
+    return {"key": key, "image": picture, "captions": captions, "region": None, "problem": problem}
 
 
 def _expand_braces(pattern: str) -> list[str]:

@@ -6,6 +6,7 @@
     {"kind": "webdataset", "urls": "https://host/cc3m/{00000..00331}.tar"}
     {"kind": "hub", "path": "user/pairs", "split": "train", "image_column": "image", "caption_column": "caption"}
     {"kind": "shapes", "size": 100000}
+    {"kind": "regions", "path": "instances_train2017.json", "images": "train2017"}
 
 A source is opened completely checked: what is missing is an error here, not in the middle of a run. The one thing that is
 left to the decoding of rows is whether each image and caption is any good.
@@ -35,15 +36,18 @@ from datasets import load_dataset
 from datasets import load_from_disk
 from datasets.utils.file_utils import xexists
 from PIL import Image as PILImage
+from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from devil_hf.data.captions import read_coco_captions
 from devil_hf.data.captions import read_flickr_captions
 from devil_hf.data.captions import read_json_lines
+from devil_hf.data.localisation import open_localised
 from devil_hf.data.shapes import sample_scene
 from devil_hf.data.shards import check_shards
 from devil_hf.data.shards import expand_urls
 from devil_hf.data.shards import shard_rows
+from devil_hf.image_processing_devil import load_images
 
 logger = logging.get_logger(__name__)
 
@@ -52,12 +56,15 @@ PAIR_FEATURES = Features(
         "key": Value("string"),
         "image": Image(decode=False),
         "captions": List(Value("string")),
+        "region": Value("binary"),  # PNG, white where the captions speak of; None for the whole image
         "problem": Value("string"),
     }
 )
 METADATA_FILES = ("captions.jsonl", "metadata.jsonl", "metadata.csv")
 IMAGE_COLUMNS = ("image", "file_name")
 CAPTION_COLUMNS = ("captions", "caption", "text")
+REGIONS = "regions"
+REGION_TEMPLATES = ("{}", "a {}", "the {}")
 MAX_SHARDS = 64  # of a stream of shapes
 
 
@@ -178,7 +185,7 @@ def open_hub(
         _hub_row,
         with_indices=True,
         remove_columns=texts.column_names,
-        features=Features({name: PAIR_FEATURES[name] for name in ("key", "captions", "problem")}),
+        features=Features({name: PAIR_FEATURES[name] for name in ("key", "captions", "region", "problem")}),
         fn_kwargs=arguments,
         desc=f"captions of {path}",
     )
@@ -202,6 +209,46 @@ def open_shapes(size: int, seed: int = 0, captions: int = 5, streaming: bool = T
     return cls.from_generator(_shapes_rows, features=PAIR_FEATURES, gen_kwargs=arguments)
 
 
+def open_regions(
+    path: str, images: str | None = None, names: str | None = None, templates: list | None = None
+) -> Dataset:
+    """Objects with masks and names, each a row of its own: the translator sees the object's places only, and learns its name.
+
+    The masks are drawn when the source is opened. All objects of a class in an image are one region.
+
+    Args:
+        path (`str`): COCO instances JSON, Pascal VOC folder, folder of YOLO labels, or `shapes:COUNT[:SEED]`; see
+            [`~devil_hf.data.localisation.open_localised`].
+        images (`str`, *optional*): Folder of the images, where it is not the usual one.
+        names (`str`, *optional*): Class names of YOLO labels.
+        templates (`list` of `str`, *optional*): What is said of a region, with `{}` for its name.
+    """
+    templates = list(REGION_TEMPLATES) if templates is None else templates
+    if not templates or not all(isinstance(template, str) and template.count("{}") == 1 for template in templates):
+        raise ValueError(f"templates={templates!r} must each hold the name once, as {{}}, such as 'a {{}}'")
+    columns: dict[str, list] = {name: [] for name in PAIR_FEATURES}
+    for example in tqdm(open_localised(path, images, names), desc="regions", unit="image", leave=False):
+        content = example.read()
+        picture = load_images(content)[0]
+        image = {"bytes": _png(picture), "path": None}
+        if isinstance(content, str | Path):
+            image = {"bytes": None, "path": str(content)}
+        for phrase, mask in example.draw((picture.height, picture.width)).items():
+            if phrase in example.groups and mask.any():
+                columns["key"].append(f"{example.key} {phrase}")
+                columns["image"].append(image)
+                columns["captions"].append([template.format(phrase) for template in templates])
+                columns["region"].append(_png(PILImage.fromarray(mask)))
+                columns["problem"].append(None)
+    return Dataset.from_dict(columns, features=PAIR_FEATURES)
+
+
+def _png(image: PILImage.Image) -> bytes:
+    file = BytesIO()
+    image.save(file, "PNG", compress_level=1)
+    return file.getvalue()
+
+
 SOURCE_KINDS: dict[str, Callable[..., Dataset | IterableDataset]] = {
     "folder": open_folder,
     "coco": open_coco,
@@ -209,6 +256,7 @@ SOURCE_KINDS: dict[str, Callable[..., Dataset | IterableDataset]] = {
     "webdataset": open_webdataset,
     "hub": open_hub,
     "shapes": open_shapes,
+    REGIONS: open_regions,
 }
 
 
@@ -282,7 +330,14 @@ def _of_files(folder: Path, names: Sequence[str], captions: Sequence[list[str]])
     if missing:
         raise FileNotFoundError(f"{len(missing)} of {len(names)} images are absent, the first is {folder / missing[0]}")
     images = [{"path": str(folder / name), "bytes": None} for name in names]
-    columns = {"key": list(names), "image": images, "captions": list(captions), "problem": [None] * len(names)}
+    nothing = [None] * len(names)
+    columns = {
+        "key": list(names),
+        "image": images,
+        "captions": list(captions),
+        "region": nothing,
+        "problem": nothing,
+    }
     return Dataset.from_dict(columns, features=PAIR_FEATURES)
 
 
@@ -345,7 +400,7 @@ def _check_first(row: dict | None, image_column: str, where: str) -> None:
 
 def _hub_row(row: dict, index: int, captions: list[str], key: str | None, where: str, image: str | None = None) -> dict:
     texts = [text for name in captions for text in _texts(row[name])]
-    pair = {"key": str(row[key]) if key else f"{where} row {index}", "captions": texts, "problem": None}
+    pair = {"key": str(row[key]) if key else f"{where} row {index}", "captions": texts, "region": None, "problem": None}
     return pair | {"image": row[image]} if image else pair
 
 
@@ -355,7 +410,6 @@ def _shapes_rows(ranges: Sequence[tuple[int, int]], seed: int, captions: int) ->
             rng = np.random.default_rng((seed, index))
             scene = sample_scene(rng)
             texts = [scene.caption(rng) for _ in range(captions)]
-            file = BytesIO()
-            PILImage.fromarray(scene.image).save(file, "PNG", compress_level=1)
-            image = {"bytes": file.getvalue(), "path": None}
-            yield {"key": f"shapes {seed} {index}", "image": image, "captions": texts, "problem": None}
+            image = {"bytes": _png(PILImage.fromarray(scene.image)), "path": None}
+            key = f"shapes {seed} {index}"
+            yield {"key": key, "image": image, "captions": texts, "region": None, "problem": None}

@@ -16,6 +16,7 @@ from devil_hf.data.pairs import open_pairs
 from devil_hf.data.shapes import HELD_OUT_WORLD
 from devil_hf.data.shapes import Scene
 from devil_hf.data.shapes import sample_scene
+from devil_hf.data.sources import REGIONS
 from devil_hf.data.sources import named_sources
 
 SHAPES = "shapes"
@@ -69,6 +70,8 @@ def open_captioned(data: str = SHAPES, split: str | None = None, limit: int = 20
         sources = [yaml.safe_load(data)]
     else:
         sources = named_sources(data, split)
+    if any(source.get("kind") == REGIONS for source in sources):
+        raise ValueError(f"{data} names regions, but whole images are described here: name captioned images")
     if [source.get("kind") for source in sources] == [SHAPES]:
         return held_out_scenes(min(sources[0]["size"], limit), sources[0].get("seed", 0))
     rows: dict[str, dict] = {}

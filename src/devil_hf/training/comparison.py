@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from typing import cast
 
 import torch
 import yaml
@@ -26,11 +27,16 @@ from transformers.utils import logging
 from devil_hf.data.decoding import BadSamples
 from devil_hf.data.decoding import PairDecoder
 from devil_hf.data.pairs import open_pairs
+from devil_hf.data.sources import REGIONS
 from devil_hf.evaluation.captions import caption_scores
+from devil_hf.grounding import PLACES_TO_A_SIDE
+from devil_hf.grounding import choose_grounded
+from devil_hf.grounding import tile_regions
 from devil_hf.loading import load
 from devil_hf.modeling_devil import DevilModel
+from devil_hf.pooling_devil import pool
+from devil_hf.pooling_devil import region_weights
 from devil_hf.processing_devil import DevilProcessor
-from devil_hf.training.features import pooled_feature_draws
 from devil_hf.training.recipe import CHECKPOINT_FOLDER
 from devil_hf.training.recipe import Recipe
 from devil_hf.training.recipe import check_fields
@@ -52,7 +58,8 @@ class Comparison:
     Args:
         recipes: the recipe of each translator, by the name of its row.
         evaluation_data: sources of the captioned images that are described and scored; no training reads them.
-        decodings: arguments of `generate` by the name of a column.
+        decodings: arguments of `generate` by the name of a column; besides, `guidance`, and `grounding` for the strength of
+            `choose_grounded`.
     """
 
     recipes: dict[str, Recipe]
@@ -176,10 +183,14 @@ class EvaluationImages:
     """
 
     def __init__(self, sources: Sequence[dict]):
+        if any(source.get("kind") == REGIONS for source in sources):
+            raise ValueError(
+                f"evaluation_data {list(sources)} name regions, but whole images are described: leave them out"
+            )
         self.sources = list(sources)
         self.keys: list[str] = []
         self.captions: list[list[str]] = []
-        self._features: dict[str, list[Tensor]] = {}
+        self._features: dict[str, list[Tensor]] = {}  # per layer (images, 1 + places, C_l)
         self._pairs = open_pairs(self.sources, seed=0, shuffle=False)  # a missing file is an error before the training
 
     @torch.no_grad()
@@ -189,29 +200,47 @@ class EvaluationImages:
         """Descriptions of every image, by all layers together and, of several, by the deepest."""
         features = self.features(model, processor)
         settings = {"max_new_tokens": NEW_TOKENS} | dict(options)
-        guidance = settings.pop("guidance", 1.0)
+        guidance, grounding = settings.pop("guidance", 1.0), settings.pop("grounding", None)
         deepest = torch.ones(1, len(features), dtype=torch.bool)
         deepest[:, -1] = False
         rows = {ALL_LAYERS: None} | ({model.layer_names[-1]: deepest} if len(features) > 1 else {})
         texts: dict[str, list[str]] = {row: [] for row in rows}
         for start in range(0, len(self.keys), batch_size):
             pooled = [layer[start : start + batch_size].to(model.device).float() for layer in features]
+            images, views = pooled[0].shape[:2]
             for row, mask in rows.items():
-                prefix = model.translate(pooled, None if mask is None else mask.expand(len(pooled[0]), -1))
-                sequences = model._decode(prefix, guidance, **settings)
+                flat = [layer.flatten(0, 1) for layer in pooled]
+                prefix = model.translate(flat, None if mask is None else mask.to(model.device).expand(len(flat[0]), -1))
+                prefix = prefix.unflatten(0, (images, views))
+                if grounding is not None:
+                    chosen = choose_grounded(
+                        model, processor, prefix[:, 0], prefix[:, 1:], strength=grounding, **settings
+                    )
+                    texts[row] += [description.text for description in chosen]
+                    continue
+                sequences = model._decode(prefix[:, 0], guidance, **settings)
                 texts[row] += [text.strip() for text in processor.batch_decode(sequences, skip_special_tokens=True)]
         return texts
 
     def features(self, model: DevilModel, processor: DevilProcessor) -> list[Tensor]:
-        """Features of the whole images, (images, C_l) of each layer."""
+        """Features of the whole images and of their places (`grounding.tile_regions`), (images, 1 + places, C_l) per layer."""
         transform = processor.image_processor.to_json_string()
         key = json.dumps([model.config.backbone_config["sha256"], model.layer_names, transform])
         if key not in self._features:
             self.keys, self.captions = [], []
-            with torch.no_grad():
-                drawn = pooled_feature_draws(model, self._batches(processor), description="evaluation features")
-            self._features[key] = [layer[:, 0] for layer in drawn]
+            batches = [self._pool(model, pixel_values) for pixel_values in self._batches(processor)]
+            self._features[key] = [torch.cat(layer) for layer in zip(*batches, strict=True)]
         return self._features[key]
+
+    @staticmethod
+    @torch.no_grad()
+    def _pool(model: DevilModel, pixel_values: Tensor) -> list[Tensor]:
+        layers = []
+        for maps in cast(list[Tensor], model.extract_features(pixel_values)):
+            tiles = region_weights(tile_regions(PLACES_TO_A_SIDE)[None], tuple(maps.shape[-2:]))[0][0]
+            views = torch.cat([torch.full_like(tiles[:1], 1.0 / tiles[0].numel()), tiles])
+            layers.append(pool(maps, views.to(maps)).unflatten(0, (len(maps), -1)).half().cpu())
+        return layers
 
     def _batches(self, processor: DevilProcessor, size: int = 32) -> Iterator[Tensor]:
         bad_samples = BadSamples(0.0)  # rows of a table must be of the same images

@@ -24,7 +24,6 @@ from accelerate import PartialState
 from datasets import Dataset
 from datasets import IterableDataset
 from datasets.distributed import split_dataset_by_node
-from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
@@ -32,11 +31,14 @@ from transformers.utils import logging
 
 from devil_hf.data.decoding import PairDecoder
 from devil_hf.data.shards import expand_urls
+from devil_hf.data.sources import REGIONS
 from devil_hf.modeling_devil import DevilModel
 from devil_hf.processing_devil import DevilProcessor
-from devil_hf.training.features import pooled_feature_draws
-from devil_hf.training.feed import random_view
+from devil_hf.training.features import pool_draws
+from devil_hf.training.feed import batch_regions
 from devil_hf.training.feed import seed_of
+from devil_hf.training.feed import sees_with
+from devil_hf.training.feed import view_of
 
 logger = logging.get_logger(__name__)
 
@@ -57,14 +59,16 @@ def data_fingerprint(sources: Sequence[dict], dataset: Dataset | IterableDataset
     digest = hashlib.sha256()
     if isinstance(dataset, Dataset):
         for table in dataset.with_format("arrow").iter(1000):
-            columns = [table["key"], table["captions"], pc.struct_field(table["image"], "path")]
-            for key, captions, path in zip(*(column.to_pylist() for column in columns), strict=True):
-                digest.update(json.dumps([key, captions, _file_state(path)]).encode())
+            columns = [table["key"], table["captions"], pc.struct_field(table["image"], "path"), table["region"]]
+            for key, captions, path, region in zip(*(column.to_pylist() for column in columns), strict=True):
+                digest.update(json.dumps([key, captions, _file_state(path)]).encode() + (region or b""))
     else:
         digest.update(json.dumps(list(sources), sort_keys=True).encode())
         for source in sources:
-            urls = expand_urls(source["urls"]) if source["kind"] == "webdataset" else []
-            digest.update(json.dumps([_file_state(url) for url in urls]).encode())
+            files = expand_urls(source["urls"]) if source["kind"] == "webdataset" else []
+            if source["kind"] == REGIONS:
+                files = [source["path"]]
+            digest.update(json.dumps([_file_state(file) for file in files]).encode())
     return digest.hexdigest()
 
 
@@ -177,7 +181,7 @@ def _compute_part(folder, part, parts, key, model, processor, dataset, decoder) 
                 if not samples:
                     break
                 seed = seed_of(key["seed"], part, number, len(keys))
-                drawn.append(_draw(model, processor, [sample["image"] for sample in samples], key, seed))
+                drawn.append(_draw(model, processor, samples, key, seed))
                 keys += [sample["key"] for sample in samples]
                 captions += [sample["captions"] for sample in samples]
                 bar.update(read)
@@ -209,21 +213,21 @@ def _rows_of_part(dataset: Dataset | IterableDataset, part: int, parts: int) -> 
     return iter(split_dataset_by_node(dataset, part, parts) if parts > 1 else dataset)
 
 
-def _draw(model, processor, images: Sequence[Image.Image], key: dict, seed: int) -> dict[str, torch.Tensor]:
+def _draw(model, processor, samples: Sequence[dict], key: dict, seed: int) -> dict[str, torch.Tensor]:
     """Per layer (images, views x draws, C_l): the whole image first, then random views of it."""
+    sees = sees_with(processor)
 
-    def pixels(view: int) -> torch.Tensor:
-        smallest = key["smallest_crop"]
-        crops = (
-            [random_view(image, smallest, seed_of(seed, view, i)) for i, image in enumerate(images)] if view else images
-        )
-        return processor(images=crops, return_tensors="pt")["pixel_values"]
+    def draws_of(view: int) -> list[torch.Tensor]:
+        seen = [(sample["image"], sample["region"]) for sample in samples]
+        if view:
+            smallest = key["smallest_crop"]
+            seen = [view_of(sample, smallest, seed_of(seed, view, i), sees) for i, sample in enumerate(samples)]
+        pixel_values = processor(images=[image for image, _ in seen], return_tensors="pt")["pixel_values"]
+        return pool_draws(model, pixel_values, key["draws"], batch_regions(processor, [mask for _, mask in seen]))
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        views = [
-            pooled_feature_draws(model, [pixels(view)], key["draws"], progress=False) for view in range(key["views"])
-        ]
+        views = [draws_of(view) for view in range(key["views"])]
     layers = [torch.cat(layer, dim=1).contiguous() for layer in zip(*views, strict=True)]
     return {f"layer.{index}": layer for index, layer in enumerate(layers)}
 

@@ -38,30 +38,53 @@ def pooled_feature_draws(
     Returns:
         Per layer an fp16 tensor (images, draws or 1, C_l).
     """
-    collected: list[list[Tensor]] = [[] for _ in model.layer_names]
-    for pixel_values in tqdm(batches, desc=description, total=total, unit="batch", leave=False, disable=not progress):
-        pixel_values = pixel_values.to(memory_format=torch.channels_last)  # convolutions run faster on this layout
-        feature_maps = cast(list[Tensor], model.extract_features(pixel_values))
-        weights = _draw_weights(model, feature_maps, draws)
-        for name, maps, layer_weights, layer in zip(model.layer_names, feature_maps, weights, collected, strict=True):
-            pooled = pool(maps, layer_weights).view(len(maps), draws or 1, -1)
-            if not pooled.abs().max() < torch.finfo(torch.float16).max:
-                raise ValueError(
-                    f"features of layer {name!r} are not finite, or too large to be stored in fp16 "
-                    f"(largest {pooled.abs().max().item():.3g}): leave that layer out."
-                )
-            layer.append(pooled.half().cpu())
-    if not collected[0]:
+    bar = tqdm(batches, desc=description, total=total, unit="batch", leave=False, disable=not progress)
+    collected = [pool_draws(model, pixel_values, draws) for pixel_values in bar]
+    if not collected:
         raise ValueError(f"{description}: there is not one usable image.")
-    return [torch.cat(layer) for layer in collected]
+    return [torch.cat(layer) for layer in zip(*collected, strict=True)]
 
 
-def _draw_weights(model: DevilModel, feature_maps: list[Tensor], draws: int | None) -> list[Tensor] | list[None]:
+@torch.no_grad()
+def pool_draws(
+    model: DevilModel, pixel_values: Tensor, draws: int | None = None, regions: Tensor | None = None
+) -> list[Tensor]:
+    """The features of one batch, per layer an fp16 tensor (B, draws or 1, C_l).
+
+    Args:
+        pixel_values: (B, 3, H, W).
+        draws: see `pooled_feature_draws`.
+        regions: (B, H, W) masks that the draws stay inside of; None for the whole images.
+
+    Raises:
+        ValueError: for features that are not finite, or too large for fp16.
+    """
+    pixel_values = pixel_values.to(memory_format=torch.channels_last)  # convolutions run faster on this layout
+    feature_maps = cast(list[Tensor], model.extract_features(pixel_values))
+    layers = []
+    for name, maps, weights in zip(
+        model.layer_names, feature_maps, _draw_weights(model, feature_maps, draws, regions), strict=True
+    ):
+        pooled = pool(maps, weights).view(len(maps), draws or 1, -1)
+        if not pooled.abs().max() < torch.finfo(torch.float16).max:
+            raise ValueError(
+                f"features of layer {name!r} are not finite, or too large to be stored in fp16 "
+                f"(largest {pooled.abs().max().item():.3g}): leave that layer out."
+            )
+        layers.append(pooled.half().cpu())
+    return layers
+
+
+def _draw_weights(
+    model: DevilModel, feature_maps: list[Tensor], draws: int | None, regions: Tensor | None
+) -> list[Tensor] | list[None]:
     """Per layer, weights (B, draws, H_l, W_l), or None for uniform ones."""
     if draws is None:
         return [None] * len(feature_maps)
     images = len(feature_maps[0])
-    rows = draw_location_weights(model.config, images * draws, feature_maps)
+    if regions is not None:
+        regions = regions.to(feature_maps[0].device).repeat_interleave(draws, dim=0)
+    rows = draw_location_weights(model.config, images * draws, feature_maps, regions)
     return [weights.view(images, draws, *weights.shape[1:]) for weights in rows]
 
 

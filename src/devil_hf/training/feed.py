@@ -9,6 +9,7 @@ import itertools
 from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 from typing import Protocol
 
@@ -45,13 +46,29 @@ def seed_of(*numbers: int) -> int:
 
 
 def random_view(image: Image.Image, smallest_crop: float, seed: int) -> Image.Image:
-    """A random crop of at least `smallest_crop` of the image's area, mirrored half of the time."""
+    """A random crop of at least `smallest_crop` of the image's area, mirrored half of the time; a function of size and seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         image = image.convert("RGB")
         top, left, height, width = v2.RandomResizedCrop.get_params(image, [smallest_crop, 1.0], [0.75, 4 / 3])
         crop = image.crop((left, top, left + width, top + height))
         return crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if torch.rand(()) < 0.5 else crop
+
+
+def view_of(
+    sample: dict[str, Any], smallest_crop: float, seed: int, sees: Callable[[np.ndarray], bool]
+) -> tuple[Image.Image, np.ndarray | None]:
+    """A random view of a sample's image, and of its region, if it has one; the whole image where the view would lose that.
+
+    Args:
+        sees: whether any of a mask is in what the model gets to see.
+    """
+    image, region = sample["image"], sample["region"]
+    view = random_view(image, smallest_crop, seed)
+    if region is None:
+        return view, None
+    seen = np.asarray(random_view(Image.fromarray(region), smallest_crop, seed))[..., 0] > 127
+    return (view, seen) if sees(seen) else (image, region)
 
 
 class ImageTable:
@@ -70,7 +87,7 @@ class ImageTable:
 
     def sample(self, index: int, epoch: int) -> dict[str, Any]:
         """Image and caption, both drawn by (seed, epoch, key)."""
-        return _item(self.pairs.sample(index, epoch), self.smallest_crop)
+        return _item(self.pairs.sample(index, epoch), self.smallest_crop, self.pairs.decoder)
 
 
 class CaptionStream(torch.utils.data.IterableDataset):
@@ -99,14 +116,14 @@ class CaptionStream(torch.utils.data.IterableDataset):
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         for sample in PairStream(self.dataset, self.decoder, self.places):
-            yield _item(sample, self.smallest_crop) | {"place": sample["place"]}
+            yield _item(sample, self.smallest_crop, self.decoder) | {"place": sample["place"]}
 
 
-def _item(sample: dict[str, Any], smallest_crop: float) -> dict[str, Any]:
-    image = sample["image"]
+def _item(sample: dict[str, Any], smallest_crop: float, decoder: PairDecoder) -> dict[str, Any]:
+    image, region = sample["image"], sample["region"]
     if smallest_crop < 1:
-        image = random_view(image, smallest_crop, sample["seed"])
-    return {"image": image, "caption": sample["caption"]}
+        image, region = view_of(sample, smallest_crop, sample["seed"], decoder.sees or np.any)
+    return {"image": image, "region": region, "caption": sample["caption"]}
 
 
 class CaptionCollator:
@@ -131,9 +148,29 @@ class CaptionCollator:
             images = [item["image"] for item in items]
             pixel_values = self.processor(images=images, return_tensors="pt")["pixel_values"]
             batch["pixel_values"] = pixel_values.to(memory_format=torch.channels_last)  # convolutions run faster on it
+            if (regions := batch_regions(self.processor, [item["region"] for item in items])) is not None:
+                batch["regions"] = regions
         if "place" in items[-1]:
             batch["place"] = items[-1]["place"]
         return batch
+
+
+def batch_regions(processor: DevilProcessor, masks: Sequence[np.ndarray | None]) -> torch.Tensor | None:
+    """Regions (B, H, W) of a batch over its pixel values, ones where a mask is None; None where all are."""
+    drawn = [None if mask is None else processor.masks_to_regions([mask])[0, 0] for mask in masks]
+    size = next((region.shape for region in drawn if region is not None), None)
+    if size is None:
+        return None
+    return torch.stack([torch.ones(size) if region is None else region for region in drawn])
+
+
+def sees_with(processor: DevilProcessor) -> Callable[[np.ndarray], bool]:
+    """A function that tells whether the crop of `processor` shows any of a mask (height, width)."""
+    return partial(_sees, processor)  # workers can be given it, unlike a closure
+
+
+def _sees(processor: DevilProcessor, mask: np.ndarray) -> bool:
+    return bool((processor.masks_to_regions([mask]) >= 0.5).any())
 
 
 class _Places:

@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 
 from devil_hf.configuration_devil import DevilConfig
+from devil_hf.data.sources import REGIONS
 from devil_hf.lora_devil import check_lora
 
 RECIPE_FILE = "recipe.yaml"
@@ -193,6 +194,11 @@ class Recipe:
             raise ValueError(
                 "validation_data names the split 'test': the best checkpoint is chosen on them, so a score on that split would "
                 "no longer be held out; name another split"
+            )
+        if any(source.get("kind") == REGIONS for source in self.validation_data):
+            raise ValueError(
+                "validation_data names regions, but validation reads whole images: name captioned images, and leave regions to "
+                "train_data"
             )
         if not self.validation_data and self.patience:
             raise ValueError("patience needs validation_data: without them nothing says when to stop")

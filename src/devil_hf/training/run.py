@@ -42,6 +42,7 @@ from devil_hf.training.features import PooledCaptions
 from devil_hf.training.features import pooled_feature_draws
 from devil_hf.training.feed import CaptionStream
 from devil_hf.training.feed import ImageTable
+from devil_hf.training.feed import sees_with
 from devil_hf.training.recipe import CHECKPOINT_FOLDER
 from devil_hf.training.recipe import EMBEDDED
 from devil_hf.training.recipe import RECIPE_FILE
@@ -203,7 +204,7 @@ def _training_data(
     dataset: Dataset | IterableDataset,
     bad_samples: BadSamples,
 ) -> ImageTable | CaptionStream | CachedFeatures:
-    decoder = PairDecoder(bad_samples, recipe.seed)
+    decoder = PairDecoder(bad_samples, recipe.seed, sees_with(processor))
     if recipe.cache_features:
         key = cache_key(
             model,
