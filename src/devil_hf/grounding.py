@@ -70,7 +70,7 @@ def _trimmed(words: list[str]) -> str:
 
 
 CANDIDATES = 8
-STRENGTH = 0.2  # chosen on scenes that no reported figure is measured on
+STRENGTH = 0.1  # chosen on scenes that no reported figure is measured on
 PLACES_TO_A_SIDE = 4
 
 
