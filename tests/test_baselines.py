@@ -14,8 +14,10 @@ from torch.nn import functional as F
 from transformers import AutoModel
 
 from devil_hf import DevilModel
+from devil_hf.grounding import describe_grounded
 from devil_hf.pooling_devil import pool
 from devil_hf.training import comparison
+from devil_hf.training.comparison import EvaluationImages
 from devil_hf.training.comparison import compare
 from devil_hf.training.comparison import comparison_table
 from devil_hf.training.comparison import read_comparison
@@ -291,6 +293,13 @@ def test_a_comparison_trains_each_translator_once_and_scores_all_on_the_same_ima
     del asked.recipes["devil"]
     asked.decodings = {"beams": {"num_beams": 2}}
     assert set(compare(asked, [3], tmp_path / "runs")[0]["scores"]) == {"beams"}
+    asked.decodings = {"grounded": {"num_beams": 3, "grounding": 2.0}}
+    (grounded,) = compare(asked, [3], tmp_path / "runs")
+    loaded, processor = comparison.load(tmp_path / "runs/linear/seed_3/checkpoint")
+    shown = EvaluationImages(asked.evaluation_data)
+    samples = list(shown._batches(processor))
+    alone = describe_grounded(loaded, processor, torch.cat(samples), candidates=3, strength=2.0, max_new_tokens=40)
+    assert grounded["descriptions"]["grounded"]["all"] == [one.text for one in alone]
     monkeypatch.setattr(comparison, "load", lambda path: pytest.fail("it was evaluated again"))
     asked.decodings = {"greedy": {}}
     assert compare(asked, [3], tmp_path / "runs") == json.loads(json.dumps(results[1:]))

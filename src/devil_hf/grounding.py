@@ -141,7 +141,7 @@ def describe_grounded(
         grid: places to a side of the image.
         phrases_of: cuts a description into phrases.
         feature_maps: what `extract_features` returned, to ask again without running the backbone.
-        generation_kwargs: for the library's `generate`.
+        generation_kwargs: for the library's `generate`, and `guidance`; `candidates` stands for `num_beams`.
 
     Returns:
         One description per image.
@@ -199,6 +199,10 @@ def _read_candidates(model, processor, whole, places, null, sequences, phrases_o
     if model.config.eos_token_id is not None:
         ends = (sequences == model.config.eos_token_id).long()
         mask = (ends.cumsum(dim=1) - ends == 0).long()  # up to the first end; padding follows
+    if model.padding_token_id != model.config.eos_token_id:
+        mask = mask * (
+            sequences != model.padding_token_id
+        )  # of candidates that reached the longest length without an end
     log_probs = model._score_rows(whole, model._phrases({"input_ids": sequences, "attention_mask": mask})).sum(dim=-1)[
         0
     ]

@@ -29,6 +29,7 @@ from devil_hf.data.decoding import PairDecoder
 from devil_hf.data.pairs import open_pairs
 from devil_hf.data.sources import REGIONS
 from devil_hf.evaluation.captions import caption_scores
+from devil_hf.grounding import CANDIDATES
 from devil_hf.grounding import PLACES_TO_A_SIDE
 from devil_hf.grounding import choose_grounded
 from devil_hf.grounding import tile_regions
@@ -201,6 +202,7 @@ class EvaluationImages:
         features = self.features(model, processor)
         settings = {"max_new_tokens": NEW_TOKENS} | dict(options)
         guidance, grounding = settings.pop("guidance", 1.0), settings.pop("grounding", None)
+        candidates = CANDIDATES if grounding is None else settings.pop("num_beams", CANDIDATES)
         deepest = torch.ones(1, len(features), dtype=torch.bool)
         deepest[:, -1] = False
         rows = {ALL_LAYERS: None} | ({model.layer_names[-1]: deepest} if len(features) > 1 else {})
@@ -213,8 +215,9 @@ class EvaluationImages:
                 prefix = model.translate(flat, None if mask is None else mask.to(model.device).expand(len(flat[0]), -1))
                 prefix = prefix.unflatten(0, (images, views))
                 if grounding is not None:
+                    whole, places = prefix[:, 0], prefix[:, 1:]
                     chosen = choose_grounded(
-                        model, processor, prefix[:, 0], prefix[:, 1:], strength=grounding, **settings
+                        model, processor, whole, places, candidates, grounding, guidance=guidance, **settings
                     )
                     texts[row] += [description.text for description in chosen]
                     continue
