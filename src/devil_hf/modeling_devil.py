@@ -296,7 +296,7 @@ class DevilModel(ExplainMixin, DevilPreTrainedModel):
             return [weights[:, None] for weights in drawn]
         if regions is None:
             return [None] * len(feature_maps)
-        return [region_weights(regions[:, None], tuple(maps.shape[-2:]))[0] for maps in feature_maps]
+        return [region_weights(regions[:, None], (maps.shape[-2], maps.shape[-1]))[0] for maps in feature_maps]
 
     def _caption_inputs(self, prefix: Tensor, input_ids: Tensor, attention_mask: Tensor | None):
         """Labels (B, T + 1), -100 on padding; input embeddings of BOS, prefix, caption, EOS; their attention mask."""

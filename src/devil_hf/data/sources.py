@@ -230,7 +230,7 @@ def open_regions(
     for example in tqdm(open_localised(path, images, names), desc="regions", unit="image", leave=False):
         content = example.read()
         picture = load_images(content)[0]
-        image = {"bytes": _png(picture), "path": None}
+        image: dict[str, bytes | str | None] = {"bytes": _png(picture), "path": None}
         if isinstance(content, str | Path):
             image = {"bytes": None, "path": str(content)}
         for phrase, mask in example.draw((picture.height, picture.width)).items():

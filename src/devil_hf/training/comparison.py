@@ -240,7 +240,7 @@ class EvaluationImages:
     def _pool(model: DevilModel, pixel_values: Tensor) -> list[Tensor]:
         layers = []
         for maps in cast(list[Tensor], model.extract_features(pixel_values)):
-            tiles = region_weights(tile_regions(PLACES_TO_A_SIDE)[None], tuple(maps.shape[-2:]))[0][0]
+            tiles = region_weights(tile_regions(PLACES_TO_A_SIDE)[None], (maps.shape[-2], maps.shape[-1]))[0][0]
             views = torch.cat([torch.full_like(tiles[:1], 1.0 / tiles[0].numel()), tiles])
             layers.append(pool(maps, views.to(maps)).unflatten(0, (len(maps), -1)).half().cpu())
         return layers
