@@ -10,6 +10,7 @@ from PIL import Image
 from torch.nn import functional as F
 
 from devil_hf.cli import main
+from devil_hf.cli_evaluate import read_windows
 from devil_hf.combining_devil import combine_maps
 from devil_hf.data.localisation import LocalisedImage
 from devil_hf.evaluation import map_scores
@@ -336,3 +337,32 @@ def test_grad_cam_needs_a_classifier(model):
 def test_bad_input_is_an_error_before_anything_is_loaded(arguments, message, capsys, tmp_path):
     assert main(["evaluate", "maps", str(tmp_path), *arguments, "--output-dir", str(tmp_path / "out")]) == 1
     assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_windows_pool_around_the_places_of_their_layer(model, processor, examples, tmp_path):
+    names = model.layer_names[-2:]
+    settings = replace(SETTINGS, boards=0, joint=False, windows={names[0]: 3})
+    _, records = collect_maps(model, processor, examples[:1], SOURCE, tmp_path, settings)
+    row = records[examples[0].key]
+    _, maps = read_arrays(tmp_path / "maps" / row["file"])
+    pixels = processor(images=examples[0].read(), return_tensors="pt")["pixel_values"]
+    text = processor(text=row["phrases"], carrier="the", return_tensors="pt")
+    for name, window in zip(names, (3, 1), strict=True):
+        wanted = model.attribute(pixels, text, layers=name, window=window).maps[name][0]
+        np.testing.assert_allclose(maps[name], wanted.numpy(), rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="windows"):
+        collect_maps(model, processor, examples[:1], SOURCE, tmp_path, replace(settings, windows={}))
+
+
+def test_windows_are_read_by_layer():
+    known = ("stem", "layer3", "layer4")
+    assert read_windows(["layer4=3", "-2=5"], [], known) == {"layer4": 3, "layer3": 5}
+    for typed, reason in (
+        (["layer4"], "LAYER=SIDE"),
+        (["layer4=2"], "odd"),
+        (["layer4=3", "-1=3"], "twice"),
+        (["stem=3"], "not asked"),
+        (["layer9=3"], "layer9"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            read_windows(typed, ["layer3", "layer4"], known)

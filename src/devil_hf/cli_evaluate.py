@@ -5,6 +5,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 
 def add_evaluate(verbs) -> None:
@@ -136,6 +137,13 @@ def _add_maps(subjects) -> None:
         "--carrier", default="the", help='neutral word read before each phrase; "" for none (default: %(default)s)'
     )
     maps.add_argument(
+        "--windows",
+        nargs="+",
+        default=[],
+        metavar="LAYER=SIDE",
+        help="pool the square of this odd side around each place of a layer, where its own grid is finer than what it knows",
+    )
+    maps.add_argument(
         "--no-joint", dest="joint", action="store_false", help="leave out maps of all layers asked together"
     )
     maps.add_argument(
@@ -191,7 +199,8 @@ def run_evaluate_maps(arguments: argparse.Namespace) -> None:
     model, processor = load(arguments.checkpoint, arguments.device)
     state_scope(model)
     layers = tuple(read_layers(arguments.layers, model.layer_names) or ())
-    settings = MapSettings(layers, arguments.carrier or None, arguments.joint, arguments.boards, arguments.seed)
+    windows = read_windows(arguments.windows, layers, model.layer_names)
+    settings = MapSettings(layers, arguments.carrier or None, arguments.joint, arguments.boards, arguments.seed, windows)
     classes = None
     if arguments.gradcam:
         classes = ClassMapper(model, read_class_names(arguments.class_names) if arguments.class_names else None)
@@ -200,7 +209,9 @@ def run_evaluate_maps(arguments: argparse.Namespace) -> None:
     keys, records = collect_maps(model, processor, examples, source, arguments.output_dir, settings, classes)
     rows = {key: records[key] for key in keys}
     content = score_maps(rows, arguments.output_dir, seen, seed=arguments.seed)
-    noted = {"carrier": arguments.carrier, "seed": arguments.seed, "images": len(examples)}
+    noted: dict[str, Any] = {"carrier": arguments.carrier, "seed": arguments.seed, "images": len(examples)}
+    if windows:
+        noted["windows"] = windows
     noted["tolerance"] = "half a cell of a map's own grid, chance that of the finest"
     results = as_results(content, arguments.source, noted) | {"weights": fingerprint(model)}
     (arguments.output_dir / "scores.json").write_text(json.dumps(results, indent=1) + "\n")
@@ -388,6 +399,33 @@ def read_layers(names: list[str] | None, known: Sequence[str]) -> list[str | int
     if names is None:
         return None
     return [int(name) if name not in known and name.lstrip("-").isdigit() else name for name in names]
+
+
+def read_windows(typed: Sequence[str], layers: Sequence[str | int], known: Sequence[str]) -> dict[str, int]:
+    """Windows as typed, LAYER=SIDE, by the layer's full name.
+
+    Args:
+        layers: names or indices of the layers that are asked; none for all.
+        known: the names of all layers.
+
+    Raises:
+        ValueError: for one that is not LAYER=SIDE, names no layer that is asked, names one twice, or has an even side.
+    """
+    from devil_hf.backbone_devil import resolve_layers
+
+    asked = [known[index] for index in resolve_layers(list(layers) or None, list(known))]
+    windows: dict[str, int] = {}
+    for text in typed:
+        name, equals, side = text.rpartition("=")
+        if not equals or not side.isdigit() or int(side) % 2 == 0:
+            raise ValueError(f"--windows {text} is not LAYER=SIDE with an odd side, such as {asked[0]}=3")
+        for layer in read_layers([name], known) or []:
+            full = known[resolve_layers(layer, list(known))[0]]
+            if full not in asked or full in windows:
+                reason = "was given twice" if full in windows else f"is not asked (asked: {', '.join(asked)})"
+                raise ValueError(f"--windows {text}: layer {full!r} {reason}")
+            windows[full] = int(side)
+    return windows
 
 
 def state_scope(model) -> None:

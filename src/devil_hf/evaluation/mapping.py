@@ -9,6 +9,7 @@ import hashlib
 from collections.abc import Mapping
 from collections.abc import Sequence
 from dataclasses import dataclass
+from dataclasses import field
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -49,6 +50,7 @@ class MapSettings:
         joint: also ask all the layers together at every place, which costs as much again as the finest layer.
         boards: boards of the multi-object game for each number of images.
         seed: of the boards and of the random order of deletion.
+        windows: layer name -> side of the square pooled around each of its places; 1 for layers left out.
     """
 
     layers: tuple[str | int, ...] | None = None
@@ -56,6 +58,7 @@ class MapSettings:
     joint: bool = True
     boards: int = 40
     seed: int = 0
+    windows: Mapping[str, int] = field(default_factory=dict)
 
 
 @torch.no_grad()
@@ -79,7 +82,7 @@ def collect_maps(
     """
     asked = resolve_layers(list(settings.layers) if settings.layers else None, model.layer_names)
     names = [model.layer_names[index] for index in asked]
-    decides = {
+    decides: dict[str, Any] = {
         "weights": weights_hash(model),
         **source,
         "layers": names,
@@ -89,6 +92,8 @@ def collect_maps(
         "random_orders": "by image",
         "gradcam": _digest(*(", ".join(one) for one in classes.names)) if classes else False,
     }
+    if settings.windows:
+        decides["windows"] = dict(settings.windows)
     records = Records(folder / RECORDS, decides)
     (folder / "maps").mkdir(exist_ok=True)
     boards = draw_boards(examples, settings)
@@ -144,13 +149,11 @@ def _map_one(
     phrases = list(masks)
     text = processor(text=phrases, carrier=settings.carrier, return_tensors="pt")
     features = model.extract_features(pixels, resolve_layers(names, model.layer_names))
-    layers = {
-        name: one.cpu() for name, one in model.attribute(phrases=text, feature_maps=features, layers=names).maps.items()
-    }
-    weighed = model.layer_evidence(features, text, names).cpu()
-    maps = layers | {rule: combine_maps(layers, rule, weighed) for rule in COMBINATIONS}
+    maps = _layer_and_combined_maps(model, features, text, names, settings)
     if settings.joint:
-        joint = model.attribute(phrases=text, feature_maps=features, layers=names, combine="joint")
+        joint = model.attribute(
+            phrases=text, feature_maps=features, layers=names, combine="joint", window=settings.windows
+        )
         maps["joint"] = joint.maps["joint"].cpu()
     whole = model.score(feature_maps=features, layers=names, **text)
     scored = text.get("scored_mask", text["attention_mask"])
@@ -176,6 +179,14 @@ def _map_one(
         if found:
             arrays[f"map:{GRADCAM}"] = np.stack([found[phrase] for phrase in found])
     return row | {"arrays": arrays | {"masks": np.stack(list(masks.values()))}}
+
+
+def _layer_and_combined_maps(model, features, text, names, settings: MapSettings) -> dict[str, Tensor]:
+    """The map of every layer, and each of the `COMBINATIONS` of them, (1, K, rows, columns) on the CPU."""
+    found = model.attribute(phrases=text, feature_maps=features, layers=names, window=settings.windows)
+    layers = {name: one.cpu() for name, one in found.maps.items()}
+    weighed = model.layer_evidence(features, text, names).cpu()
+    return layers | {rule: combine_maps(layers, rule, weighed) for rule in COMBINATIONS}
 
 
 def location_curves(
@@ -268,11 +279,7 @@ def _map_board(model, processor, members, phrases, names, settings: MapSettings)
     board = torch.tensor(tile_crops(torch.cat(crops).numpy()), dtype=torch.float32)[None]
     text = processor(text=list(phrases), carrier=settings.carrier, return_tensors="pt")
     features = model.extract_features(board, resolve_layers(names, model.layer_names))
-    layers = {
-        name: one.cpu() for name, one in model.attribute(phrases=text, feature_maps=features, layers=names).maps.items()
-    }
-    weighed = model.layer_evidence(features, text, names).cpu()
-    maps = layers | {rule: combine_maps(layers, rule, weighed) for rule in COMBINATIONS}
+    maps = _layer_and_combined_maps(model, features, text, names, settings)
     arrays = {f"map:{name}": one[0].float().numpy() for name, one in maps.items()} | {"masks": placed}
     return {"phrases": list(phrases), "arrays": arrays}
 
