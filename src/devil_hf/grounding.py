@@ -200,12 +200,10 @@ def _read_candidates(model, processor, whole, places, null, sequences, phrases_o
         ends = (sequences == model.config.eos_token_id).long()
         mask = (ends.cumsum(dim=1) - ends == 0).long()  # up to the first end; padding follows
     if model.padding_token_id != model.config.eos_token_id:
-        mask = mask * (
-            sequences != model.padding_token_id
-        )  # of candidates that reached the longest length without an end
-    log_probs = model._score_rows(whole, model._phrases({"input_ids": sequences, "attention_mask": mask})).sum(dim=-1)[
-        0
-    ]
+        # Candidates that reached the longest length without an end.
+        mask = mask * (sequences != model.padding_token_id)
+    candidates_read = model._phrases({"input_ids": sequences, "attention_mask": mask})
+    log_probs = model._score_rows(whole, candidates_read)[0].sum(dim=-1)
     texts = [text.strip() for text in processor.batch_decode(sequences, skip_special_tokens=True)]
     cut = [phrases_of(text) for text in texts]
     every = sorted({phrase for phrases in cut for phrase in phrases})
