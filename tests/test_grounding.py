@@ -23,6 +23,10 @@ from devil_hf.loading import load
         ("two dogs are running on the grass next to a man", ["two dogs are running", "the grass", "a man"]),
         ("A man riding a horse, to the left of his dog.", ["a man riding", "a horse", "his dog"]),
         ("people walk through water", ["people walk", "water"]),
+        ("a picture of a red ring", ["a red ring"]),
+        ("There is a black and white photo of a dog", ["a dog"]),
+        ("in this image there is a dog", ["a dog"]),
+        ("a picture on the wall", ["a picture", "the wall"]),
         ("striped", ["striped"]),
         ("there is", []),
         ("", []),
@@ -90,6 +94,17 @@ def test_a_choice_needs_candidates_and_a_strength_that_is_not_negative(model, pr
         describe_grounded(model, processor, pixel_values, candidates=1)
     with pytest.raises(ValueError, match="strength=-1"):
         describe_grounded(model, processor, pixel_values, strength=-1)
+    with pytest.raises(ValueError, match="num_beams"):
+        describe_grounded(model, processor, pixel_values, num_beams=3)
+
+
+def test_only_the_layers_that_are_asked_are_computed(model, processor, pixel_values, monkeypatch):
+    asked = []
+    extract = model.extract_features
+    monkeypatch.setattr(model, "extract_features", lambda *given: asked.append(given[1]) or extract(*given))
+    last = len(model.layer_names) - 1
+    describe_grounded(model, processor, pixel_values, layers=last, max_new_tokens=4)
+    assert asked == [[last]]
 
 
 def test_places_mend_what_beam_search_binds_wrongly():
@@ -117,5 +132,6 @@ def test_the_command_prints_the_evidence_of_each_phrase(images, tmp_path):
     shown = subprocess.run([*command, "--json"], capture_output=True, text=True, check=True).stdout
     (row,) = json.loads(shown)
     assert row["text"] and [phrase["text"] for phrase in row["phrases"]] == noun_phrases(row["text"])
-    refused = subprocess.run([*command, "--evidence"], capture_output=True, text=True)
-    assert refused.returncode and "leave out --evidence" in refused.stderr
+    for option in (["--evidence"], ["--window", "3"]):
+        refused = subprocess.run([*command, *option], capture_output=True, text=True)
+        assert refused.returncode and f"leave out {option[0]}" in refused.stderr

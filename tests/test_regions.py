@@ -11,11 +11,13 @@ from PIL import Image
 from devil_hf.data.decoding import BadSamples
 from devil_hf.data.decoding import PairDecoder
 from devil_hf.data.decoding import PairTable
+from devil_hf.data.decoding import TooManyBadSamples
 from devil_hf.data.pairs import open_pairs
 from devil_hf.evaluation.captioned import open_captioned
 from devil_hf.pooling_devil import location_dropout
 from devil_hf.pooling_devil import region_weights
-from devil_hf.training.features import pool_draws
+from devil_hf.training.feature_cache import _draw
+from devil_hf.training.feature_cache import data_fingerprint
 from devil_hf.training.feed import CaptionCollator
 from devil_hf.training.feed import ImageTable
 from devil_hf.training.feed import batch_regions
@@ -90,7 +92,43 @@ def test_what_the_crop_cuts_off_is_left_out_and_is_not_bad(labels, processor):
     table = PairTable(rows_of(labels), decoder)
     keys = [table.sample(index, 0)["key"] for index in range(4)]
     assert keys[:3] == ["0.png dog", "0.png cat", "1.png dog"] and keys[3] in keys[:3]
-    assert bad_samples.bad == 0
+    assert bad_samples.bad == 0 and bad_samples.out_of_sight >= 1
+    assert "lay outside of what the model sees" in str(bad_samples)
+    only_edge = rows_of(labels).select([3])
+    with pytest.raises(TooManyBadSamples, match="100 lay outside"):
+        PairTable(only_edge, PairDecoder(BadSamples(), sees=sees_with(processor))).sample(0, 0)
+
+
+def test_a_broken_image_is_one_bad_row_and_no_objects_are_an_error(labels):
+    (labels.parent / "1.png").write_bytes(b"no image")
+    rows = rows_of(labels)
+    assert list(rows["key"]) == ["0.png dog", "0.png cat", "1.png", "2.png edge"]
+    bad_samples = BadSamples(limit=1)
+    assert [PairDecoder(bad_samples)(row) is None for row in rows] == [False, False, True, False]
+    assert bad_samples.bad == 1
+    content = json.loads(labels.read_text())
+    for annotation in content["annotations"]:
+        annotation["bbox"] = [0, 0, 0, 0]
+    labels.write_text(json.dumps(content))
+    (labels.parent / "1.png").unlink()
+    Image.new("RGB", (WIDTH, HEIGHT)).save(labels.parent / "1.png")
+    with pytest.raises(ValueError, match="no object"):
+        rows_of(labels)
+
+
+def test_a_cache_knows_the_regions_and_what_is_said_of_them_also_in_a_stream(labels):
+    scenes = {"kind": "shapes", "size": 2, "streaming": True}
+    content = json.loads(labels.read_text())
+
+    def fingerprint(**more) -> str:
+        sources = [scenes, {"kind": "regions", "path": str(labels), "images": str(labels.parent)} | more]
+        return data_fingerprint(sources, open_pairs(sources, 0, False))
+
+    first = fingerprint()
+    assert fingerprint() == first != fingerprint(templates=["{}"])
+    content["annotations"][0]["bbox"][0] += 1  # 40 to 41: the file keeps its size
+    labels.write_text(json.dumps(content))
+    assert fingerprint() != first
 
 
 @pytest.mark.parametrize("schedule", ["constant", "log_uniform"])
@@ -160,15 +198,37 @@ def test_an_image_and_a_cache_give_the_same_region_features(model, processor, la
         pooled.append(torch.stack(rows))
     with torch.no_grad():
         torch.testing.assert_close(prefix, model.translate(pooled), rtol=1e-4, atol=1e-5)
-    torch.manual_seed(1)
-    drawn = pool_draws(model, batch["pixel_values"], 4, batch["regions"])
-    torch.manual_seed(1)
-    again = pool_draws(model, batch["pixel_values"], 4, batch_regions(processor, [item["region"] for item in items]))
-    for one, other, maps in zip(drawn, again, features, strict=True):
-        torch.testing.assert_close(one, other)
-        low, high = maps.amin(dim=(2, 3)), maps.amax(dim=(2, 3))
-        assert (one.float() >= low[:, None] - 1e-2).all() and (one.float() <= high[:, None] + 1e-2).all()
     assert batch_regions(processor, [None, None]) is None
+
+
+def test_cached_draws_stay_inside_of_the_region_in_every_view(model, processor, monkeypatch):
+    """The image shows its own region in white; features are the whiteness of their place, and where it is."""
+    places = torch.eye(64).view(64, 8, 8)
+
+    def features_of(pixel_values):
+        cells = torch.nn.functional.adaptive_avg_pool2d((pixel_values[:, :1] - black) / (white - black), 8)
+        return [torch.cat([cells, places.expand(len(cells), -1, -1, -1)], dim=1) for _ in model.layer_names]
+
+    def picture_of(mask):
+        return Image.fromarray(np.repeat(mask[..., None] * np.uint8(255), 3, axis=2))
+
+    masks = [box_mask("dog"), box_mask("cat"), None]
+    images = [picture_of(mask) for mask in masks[:2]] + [picture_of(np.zeros((HEIGHT, WIDTH), bool))]
+    plain = processor(images=[images[2], Image.new("RGB", (WIDTH, HEIGHT), "white")], return_tensors="pt")[
+        "pixel_values"
+    ]
+    black, white = plain[:, 0].amin(dim=(1, 2))
+    monkeypatch.setattr(model, "extract_features", features_of)
+    samples = [{"image": image, "region": mask} for image, mask in zip(images, masks, strict=True)]
+    key = {"views": 6, "draws": 8, "smallest_crop": 0.4}
+    for layer in _draw(model, processor, samples, key, seed=3).values():
+        drawn = layer.float()
+        assert drawn.shape == (3, 48, 65)
+        assert (drawn[:2, :, 0] > 0.4).all()  # at places outside of the object it is black
+        weights = drawn[:, :, 1:]
+        torch.testing.assert_close(weights.sum(dim=-1), torch.ones(3, 48), atol=2e-3, rtol=0)
+        assert len({tuple(row.nonzero()[:, 0].tolist()) for row in weights[0]}) > 6
+        assert (weights[2].amax(dim=0) > 0).all()  # the whole image, next to regions, is drawn from everywhere
 
 
 @pytest.mark.parametrize("cached", [False, True])

@@ -71,7 +71,7 @@ def build_parser(full: bool = True) -> argparse.ArgumentParser:
         "--guidance", type=float, default=1.0, help="above 1: favour what the features add (default: 1)"
     )
     describe.add_argument("--max-new-tokens", type=int, default=30, help="default: %(default)s")
-    describe.add_argument("--num-beams", type=int, default=1, help="default: greedy")
+    describe.add_argument("--num-beams", type=int, default=1, help="default: greedy; with --grounded the candidates, 8")
     describe.add_argument(
         "--grounded",
         action="store_true",
@@ -337,8 +337,9 @@ def run_describe(arguments: argparse.Namespace) -> None:
 
 def _describe_grounded(arguments: argparse.Namespace, images, model, processor) -> None:
     """One description per image, with the evidence of each phrase in nats."""
-    for name in ("locations", "evidence", "output"):
-        if getattr(arguments, name):
+    unset = {"locations": None, "window": 1, "evidence": False, "output": None}
+    for name, value in unset.items():
+        if getattr(arguments, name) != value:
             raise ValueError(f"--grounded describes whole images, phrase by phrase: leave out --{name}")
     if arguments.guidance != 1.0:
         raise ValueError(f"--grounded weighs the places instead: leave out --guidance {arguments.guidance}")

@@ -141,7 +141,8 @@ def _add_maps(subjects) -> None:
         nargs="+",
         default=[],
         metavar="LAYER=SIDE",
-        help="pool the square of this odd side around each place of a layer, where its own grid is finer than what it knows",
+        help="pool the square of this odd side around each place of a layer, where its own grid is finer than what it knows; "
+        "an index below zero needs the form --windows=-1=3",
     )
     maps.add_argument(
         "--no-joint", dest="joint", action="store_false", help="leave out maps of all layers asked together"

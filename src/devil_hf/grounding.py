@@ -6,8 +6,9 @@ the phrases n_1 ... n_m gets
 
     log p(c | whole image) + g sum_j max_r [log p(n_j | place r) - log p(n_j | null prefix)]
 
-divided by its number of tokens, where the places r tile the image; with g = 0 that is plain beam search. Nothing is trained
-for it. It goes beyond the paper, and it needs a translator that has learned single places, which location dropout sees to.
+divided by its number of tokens, where the places r tile the image; with g = 0 it chooses as beam search does (which, under
+guidance, ranks by other probabilities). Nothing is trained for it. It goes beyond the paper, and it needs a translator that
+has learned single places, which location dropout sees to.
 """
 
 import re
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from devil_hf.backbone_devil import resolve_layers
 from devil_hf.modeling_devil import DevilModel
 from devil_hf.processing_devil import DevilProcessor
 
@@ -36,6 +38,12 @@ BREAKS = frozenset(
     ]
 )
 EMPTY_WORDS = frozenset(["there", "here", "is", "are", "it", "of", "that", "which", "who"])
+# What is said of the picture, and not of what is in it.
+OPENING = re.compile(
+    r"^(?:in (?:this|the) (?:picture|photo|photograph|image)\b,?"
+    r"|(?:there is |this is |it is )?(?:a|an|the|this) (?:black and white )?(?:picture|photo|photograph|image)"
+    r" (?:of|shows|showing)\b)"
+)
 # Directions name no object of their own: "to the left of", "next to", "in front of".
 DIRECTION = re.compile(
     r"\b(?:(?:to|on|at|in) )?(?:the )?(?:left|right|front|top|back|middle|side) of\b|\b(?:next|close) to\b"
@@ -48,7 +56,8 @@ def noun_phrases(text: str) -> list[str]:
     It knows a few dozen function words and no grammar: verbs stay with their subject ("a man riding", "a horse"). For other
     languages, or better phrases, give `describe_grounded` a function of your own, such as spaCy's noun chunks.
     """
-    words = DIRECTION.sub("and", text.lower()).replace(",", " and ").replace(".", " and ").split()
+    content = OPENING.sub("", " ".join(text.lower().split()))
+    words = DIRECTION.sub("and", content).replace(",", " and ").replace(".", " and ").split()
     groups: list[list[str]] = [[]]
     for before, word in zip(["", *words], words, strict=False):
         if word in BREAKS:
@@ -61,7 +70,7 @@ def noun_phrases(text: str) -> list[str]:
 
 
 def _trimmed(words: list[str]) -> str:
-    """Without what no phrase begins or ends with: "there is", "a picture of"."""
+    """Without what no phrase begins or ends with: "there is", "that is", a determiner left alone."""
     while words and words[-1] in EMPTY_WORDS | DETERMINERS:
         words = words[:-1]
     while words and words[0] in EMPTY_WORDS:
@@ -72,6 +81,9 @@ def _trimmed(words: list[str]) -> str:
 CANDIDATES = 8
 STRENGTH = 0.1  # chosen on scenes that no reported figure is measured on
 PLACES_TO_A_SIDE = 4
+DECIDED = frozenset(
+    ["num_beams", "num_return_sequences", "return_dict_in_generate"]
+)  # of `generate`, by the candidates
 
 
 @dataclass(frozen=True)
@@ -141,16 +153,16 @@ def describe_grounded(
         grid: places to a side of the image.
         phrases_of: cuts a description into phrases.
         feature_maps: what `extract_features` returned, to ask again without running the backbone.
-        generation_kwargs: for the library's `generate`, and `guidance`; `candidates` stands for `num_beams`.
+        generation_kwargs: for the library's `generate`, and `guidance`, which shapes the candidates but not the choice.
 
     Returns:
         One description per image.
 
     Raises:
-        ValueError: for fewer than two candidates, and for a negative `strength`.
+        ValueError: for fewer than two candidates, a negative `strength`, and arguments of `generate` that `candidates` decides.
     """
     if feature_maps is None:
-        feature_maps = model.extract_features(pixel_values)
+        feature_maps = model.extract_features(pixel_values, resolve_layers(layers, model.layer_names))
     whole = model.ask(layers=layers, feature_maps=feature_maps)
     regions = tile_regions(grid).to(whole.device).expand(len(whole), -1, -1, -1)
     places = model.ask(layers=layers, regions=regions, feature_maps=feature_maps)
@@ -182,6 +194,8 @@ def choose_grounded(
         raise ValueError(f"candidates={candidates}: a choice needs at least 2.")
     if strength < 0:
         raise ValueError(f"strength={strength} would choose what the places speak against: give 0 or more.")
+    if decided := sorted(DECIDED & set(generation_kwargs)):
+        raise ValueError(f"{', '.join(decided)}: the number of beams and what they return follow from candidates.")
     sequences = model._decode(
         whole, num_beams=candidates, num_return_sequences=candidates, **generation_kwargs
     ).unflatten(0, (len(whole), candidates))

@@ -47,7 +47,8 @@ def location_dropout(
     a row whole in every layer: what most questions will be.
 
     With `regions` (rows, H_in, W_in), soft masks of which no row is empty, the subset is one of the locations that lie at least
-    half as much in the region as the one that lies in it most, weighted by how much they do (beyond the paper).
+    half as much in the region as the one that lies in it most, weighted by how much they do (beyond the paper). Where a large
+    part of the region fills a location, small parts elsewhere are thereby left out.
     """
     whole = torch.rand(rows, 1, device=device) < whole_probability
     weights = []

@@ -48,7 +48,7 @@ class TooManyBadSamples(RuntimeError):
 
 
 class BadSamples:
-    """Counts the samples that were read and those of them that were bad, over all workers of a process.
+    """Counts the samples that were read, and those that were bad or out of sight, over all workers of a process.
 
     Args:
         limit (`float`): Share of bad samples above which the run stops.
@@ -59,7 +59,8 @@ class BadSamples:
         if not 0 <= limit <= 1:
             raise ValueError(f"limit={limit} must be a share between 0 and 1")
         self.limit, self.minimum = limit, minimum
-        self._counts = torch.zeros(1 + WORKER_SLOTS, 2, dtype=torch.int64).share_memory_()  # (process, read and bad)
+        # (process; read, bad, out of sight)
+        self._counts = torch.zeros(1 + WORKER_SLOTS, 3, dtype=torch.int64).share_memory_()
         self._logged = 0
 
     @property
@@ -72,7 +73,12 @@ class BadSamples:
         """Samples that could not be used."""
         return int(self._counts[:, 1].sum())
 
-    def add(self, key: str, problem: str | None) -> None:
+    @property
+    def out_of_sight(self) -> int:
+        """Samples that were left out because the model would see nothing of their region; they are not bad."""
+        return int(self._counts[:, 2].sum())
+
+    def add(self, key: str, problem: str | None, seen: bool = True) -> None:
         """Count one sample, which is bad if it has a `problem`.
 
         Raises:
@@ -81,6 +87,7 @@ class BadSamples:
         worker = get_worker_info()
         counts = self._counts[0 if worker is None else 1 + worker.id % WORKER_SLOTS]
         counts[0] += 1
+        counts[2] += not seen
         detail = ""
         if problem is not None:
             counts[1] += 1
@@ -108,7 +115,8 @@ class BadSamples:
             )
 
     def __str__(self) -> str:
-        return f"{self.bad} of {self.read} samples were bad"
+        unseen = f", {self.out_of_sight} lay outside of what the model sees" if self.out_of_sight else ""
+        return f"{self.bad} of {self.read} samples were bad{unseen}"
 
 
 class PairDecoder:
@@ -117,8 +125,8 @@ class PairDecoder:
     Args:
         bad_samples ([`BadSamples`]): Where samples are counted.
         seed (`int`): Seed of the choice among several captions.
-        sees (callable, *optional*): Whether any of a mask (height, width) is in what the model gets to see; rows with other
-            regions are left out, and are not bad.
+        sees (callable, *optional*): Whether enough of a mask (height, width) is in what the model gets to see; rows with other
+            regions are left out and counted, and are not bad.
     """
 
     def __init__(self, bad_samples: BadSamples, seed: int = 0, sees: Callable[[np.ndarray], bool] | None = None):
@@ -144,8 +152,9 @@ class PairDecoder:
                 problem = f"broken image ({type(error).__name__}: {error})"
         if problem is None and row["region"] is not None:
             region = np.asarray(Image.open(BytesIO(row["region"])).convert("L")) > 127
-        self.bad_samples.add(row["key"], problem)
-        if problem is not None or (region is not None and self.sees is not None and not self.sees(region)):
+        seen = region is None or self.sees is None or self.sees(region)
+        self.bad_samples.add(row["key"], problem, seen)
+        if problem is not None or not seen:
             return None
         rng = np.random.default_rng((self.seed, epoch, zlib.crc32(row["key"].encode())))
         caption, seed = captions[rng.integers(len(captions))], int(rng.integers(1 << 31))
@@ -181,7 +190,9 @@ class PairTable:
             if sample is not None:
                 return sample
             row = int(rng.integers(len(self.dataset)))
-        raise TooManyBadSamples(f"{REPLACEMENTS} rows in place of row {index} are bad too; mend the data")
+        raise TooManyBadSamples(
+            f"{REPLACEMENTS} rows in place of row {index} cannot be used either: {self.decoder.bad_samples}; mend the data"
+        )
 
 
 class PairStream(torch.utils.data.IterableDataset):

@@ -42,6 +42,7 @@ from transformers.utils import logging
 from devil_hf.data.captions import read_coco_captions
 from devil_hf.data.captions import read_flickr_captions
 from devil_hf.data.captions import read_json_lines
+from devil_hf.data.localisation import LocalisedImage
 from devil_hf.data.localisation import open_localised
 from devil_hf.data.shapes import sample_scene
 from devil_hf.data.shards import check_shards
@@ -214,7 +215,8 @@ def open_regions(
 ) -> Dataset:
     """Objects with masks and names, each a row of its own: the translator sees the object's places only, and learns its name.
 
-    The masks are drawn when the source is opened. All objects of a class in an image are one region.
+    The masks are drawn when the source is opened. All objects of a class in an image are one region, of which training reads
+    what fills its locations most: beside a large object, small ones of its class count little (see `location_dropout`).
 
     Args:
         path (`str`): COCO instances JSON, Pascal VOC folder, folder of YOLO labels, or `shapes:COUNT[:SEED]`; see
@@ -228,19 +230,32 @@ def open_regions(
         raise ValueError(f"templates={templates!r} must each hold the name once, as {{}}, such as 'a {{}}'")
     columns: dict[str, list] = {name: [] for name in PAIR_FEATURES}
     for example in tqdm(open_localised(path, images, names), desc="regions", unit="image", leave=False):
+        for row in _region_rows(example, templates):
+            for name, value in row.items():
+                columns[name].append(value)
+    if not columns["key"]:
+        raise ValueError(f"{path} has no object that covers a pixel of its image")
+    return Dataset.from_dict(columns, features=PAIR_FEATURES)
+
+
+def _region_rows(example: LocalisedImage, templates: Sequence[str]) -> Iterator[dict]:
+    """A row for each object of an image, or one with a problem."""
+    try:
         content = example.read()
         picture = load_images(content)[0]
-        image: dict[str, bytes | str | None] = {"bytes": _png(picture), "path": None}
-        if isinstance(content, str | Path):
-            image = {"bytes": None, "path": str(content)}
-        for phrase, mask in example.draw((picture.height, picture.width)).items():
-            if phrase in example.groups and mask.any():
-                columns["key"].append(f"{example.key} {phrase}")
-                columns["image"].append(image)
-                columns["captions"].append([template.format(phrase) for template in templates])
-                columns["region"].append(_png(PILImage.fromarray(mask)))
-                columns["problem"].append(None)
-    return Dataset.from_dict(columns, features=PAIR_FEATURES)
+        masks = example.draw((picture.height, picture.width))
+    except (OSError, ValueError) as error:  # one broken file among thousands must not stop a run
+        yield {"key": example.key, "image": None, "captions": [], "region": None, "problem": str(error)}
+        return
+    image: dict[str, bytes | str | None] = {"bytes": _png(picture), "path": None}
+    if isinstance(content, str | Path):
+        image = {"bytes": None, "path": str(content)}
+    for phrase, mask in masks.items():
+        if phrase in example.groups and mask.any():
+            captions = [template.format(phrase) for template in templates]
+            region = _png(PILImage.fromarray(mask))
+            key = f"{example.key} {phrase}"
+            yield {"key": key, "image": image, "captions": captions, "region": region, "problem": None}
 
 
 def _png(image: PILImage.Image) -> bytes:

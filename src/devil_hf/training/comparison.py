@@ -38,6 +38,7 @@ from devil_hf.modeling_devil import DevilModel
 from devil_hf.pooling_devil import pool
 from devil_hf.pooling_devil import region_weights
 from devil_hf.processing_devil import DevilProcessor
+from devil_hf.training.features import as_stored
 from devil_hf.training.recipe import CHECKPOINT_FOLDER
 from devil_hf.training.recipe import Recipe
 from devil_hf.training.recipe import check_fields
@@ -239,10 +240,10 @@ class EvaluationImages:
     @torch.no_grad()
     def _pool(model: DevilModel, pixel_values: Tensor) -> list[Tensor]:
         layers = []
-        for maps in cast(list[Tensor], model.extract_features(pixel_values)):
+        for name, maps in zip(model.layer_names, cast(list[Tensor], model.extract_features(pixel_values)), strict=True):
             tiles = region_weights(tile_regions(PLACES_TO_A_SIDE)[None], (maps.shape[-2], maps.shape[-1]))[0][0]
             views = torch.cat([torch.full_like(tiles[:1], 1.0 / tiles[0].numel()), tiles])
-            layers.append(pool(maps, views.to(maps)).unflatten(0, (len(maps), -1)).half().cpu())
+            layers.append(as_stored(pool(maps, views.to(maps)).unflatten(0, (len(maps), -1)), name))
         return layers
 
     def _batches(self, processor: DevilProcessor, size: int = 32) -> Iterator[Tensor]:

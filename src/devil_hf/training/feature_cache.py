@@ -30,6 +30,7 @@ from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from devil_hf.data.decoding import PairDecoder
+from devil_hf.data.pairs import open_pairs
 from devil_hf.data.shards import expand_urls
 from devil_hf.data.sources import REGIONS
 from devil_hf.modeling_devil import DevilModel
@@ -52,9 +53,9 @@ class StaleCache(ValueError):
 
 
 def data_fingerprint(sources: Sequence[dict], dataset: Dataset | IterableDataset) -> str:
-    """Hash of what the pairs are, without reading a pixel: keys, captions and image files (name and size).
+    """Hash of what the pairs are, without reading a pixel: keys, captions, regions and image files (name and size).
 
-    Of a stream, whose rows are not known beforehand, it is the sources themselves and their local shards.
+    Of a stream, whose rows are not known beforehand, it is the sources themselves, their local shards, and the rows of regions.
     """
     digest = hashlib.sha256()
     if isinstance(dataset, Dataset):
@@ -66,9 +67,9 @@ def data_fingerprint(sources: Sequence[dict], dataset: Dataset | IterableDataset
         digest.update(json.dumps(list(sources), sort_keys=True).encode())
         for source in sources:
             files = expand_urls(source["urls"]) if source["kind"] == "webdataset" else []
-            if source["kind"] == REGIONS:
-                files = [source["path"]]
             digest.update(json.dumps([_file_state(file) for file in files]).encode())
+            if source["kind"] == REGIONS:
+                digest.update(data_fingerprint([], open_pairs([source], seed=0, shuffle=False)).encode())
     return digest.hexdigest()
 
 
@@ -130,6 +131,8 @@ def cached_features(
         for part in range(state.process_index, found["processes"], state.num_processes):
             _compute_part(folder, part, found["processes"], key, model, processor, dataset, decoder)
         decoder.bad_samples.judge()
+        if decoder.bad_samples.out_of_sight:
+            logger.warning(f"the feature cache {folder}: {decoder.bad_samples}, which are not in it")
         state.wait_for_everyone()
         if state.is_main_process:
             _write_json(file, found | {"complete": True})

@@ -57,22 +57,30 @@ def pool_draws(
         regions: (B, H, W) masks that the draws stay inside of; None for the whole images.
 
     Raises:
-        ValueError: for features that are not finite, or too large for fp16.
+        ValueError: for regions without draws, and for features that are not finite, or too large for fp16.
     """
     pixel_values = pixel_values.to(memory_format=torch.channels_last)  # convolutions run faster on this layout
     feature_maps = cast(list[Tensor], model.extract_features(pixel_values))
-    layers = []
-    for name, maps, weights in zip(
-        model.layer_names, feature_maps, _draw_weights(model, feature_maps, draws, regions), strict=True
-    ):
-        pooled = pool(maps, weights).view(len(maps), draws or 1, -1)
-        if not pooled.abs().max() < torch.finfo(torch.float16).max:
-            raise ValueError(
-                f"features of layer {name!r} are not finite, or too large to be stored in fp16 "
-                f"(largest {pooled.abs().max().item():.3g}): leave that layer out."
-            )
-        layers.append(pooled.half().cpu())
-    return layers
+    weights = _draw_weights(model, feature_maps, draws, regions)
+    return [
+        as_stored(pool(maps, rows).view(len(maps), draws or 1, -1), name)
+        for name, maps, rows in zip(model.layer_names, feature_maps, weights, strict=True)
+    ]
+
+
+def as_stored(pooled: Tensor, name: str) -> Tensor:
+    """Pooled features of the layer `name` in fp16, on the CPU.
+
+    Raises:
+        ValueError: for features that are not finite, or too large for fp16.
+    """
+    largest = pooled.abs().max()
+    if not largest < torch.finfo(torch.float16).max:
+        raise ValueError(
+            f"features of layer {name!r} are not finite, or too large to be stored in fp16 "
+            f"(largest {largest.item():.3g}): leave that layer out."
+        )
+    return pooled.half().cpu()
 
 
 def _draw_weights(
@@ -80,6 +88,8 @@ def _draw_weights(
 ) -> list[Tensor] | list[None]:
     """Per layer, weights (B, draws, H_l, W_l), or None for uniform ones."""
     if draws is None:
+        if regions is not None:
+            raise ValueError("draws=None pools whole images, but regions are given: give draws=1 or more")
         return [None] * len(feature_maps)
     images = len(feature_maps[0])
     if regions is not None:

@@ -61,7 +61,7 @@ def view_of(
     """A random view of a sample's image, and of its region, if it has one; the whole image where the view would lose that.
 
     Args:
-        sees: whether any of a mask is in what the model gets to see.
+        sees: whether enough of a mask is in what the model gets to see.
     """
     image, region = sample["image"], sample["region"]
     view = random_view(image, smallest_crop, seed)
@@ -165,7 +165,7 @@ def batch_regions(processor: DevilProcessor, masks: Sequence[np.ndarray | None])
 
 
 def sees_with(processor: DevilProcessor) -> Callable[[np.ndarray], bool]:
-    """A function that tells whether the crop of `processor` shows any of a mask (height, width)."""
+    """A function that tells whether a mask (height, width) fills at least half of one pixel of what `processor` lets through."""
     return partial(_sees, processor)  # workers can be given it, unlike a closure
 
 
@@ -213,7 +213,10 @@ def table_loader(
 ) -> DataLoader:
     """Batches of a table; together the processes read each epoch's permutation once. `options` are those of `DataLoader`."""
     if len(table) == 0:
-        raise ValueError("the training data are empty: not one image has a caption.")
+        raise ValueError(
+            "the training data are empty: not one row has a caption, a readable image and, if it names a region, one that the "
+            "model sees any of."
+        )
     places: Any = _Places(len(table), batch_size, seed, process, processes, first_batch)
     return DataLoader(_TableDataset(table), batch_sampler=places, collate_fn=collate, **options)
 
