@@ -1,12 +1,11 @@
 """Grounded descriptions: the candidates of beam search, ranked with what places say, against a loop that asks one by one."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
 
+from devil_hf import cli
 from devil_hf.data.shapes import make_scene
 from devil_hf.grounding import describe_grounded
 from devil_hf.grounding import noun_phrases
@@ -67,7 +66,7 @@ def one_by_one(model, processor, pixels, candidates, strength, grid):
     return scored
 
 
-@pytest.mark.parametrize("strength", [0.0, 0.5, 3.0])
+@pytest.mark.parametrize("strength", [0.0, 3.0])
 def test_the_chosen_candidate_is_the_best_of_a_naive_loop(strength, model, processor, pixel_values):
     options = {"candidates": 4, "strength": strength, "grid": 2}
     found = describe_grounded(model, processor, pixel_values, max_new_tokens=12, **options)
@@ -126,12 +125,12 @@ def test_places_mend_what_beam_search_binds_wrongly():
     assert right(0.2) > right(0.0) + 3
 
 
-def test_the_command_prints_the_evidence_of_each_phrase(images, tmp_path):
+def test_the_command_prints_the_evidence_of_each_phrase(images, tmp_path, capsys):
     images[0].save(tmp_path / "one.png")
-    command = [sys.executable, "-m", "devil_hf.cli", "describe", str(tmp_path / "one.png"), "--grounded"]
-    shown = subprocess.run([*command, "--json"], capture_output=True, text=True, check=True).stdout
-    (row,) = json.loads(shown)
+    command = ["describe", str(tmp_path / "one.png"), "--device", "cpu", "--grounded"]
+    assert cli.main([*command, "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)
     assert row["text"] and [phrase["text"] for phrase in row["phrases"]] == noun_phrases(row["text"])
     for option in (["--evidence"], ["--window", "3"]):
-        refused = subprocess.run([*command, *option], capture_output=True, text=True)
-        assert refused.returncode and f"leave out {option[0]}" in refused.stderr
+        assert cli.main([*command, *option]) == 1
+        assert f"leave out {option[0]}" in capsys.readouterr().err

@@ -2,9 +2,6 @@
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -347,8 +344,9 @@ def test_the_command_names_units_and_checks_the_names(model, processor, tmp_path
     assert summary["layers"] == [model.layer_names[-1]] and summary["checks"]["images"] == 21
 
 
-def test_help_shows_an_example():
+def test_help_shows_an_example(capsys):
     for verb in (["neurons"], ["evaluate", "neurons"]):
-        command = [sys.executable, "-m", "devil_hf.cli", *verb, "--help"]
-        shown = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=os.environ).stdout
+        with pytest.raises(SystemExit, match="0"):
+            main([*verb, "--help"])
+        shown = capsys.readouterr().out
         assert "example:" in shown and f"devil {' '.join(verb)}" in shown
