@@ -420,12 +420,12 @@ def read_windows(typed: Sequence[str], layers: Sequence[str | int], known: Seque
         name, equals, side = text.rpartition("=")
         if not equals or not side.isdigit() or int(side) % 2 == 0:
             raise ValueError(f"--windows {text} is not LAYER=SIDE with an odd side, such as {asked[0]}=3")
-        for layer in read_layers([name], known) or []:
-            full = known[resolve_layers(layer, list(known))[0]]
-            if full not in asked or full in windows:
-                reason = "was given twice" if full in windows else f"is not asked (asked: {', '.join(asked)})"
-                raise ValueError(f"--windows {text}: layer {full!r} {reason}")
-            windows[full] = int(side)
+        (index,) = resolve_layers(read_layers([name], known), list(known))
+        layer = known[index]
+        if layer not in asked or layer in windows:
+            reason = "was given twice" if layer in windows else f"is not asked (asked: {', '.join(asked)})"
+            raise ValueError(f"--windows {text}: layer {layer!r} {reason}")
+        windows[layer] = int(side)
     return windows
 
 

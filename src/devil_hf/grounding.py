@@ -81,9 +81,8 @@ def _trimmed(words: list[str]) -> str:
 CANDIDATES = 8
 STRENGTH = 0.1  # chosen on scenes that no reported figure is measured on
 PLACES_TO_A_SIDE = 4
-DECIDED = frozenset(
-    ["num_beams", "num_return_sequences", "return_dict_in_generate"]
-)  # of `generate`, by the candidates
+# Arguments of `generate` that follow from the candidates.
+DECIDED = frozenset(["num_beams", "num_return_sequences", "return_dict_in_generate"])
 
 
 @dataclass(frozen=True)

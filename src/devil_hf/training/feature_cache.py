@@ -131,8 +131,6 @@ def cached_features(
         for part in range(state.process_index, found["processes"], state.num_processes):
             _compute_part(folder, part, found["processes"], key, model, processor, dataset, decoder)
         decoder.bad_samples.judge()
-        if decoder.bad_samples.out_of_sight:
-            logger.warning(f"the feature cache {folder}: {decoder.bad_samples}, which are not in it")
         state.wait_for_everyone()
         if state.is_main_process:
             _write_json(file, found | {"complete": True})

@@ -107,7 +107,7 @@ def train(recipe: Recipe) -> Path:
     trainer.train(resume_from_checkpoint=newest)
     bad_samples.judge()  # a short run reads too few to be judged on the way
     if bad_samples.out_of_sight:
-        logger.warning(f"training: {bad_samples}, in whose place others were read")
+        logger.warning(f"training data: {bad_samples}; the latter were left out")
     return _finish(recipe, trainer)
 
 
