@@ -203,6 +203,8 @@ class Handler(BaseHTTPRequestHandler):
     def answer(self, status: int, data: bytes = b"", **headers: str) -> None:
         self.send_response(status)
         self.send_header("Content-Length", str(len(data)))
+        if self.close_connection:
+            self.send_header("Connection", "close")  # else the client may send its next request into the closing connection
         for name, value in headers.items():
             self.send_header(name.replace("_", "-"), value)
         self.end_headers()
