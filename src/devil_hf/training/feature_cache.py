@@ -27,7 +27,6 @@ from datasets.distributed import split_dataset_by_node
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
-from transformers.utils import logging
 
 from devil_hf.data.decoding import PairDecoder
 from devil_hf.data.pairs import open_pairs
@@ -40,8 +39,6 @@ from devil_hf.training.feed import batch_regions
 from devil_hf.training.feed import seed_of
 from devil_hf.training.feed import sees_with
 from devil_hf.training.feed import view_of
-
-logger = logging.get_logger(__name__)
 
 CACHE_FILE = "cache.json"
 SHARD_IMAGES = 1024
