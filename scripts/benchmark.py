@@ -18,11 +18,8 @@ import time
 
 import timm
 import torch
-from benchmark_training import bf16_pays
-from benchmark_training import training
-from transformers import AutoModelForCausalLM
-from transformers import OPTConfig
-from transformers import logging
+from benchmark_training import bf16_pays, training
+from transformers import AutoModelForCausalLM, OPTConfig, logging
 
 from devil_hf import DevilModel
 

@@ -21,12 +21,10 @@ import torch
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM
-from transformers import GPT2Config
-from transformers import OPTConfig
+from transformers import AutoModelForCausalLM, GPT2Config, OPTConfig
 
 from devil_hf import DevilModel
-from devil_hf.pooling_devil import layer_dropout
+from devil_hf.model.pooling_devil import layer_dropout
 
 CAPTION_TOKENS = 20
 VARIANTS = ("naive", "fp32", "fp32_cached", "bf16", "bf16_cached")

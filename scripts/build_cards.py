@@ -17,18 +17,13 @@ import yaml
 from huggingface_hub import DatasetCardData
 from transformers import OPTConfig
 
-from devil_hf.backbone_devil import FeatureBackbone
-from devil_hf.cards import Facts
-from devil_hf.cards import Layer
-from devil_hf.cards import dataset_card
-from devil_hf.cards import model_card
-from devil_hf.cards import readable_recipe
-from devil_hf.cards import template_folder
-from devil_hf.configuration_devil import DevilConfig
+from devil_hf.checkpoints import CHECKPOINT
 from devil_hf.data import shapes
-from devil_hf.embedded import CHECKPOINT
-from devil_hf.hub import prepare
-from devil_hf.translator_devil import Translator
+from devil_hf.hub.cards import Facts, Layer, dataset_card, model_card, readable_recipe, template_folder
+from devil_hf.hub.publish import prepare
+from devil_hf.model.backbone_devil import FeatureBackbone
+from devil_hf.model.configuration_devil import DevilConfig
+from devil_hf.model.translator_devil import Translator
 
 OWNER = "USER"
 LANGUAGE_MODELS = {"facebook/opt-125m": OPTConfig()}  # the defaults of OPTConfig are this model's

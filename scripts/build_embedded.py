@@ -1,33 +1,29 @@
 """Build the embedded world's checkpoint: `python scripts/build_embedded.py --output_dir runs/embedded --stage all`.
 
 Stages: `backbone` and `language-model` train the frozen parts and may run at the same time; `translator` trains between
-them and writes the self-contained checkpoint, in half precision, that belongs into `src/devil_hf/embedded/checkpoint`.
+them and writes the self-contained checkpoint, in half precision, that belongs into `src/devil_hf/checkpoints/shapes`.
 """
 
 import json
 import logging
-from dataclasses import dataclass
-from dataclasses import field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import timm
 import torch
-from transformers import AutoModelForCausalLM
-from transformers import AutoTokenizer
-from transformers import HfArgumentParser
+from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
-from devil_hf import DevilImageProcessor
-from devil_hf import DevilProcessor
-from devil_hf import FeatureBackbone
-from devil_hf.quickstart import report
-from devil_hf.quickstart import train_translator
-from devil_hf.training.embedded import EmbeddedBackboneArguments
-from devil_hf.training.embedded import EmbeddedLanguageModelArguments
-from devil_hf.training.embedded import held_out_document_losses
-from devil_hf.training.embedded import probe_embedded_backbone
-from devil_hf.training.embedded import train_embedded_backbone
-from devil_hf.training.embedded import train_embedded_language_model
+from devil_hf import DevilImageProcessor, DevilProcessor, FeatureBackbone
+from devil_hf.cli.quickstart import report, train_translator
+from devil_hf.training.small_models import (
+    EmbeddedBackboneArguments,
+    EmbeddedLanguageModelArguments,
+    held_out_document_losses,
+    probe_embedded_backbone,
+    train_embedded_backbone,
+    train_embedded_language_model,
+)
 
 logger = logging.getLogger("devil_hf.build_embedded")
 

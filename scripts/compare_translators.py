@@ -11,12 +11,8 @@ import argparse
 import json
 from pathlib import Path
 
-from devil_hf.training.comparison import compare
-from devil_hf.training.comparison import comparison_table
-from devil_hf.training.comparison import read_comparison
-from devil_hf.training.comparison import summarise
-from devil_hf.training.recipe import add_recipe_options
-from devil_hf.training.recipe import given_fields
+from devil_hf.training.comparison import compare, comparison_table, read_comparison, summarise
+from devil_hf.training.recipe import add_recipe_options, given_fields
 
 
 def main() -> None:

@@ -13,19 +13,15 @@ import json
 import sys
 import time
 import warnings
-from collections.abc import Callable
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import timm
 import torch
 from torch import nn
-from transformers import CONFIG_MAPPING
-from transformers import MODEL_FOR_BACKBONE_MAPPING
-from transformers import PreTrainedConfig
+from transformers import CONFIG_MAPPING, MODEL_FOR_BACKBONE_MAPPING, PreTrainedConfig
 
-from devil_hf.backbone_devil import CLASS_SUFFIX
-from devil_hf.backbone_devil import FeatureBackbone
+from devil_hf.model.backbone_devil import CLASS_SUFFIX, FeatureBackbone
 
 REAL_TIMM = """
     resnet18 resnet50 seresnet50 resnetv2_50 regnety_002 efficientnet_b0 mobilenetv2_100 mobilenetv3_small_050

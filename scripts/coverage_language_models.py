@@ -16,9 +16,7 @@ from pathlib import Path
 import timm
 import torch
 import transformers
-from transformers import CONFIG_MAPPING
-from transformers import AutoModelForCausalLM
-from transformers import PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from devil_hf import DevilModel

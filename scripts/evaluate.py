@@ -8,8 +8,7 @@ The same as `devil evaluate captions`.
 
 import argparse
 
-from devil_hf.cli_evaluate import add_caption_options
-from devil_hf.cli_evaluate import run_evaluate_captions
+from devil_hf.cli.evaluate import add_caption_options, run_evaluate_captions
 
 
 def main():

@@ -18,8 +18,7 @@ from urllib.request import urlopen
 
 import numpy as np
 import psutil
-from gradio_client import Client
-from gradio_client import handle_file
+from gradio_client import Client, handle_file
 from PIL import Image
 
 from devil_hf.data.shapes import make_scene
@@ -37,7 +36,7 @@ def main() -> None:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     began = time.perf_counter()
-    command = [sys.executable, "-m", "devil_hf.cli", "demo", "--host", "127.0.0.1", "--port", str(port)]
+    command = [sys.executable, "-m", "devil_hf.cli.main", "demo", "--host", "127.0.0.1", "--port", str(port)]
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     try:
         address = f"http://127.0.0.1:{port}"

@@ -10,19 +10,14 @@ are left out of the text; those of the first `held_out_images` file measure the 
 
 import json
 import logging
-from dataclasses import dataclass
-from dataclasses import field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from transformers import HfArgumentParser
 
-from devil_hf.data.captions import read_caption_records
-from devil_hf.data.captions import read_coco_captions
-from devil_hf.data.captions import read_flickr_captions
-from devil_hf.data.captions import without_images
-from devil_hf.training.language_model import CaptionLanguageModelArguments
-from devil_hf.training.language_model import train_caption_language_model
+from devil_hf.data.captions import read_caption_records, read_coco_captions, read_flickr_captions, without_images
+from devil_hf.training.caption_language_model import CaptionLanguageModelArguments, train_caption_language_model
 
 logger = logging.getLogger("devil_hf")
 

@@ -8,14 +8,8 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from tokenizers import Tokenizer
-from tokenizers import decoders
-from tokenizers import models
-from tokenizers import pre_tokenizers
-from tokenizers import trainers
-from transformers import GPT2Config
-from transformers import GPT2LMHeadModel
-from transformers import PreTrainedTokenizerFast
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 torch.set_num_threads(2)
 
@@ -110,8 +104,7 @@ def model(sources, tokenizer):
 
 @pytest.fixture(scope="session")
 def processor(model, tokenizer):
-    from devil_hf import DevilImageProcessor
-    from devil_hf import DevilProcessor
+    from devil_hf import DevilImageProcessor, DevilProcessor
 
     return DevilProcessor(DevilImageProcessor.from_data_config(model.config.backbone_config["data_config"]), tokenizer)
 

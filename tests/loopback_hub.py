@@ -11,12 +11,9 @@ import json
 import re
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
-from dataclasses import field
-from http.server import BaseHTTPRequestHandler
-from http.server import ThreadingHTTPServer
-from urllib.parse import unquote
-from urllib.parse import urlsplit
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import unquote, urlsplit
 
 TOKENS = {"hf_tester": "tester", "hf_timm": "timm"}
 LFS_SUFFIXES = (".safetensors", ".bin", ".png", ".msgpack")
@@ -204,7 +201,9 @@ class Handler(BaseHTTPRequestHandler):
         self.send_response(status)
         self.send_header("Content-Length", str(len(data)))
         if self.close_connection:
-            self.send_header("Connection", "close")  # else the client may send its next request into the closing connection
+            self.send_header(
+                "Connection", "close"
+            )  # else the client may send its next request into the closing connection
         for name, value in headers.items():
             self.send_header(name.replace("_", "-"), value)
         self.end_headers()

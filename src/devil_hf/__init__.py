@@ -4,19 +4,15 @@ Importing the package registers its classes with transformers, so that `AutoMode
 checkpoints without `trust_remote_code`.
 """
 
-from transformers import AutoConfig
-from transformers import AutoImageProcessor
-from transformers import AutoModel
-from transformers import AutoModelForImageTextToText
-from transformers import AutoProcessor
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageTextToText, AutoProcessor
 
-from devil_hf.backbone_devil import FeatureBackbone
-from devil_hf.configuration_devil import DevilConfig
-from devil_hf.grounding import describe_grounded
-from devil_hf.image_processing_devil import DevilImageProcessor
-from devil_hf.modeling_devil import DevilModel
-from devil_hf.pipeline_devil import VisionFeatureDescriptionPipeline
-from devil_hf.processing_devil import DevilProcessor
+from devil_hf.model.backbone_devil import FeatureBackbone
+from devil_hf.model.configuration_devil import DevilConfig
+from devil_hf.model.image_processing_devil import DevilImageProcessor
+from devil_hf.model.modeling_devil import DevilModel
+from devil_hf.model.pipeline_devil import VisionFeatureDescriptionPipeline
+from devil_hf.model.processing_devil import DevilProcessor
+from devil_hf.questions.grounding import describe_grounded
 
 AutoConfig.register(DevilConfig.model_type, DevilConfig)
 AutoModel.register(DevilConfig, DevilModel)
@@ -29,7 +25,7 @@ AutoProcessor.register(DevilConfig, DevilProcessor)
 
 
 def _publish(model: DevilModel, repo_id: str, **kwargs) -> str:
-    from devil_hf.hub import push
+    from devil_hf.hub.publish import push
 
     return push(model, repo_id, **kwargs)
 

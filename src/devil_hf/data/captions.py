@@ -7,14 +7,12 @@ Flickr token files and COCO caption JSON give texts by image file name, plain or
 
 import gzip
 import json
-from collections.abc import Collection
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from os import PathLike
 from pathlib import Path
 from typing import IO
 
-from datasets import Dataset
-from datasets import Image
+from datasets import Dataset, Image
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)

@@ -16,9 +16,7 @@ Nothing here draws from a global random generator: which caption is used, and wh
 """
 
 import zlib
-from collections.abc import Callable
-from collections.abc import Iterator
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from io import BytesIO
 from itertools import count
@@ -26,14 +24,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset
-from datasets import IterableDataset
+from datasets import Dataset, IterableDataset
 from datasets.utils.file_utils import xopen
 from PIL import Image
 from torch.utils.data import get_worker_info
 from transformers.utils import logging
 
-from devil_hf.image_processing_devil import load_images
+from devil_hf.model.image_processing_devil import load_images
 
 logger = logging.get_logger(__name__)
 

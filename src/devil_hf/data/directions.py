@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import safe_open
-from torch import Tensor
-from torch import nn
+from torch import Tensor, nn
 
 
 def read_directions(path: str | PathLike, channels: int, tensor: str | None = None) -> Tensor:

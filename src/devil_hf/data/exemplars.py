@@ -19,9 +19,7 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Iterator
-from collections.abc import Mapping
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from os import PathLike
@@ -31,29 +29,21 @@ from typing import Any
 import pyarrow.parquet as parquet
 import torch
 from accelerate import PartialState
-from datasets import Dataset
-from datasets import Features
+from datasets import Dataset, Features, List, Value
 from datasets import Image as ImageFeature
-from datasets import List
-from datasets import Value
 from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import load_file
-from safetensors.torch import save_file
-from torch import Tensor
-from torch import nn
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.transforms.functional import pil_to_tensor
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from devil_hf.backbone_devil import FeatureBackbone
-from devil_hf.backbone_devil import resolve_layers
-from devil_hf.backbone_devil import weights_hash
-from devil_hf.data.images import ImageStream
-from devil_hf.data.images import NumberedImages
+from devil_hf.data.images import ImageStream, NumberedImages
 from devil_hf.data.quantiles import QuantileSketch
-from devil_hf.image_processing_devil import DevilImageProcessor
+from devil_hf.model.backbone_devil import FeatureBackbone, resolve_layers, weights_hash
+from devil_hf.model.image_processing_devil import DevilImageProcessor
 
 logger = logging.get_logger(__name__)
 

@@ -3,25 +3,17 @@
 A source gives its images twice: in order (`stream`), and a chosen few of them once more (`fetch`).
 """
 
-from collections.abc import Callable
-from collections.abc import Collection
-from collections.abc import Iterable
-from collections.abc import Iterator
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
-from datasets import IterableDataset
-from datasets import load_dataset
-from datasets import load_from_disk
+from datasets import Dataset, IterableDataset, load_dataset, load_from_disk
 from PIL import Image
 
-from devil_hf.data.captions import CAPTION_FILES
-from devil_hf.data.captions import read_caption_records
+from devil_hf.data.captions import CAPTION_FILES, read_caption_records
 from devil_hf.data.shapes import make_scene
 
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}

@@ -16,12 +16,9 @@ What a trainer may rely on, and what not:
 
 import inspect
 from collections.abc import Sequence
-from typing import Any
-from typing import get_type_hints
+from typing import Any, get_type_hints
 
-from datasets import Dataset
-from datasets import IterableDataset
-from datasets import concatenate_datasets
+from datasets import Dataset, IterableDataset, concatenate_datasets
 
 from devil_hf.data.sources import SOURCE_KINDS
 

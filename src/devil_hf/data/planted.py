@@ -14,10 +14,9 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from devil_hf.backbone_devil import FeatureBackbone
-from devil_hf.data.shapes import ATTRIBUTE_WORDS
-from devil_hf.data.shapes import make_scene
-from devil_hf.image_processing_devil import DevilImageProcessor
+from devil_hf.data.shapes import ATTRIBUTE_WORDS, make_scene
+from devil_hf.model.backbone_devil import FeatureBackbone
+from devil_hf.model.image_processing_devil import DevilImageProcessor
 
 CONCEPTS = tuple(word for words in ATTRIBUTE_WORDS.values() for word in words)
 # A location is on an object when the object covers this share of its cell, and off it below the other.

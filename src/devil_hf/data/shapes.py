@@ -9,19 +9,13 @@ answer.
 """
 
 from collections import Counter
-from collections.abc import Iterator
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 
 import numpy as np
-from datasets import Dataset
-from datasets import Features
-from datasets import Image
-from datasets import IterableDataset
-from datasets import List
-from datasets import Value
+from datasets import Dataset, Features, Image, IterableDataset, List, Value
 from PIL import Image as PILImage
 
 SCENE_SIZE = 128  # side of a scene in pixels

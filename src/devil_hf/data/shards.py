@@ -8,17 +8,12 @@ and logged as a bad sample.
 import json
 import re
 import tarfile
-from collections.abc import Iterator
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from glob import glob
-from glob import has_magic
-from itertools import islice
-from itertools import product
+from glob import glob, has_magic
+from itertools import islice, product
 
-from datasets.utils.file_utils import is_local_path
-from datasets.utils.file_utils import xexists
-from datasets.utils.file_utils import xopen
+from datasets.utils.file_utils import is_local_path, xexists, xopen
 
 IMAGE_FIELDS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 MAX_MEMBER_SIZE = 2**28  # bytes; a damaged header may claim anything

@@ -13,10 +13,7 @@ left to the decoding of rows is whether each image and caption is any good.
 """
 
 import csv
-from collections.abc import Callable
-from collections.abc import Collection
-from collections.abc import Iterator
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from io import BytesIO
 from itertools import pairwise
 from pathlib import Path
@@ -24,31 +21,28 @@ from typing import Any
 
 import numpy as np
 import yaml
-from datasets import Dataset
-from datasets import DatasetDict
-from datasets import Features
-from datasets import Image
-from datasets import IterableDataset
-from datasets import List
-from datasets import Value
-from datasets import concatenate_datasets
-from datasets import load_dataset
-from datasets import load_from_disk
+from datasets import (
+    Dataset,
+    DatasetDict,
+    Features,
+    Image,
+    IterableDataset,
+    List,
+    Value,
+    concatenate_datasets,
+    load_dataset,
+    load_from_disk,
+)
 from datasets.utils.file_utils import xexists
 from PIL import Image as PILImage
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from devil_hf.data.captions import read_coco_captions
-from devil_hf.data.captions import read_flickr_captions
-from devil_hf.data.captions import read_json_lines
-from devil_hf.data.localisation import LocalisedImage
-from devil_hf.data.localisation import open_localised
+from devil_hf.data.captions import read_coco_captions, read_flickr_captions, read_json_lines
+from devil_hf.data.objects import LocalisedImage, open_localised
 from devil_hf.data.shapes import sample_scene
-from devil_hf.data.shards import check_shards
-from devil_hf.data.shards import expand_urls
-from devil_hf.data.shards import shard_rows
-from devil_hf.image_processing_devil import load_images
+from devil_hf.data.shards import check_shards, expand_urls, shard_rows
+from devil_hf.model.image_processing_devil import load_images
 
 logger = logging.get_logger(__name__)
 
@@ -220,7 +214,7 @@ def open_regions(
 
     Args:
         path (`str`): COCO instances JSON, Pascal VOC folder, folder of YOLO labels, or `shapes:COUNT[:SEED]`; see
-            [`~devil_hf.data.localisation.open_localised`].
+            [`~devil_hf.data.objects.open_localised`].
         images (`str`, *optional*): Folder of the images, where it is not the usual one.
         names (`str`, *optional*): Class names of YOLO labels.
         templates (`list` of `str`, *optional*): What is said of a region, with `{}` for its name.

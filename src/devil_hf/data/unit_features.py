@@ -5,9 +5,7 @@ resized to the layer's grid: the paper's way, for units of any network. `"featur
 layer, that the translator reads: what the exemplar pass pooled on the unit's own grid enters directly, that layer alone visible.
 """
 
-from collections.abc import Iterable
-from collections.abc import Iterator
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -16,14 +14,11 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from devil_hf.backbone_devil import weights_hash
-from devil_hf.data.exemplars import ExemplarSet
-from devil_hf.data.exemplars import Unit
-from devil_hf.data.exemplars import exceeds
-from devil_hf.modeling_devil import DevilModel
-from devil_hf.pooling_devil import pool
-from devil_hf.pooling_devil import region_weights
-from devil_hf.processing_devil import DevilProcessor
+from devil_hf.data.exemplars import ExemplarSet, Unit, exceeds
+from devil_hf.model.backbone_devil import weights_hash
+from devil_hf.model.modeling_devil import DevilModel
+from devil_hf.model.pooling_devil import pool, region_weights
+from devil_hf.model.processing_devil import DevilProcessor
 
 MODES = ("pixels", "features")
 MASKS = 256  # masks resized at once

@@ -13,14 +13,9 @@ from PIL import Image
 
 from devil_hf.data.shapes import make_scene
 from devil_hf.demo.checkpoints import Checkpoints
-from devil_hf.demo.explorer import Explorer
-from devil_hf.demo.explorer import Look
-from devil_hf.demo.explorer import read_phrases
-from devil_hf.demo.uploads import MAX_BYTES
-from devil_hf.demo.uploads import MAX_PIXELS
-from devil_hf.demo.uploads import read_upload
-from devil_hf.demo.uploads import refuse_addresses
-from devil_hf.descriptions_devil import Descriptions
+from devil_hf.demo.explorer import Explorer, Look, read_phrases
+from devil_hf.demo.uploads import MAX_BYTES, MAX_PIXELS, read_upload, refuse_addresses
+from devil_hf.model.descriptions_devil import Descriptions
 from devil_hf.report import html
 from devil_hf.report.features import feature_picture
 from devil_hf.report.figures import attribution_figure

@@ -14,14 +14,11 @@ from typing import Any
 
 import torch
 from huggingface_hub import HfApi
-from transformers import AutoConfig
-from transformers import AutoModel
-from transformers import AutoProcessor
-from transformers import PreTrainedConfig
+from transformers import AutoConfig, AutoModel, AutoProcessor, PreTrainedConfig
 
-from devil_hf.cards import hub_id
+from devil_hf.checkpoints import CHECKPOINT
 from devil_hf.demo.explorer import Explorer
-from devil_hf.embedded import CHECKPOINT
+from devil_hf.hub.cards import hub_id
 
 EMBEDDED = "shapes world (built in)"
 MAX_REPOSITORY_BYTES = 8 * 2**30

@@ -7,10 +7,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from devil_hf.descriptions_devil import Descriptions
-from devil_hf.modeling_devil import DevilModel
-from devil_hf.outputs_devil import AttributionOutput
-from devil_hf.processing_devil import DevilProcessor
+from devil_hf.model.descriptions_devil import Descriptions
+from devil_hf.model.modeling_devil import DevilModel
+from devil_hf.model.outputs_devil import AttributionOutput
+from devil_hf.model.processing_devil import DevilProcessor
 
 MAX_PHRASES, MAX_PHRASE_LENGTH = 6, 60
 MAX_CARRIER_LENGTH = 40

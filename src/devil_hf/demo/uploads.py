@@ -4,12 +4,10 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
-from gradio_client.utils import is_file_obj_with_meta
-from gradio_client.utils import is_http_url_like
-from gradio_client.utils import traverse
+from gradio_client.utils import is_file_obj_with_meta, is_http_url_like, traverse
 from PIL import Image
 
-from devil_hf.image_processing_devil import load_images
+from devil_hf.model.image_processing_devil import load_images
 
 MAX_BYTES = 20 * 2**20
 MAX_PIXELS = 40_000_000

@@ -1,210 +1,243 @@
-"""Caption metrics of descriptions, in the units and with the tokens of the COCO caption toolkit.
+"""Captions as a measure of what each layer tells: describe any source of image-text pairs, score it against people's captions.
 
-BLEU, ROUGE-L and CIDEr-D are computed here, on tokens of our own tokeniser, without Java. METEOR and SPICE are the toolkit's
-own Java programs, through pycocoevalcap; BERTScore is bert-score's. What cannot be had is named in the result with its remedy,
-and the rest is computed.
+A pass is shared by all processes and written down batch by batch, so that a run that is stopped loses at most a batch, and a
+metric that is asked for later needs neither data nor inference.
 """
 
-import shutil
-from collections.abc import Callable
-from collections.abc import Sequence
-from importlib.util import find_spec
+import json
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from os import PathLike
 from pathlib import Path
-from statistics import fmean
-from subprocess import CalledProcessError
 from typing import Any
 
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object
+from huggingface_hub.repocard_data import eval_results_to_model_index
+from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from devil_hf.evaluation.bertscore import MILAN
-from devil_hf.evaluation.bertscore import BertScore
-from devil_hf.evaluation.bertscore import BertScoreSettings
-from devil_hf.evaluation.bertscore import bert_remedy
-from devil_hf.evaluation.ngrams import CiderD
-from devil_hf.evaluation.ngrams import bleu
-from devil_hf.evaluation.ngrams import rouge_l
-from devil_hf.evaluation.tokens import ptb_tokens
+from devil_hf.data.decoding import BadSamples, PairDecoder
+from devil_hf.data.pairs import open_pairs
+from devil_hf.evaluation.controls import best_constant
+from devil_hf.evaluation.records import Records
+from devil_hf.evaluation.results import CONTROLS, Evaluation, fingerprint, metric_name
+from devil_hf.evaluation.text.bertscore import MILAN, BertScoreSettings
+from devil_hf.evaluation.text.metrics import METRICS, CaptionScorer, check_metrics
+from devil_hf.model.backbone_devil import weights_hash
+from devil_hf.model.modeling_devil import DevilModel
+from devil_hf.model.processing_devil import DevilProcessor
 
 logger = logging.get_logger(__name__)
 
-METRICS = ("bleu", "rouge_l", "cider")  # need nothing but this package
-ALL_METRICS = ("bleu", "meteor", "rouge_l", "cider", "spice", "bertscore")
-BLEU = ("bleu_1", "bleu_2", "bleu_3", "bleu_4")
-SPICE_FILES = ("stanford-corenlp-3.6.0.jar", "stanford-corenlp-3.6.0-models.jar")
+PREDICTIONS_FILE = "predictions.jsonl"
+SCORES_FILE = "scores.json"
+TITLE = "Captions of features"
+END = "end"  # key of the record that says how many rows there are
+COLUMNS = ("bleu_1", "bleu_2", "bleu_3", "bleu_4", "meteor", "rouge_l", "cider", "spice", "bertscore")
 
 
-class CaptionScorer:
-    """Scores of many sets of predictions against the same references, which are tokenised and weighed once.
-
-    Args:
-        references: captions of each image, at least one.
-        metrics: names of `ALL_METRICS`; `bleu_1` to `bleu_4` are accepted one by one.
-        bert: which BERTScore, by default MILAN's settings.
-
-    Attributes:
-        missing: metric -> why it cannot be had, and the remedy.
-
-    Raises:
-        ValueError: if a metric is unknown, or an image has no reference.
-    """
-
-    def __init__(
-        self,
-        references: Sequence[Sequence[str]],
-        metrics: Sequence[str] = METRICS,
-        bert: BertScoreSettings = MILAN,
-    ):
-        _check_references(references)
-        check_metrics(metrics)
-        self.references = references
-        self.missing: dict[str, str] = {}
-        self._names = [name for metric in metrics for name in (BLEU if metric == "bleu" else (metric,))]
-        wanted = dict.fromkeys("bleu" if metric in BLEU else metric for metric in metrics)
-        self._tokens = (
-            [[ptb_tokens(text) for text in texts] for texts in references] if set(wanted) - {"bertscore"} else []
-        )
-        self._metrics: dict[str, Callable[[Sequence[str], list[list[str]]], dict[str, float]]] = {}
-        for metric in wanted:
-            self._add(metric, bert)
-
-    def _add(self, metric: str, bert: BertScoreSettings) -> None:
-        if metric == "bleu":
-            self._metrics[metric] = lambda _, tokens: dict(zip(BLEU, bleu(tokens, self._tokens), strict=True))
-        elif metric == "rouge_l":
-            self._metrics[metric] = lambda _, tokens: {"rouge_l": fmean(rouge_l(tokens, self._tokens))}
-        elif metric == "cider":
-            cider = CiderD(self._tokens)
-            self._metrics[metric] = lambda _, tokens: {"cider": fmean(cider(tokens))}
-        elif metric == "bertscore":
-            try:
-                scorer = BertScore(self.references, bert)
-                self._metrics[metric] = lambda texts, _: {"bertscore": float(scorer(texts).mean())}
-            except (OSError, ImportError, KeyError) as error:  # KeyError: a name that bert-score has no layer for
-                self.missing[metric] = bert_remedy(bert, error)
-        else:
-            reason = _missing_java(metric)
-            if reason:
-                self.missing[metric] = reason
-            else:
-                program = JavaMetric(metric, self._tokens)
-                self._metrics[metric] = lambda _, tokens: {metric: program(tokens)}
-
-    def __call__(self, predictions: Sequence[str]) -> dict[str, Any]:
-        """Scores of one description per image, as `caption_scores` returns them."""
-        if len(predictions) != len(self.references):
-            raise ValueError(
-                f"{len(predictions)} predictions for {len(self.references)} lists of references; give one for each"
-            )
-        tokens = [ptb_tokens(text) for text in predictions] if self._tokens else []
-        missing, found = dict(self.missing), dict[str, float]()
-        for metric, compute in self._metrics.items():
-            try:
-                found |= compute(predictions, tokens)
-            except JavaError as error:
-                missing[metric] = str(error)
-        scores: dict[str, Any] = {name: found[name] for name in self._names if name in found}
-        return scores | ({"missing": missing} if missing else {})
-
-
-def caption_scores(
-    predictions: Sequence[str],
-    references: Sequence[Sequence[str]],
+def evaluate_captions(
+    model: DevilModel,
+    processor: DevilProcessor,
+    sources: Sequence[dict[str, Any]],
+    output_dir: str | PathLike,
     metrics: Sequence[str] = METRICS,
+    limit: int | None = None,
+    batch_size: int = 32,
+    seed: int = 0,
     bert: BertScoreSettings = MILAN,
+    **generation_kwargs,
 ) -> dict[str, Any]:
-    """Score one description per image against the captions of people.
+    """Describe all pairs of `sources` by all layers together and by each alone, and score the descriptions.
 
     Args:
-        predictions (`Sequence[str]`): One description per image.
-        references (`Sequence[Sequence[str]]`): The reference captions of each image, at least one.
-            CIDEr takes its document frequencies from them.
-        metrics (`Sequence[str]`): Which of `"bleu"` (or `"bleu_1"` to `"bleu_4"`), `"meteor"`, `"rouge_l"`, `"cider"`,
-            `"spice"`, `"bertscore"`; by default those that need nothing else.
-        bert (`BertScoreSettings`): Which BERTScore, by default MILAN's settings.
+        sources: as in a recipe, see `devil_hf.data.sources`.
+        output_dir: where `predictions.jsonl` and `scores.json` are written; a pass that was stopped there goes on. Rows are told
+            apart by their place in `sources`: data that change need another folder.
+        metrics: see `caption_scores`.
+        limit: only this many pairs from the beginning.
+        batch_size: images at once, per process.
+        seed: of the control that shuffles.
+        bert: which BERTScore.
+        generation_kwargs: for `DevilModel.describe`: `guidance`, `num_beams`, `max_new_tokens`, ...
 
     Returns:
-        `dict`: `bleu_1` to `bleu_4`, `meteor`, `rouge_l`, `spice` in [0, 1], `cider` in [0, 10], the toolkit's units (papers
-        print them times 100), `bertscore` (mean F1). Where a metric cannot be had, `missing` says why and what to do.
+        What `scores.json` holds, in the layout of `devil_hf.evaluation.results`, with `missing` metrics and the entries of a
+        `model-index`; on processes other than the main one, an empty dictionary.
 
     Raises:
-        ValueError: if a metric is unknown, the lengths differ, or an image has no reference.
+        ValueError: if a metric is unknown, a source malformed, no pair can be used, or `output_dir` holds a pass with
+            other settings.
     """
-    if len(predictions) != len(references) or not len(predictions):
+    check_metrics(metrics)
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit={limit} leaves nothing to evaluate; give at least 1, or none")
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size} must be at least 1")
+    state, folder = PartialState(), Path(output_dir)
+    if state.num_processes > 1:
+        model.to(state.device)
+    decides = {"weights": weights_hash(model), "sources": list(sources), "generation": generation_kwargs}
+    records = Records(folder / PREDICTIONS_FILE, decides) if state.is_main_process else None
+    shared: list[Any] = [set(records.rows) if records else None, records.rows.get(END) if records else None]
+    if state.num_processes > 1:
+        broadcast_object_list(shared)
+    done, end = shared
+    count = limit if end is None else min(end, limit or end)
+    if count is None or any(str(number) not in done for number in range(count)):
+        _describe_pairs(model, processor, sources, records, done, limit, batch_size, generation_kwargs)
+    if records is None:
+        return {}
+    rows = [records[str(number)] for number in range(_count(records, limit))]
+    good = [row for row in rows if "problem" not in row]
+    if not good:
         raise ValueError(
-            f"{len(predictions)} predictions for {len(references)} lists of references; "
-            "give at least one prediction and one list for each"
+            f"none of {len(rows)} pairs can be used; the first: {rows[0]['problem'] if rows else 'no pairs'}"
         )
-    return CaptionScorer(references, metrics, bert)(predictions)
+    if len(good) < len(rows):
+        logger.warning(f"{len(rows) - len(good)} of {len(rows)} pairs cannot be used and are left out of the scores")
+    texts = {name: [row["descriptions"][name] for row in good] for name in good[0]["descriptions"]}
+    content = score_descriptions(texts, [row["references"] for row in good], seed, metrics, bert)
+    settings = {"seed": seed, "left_out": len(rows) - len(good), **generation_kwargs}
+    if any("bertscore" in row for row in content["scores"].values()):
+        settings["bertscore"] = str(bert)
+    content = _results(content, sources, len(good), settings, model)
+    (folder / SCORES_FILE).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    return content
 
 
-def check_metrics(metrics: Sequence[str]) -> None:
-    """Raise a clear error for a metric that is none of `ALL_METRICS`."""
-    unknown = [metric for metric in metrics if metric not in (*ALL_METRICS, *BLEU)]
-    if unknown or not metrics:
-        raise ValueError(f"unknown metrics {unknown}; choose from {(*ALL_METRICS, *BLEU)}")
+def _count(records: Records, limit: int | None) -> int:
+    known = len(records.rows) - (END in records)
+    return known if limit is None else min(known, limit)
 
 
-def _check_references(references: Sequence[Sequence[str]]) -> None:
-    if not len(references):
-        raise ValueError("there are no references; give at least one list of captions")
-    for index, texts in enumerate(references):
-        if isinstance(texts, str) or not len(texts):
-            raise ValueError(f"references[{index}] is {texts!r}; give a list of at least one caption")
+def _describe_pairs(model, processor, sources, records, done, limit, batch_size, generation_kwargs) -> None:
+    """Describe what is not recorded yet; every process its part of each batch."""
+    state = PartialState()
+    pairs = open_pairs(sources, seed=0, shuffle=False)
+    total = len(pairs) if hasattr(pairs, "__len__") else sum(source.get("size", 0) for source in sources) or None
+    total = limit if total is None else min(total, limit or total)
+    decode = PairDecoder(
+        BadSamples(limit=1.0)
+    )  # counted in the result; a process that stops would leave the others waiting
+    read = 0
+    progress = tqdm(total=total, desc="describe", unit="image", disable=not state.is_main_process)
+    for batch in _batches(enumerate(islice(pairs, limit)), batch_size * state.num_processes):
+        todo = [(number, row) for number, row in batch if str(number) not in done]
+        mine = todo[state.process_index :: state.num_processes]
+        found = gather_object(_describe_batch(model, processor, decode, mine, generation_kwargs)) if todo else []
+        if records is not None:
+            for number, row in sorted(found, key=lambda item: item[0]):
+                records.add(str(number), row)
+        read += len(batch)
+        progress.update(len(batch))
+    progress.close()
+    if records is not None and (limit is None or read < limit) and END not in records:
+        records.add(END, read)
 
 
-class JavaError(RuntimeError):
-    """A Java program of the toolkit failed."""
+def _describe_batch(model, processor, decode, batch, generation_kwargs) -> list[tuple[int, dict[str, Any]]]:
+    found: list[tuple[int, dict[str, Any]]] = []
+    samples = []
+    for number, row in batch:
+        sample = decode(row)
+        if sample is None:
+            found.append((number, {"image": row["key"], "problem": row["problem"] or "cannot be used"}))
+        else:
+            samples.append((number, sample))
+    if samples:
+        texts = describe_images(model, processor, [sample["image"] for _, sample in samples], **generation_kwargs)
+        for at, (number, sample) in enumerate(samples):
+            said = {name: rows[at] for name, rows in texts.items()}
+            found.append((number, {"image": sample["key"], "references": sample["captions"], "descriptions": said}))
+    return found
 
 
-def _missing_java(metric: str) -> str | None:
-    """Why METEOR or SPICE cannot be run, and what to do."""
-    if find_spec("pycocoevalcap") is None:
-        return "pycocoevalcap is not installed: pip install 'devil-hf[metrics]'"
-    if shutil.which("java") is None:
-        return "there is no Java on the path: install a Java runtime of version 8 or later"
-    if metric == "spice":
-        (folder,) = find_spec("pycocoevalcap").submodule_search_locations or [""]  # type: ignore[union-attr]
-        lib = Path(folder, "spice", "lib")
-        absent = [name for name in SPICE_FILES if not (lib / name).is_file()]
-        if absent:
-            return (
-                f"{' and '.join(absent)} of Stanford CoreNLP 3.6.0 must be in {lib}: where there is a network, run "
-                "python -m pycocoevalcap.spice.get_stanford_models once (about 400 MB)"
-            )
-    return None
+def describe_images(
+    model: DevilModel, processor: DevilProcessor, images: Sequence, **generation_kwargs
+) -> dict[str, list[str]]:
+    """Descriptions of every image, by "all" layers together and by each layer alone."""
+    texts: dict[str, list[str]] = {name: [] for name in ("all", *model.layer_names)}
+    pixels = processor(images=list(images), return_tensors="pt").to(model.device)
+    output = model.describe(**pixels, **generation_kwargs)
+    for row, text in enumerate(processor.batch_decode(output.sequences, skip_special_tokens=True)):
+        texts[output.layer_of(row)].append(text.strip())
+    return texts
 
 
-class JavaMetric:
-    """METEOR or SPICE of the toolkit against fixed references; METEOR's program, which starts slowly, is kept running."""
+def score_descriptions(
+    texts: dict[str, list[str]],
+    references: Sequence[Sequence[str]],
+    seed: int = 0,
+    metrics: Sequence[str] = METRICS,
+    bert: BertScoreSettings = MILAN,
+) -> dict[str, dict]:
+    """Caption scores by layer, with two controls that use no image.
 
-    def __init__(self, metric: str, references: Sequence[Sequence[Sequence[str]]]):
-        self.metric = metric
-        self.references = {index: [" ".join(tokens) for tokens in texts] for index, texts in enumerate(references)}
-        self._program: Any = None
+    "shuffled" gives each image the all-layers description of another one; "constant" gives every image the same text: of the
+    twenty most frequent descriptions and references the one with the best CIDEr, chosen with the references in hand.
 
-    def __call__(self, predictions: Sequence[Sequence[str]]) -> float:
-        """The mean over the images, in [0, 1].
+    Returns:
+        `scores`, `controls` and `missing`: row -> metric -> value, and metric -> why it is missing.
+    """
+    scorer = CaptionScorer(references, metrics, bert)
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(references), generator=generator)
+    shuffled = [texts["all"][int(index)] for index in order.roll(1)[order.argsort()]]
+    constant = best_constant(texts["all"], references)
+    targets = texts | {"shuffled": shuffled, "constant": [constant] * len(references)}
+    rows: dict[str, dict[str, Any]] = {}
+    missing: dict[str, str] = {}
+    for name, said in tqdm(targets.items(), desc="score", unit="row", leave=False):
+        rows[name] = scorer(said)
+        missing |= rows[name].pop("missing", {})
+    rows["constant"]["text"] = constant
+    controls = {name: rows.pop(name) for name in ("shuffled", "constant")}
+    return {"scores": rows, "controls": controls, "missing": missing}
 
-        Raises:
-            JavaError: if the program fails.
-        """
-        results = {index: [" ".join(tokens)] for index, tokens in enumerate(predictions)}
-        try:
-            if self._program is None:
-                self._program = self._start()
-            value, _ = self._program.compute_score(self.references, results)
-        except (OSError, ValueError, CalledProcessError) as error:
-            self._program = None  # a dead program answers nothing any more
-            raise JavaError(
-                f"the toolkit's {self.metric.upper()} failed ({error}); see that Java runs and has memory enough"
-            ) from error
-        return float(value)
 
-    def _start(self) -> Any:
-        if self.metric == "meteor":
-            from pycocoevalcap.meteor.meteor import Meteor
+def _results(content, sources, images: int, settings: dict[str, Any], model: DevilModel) -> dict[str, Any]:
+    """The layout of `devil_hf.evaluation.results`, with the entries of a model card."""
+    dataset: dict[str, Any] = {"name": " + ".join(_source_name(source) for source in sources), "size": images}
+    splits = {source["split"] for source in sources if "split" in source}
+    if len(splits) == 1:
+        (dataset["split"],) = splits
+    if len(sources) == 1 and sources[0]["kind"] == "hub":
+        dataset["id"] = sources[0]["path"]
+    entries = Evaluation(TITLE, content["scores"], dataset=dataset, settings=settings).model_index()
+    head = {"title": TITLE, "dataset": dataset, "settings": settings, "weights": fingerprint(model)}
+    name = Path(str(model.name_or_path)).name or "devil"
+    return head | content | {"model-index": eval_results_to_model_index(name, entries)}
 
-            return Meteor()
-        from pycocoevalcap.spice.spice import Spice
 
-        return Spice()
+def _source_name(source: dict[str, Any]) -> str:
+    if source["kind"] == "shapes":
+        return f"shapes world of devil-hf, seed {source.get('seed', 0)}"
+    place = source.get("path") or source.get("annotations") or source.get("captions") or source["urls"]
+    return source["path"] if source["kind"] == "hub" else Path(place if isinstance(place, str) else place[0]).name
+
+
+def caption_table(content: dict[str, Any]) -> str:
+    """Results as text, in the papers' units (times 100); what is missing is said below."""
+    rows = content["scores"] | {CONTROLS[name]: row for name, row in content["controls"].items()}
+    columns = [name for name in COLUMNS if any(name in row for row in rows.values())]
+    first = max(len(name) for name in rows) + 2
+    lines = [" " * first + "".join(f"{metric_name(column):>14}" for column in columns)]
+    lines += [f"{name:{first}}" + "".join(_percent(row.get(c)) for c in columns) for name, row in rows.items()]
+    lines += [f"{metric_name(name)} is missing: {reason}" for name, reason in content["missing"].items()]
+    if left_out := content.get("settings", {}).get("left_out"):
+        lines.append(f"{left_out} pairs could not be used and are left out; {PREDICTIONS_FILE} names them")
+    if bert := content.get("settings", {}).get("bertscore"):
+        lines.append(f"BERTScore: {bert}")
+    return "\n".join(lines)
+
+
+def _percent(value: float | None) -> str:
+    return f"{'':14}" if value is None else f"{100 * value:14.1f}"
+
+
+def _batches(rows: Iterator, size: int) -> Iterator[list]:
+    while batch := list(islice(rows, size)):
+        yield batch

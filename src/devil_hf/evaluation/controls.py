@@ -25,49 +25,34 @@ features cannot pass; one that does, passes whatever its quality.
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator
-from collections.abc import Mapping
-from collections.abc import Sequence
-from contextlib import contextmanager
-from contextlib import nullcontext
-from dataclasses import dataclass
-from dataclasses import field
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
-from typing import Any
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from devil_hf.backbone_devil import resolve_layers
-from devil_hf.backbone_devil import weights_hash
+from devil_hf.data.captioned import CaptionedImages
 from devil_hf.data.shapes import ATTRIBUTE_WORDS
-from devil_hf.evaluation.bootstrap import Ratio
-from devil_hf.evaluation.bootstrap import bootstrap_draws
-from devil_hf.evaluation.bootstrap import interval
-from devil_hf.evaluation.captioned import CaptionedImages
-from devil_hf.evaluation.captions import BLEU
-from devil_hf.evaluation.milannotations import null_label
-from devil_hf.evaluation.ngrams import CiderD
-from devil_hf.evaluation.ngrams import bleu
-from devil_hf.evaluation.ngrams import rouge_l
-from devil_hf.evaluation.randomise import randomised_backbone
-from devil_hf.evaluation.randomise import untrained_translator
-from devil_hf.evaluation.randomise import weight_stages
+from devil_hf.evaluation.milan import null_label
+from devil_hf.evaluation.randomise import randomised_backbone, untrained_translator, weight_stages
 from devil_hf.evaluation.records import Records
-from devil_hf.evaluation.results import CONTROLS
-from devil_hf.evaluation.results import SHAPES_WORLD
-from devil_hf.evaluation.results import fingerprint
-from devil_hf.evaluation.tokens import ptb_tokens
-from devil_hf.evaluation.words import words_of
-from devil_hf.modeling_devil import DevilModel
-from devil_hf.processing_devil import DevilProcessor
+from devil_hf.evaluation.results import CONTROLS, SHAPES_WORLD, fingerprint
+from devil_hf.evaluation.statistics import Ratio, bootstrap_draws, interval
+from devil_hf.evaluation.text.metrics import BLEU
+from devil_hf.evaluation.text.ngrams import CiderD, bleu, rouge_l
+from devil_hf.evaluation.text.tokens import ptb_tokens
+from devil_hf.evaluation.text.words import words_of
+from devil_hf.model.backbone_devil import resolve_layers, weights_hash
+from devil_hf.model.modeling_devil import DevilModel
+from devil_hf.model.processing_devil import DevilProcessor
 
 INTACT = "all"  # as results name all layers together
 MARGINS = {"cider": 0.01, "word_f1": 0.05, "evidence": 0.02}

@@ -8,8 +8,7 @@ on images of the evaluation. Everything is put back afterwards.
 """
 
 import copy
-from collections.abc import Iterator
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 from zlib import crc32
@@ -18,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from devil_hf.backbone_devil import FeatureBackbone
-from devil_hf.modeling_devil import DevilModel
+from devil_hf.model.backbone_devil import FeatureBackbone
+from devil_hf.model.modeling_devil import DevilModel
 
 Stage = tuple[int, list[str]]
 

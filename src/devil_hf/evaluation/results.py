@@ -23,20 +23,17 @@ captions`, `devil evaluate neurons` and `devil quickstart` write is read as well
 import hashlib
 import json
 import math
-from collections.abc import Iterable
-from collections.abc import Mapping
-from collections.abc import Sequence
-from dataclasses import dataclass
-from dataclasses import field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult
 
-from devil_hf.backbone_devil import weights_hash
-from devil_hf.combining_devil import COMBINATIONS
-from devil_hf.modeling_devil import DevilModel
+from devil_hf.model.backbone_devil import weights_hash
+from devil_hf.model.combining_devil import COMBINATIONS
+from devil_hf.model.modeling_devil import DevilModel
 
 TASK = "image-to-text"
 SHAPES_WORLD = "shapes world of devil-hf (held-out scenes)"

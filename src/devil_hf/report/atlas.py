@@ -9,26 +9,20 @@ thumbs/          each exemplar once, masks/LAYER/UNIT.png a strip of masks of ea
 
 import json
 import shutil
-from collections.abc import Iterator
-from collections.abc import Mapping
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from datasets import Features
-from datasets import List
-from datasets import Value
+from datasets import Features, List, Value
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from devil_hf.data.exemplars import ExemplarSet
-from devil_hf.data.exemplars import layer_file
-from devil_hf.data.exemplars import write_rows
+from devil_hf.data.exemplars import ExemplarSet, layer_file, write_rows
 
 TEMPLATE = Path(__file__).with_name("atlas.html")
 THUMBNAIL = 128  # pixels

@@ -4,22 +4,15 @@ Three figures: the maps of phrases at every layer (`attribution_figure`), the wo
 (`locations_figure`) and what each layer says about whole images (`layers_figure`). All sizes are in pixels.
 """
 
-from collections.abc import Mapping
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
-from PIL import Image
-from PIL import ImageDraw
-from PIL import ImageFont
+from PIL import Image, ImageDraw, ImageFont
 
-from devil_hf.image_processing_devil import load_images
-from devil_hf.processing_devil import DevilProcessor
-from devil_hf.processing_devil import attribution_maps
-from devil_hf.processing_devil import colorize
-from devil_hf.processing_devil import overlay_map
-from devil_hf.processing_devil import shared_value_range
+from devil_hf.model.image_processing_devil import load_images
+from devil_hf.model.processing_devil import DevilProcessor, attribution_maps, colorize, overlay_map, shared_value_range
 
 PAPER, INK, MUTED, RULE = (255, 255, 255), (24, 27, 33), (104, 111, 122), (222, 225, 230)
 MARGIN, GAP = 32, 14

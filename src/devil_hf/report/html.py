@@ -5,22 +5,17 @@ clicked is a button, so that the keyboard reaches it. Texts of models and users 
 """
 
 import base64
-from collections.abc import Mapping
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from io import BytesIO
 from typing import Any
 
 from PIL import Image
 
-from devil_hf.descriptions_devil import Descriptions
-from devil_hf.descriptions_devil import tint
-from devil_hf.outputs_devil import AttributionOutput
-from devil_hf.processing_devil import DIVERGING
-from devil_hf.processing_devil import DevilProcessor
-from devil_hf.processing_devil import shared_value_range
-from devil_hf.report.figures import map_tile
-from devil_hf.report.figures import signed
+from devil_hf.model.descriptions_devil import Descriptions, tint
+from devil_hf.model.outputs_devil import AttributionOutput
+from devil_hf.model.processing_devil import DIVERGING, DevilProcessor, shared_value_range
+from devil_hf.report.figures import map_tile, signed
 
 ALL_TOGETHER = "all layers together"
 

@@ -1,30 +1,18 @@
 """A picture of maps beside the truth: what the backbone saw, the object's outline, and the maps of each layer."""
 
-from collections.abc import Mapping
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
-from PIL import ImageDraw
+from PIL import Image, ImageDraw
 
-from devil_hf.data.localisation import LocalisedImage
-from devil_hf.evaluation.mapping import DEFAULT_COMBINATION
-from devil_hf.evaluation.mapping import GRADCAM
-from devil_hf.evaluation.mapping import read_arrays
-from devil_hf.evaluation.maps import enlarge
-from devil_hf.image_processing_devil import load_images
-from devil_hf.processing_devil import DevilProcessor
-from devil_hf.report.figures import GAP
-from devil_hf.report.figures import INK
-from devil_hf.report.figures import MARGIN
-from devil_hf.report.figures import MUTED
-from devil_hf.report.figures import PAPER
-from devil_hf.report.figures import _fit
-from devil_hf.report.figures import _write
-from devil_hf.report.figures import color_bar
-from devil_hf.report.figures import map_tile
+from devil_hf.data.objects import LocalisedImage
+from devil_hf.evaluation.maps.collecting import DEFAULT_COMBINATION, GRADCAM, read_arrays
+from devil_hf.evaluation.maps.measures import enlarge
+from devil_hf.model.image_processing_devil import load_images
+from devil_hf.model.processing_devil import DevilProcessor
+from devil_hf.report.figures import GAP, INK, MARGIN, MUTED, PAPER, _fit, _write, color_bar, map_tile
 
 TRUTH = (0, 150, 90)
 

@@ -10,13 +10,10 @@ import itertools
 import json
 import os
 import statistics
-from collections.abc import Iterator
-from collections.abc import Mapping
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-from typing import cast
+from typing import Any, cast
 
 import torch
 import yaml
@@ -24,26 +21,17 @@ from torch import Tensor
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
-from devil_hf.data.decoding import BadSamples
-from devil_hf.data.decoding import PairDecoder
+from devil_hf.checkpoints.loading import load
+from devil_hf.data.decoding import BadSamples, PairDecoder
 from devil_hf.data.pairs import open_pairs
 from devil_hf.data.sources import REGIONS
-from devil_hf.evaluation.captions import caption_scores
-from devil_hf.grounding import CANDIDATES
-from devil_hf.grounding import PLACES_TO_A_SIDE
-from devil_hf.grounding import choose_grounded
-from devil_hf.grounding import tile_regions
-from devil_hf.loading import load
-from devil_hf.modeling_devil import DevilModel
-from devil_hf.pooling_devil import pool
-from devil_hf.pooling_devil import region_weights
-from devil_hf.processing_devil import DevilProcessor
+from devil_hf.evaluation.text.metrics import caption_scores
+from devil_hf.model.modeling_devil import DevilModel
+from devil_hf.model.pooling_devil import pool, region_weights
+from devil_hf.model.processing_devil import DevilProcessor
+from devil_hf.questions.grounding import CANDIDATES, PLACES_TO_A_SIDE, choose_grounded, tile_regions
 from devil_hf.training.features import as_stored
-from devil_hf.training.recipe import CHECKPOINT_FOLDER
-from devil_hf.training.recipe import Recipe
-from devil_hf.training.recipe import check_fields
-from devil_hf.training.recipe import make_recipe
-from devil_hf.training.recipe import read_recipe
+from devil_hf.training.recipe import CHECKPOINT_FOLDER, Recipe, check_fields, make_recipe, read_recipe
 from devil_hf.training.run import train
 
 logger = logging.get_logger(__name__)

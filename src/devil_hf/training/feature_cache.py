@@ -10,9 +10,7 @@ import itertools
 import json
 import os
 import shutil
-from collections.abc import Callable
-from collections.abc import Iterator
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,8 +19,7 @@ import numpy as np
 import pyarrow.compute as pc
 import torch
 from accelerate import PartialState
-from datasets import Dataset
-from datasets import IterableDataset
+from datasets import Dataset, IterableDataset
 from datasets.distributed import split_dataset_by_node
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -32,13 +29,10 @@ from devil_hf.data.decoding import PairDecoder
 from devil_hf.data.pairs import open_pairs
 from devil_hf.data.shards import expand_urls
 from devil_hf.data.sources import REGIONS
-from devil_hf.modeling_devil import DevilModel
-from devil_hf.processing_devil import DevilProcessor
+from devil_hf.model.modeling_devil import DevilModel
+from devil_hf.model.processing_devil import DevilProcessor
 from devil_hf.training.features import pool_draws
-from devil_hf.training.feed import batch_regions
-from devil_hf.training.feed import seed_of
-from devil_hf.training.feed import sees_with
-from devil_hf.training.feed import view_of
+from devil_hf.training.feed import batch_regions, seed_of, sees_with, view_of
 
 CACHE_FILE = "cache.json"
 SHARD_IMAGES = 1024

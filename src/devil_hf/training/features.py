@@ -4,8 +4,7 @@ The backbone never changes, so its pooled features need no second pass: each ima
 dropout (paper, section 3.2), and training picks one draw at random each time it sees the image.
 """
 
-from collections.abc import Iterable
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import cast
 
 import numpy as np
@@ -13,9 +12,8 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from devil_hf.modeling_devil import DevilModel
-from devil_hf.pooling_devil import draw_location_weights
-from devil_hf.pooling_devil import pool
+from devil_hf.model.modeling_devil import DevilModel
+from devil_hf.model.pooling_devil import draw_location_weights, pool
 
 
 @torch.no_grad()

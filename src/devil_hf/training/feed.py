@@ -6,26 +6,20 @@ has the same number of batches. A stream is split over processes and workers by 
 """
 
 import itertools
-from collections.abc import Callable
-from collections.abc import Iterator
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from datasets import IterableDataset
 from datasets.distributed import split_dataset_by_node
 from PIL import Image
-from torch.utils.data import DataLoader
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
-from devil_hf.data.decoding import PairDecoder
-from devil_hf.data.decoding import PairStream
-from devil_hf.data.decoding import PairTable
-from devil_hf.processing_devil import DevilProcessor
+from devil_hf.data.decoding import PairDecoder, PairStream, PairTable
+from devil_hf.model.processing_devil import DevilProcessor
 
 Place = tuple[int, int]  # epoch, and rows read in it
 

@@ -10,16 +10,15 @@ import importlib.util
 import json
 import typing
 from collections.abc import Mapping
-from dataclasses import dataclass
-from dataclasses import field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from devil_hf.configuration_devil import DevilConfig
 from devil_hf.data.sources import REGIONS
-from devil_hf.lora_devil import check_lora
+from devil_hf.model.configuration_devil import DevilConfig
+from devil_hf.model.lora_devil import check_lora
 
 RECIPE_FILE = "recipe.yaml"
 CHECKPOINT_FOLDER = "checkpoint"

@@ -5,51 +5,30 @@ import itertools
 import os
 import shutil
 from pathlib import Path
-from typing import Any
-from typing import cast
+from typing import Any, cast
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object
-from accelerate.utils import parse_flag_from_env
-from datasets import Dataset
-from datasets import IterableDataset
+from accelerate.utils import gather_object, parse_flag_from_env
+from datasets import Dataset, IterableDataset
 from huggingface_hub import HfApi
-from transformers import AutoTokenizer
-from transformers import EarlyStoppingCallback
-from transformers import TrainingArguments
-from transformers import set_seed
+from transformers import AutoTokenizer, EarlyStoppingCallback, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
-from devil_hf.data.decoding import BadSamples
-from devil_hf.data.decoding import PairDecoder
-from devil_hf.data.decoding import PairTable
+from devil_hf.checkpoints.loading import load
+from devil_hf.data.decoding import BadSamples, PairDecoder, PairTable
 from devil_hf.data.pairs import open_pairs
-from devil_hf.hub import check_parts
-from devil_hf.hub import check_repo_id
-from devil_hf.hub import push
-from devil_hf.image_processing_devil import DevilImageProcessor
-from devil_hf.loading import load
-from devil_hf.lora_devil import LORA_DEFAULTS
-from devil_hf.modeling_devil import DevilModel
-from devil_hf.processing_devil import DevilProcessor
-from devil_hf.training.feature_cache import CachedFeatures
-from devil_hf.training.feature_cache import cache_key
-from devil_hf.training.feature_cache import cached_features
-from devil_hf.training.feature_cache import data_fingerprint
-from devil_hf.training.features import PooledCaptions
-from devil_hf.training.features import pooled_feature_draws
-from devil_hf.training.feed import CaptionStream
-from devil_hf.training.feed import ImageTable
-from devil_hf.training.feed import sees_with
-from devil_hf.training.recipe import CHECKPOINT_FOLDER
-from devil_hf.training.recipe import EMBEDDED
-from devil_hf.training.recipe import RECIPE_FILE
-from devil_hf.training.recipe import Recipe
-from devil_hf.training.recipe import read_recipe
-from devil_hf.training.trainer import DevilTrainer
-from devil_hf.training.trainer import longest_caption
+from devil_hf.hub.publish import check_parts, check_repo_id, push
+from devil_hf.model.image_processing_devil import DevilImageProcessor
+from devil_hf.model.lora_devil import LORA_DEFAULTS
+from devil_hf.model.modeling_devil import DevilModel
+from devil_hf.model.processing_devil import DevilProcessor
+from devil_hf.training.feature_cache import CachedFeatures, cache_key, cached_features, data_fingerprint
+from devil_hf.training.features import PooledCaptions, pooled_feature_draws
+from devil_hf.training.feed import CaptionStream, ImageTable, sees_with
+from devil_hf.training.recipe import CHECKPOINT_FOLDER, EMBEDDED, RECIPE_FILE, Recipe, read_recipe
+from devil_hf.training.trainer import DevilTrainer, longest_caption
 
 logger = logging.get_logger(__name__)
 

@@ -10,35 +10,31 @@ import os
 import shutil
 import time
 from pathlib import Path
-from typing import Any
-from typing import cast
+from typing import Any, cast
 
 import torch
-from accelerate.utils import broadcast_object_list
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
-from transformers import EarlyStoppingCallback
-from transformers import Trainer
-from transformers import TrainerState
-from transformers import TrainingArguments
+from transformers import EarlyStoppingCallback, Trainer, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback
-from transformers.trainer_utils import get_last_checkpoint
-from transformers.trainer_utils import rotate_checkpoints
+from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 from transformers.utils import logging
 
 from devil_hf.data.decoding import BadSamples
-from devil_hf.evaluation.captions import caption_scores
-from devil_hf.modeling_devil import DevilModel
-from devil_hf.pooling_devil import draw_layer_mask
-from devil_hf.processing_devil import DevilProcessor
+from devil_hf.evaluation.text.metrics import caption_scores
+from devil_hf.model.modeling_devil import DevilModel
+from devil_hf.model.pooling_devil import draw_layer_mask
+from devil_hf.model.processing_devil import DevilProcessor
 from devil_hf.training.features import PooledCaptions
-from devil_hf.training.feed import CaptionCollator
-from devil_hf.training.feed import CaptionStream
-from devil_hf.training.feed import StreamLoader
-from devil_hf.training.feed import StreamPosition
-from devil_hf.training.feed import Table
-from devil_hf.training.feed import seed_of
-from devil_hf.training.feed import table_loader
+from devil_hf.training.feed import (
+    CaptionCollator,
+    CaptionStream,
+    StreamLoader,
+    StreamPosition,
+    Table,
+    seed_of,
+    table_loader,
+)
 
 logger = logging.get_logger(__name__)
 

@@ -6,8 +6,8 @@ from transformers import TrainingArguments
 
 from devil_hf.data.milan import SeveralUnits
 from devil_hf.data.unit_features import encoded_features
-from devil_hf.modeling_devil import DevilModel
-from devil_hf.processing_devil import DevilProcessor
+from devil_hf.model.modeling_devil import DevilModel
+from devil_hf.model.processing_devil import DevilProcessor
 from devil_hf.training.features import PooledCaptions
 from devil_hf.training.trainer import DevilTrainer
 

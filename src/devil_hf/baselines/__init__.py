@@ -1,0 +1,1 @@
+"""Baselines that register themselves as translators."""

@@ -1,0 +1,25 @@
+"""Models and processors by name, for the command line and the demo."""
+
+from os import PathLike
+
+import torch
+from transformers import AutoModel, AutoProcessor
+
+from devil_hf.checkpoints import CHECKPOINT
+from devil_hf.model.modeling_devil import DevilModel
+from devil_hf.model.processing_devil import DevilProcessor
+
+
+def load(
+    checkpoint: str | PathLike | None = None, device: str | None = None, dtype: torch.dtype = torch.float32
+) -> tuple[DevilModel, DevilProcessor]:
+    """Load a model and its processor.
+
+    Args:
+        checkpoint: a directory or Hub id; None for the checkpoint of the shapes world that ships with the package.
+        device: None chooses CUDA where there is one.
+    """
+    source = CHECKPOINT if checkpoint is None else checkpoint
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    model = AutoModel.from_pretrained(source, dtype=dtype).to(device).eval()
+    return model, AutoProcessor.from_pretrained(source)

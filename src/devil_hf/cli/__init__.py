@@ -1,0 +1,1 @@
+"""The `devil` command: one file per verb."""

@@ -1,0 +1,105 @@
+"""Captioned images to measure on, by a word of the command line: held-out scenes, a caption folder, or any source of a recipe."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import yaml
+from PIL import Image as PILImage
+
+from devil_hf.data.decoding import BadSamples, PairDecoder
+from devil_hf.data.pairs import open_pairs
+from devil_hf.data.shapes import HELD_OUT_WORLD, Scene, sample_scene
+from devil_hf.data.sources import REGIONS, named_sources
+
+SHAPES = "shapes"
+
+
+@dataclass
+class CaptionedImages:
+    """Images with what people (or a grammar) say of them.
+
+    Args:
+        name: what they are, for people.
+        source: what was asked for, as it was written.
+        keys: one name per image.
+        captions: at least one per image.
+        load: the image at a position.
+        scenes: of the shapes world, what is known of each image; else empty.
+        split: of the source, if it has any.
+    """
+
+    name: str
+    source: str
+    keys: list[str]
+    captions: list[list[str]]
+    load: Callable[[int], PILImage.Image]
+    scenes: list[Scene] = field(default_factory=list)
+    split: str | None = None
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+
+def open_captioned(data: str = SHAPES, split: str | None = None, limit: int = 200) -> CaptionedImages:
+    """Open the first `limit` images of `data`.
+
+    Args:
+        data: "shapes" (held-out scenes) or "shapes:COUNT[:SEED]", a caption folder, a YAML file of sources, or one source of a
+            recipe in braces, such as "{kind: hub, path: user/data, image_column: image, caption_column: caption}".
+        split: of a caption folder; sources name their own.
+
+    Raises:
+        ValueError: for what cannot be read, for a split of anything but a folder, and for fewer than two images: controls
+            compare images.
+    """
+    if limit < 2:
+        raise ValueError(f"limit {limit}: at least 2 images are needed, to tell what belongs to which")
+    if data == SHAPES:
+        data = f"{SHAPES}:{limit}"
+    if data.lstrip().startswith("{"):
+        if split:
+            raise ValueError(f"split={split!r} is of a caption folder; write it into the source {data}")
+        sources = [yaml.safe_load(data)]
+    else:
+        sources = named_sources(data, split)
+    if any(source.get("kind") == REGIONS for source in sources):
+        raise ValueError(f"{data} names regions, but whole images are described here: name captioned images")
+    if [source.get("kind") for source in sources] == [SHAPES]:
+        return held_out_scenes(min(sources[0]["size"], limit), sources[0].get("seed", 0))
+    rows: dict[str, dict] = {}
+    decode = PairDecoder(BadSamples(limit=1.0))
+    for row in open_pairs(sources, seed=0, shuffle=False):
+        usable = decode(row)  # an image that is broken is found now, and not in the middle of the work
+        if usable is not None:
+            rows[row["key"] if row["key"] not in rows else f"{row['key']} ({len(rows)})"] = row | {
+                "captions": usable["captions"]
+            }
+        if len(rows) == limit:
+            break
+    if len(rows) < 2:
+        raise ValueError(f"{data} holds {len(rows)} images with captions that can be used: at least 2 are needed")
+    encoded = list(rows.values())
+    first = sources[0]
+    return CaptionedImages(
+        name=Path(str(first.get("path", first["kind"]))).name,
+        source=data,
+        keys=list(rows),
+        captions=[row["captions"] for row in encoded],
+        load=lambda at: cast(dict, decode(encoded[at]))["image"],
+        split=first.get("split"),
+    )
+
+
+def held_out_scenes(count: int, seed: int = HELD_OUT_WORLD, captions: int = 5) -> CaptionedImages:
+    """The first scenes of a world, each with some captions; those of `shapes_dataset` with the same seed."""
+    scenes, texts = [], []
+    for index in range(count):
+        rng = np.random.default_rng((seed, index))
+        scenes.append(sample_scene(rng))
+        texts.append([scenes[-1].caption(rng) for _ in range(captions)])
+    keys = [f"scene {seed} {index}" for index in range(count)]
+    name = f"{SHAPES}:{seed}"
+    return CaptionedImages(name, name, keys, texts, lambda at: PILImage.fromarray(scenes[at].image), scenes=scenes)

@@ -1,0 +1,1 @@
+"""Attribution maps measured against masks."""

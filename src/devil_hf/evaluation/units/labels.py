@@ -1,0 +1,146 @@
+"""Labels of units, from the features that stand for them (`data/unit_features.py`).
+
+Labels are chosen greedily, by beam search, or ("rerank") among the beams by log p(label | unit) - weight log p(label | null
+prefix): MILAN's pointwise mutual information, with the prior that this language model has under the null prefix; or among
+given words ("words"), by evidence.
+"""
+
+from collections.abc import Iterable, Sequence
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm.auto import tqdm
+
+from devil_hf.data.unit_features import PooledUnits
+from devil_hf.model.modeling_devil import DevilModel
+from devil_hf.model.processing_devil import DevilProcessor
+
+STRATEGIES = ("greedy", "beam", "rerank", "words")
+ROWS = 256  # units decoded at once
+
+
+@torch.no_grad()
+def label_units(
+    model: DevilModel,
+    processor: DevilProcessor,
+    pooled: PooledUnits,
+    strategy: str = "rerank",
+    candidates: int = 5,
+    prior_weight: float = 0.2,
+    words: Sequence[str] | None = None,
+    carrier: str | None = None,
+    max_new_tokens: int = 20,
+) -> list[dict]:
+    """Label every unit.
+
+    Args:
+        strategy: "greedy", "beam" (the most probable of `candidates` beams), "rerank" (by mutual information) or "words".
+        candidates: beams, among which the runner-up is found, too.
+        prior_weight: of log p(label | null prefix) in "rerank" (MILAN: 0.2).
+        words: what "words" chooses from.
+        carrier: neutral word that "words" reads before each of them.
+
+    Returns:
+        Per unit `layer`, `unit`, `label`, `evidence` (nats per token over the null prefix), `runner_up` and
+        `runner_up_evidence` (the best candidate that says something else), `words` (each token of the label and what it owes
+        to the features, in nats). Labels of silent units are empty, their evidence None.
+    """
+    if strategy not in STRATEGIES:
+        raise ValueError(f"strategy={strategy!r} is not one of {STRATEGIES}")
+    if (strategy == "words") != bool(words):
+        raise ValueError(f'strategy={strategy!r} with words={words}: "words", and it alone, needs words to choose from')
+    if candidates < 2:
+        raise ValueError(f"candidates={candidates} must be at least 2: one is the label, one the runner-up")
+    rows: list[dict] = []
+    bar = tqdm(total=len(pooled.units), desc="labels", unit="unit")
+    for begin in range(0, len(pooled.units), ROWS):
+        part = slice(begin, begin + ROWS)
+        features = [None if one is None else one[part] for one in pooled.features]
+        prefix = model.translate(features, pooled.hidden[part])
+        if strategy == "words":
+            labelled = _choose_words(model, processor, prefix, list(words or ()), carrier)
+        else:
+            labelled = _choose_texts(model, processor, prefix, strategy, candidates, prior_weight, max_new_tokens)
+        for (layer, unit), row, silent in zip(pooled.units[part], labelled, pooled.silent[part].tolist(), strict=True):
+            nothing: dict[str, Any] = {
+                "label": "",
+                "evidence": None,
+                "runner_up": "",
+                "runner_up_evidence": None,
+                "words": [],
+            }
+            rows.append({"layer": layer, "unit": unit} | (nothing if silent else row))
+        bar.update(len(labelled))
+    bar.close()
+    return rows
+
+
+def _choose_words(model, processor, prefix: Tensor, words: list[str], carrier: str | None) -> list[dict]:
+    phrases = model._phrases(processor(text=words, carrier=carrier, return_tensors="pt"))
+    counts = phrases["scored_mask"].sum(dim=1)
+    given = model._score_rows(prefix, phrases).sum(dim=-1)
+    null = model._score_rows(model.null_prefix(), phrases).sum(dim=-1)
+    evidence = (given - null) / counts
+    best = evidence.topk(min(2, len(words)), dim=1)
+    rows = []
+    for values, order in zip(best.values.tolist(), best.indices.tolist(), strict=True):
+        second = (words[order[1]], values[1]) if len(order) > 1 else ("", None)
+        row = {"label": words[order[0]], "evidence": values[0], "runner_up": second[0], "runner_up_evidence": second[1]}
+        rows.append(row | {"words": [[words[order[0]], values[0]]]})
+    return rows
+
+
+def _choose_texts(model, processor, prefix, strategy, candidates, prior_weight, max_new_tokens) -> list[dict]:
+    beams = model._decode(prefix, num_beams=candidates, num_return_sequences=candidates, max_new_tokens=max_new_tokens)
+    sequences = beams.unflatten(0, (-1, candidates))  # (N, candidates, T)
+    if strategy == "greedy":
+        greedy = model._decode(prefix, max_new_tokens=max_new_tokens)
+        length = max(greedy.shape[1], sequences.shape[2])
+        pad = model.padding_token_id
+        greedy, sequences = (F.pad(one, (0, length - one.shape[-1]), value=pad) for one in (greedy[:, None], sequences))
+        sequences = torch.cat([greedy, sequences], dim=1)
+    each = sequences.shape[1]
+    flat = sequences.flatten(0, 1)
+    given, null = model.sequence_log_probs(prefix.repeat_interleave(each, dim=0), flat)
+    tokens = model._word_mask(flat).sum(dim=1).to(given.device)
+    per_token = ((given - null).sum(dim=1) / tokens).view(-1, each)
+    score = given.sum(dim=1)
+    if strategy == "rerank":
+        score = score - prior_weight * null.sum(dim=1)
+    score = score.view(-1, each)
+    if strategy == "greedy":
+        score[:, 0] = torch.inf
+    texts = [text.strip() for text in processor.batch_decode(flat, skip_special_tokens=True)]
+    special = set(processor.tokenizer.all_special_ids)
+    rows = []
+    for n, order in enumerate(score.argsort(dim=1, descending=True, stable=True).tolist()):
+        names = texts[n * each : (n + 1) * each]
+        first = order[0]
+        second = next((at for at in order if names[at] != names[first]), None)
+        at = n * each + first
+        contributions = (given[at] - null[at]).tolist()
+        rows.append(
+            {
+                "label": names[first],
+                "evidence": float(per_token[n, first]),
+                "runner_up": "" if second is None else names[second],
+                "runner_up_evidence": None if second is None else float(per_token[n, second]),
+                "words": [
+                    [processor.tokenizer.decode([token]), value]
+                    for token, value in zip(flat[at].tolist(), contributions, strict=True)
+                    if token not in special
+                ],
+            }
+        )
+    return rows
+
+
+def most_frequent(labels: Iterable[str]) -> str:
+    """The label that is given most often; of equally frequent ones the first by alphabet."""
+    counted = [(-len(list(group)), label) for label, group in groupby(sorted(label for label in labels if label))]
+    if not counted:
+        raise ValueError("no unit has a label")
+    return min(counted)[1]

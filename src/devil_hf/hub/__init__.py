@@ -1,0 +1,1 @@
+"""Publishing: checkpoints, cards and Spaces of the Hub."""

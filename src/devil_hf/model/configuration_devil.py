@@ -1,0 +1,184 @@
+"""Configuration of a DeViL model.
+
+The defaults are the paper's (GCPR 2023, arXiv 2309.01617, section 3 and the supplement): a 12-layer, 768-wide translator,
+a prefix of 10, layer and location dropout of one half. Everything beyond the paper is a field whose default switches it off.
+"""
+
+import copy
+from typing import Any, Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+
+from .lora_devil import check_lora
+
+FORMAT_VERSION = 1
+
+
+@strict
+class DevilConfig(PreTrainedConfig):
+    """What a [`DevilModel`] is made of.
+
+    Args:
+        backbone_config: architecture, chosen layers, preprocessing and source of the frozen vision backbone,
+            as `FeatureBackbone.config` writes it.
+        text_config: configuration of the frozen causal language model.
+        language_model_source: `{"source", "revision", "sha256"}` of the language model's pretrained weights.
+        prefix_length: k, the number of prefix vectors that the language model reads (paper: 10).
+        translator_type: `"transformer"` is DeViL's, of any number of layers; `"clipcap"`, `"clipcap_mlp"` and `"limber"` are
+            baselines that read one layer, see `baselines_devil.py`: of the sizes below they use those that they have.
+        translator_width: D, the width of the translator (paper: 768).
+        translator_depth: its number of layers (paper: 12).
+        translator_heads: its number of attention heads (paper: 12).
+        translator_feed_forward: width of its feed-forward layers (paper: 3072).
+        translator_norm_eps: epsilon of its layer norms (paper: 1e-12).
+        translator_shortcut: also add a linear map of each visible layer's feature to the prefix (paper: no).
+        normalize_features: layer norm of each pooled feature before its projection (paper: no).
+        layer_dropout: probability that training hides a layer (paper: 0.5); one layer always stays visible.
+        location_dropout: probability that training drops a location (paper: 0.5); one location always stays.
+        location_schedule: `"constant"` drops every location with `location_dropout` (paper); `"log_uniform"` draws how many
+            locations are kept log-uniformly between one and all of them, which makes single places point better.
+        whole_probability: how often the log-uniform schedule shows the whole image in every layer.
+        all_layers_probability: how often training hides no layer, beyond what `layer_dropout` gives (paper: 0). With
+            `whole_probability` it says how much of the training goes into whole images by all layers together.
+        null_probability: how often training hides every layer, so that the null prefix is learned (paper: 0).
+        max_caption_tokens: training captions are cut to this many tokens (paper: 100).
+        lora: `rank`, `alpha`, `dropout` and `target_modules` of LoRA adapters in the language model, see `add_lora`
+            (paper: none).
+        bos_token_id: token in front of the prefix; None for a language model without one.
+        eos_token_id: token that ends a caption; None for a language model without one.
+        pad_token_id: token that fills finished rows of a generation.
+        scope: what the training data covered, in a sentence that the tools print beside their answers.
+        frozen_weights: `"embedded"` when the checkpoint holds the frozen weights, `"reference"` when it is slim.
+        format_version: layout of the checkpoint; newer ones than this code knows are refused.
+    """
+
+    model_type = "devil"
+    sub_configs = {"text_config": AutoConfig}
+    has_no_defaults_at_init = True
+
+    backbone_config: dict[str, Any] | None = None
+    text_config: Any = None
+    language_model_source: dict[str, Any] | None = None
+
+    prefix_length: int = 10
+    translator_type: Literal["transformer", "clipcap", "clipcap_mlp", "limber"] = "transformer"
+    translator_width: int = 768
+    translator_depth: int = 12
+    translator_heads: int = 12
+    translator_feed_forward: int = 3072
+    translator_norm_eps: float = 1e-12
+    translator_shortcut: bool = False
+    normalize_features: bool = False
+
+    layer_dropout: float = 0.5
+    location_dropout: float = 0.5
+    location_schedule: Literal["constant", "log_uniform"] = "constant"
+    whole_probability: float = 0.25
+    all_layers_probability: float = 0.0
+    null_probability: float = 0.0
+    max_caption_tokens: int = 100
+    lora: dict[str, Any] | None = None
+
+    bos_token_id: int | None = None
+    eos_token_id: int | None = None
+    pad_token_id: int | None = None
+    tie_word_embeddings: bool = False
+    scope: str | None = None
+    frozen_weights: Literal["embedded", "reference"] = "embedded"
+    format_version: int = FORMAT_VERSION
+
+    def __post_init__(self, **kwargs):
+        if isinstance(self.text_config, dict):
+            text_config = dict(self.text_config)
+            model_type = text_config.pop("model_type", None)
+            if model_type not in CONFIG_MAPPING:
+                raise ValueError(
+                    f"text_config has model_type {model_type!r}, which this transformers does not know: "
+                    "upgrade transformers, or name a causal language model that it has."
+                )
+            self.text_config = CONFIG_MAPPING[model_type](**text_config)
+        elif self.text_config is not None:
+            # The base class resets the attention implementation of its sub-configurations: not that of a living model.
+            self.text_config = copy.deepcopy(self.text_config)
+            # Where it was loaded from is written in language_model_source, if anywhere.
+            self.text_config._name_or_path = ""
+        super().__post_init__(**kwargs)
+
+    @property
+    def layers(self) -> list[str]:
+        """Names of the chosen layers, shallowest first."""
+        return self.backbone_config["layers"] if self.backbone_config else []
+
+    @property
+    def context_length(self) -> int | None:
+        """Longest sequence, in tokens, that the language model can read; None where it has no limit of its own."""
+        for name in ("max_position_embeddings", "n_positions", "max_seq_len", "max_seq_length"):
+            length = getattr(self.text_config, name, None)
+            if isinstance(length, int) and length > 0:
+                return length
+        return None
+
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        # Before the fields are read: those of a newer format may well be wrong for this one.
+        version = config_dict.get("format_version", FORMAT_VERSION)
+        if version > FORMAT_VERSION:
+            raise ValueError(
+                f"this checkpoint has format_version {version}, newer than the {FORMAT_VERSION} that this code reads: "
+                "upgrade devil-hf."
+            )
+        return super().from_dict(config_dict, **kwargs)
+
+    def validate_probabilities(self):
+        for name in (
+            "layer_dropout",
+            "location_dropout",
+            "whole_probability",
+            "all_layers_probability",
+            "null_probability",
+        ):
+            value = getattr(self, name)
+            if not 0.0 <= value <= 1.0:
+                raise ValueError(f"{name}={value} is not a probability: give a number between 0 and 1.")
+
+    def validate_sizes(self):
+        for name in (
+            "prefix_length",
+            "translator_width",
+            "translator_depth",
+            "translator_heads",
+            "translator_feed_forward",
+        ):
+            value = getattr(self, name)
+            if value < 1:
+                raise ValueError(f"{name}={value} must be at least 1.")
+        if self.translator_width % self.translator_heads:
+            raise ValueError(
+                f"translator_width={self.translator_width} is not a multiple of translator_heads={self.translator_heads}."
+            )
+
+    def validate_layers(self):
+        if self.translator_type != "transformer" and self.backbone_config is not None and len(self.layers) != 1:
+            raise ValueError(
+                f"translator_type={self.translator_type!r} reads the pooled feature of one layer, but {len(self.layers)} are "
+                f"chosen: set layers to one of {self.layers} (in its paper the deepest), or use translator_type='transformer'."
+            )
+
+    def validate_lora(self):
+        if self.lora is not None:
+            check_lora(self.lora)
+
+    def validate_prefix_fits_the_context(self):
+        # BOS, the prefix and at least one word have to fit.
+        needed = self.prefix_length + 2
+        if self.text_config is not None and self.context_length is not None and needed > self.context_length:
+            raise ValueError(
+                f"prefix_length={self.prefix_length} needs a context of at least {needed} tokens, but the language model "
+                f"reads {self.context_length}: choose a shorter prefix or another language model."
+            )
+
+
+DevilConfig.register_for_auto_class()
+
+__all__ = ["DevilConfig"]

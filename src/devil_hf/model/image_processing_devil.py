@@ -1,0 +1,369 @@
+"""Images of any kind to the pixel values that a backbone was evaluated on, and the way back.
+
+The pipeline is timm's evaluation transform bit for bit (resize by `crop_pct`, one of three crop modes, scale to [0, 1],
+normalise). The paper resizes the short side to the crop size itself (DeViL, section 4): `resize="paper"`.
+Images are made upright and RGB first: 16-bit and floating-point values are scaled instead of clipped, and what is
+transparent becomes white. `CropGeometry` is the single place that knows where the crop lies in the original image.
+"""
+
+import base64
+import binascii
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from io import BytesIO
+from typing import Any, TypedDict
+from urllib.request import Request, urlopen
+
+import numpy as np
+import torch
+from PIL import Image, ImageCms, ImageOps
+from transformers.image_processing_backends import PilBackend
+from transformers.image_processing_utils import BatchFeature
+from transformers.image_utils import SizeDict
+
+# Anything that holds one image, and lists of it, nested as deep as one likes.
+ImageSource = str | os.PathLike | Image.Image | np.ndarray | torch.Tensor | Sequence[Any]
+
+CROP_MODES = ("center", "squash", "border")
+RESAMPLING = {mode.name.lower(): mode for mode in Image.Resampling}
+# Above this, only the part that the crop keeps is computed: resizing a 1 x 10,000 strip must not fill the memory.
+MAX_RESIZED_PIXELS = 2**26
+URL_TIMEOUT = 30.0  # seconds
+
+
+@dataclass(frozen=True)
+class CropGeometry:
+    """Where the crop that the backbone sees lies in an image. All sizes are (height, width) in pixels.
+
+    Args:
+        image_size: size of the upright image.
+        resized_size: size of the image after resizing.
+        offset: (top, left) of the crop in the resized image; negative where the crop reaches into padding.
+        crop_size: size of the crop, the backbone's input.
+    """
+
+    image_size: tuple[int, int]
+    resized_size: tuple[int, int]
+    offset: tuple[int, int]
+    crop_size: tuple[int, int]
+
+    @property
+    def box(self) -> tuple[float, float, float, float]:
+        """(left, top, right, bottom) of the crop in image pixels; beyond the image where the crop was padded."""
+        top, left = self.crop_to_image(0, 0)
+        bottom, right = self.crop_to_image(*self.crop_size)
+        return left, top, right, bottom
+
+    def crop_to_image(self, y: float, x: float) -> tuple[float, float]:
+        """Continuous (y, x) in the crop -> (y, x) in the image; pixel i covers [i, i + 1)."""
+        scale_y, scale_x = (
+            original / resized for original, resized in zip(self.image_size, self.resized_size, strict=True)
+        )
+        return (y + self.offset[0]) * scale_y, (x + self.offset[1]) * scale_x
+
+    def image_to_crop(self, y: float, x: float) -> tuple[float, float]:
+        """Continuous (y, x) in the image -> (y, x) in the crop; beyond [0, crop_size] outside the crop."""
+        scale_y, scale_x = (
+            resized / original for original, resized in zip(self.image_size, self.resized_size, strict=True)
+        )
+        return y * scale_y - self.offset[0], x * scale_x - self.offset[1]
+
+
+def _resized_size(
+    image_size: tuple[int, int], crop_size: tuple[int, int], crop_pct: float, crop_mode: str
+) -> tuple[int, int]:
+    """Size after timm's resize; the roundings are timm's and torchvision's own, which differ from case to case."""
+    height, width = image_size
+    scaled_height, scaled_width = (math.floor(edge / crop_pct) for edge in crop_size)
+    if crop_mode == "squash":
+        return scaled_height, scaled_width
+    if crop_mode == "center" and scaled_height == scaled_width:
+        long_edge = int(scaled_height * max(image_size) / min(image_size))
+        return (long_edge, scaled_width) if width <= height else (scaled_height, long_edge)
+    pick = max if crop_mode == "border" else min
+    ratio = pick(height / scaled_height, width / scaled_width)
+    return max(round(height / ratio), 1), max(round(width / ratio), 1)
+
+
+def _crop_offset(resized: int, crop: int) -> int:
+    """Start of a centred crop along one edge; a crop larger than the image starts before it, in the padding."""
+    return -((crop - resized) // 2) if crop > resized else round((resized - crop) / 2.0)
+
+
+def _to_uint8(values: np.ndarray) -> np.ndarray:
+    """Pixel values of any type on the scale 0..255, by type and range: [0, 1] floats, 8-bit and 16-bit integers."""
+    if values.dtype == np.uint8:
+        return values
+    if values.dtype == bool:
+        return values.astype(np.uint8) * 255
+    low, high = values.min(), values.max()
+    if np.issubdtype(values.dtype, np.floating):
+        if not (np.isfinite(low) and np.isfinite(high) and low >= 0 and high <= 1):
+            raise ValueError(
+                f"a floating-point image must lie in [0, 1], got values from {low} to {high}; pass uint8 values, or "
+                "divide by 255; pixel values that are already normalised go to the model as `pixel_values`"
+            )
+        return np.round(values * 255.0).astype(np.uint8)
+    if low < 0 or high > 65535:
+        raise ValueError(f"an integer image must lie in 0..255 or 0..65535, got values from {low} to {high}")
+    if (values.dtype.itemsize == 2 and values.dtype.kind == "u") or high > 255:
+        return np.round(values / 257.0).astype(np.uint8)
+    return values.astype(np.uint8)
+
+
+def _channels_last(array: np.ndarray, data_format: str) -> np.ndarray:
+    """(H, W), (C, H, W) or (H, W, C) -> (H, W) or (H, W, C); `data_format` decides only where both readings fit."""
+    if array.ndim == 2:
+        return array
+    first, last = array.shape[0], array.shape[-1]
+    if first not in (1, 2, 3, 4) and last not in (1, 2, 3, 4):
+        raise ValueError(f"an image array must have 1 to 4 channels as its first or last axis, got shape {array.shape}")
+    fits = [edge in (1, 2, 3, 4) for edge in (first, last)]
+    if all(fits) and (first in (3, 4)) != (last in (3, 4)):
+        fits = [first in (3, 4), last in (3, 4)]
+    if fits[0] and (not fits[1] or data_format == "channels_first"):
+        array = np.moveaxis(array, 0, -1)
+    return array[..., 0] if array.shape[-1] == 1 else array
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """Upright RGB version of a picture of any mode: EXIF rotation applied, transparent parts over white."""
+    if 0 in image.size:
+        raise ValueError(f"an image must have at least one pixel, got width x height {image.size}")
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith(("I", "F")):
+        image = Image.fromarray(_to_uint8(np.asarray(image)))
+    if image.mode == "LAB":
+        to_srgb = ImageCms.buildTransform(ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB"), "LAB", "RGB")
+        return ImageCms.applyTransform(image, to_srgb)  # type: ignore[return-value]
+    if image.mode == "La":
+        image = image.convert("LA")
+    if image.mode in ("LA", "PA", "RGBA", "RGBa") or image.info.get("transparency") is not None:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def _array_to_image(array: np.ndarray, data_format: str) -> Image.Image:
+    if array.ndim not in (2, 3) or array.size == 0:
+        raise ValueError(
+            f"an image array must be (H, W), (C, H, W) or (H, W, C) and not empty, got shape {array.shape}"
+        )
+    if array.dtype.kind not in "buif":
+        raise TypeError(f"an image array must hold numbers, got dtype {array.dtype}")
+    return _to_rgb(Image.fromarray(np.ascontiguousarray(_to_uint8(_channels_last(array, data_format)))))
+
+
+def _open(source: str) -> Image.Image:
+    """Open a URL, a path or base64 text, as `transformers.image_utils.load_image` would, but keep mode and alpha."""
+    if source.startswith(("http://", "https://")):
+        # Some hosts refuse urllib's own user agent.
+        with urlopen(Request(source, headers={"User-Agent": "devil-hf"}), timeout=URL_TIMEOUT) as response:
+            return Image.open(BytesIO(response.read()))
+    if os.path.exists(source):
+        return Image.open(source)
+    encoded = source.split(",", 1)[-1] if source.startswith("data:image/") else source
+    try:
+        return Image.open(BytesIO(base64.b64decode(encoded, validate=True)))
+    except binascii.Error:
+        raise FileNotFoundError(f"no such file, and not a URL or base64 text: {source[:200]!r}") from None
+
+
+def _load(image: Any, data_format: str | None) -> Image.Image:
+    if isinstance(image, (str, os.PathLike)):
+        source = os.fspath(image)
+        try:
+            return _to_rgb(_open(source))
+        except FileNotFoundError:
+            raise
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise ValueError(f"cannot read {source[:200]!r} as an image: {error}") from error
+    if isinstance(image, torch.Tensor):
+        image = image.detach().cpu()
+        array = (image.float() if image.is_floating_point() else image).numpy()  # numpy has no bfloat16
+        return _array_to_image(array, data_format or "channels_first")
+    if isinstance(image, np.ndarray):
+        return _array_to_image(image, data_format or "channels_last")
+    return _to_rgb(image)
+
+
+def load_images(images: ImageSource, data_format: str | None = None) -> list[Image.Image]:
+    """Upright RGB pictures of whatever holds images.
+
+    Args:
+        images: a PIL image of any mode, an array or tensor ((H, W), (C, H, W), (H, W, C), or a batch of these with one
+            more axis in front), a path, a URL, base64 text, or nested lists of these. An animated file gives its first
+            frame, an open animation the frame it stands at.
+        data_format: `"channels_first"` or `"channels_last"` for arrays that can be read both ways; by default tensors
+            are read channels first and arrays channels last.
+
+    Returns:
+        One RGB picture per image, after EXIF rotation.
+
+    Raises:
+        TypeError: for anything else than an image.
+        ValueError: for an image of zero size, values out of range, or a file that is not an image.
+    """
+    if isinstance(images, (list, tuple)):
+        return [image for entry in images for image in load_images(entry, data_format)]
+    if not isinstance(images, (str, os.PathLike, Image.Image, np.ndarray, torch.Tensor)):
+        raise TypeError(
+            "an image must be a PIL image, an array, a tensor, a path, a URL or a list of these, got "
+            f"{images!r:.100} of type {type(images).__name__}"
+        )
+    if isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim == 4:
+        return [_load(image, data_format) for image in images]
+    return [_load(images, data_format)]
+
+
+class DevilImageProcessorKwargs(TypedDict, total=False):
+    """What can be set for a `DevilImageProcessor` and overridden in a call."""
+
+    crop_size: int | list[int] | tuple[int, ...] | dict[str, int] | None
+    crop_pct: float | None
+    crop_mode: str | None
+    resample: int | None
+    image_mean: list[float] | tuple[float, ...] | None
+    image_std: list[float] | tuple[float, ...] | None
+    input_data_format: str | None
+    return_tensors: str | None
+
+
+class DevilImageProcessor(PilBackend):
+    """Image processor with exactly the backbone's own evaluation preprocessing.
+
+    Args:
+        crop_size: `{"height": ..., "width": ...}` of the backbone's input, in pixels.
+        crop_pct: the image is resized to `crop_size / crop_pct` before the crop.
+        crop_mode: `"center"` resizes the short side and crops; `"squash"` resizes both sides, ignoring the aspect
+            ratio; `"border"` resizes the long side and pads with the mean colour.
+        resample: the resampling filter, a `PIL.Image.Resampling`.
+        image_mean, image_std: per channel, on the scale [0, 1].
+    """
+
+    valid_kwargs = DevilImageProcessorKwargs  # type: ignore[assignment]
+    model_input_names = ["pixel_values"]
+    crop_size: Any = {"height": 224, "width": 224}  # a SizeDict once the base class has read it
+    crop_pct = 0.875
+    crop_mode = "center"
+    resample = Image.Resampling.BICUBIC
+    image_mean = (0.485, 0.456, 0.406)
+    image_std = (0.229, 0.224, 0.225)
+
+    def __init__(self, **kwargs: Any):
+        super().__init__(**kwargs)
+        self._validate_preprocess_kwargs(
+            crop_size=self.crop_size, crop_pct=self.crop_pct, crop_mode=self.crop_mode, resample=self.resample
+        )
+
+    @classmethod
+    def from_data_config(cls, data_config: dict[str, Any], resize: str = "backbone") -> "DevilImageProcessor":
+        """The processor of a backbone.
+
+        Args:
+            data_config: timm's data configuration (`timm.data.resolve_model_data_config(model)`); missing keys take
+                timm's defaults.
+            resize: `"backbone"` for the backbone's own resize, `"paper"` for the short side at the crop size itself,
+                then a centre crop.
+        """
+        if resize not in ("backbone", "paper"):
+            raise ValueError(f"resize must be 'backbone' or 'paper', got {resize!r}")
+        channels, height, width = data_config.get("input_size", (3, 224, 224))
+        if channels != 3:
+            raise ValueError(f"the backbone takes {channels} channels (input_size), only 3 (RGB) are supported")
+        interpolation = data_config.get("interpolation", "bicubic")
+        if interpolation not in RESAMPLING:
+            raise ValueError(f"interpolation {interpolation!r} is not one of {sorted(RESAMPLING)}")
+        paper = resize == "paper"
+        return cls(
+            crop_size={"height": height, "width": width},
+            crop_pct=1.0 if paper else data_config.get("crop_pct") or cls.crop_pct,
+            crop_mode="center" if paper else data_config.get("crop_mode") or cls.crop_mode,
+            resample=int(RESAMPLING[interpolation]),
+            image_mean=tuple(data_config.get("mean", cls.image_mean)),
+            image_std=tuple(data_config.get("std", cls.image_std)),
+        )
+
+    def _validate_preprocess_kwargs(  # type: ignore[override]
+        self, crop_size: SizeDict, crop_pct: float, crop_mode: str, resample: int, **kwargs: Any
+    ) -> None:
+        if not (crop_size.height and crop_size.width):
+            raise ValueError(f"crop_size must hold a positive height and width, got {dict(crop_size)}")
+        if not crop_pct > 0:
+            raise ValueError(f"crop_pct must be positive, usually in (0, 1], got {crop_pct}")
+        if crop_mode not in CROP_MODES:
+            raise ValueError(f"crop_mode {crop_mode!r} is not one of {CROP_MODES}")
+        if resample not in list(RESAMPLING.values()):
+            raise ValueError(
+                f"resample {resample!r} is not a PIL.Image.Resampling: {[int(m) for m in Image.Resampling]}"
+            )
+
+    def fetch_images(self, image_url_or_urls: ImageSource) -> list[Image.Image]:  # type: ignore[override]
+        """Upright RGB pictures of anything that `load_images` accepts."""
+        return load_images(image_url_or_urls)
+
+    def geometry(self, image_size: Sequence[int]) -> CropGeometry:
+        """Where the crop lies in an upright image of `image_size` (height, width)."""
+        height, width = (int(edge) for edge in image_size)
+        return self._geometry((height, width), self.crop_size, self.crop_pct, self.crop_mode)
+
+    @staticmethod
+    def _geometry(image_size: tuple[int, int], crop_size: SizeDict, crop_pct: float, crop_mode: str) -> CropGeometry:
+        crop = (int(crop_size["height"]), int(crop_size["width"]))
+        resized = _resized_size(image_size, crop, crop_pct, crop_mode)
+        top, left = (_crop_offset(*edges) for edges in zip(resized, crop, strict=True))
+        return CropGeometry(image_size=image_size, resized_size=resized, offset=(top, left), crop_size=crop)
+
+    def _preprocess_image_like_inputs(
+        self, images: ImageSource, *args: Any, input_data_format: str | None = None, **kwargs: Any
+    ) -> BatchFeature:
+        pictures = load_images(images, input_data_format)
+        if not pictures:
+            raise ValueError("no images given: pass at least one")
+        return self._preprocess(pictures, *args, **kwargs)
+
+    def _preprocess(  # type: ignore[override]
+        self,
+        images: list[Image.Image],
+        crop_size: SizeDict,
+        crop_pct: float,
+        crop_mode: str,
+        resample: int,
+        image_mean: tuple[float, ...],
+        image_std: tuple[float, ...],
+        return_tensors: str | None = None,
+        **kwargs: Any,
+    ) -> BatchFeature:
+        mean, std = np.array(image_mean, dtype=np.float32), np.array(image_std, dtype=np.float32)
+        fill = tuple(round(255 * value) for value in image_mean) if crop_mode == "border" else (0, 0, 0)
+        pixel_values = []
+        for image in images:
+            geometry = self._geometry((image.height, image.width), crop_size, crop_pct, crop_mode)
+            pixels = np.asarray(self._resize_and_crop(image, geometry, resample, fill), dtype=np.float32)  # (H, W, 3)
+            normalised = (pixels / np.float32(255) - mean) / std
+            pixel_values.append(np.ascontiguousarray(normalised.transpose(2, 0, 1)))
+        return BatchFeature(data={"pixel_values": pixel_values}, tensor_type=return_tensors)
+
+    @staticmethod
+    def _resize_and_crop(
+        image: Image.Image, geometry: CropGeometry, resample: int, fill: tuple[int, ...]
+    ) -> Image.Image:
+        (height, width), (top, left) = geometry.resized_size, geometry.offset
+        crop_height, crop_width = geometry.crop_size
+        x0, y0, x1, y1 = 0, 0, width, height
+        if height * width > MAX_RESIZED_PIXELS:
+            x0, y0 = max(left, 0), max(top, 0)
+            x1, y1 = min(left + crop_width, width), min(top + crop_height, height)
+        scale_x, scale_y = image.width / width, image.height / height
+        box = (x0 * scale_x, y0 * scale_y, min(x1 * scale_x, image.width), min(y1 * scale_y, image.height))
+        resized = image.resize((x1 - x0, y1 - y0), Image.Resampling(resample), box=box)
+        canvas = Image.new("RGB", (crop_width, crop_height), fill)
+        canvas.paste(resized, (x0 - left, y0 - top))
+        return canvas
+
+
+DevilImageProcessor.register_for_auto_class("AutoImageProcessor")
+
+__all__ = ["CropGeometry", "DevilImageProcessor", "ImageSource", "load_images"]

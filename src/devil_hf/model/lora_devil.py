@@ -1,0 +1,79 @@
+"""LoRA on the language model, through peft: low-rank updates that are trained together with the translator.
+
+`DevilConfig.lora` holds the settings; the adapters are injected while the model is built, so that they load, save and train
+like every other weight. Beyond the paper, whose language model stays as it is.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import nn
+from transformers.utils import is_peft_available
+
+if is_peft_available():
+    from peft import LoraConfig, inject_adapter_in_model
+    from peft.tuners.lora import LoraLayer
+    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+LORA_DEFAULTS: dict[str, Any] = {"rank": 8, "alpha": 16, "dropout": 0.0, "target_modules": None}
+LORA_NAME = ".lora_"  # in the name of every weight that peft adds
+
+
+def check_lora(lora: Mapping[str, Any]) -> None:
+    """Raise a ValueError for settings that are unknown or out of range."""
+    if unknown := sorted(set(lora) - set(LORA_DEFAULTS)):
+        raise ValueError(f"lora has settings {unknown}; there are {sorted(LORA_DEFAULTS)}.")
+    full = LORA_DEFAULTS | dict(lora)
+    if full["rank"] < 1:
+        raise ValueError(f"lora rank={full['rank']} must be at least 1.")
+    if not 0 <= full["dropout"] < 1:
+        raise ValueError(f"lora dropout={full['dropout']} must be at least 0 and below 1.")
+
+
+def add_lora(language_model: nn.Module, lora: Mapping[str, Any]) -> None:
+    """Inject adapters into a language model, in place; one that has them already is left as it is.
+
+    Args:
+        language_model: a causal language model of transformers.
+        lora: `rank`, `alpha`, `dropout` and `target_modules` (names of linear layers, or peft's `"all-linear"`); what is
+            left out is 8, 16, 0 and the attention projections that peft names for this family of language models, or every
+            linear layer but the head for a family that it does not know.
+
+    Raises:
+        ImportError: when peft is not installed.
+        ValueError: when no module of the language model has one of the target names.
+    """
+    if not is_peft_available():
+        raise ImportError("this model has LoRA adapters, which need peft: pip install peft")
+    if any(True for _ in lora_layers(language_model)):
+        return
+    full = LORA_DEFAULTS | dict(lora)
+    family = getattr(language_model.config, "model_type", "")
+    targets = full["target_modules"] or TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(family, "all-linear")
+    config = LoraConfig(
+        r=full["rank"],
+        lora_alpha=full["alpha"],
+        lora_dropout=full["dropout"],
+        target_modules=targets if isinstance(targets, str) else list(targets),
+        # Transposed linear layers, as in GPT-2, would otherwise be met with a warning.
+        fan_in_fan_out=any(type(module).__name__ == "Conv1D" for module in language_model.modules()),
+    )
+    inject_adapter_in_model(config, language_model)
+
+
+def lora_layers(language_model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Name and module of every layer with an adapter."""
+    if is_peft_available():
+        yield from ((name, part) for name, part in language_model.named_modules() if isinstance(part, LoraLayer))
+
+
+def merge_lora(language_model: Any) -> None:
+    """Add the adapters to the weights that they update and take them away, in place."""
+    for name, layer in list(lora_layers(language_model)):
+        layer.merge(safe_merge=True)
+        parent, _, child = name.rpartition(".")
+        setattr(language_model.get_submodule(parent), child, layer.get_base_layer())
+    del language_model.peft_config
+
+
+__all__ = ["LORA_NAME", "add_lora", "check_lora", "lora_layers", "merge_lora"]

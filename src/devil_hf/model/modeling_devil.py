@@ -1,0 +1,489 @@
+"""DeViL: a frozen vision backbone, a translator, a frozen language model (Dani et al., GCPR 2023, arXiv 2309.01617).
+
+Everything that can be asked is a choice of location weights and a layer mask (`DevilModel.ask`); the answer is a prefix,
+and two verbs read it: `generate` (words) and `score` (log-probability of given words). Questions about many layers and
+places at once, `describe` and `attribute`, stand in `explaining_devil.py`. Deviations from the paper, each off by default:
+feature norms, a learned null prefix, log-uniform location dropout, guidance. Unlike the authors' training, the language
+model stays in eval mode.
+"""
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, GenerationConfig, LogitsProcessorList, PreTrainedModel
+
+from .backbone_devil import FeatureBackbone, resolve_layers
+from .baselines_devil import TRANSLATORS
+from .checkpoint_devil import DevilPreTrainedModel, check_language_model
+from .explaining_devil import ExplainMixin
+from .lora_devil import add_lora, lora_layers
+from .outputs_devil import DevilOutput, ScoreOutput
+from .pooling_devil import (
+    check_weights,
+    draw_layer_mask,
+    draw_location_weights,
+    pool,
+    read_locations,
+    region_weights,
+    window_weights,
+)
+from .scoring_devil import EvidenceGuidance, rows_per_chunk, run_language_model, score_phrases
+
+DEFAULT_NEW_TOKENS = 40
+
+
+class DevilModel(ExplainMixin, DevilPreTrainedModel):
+    """A vision backbone that speaks.
+
+    Shapes: B images, L layers with feature maps (B, C_l, H_l, W_l), N questions, K phrases of up to T tokens,
+    a prefix of k vectors of the language model's embedding width D_lm.
+    """
+
+    def __init__(self, config, backbone: nn.Module | None = None, language_model: PreTrainedModel | None = None):
+        super().__init__(config)
+        if isinstance(backbone, FeatureBackbone):
+            self.backbone = backbone
+        else:
+            self.backbone = FeatureBackbone.from_config(config.backbone_config, module=backbone)
+        self.language_model = language_model or AutoModelForCausalLM.from_config(config.text_config)
+        embedding_width = check_language_model(self.language_model)
+        self.language_model.get_output_embeddings().register_forward_pre_hook(_contiguous_input)
+        # Descriptions follow the arguments of the call alone, not decoding habits that came with the language model.
+        self.language_model.generation_config = GenerationConfig.from_model_config(self.language_model.config)
+        self.translator: Any = TRANSLATORS[config.translator_type](self.backbone.channels, embedding_width, config)
+        for given in (backbone, language_model):
+            if given is not None:
+                _keep_weights(given)
+        if config.lora is not None:
+            add_lora(self.language_model, config.lora)
+            # The language model would initialise them as its own layers, and fresh adapters would say something.
+            for _, layer in lora_layers(self.language_model):
+                _keep_weights(layer.lora_A)
+                _keep_weights(layer.lora_B)
+        self.post_init()
+        self.freeze()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        # Only our own parts: the base class would overwrite the weights of a timm backbone.
+        if isinstance(module, TRANSLATORS[self.config.translator_type]):
+            module.reset_parameters()
+        elif hasattr(module, "init_non_persistent_buffers"):
+            module.init_non_persistent_buffers()
+
+    def get_input_embeddings(self) -> Any:
+        return self.language_model.get_input_embeddings()
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.language_model.get_output_embeddings()
+
+    @property
+    def layer_names(self) -> list[str]:
+        """The layers that this model reads, shallowest first."""
+        return list(self.backbone.layers)
+
+    # ---------------------------------------------------------------------------------------------- features to prefix
+
+    def extract_features(self, pixel_values: Tensor | None, layers: Sequence[int] | None = None) -> list[Tensor | None]:
+        """Feature maps (B, C_l, H_l, W_l) of `pixel_values` (B, 3, H, W), one per layer; None for layers not asked for.
+
+        Raises:
+            ValueError: for pixel values of a wrong shape, and for features that are not finite.
+        """
+        if pixel_values is None:
+            raise ValueError("there is nothing to look at: give pixel_values, or the feature_maps of an earlier call.")
+        if pixel_values.ndim != 4 or 0 in pixel_values.shape:
+            raise ValueError(
+                f"pixel_values of shape {tuple(pixel_values.shape)}: expected (images, 3, height, width), none of them zero; "
+                "make them with the model's processor."
+            )
+        parameter = next(self.backbone.parameters(), None)
+        if parameter is not None:
+            pixel_values = pixel_values.to(device=parameter.device, dtype=parameter.dtype)
+        return self.backbone(pixel_values, layers)
+
+    def translate(self, pooled: Sequence[Tensor | None], layer_mask: Tensor | None = None, rows: int = 1) -> Tensor:
+        """Prefix (N, k, D_lm) for pooled features, one (N, C_l) per layer or None where hidden (paper, section 3.1)."""
+        weight = next(self.translator.parameters())
+        if weight.is_meta:
+            raise ValueError(
+                "the translator's weights are offloaded: keep them on a device, for instance by device_map."
+            )
+        pooled = [None if vectors is None else vectors.to(weight) for vectors in pooled]
+        if layer_mask is not None:
+            layer_mask = layer_mask.to(weight.device)
+            # A layer that no row may see is not computed at all.
+            hidden = layer_mask.all(dim=0).tolist()
+            rows = layer_mask.shape[0]
+            pooled = [None if gone else vectors for vectors, gone in zip(pooled, hidden, strict=True)]
+        return self.translator(pooled, layer_mask, rows)
+
+    def null_prefix(self) -> Tensor:
+        """The prefix (1, k, D_lm) when every layer is hidden: what the language model says of nothing."""
+        return self.translate([None] * len(self.layer_names))
+
+    def ask(
+        self,
+        pixel_values: Tensor | None = None,
+        layers: str | int | Sequence[str | int] | None = None,
+        locations: Sequence[tuple[int, int]] | None = None,
+        window: int = 1,
+        regions: Tensor | None = None,
+        location_weights: Sequence[Tensor | None] | None = None,
+        layer_mask: Tensor | None = None,
+        feature_maps: Sequence[Tensor | None] | None = None,
+    ) -> Tensor:
+        """Turn questions about images into prefixes.
+
+        Args:
+            pixel_values: (B, 3, H, W); may be left out when `feature_maps` are given.
+            layers: the layers that are visible together, by name or index; None for all.
+            locations: R (row, column) places on the grid of the layers; None for the whole map.
+            window: side of the square around each place, in locations (odd).
+            regions: (B, H, W) or (B, R, H, W) soft masks over the pixel values; a layer where one vanishes is hidden from it.
+            location_weights: per layer (B, R, H_l, W_l) or (R, H_l, W_l), non-negative, summing to one; None for uniform.
+            layer_mask: (L,), (B, L) or (B * R, L) bool, True hides a layer, beside those that `layers` leaves out.
+            feature_maps: what `extract_features` returned, to ask again without running the backbone.
+
+        Returns:
+            (N, k, D_lm) with N = B * R, rows by image, then by question.
+        """
+        visible = resolve_layers(layers, self.layer_names)
+        if feature_maps is None:
+            feature_maps = self.extract_features(pixel_values, visible)
+        weights, layer_mask = self._location_weights(
+            feature_maps, visible, locations, window, regions, location_weights, layer_mask
+        )
+        pooled: list[Tensor | None] = [None] * len(self.layer_names)
+        for index in visible:
+            pooled[index] = self._finite(pool(cast(Tensor, feature_maps[index]), weights[index]), index)
+        if layer_mask is not None:
+            layer_mask = self._rows_of_mask(layer_mask, len(cast(Tensor, pooled[visible[0]])), feature_maps[visible[0]])
+        return self.translate(pooled, layer_mask)
+
+    def _location_weights(self, feature_maps, visible, locations, window, regions, location_weights, layer_mask):
+        """Location weights by layer index (None for uniform), and the layer mask, of the one way in which places are named."""
+        named = [
+            name
+            for name, given in (("locations", locations), ("regions", regions), ("location_weights", location_weights))
+            if given is not None
+        ]
+        if len(named) > 1:
+            raise ValueError(f"{' and '.join(named)} both say where to look: give one of them.")
+        images = feature_maps[visible[0]].shape[0]
+        grids = {index: tuple(feature_maps[index].shape[-2:]) for index in visible}
+        if location_weights is not None:
+            for index, grid in grids.items():
+                check_weights(location_weights[index], images, grid, self.layer_names[index])
+            return {index: location_weights[index] for index in visible}, layer_mask
+        if regions is not None:
+            if regions.ndim not in (3, 4) or regions.shape[0] != images:
+                raise ValueError(
+                    f"regions of shape {tuple(regions.shape)} for {images} images: expected ({images}, height, width) or "
+                    f"({images}, regions, height, width), over the pixel values."
+                )
+            regions = regions[:, None] if regions.ndim == 3 else regions
+            return self._region_question(regions.to(feature_maps[visible[0]].device), grids, layer_mask)
+        if locations is not None:
+            if len(set(grids.values())) > 1:
+                shown = {self.layer_names[index]: grid for index, grid in grids.items()}
+                raise ValueError(
+                    f"locations need one grid, but the visible layers have {shown}: name one layer, or use regions."
+                )
+            places = read_locations(locations, grids[visible[0]], self.layer_names[visible[0]])
+            return dict.fromkeys(visible, window_weights(places, grids[visible[0]], window)), layer_mask
+        return dict.fromkeys(visible), layer_mask
+
+    def _rows_of_mask(self, layer_mask: Tensor, rows: int, feature_map: Any) -> Tensor:
+        """A layer mask of (L,), (B, L) or (rows, L) as (rows, L)."""
+        images, layers = feature_map.shape[0], len(self.layer_names)
+        if layer_mask.shape == (layers,):
+            return layer_mask.bool().expand(rows, -1)
+        if layer_mask.shape == (images, layers):
+            return layer_mask.bool().repeat_interleave(rows // images, dim=0)
+        if layer_mask.shape == (rows, layers):
+            return layer_mask.bool()
+        raise ValueError(
+            f"layer_mask of shape {tuple(layer_mask.shape)}: expected ({layers},), ({images}, {layers}) or ({rows}, {layers})."
+        )
+
+    def _region_question(self, regions, grids, layer_mask) -> tuple[dict[int, Tensor], Tensor]:
+        B, R = regions.shape[:2]
+        mask = torch.zeros(B * R, len(self.layer_names), dtype=torch.bool, device=regions.device)
+        if layer_mask is not None:
+            mask |= self._rows_of_mask(layer_mask.to(regions.device), B * R, regions)
+        weights = {}
+        for index, grid in grids.items():
+            weights[index], empty = region_weights(regions, grid)
+            mask[:, index] |= empty.flatten()
+        return weights, mask
+
+    def _finite(self, vectors: Tensor, index: int) -> Tensor:
+        if not torch.isfinite(vectors).all():
+            bad = int((~torch.isfinite(vectors)).any(dim=-1).sum())
+            raise ValueError(
+                f"features of layer {self.layer_names[index]!r} are not finite in {bad} of {len(vectors)} questions: check the "
+                "pixel values, and the backbone's dtype (half precision overflows in some backbones)."
+            )
+        return vectors
+
+    # ------------------------------------------------------------------------------------------------------- training
+
+    def forward(
+        self,
+        pixel_values: Tensor | None = None,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        feature_maps: Sequence[Tensor] | None = None,
+        pooled_features: Sequence[Tensor] | None = None,
+        location_weights: Sequence[Tensor | None] | None = None,
+        layer_mask: Tensor | None = None,
+        regions: Tensor | None = None,
+    ) -> DevilOutput:
+        """Caption loss of image-text pairs (paper, equation 3).
+
+        In training mode, location and layer dropout are drawn as configured unless `location_weights` or `layer_mask` say
+        otherwise; in eval mode every location and layer is visible.
+
+        Args:
+            pixel_values: (B, 3, H, W); or `feature_maps`, one (B, C_l, H_l, W_l) per layer; or `pooled_features`, (B, C_l).
+            input_ids: (B, T) caption tokens without BOS and EOS, padded on the right; both are added here.
+            attention_mask: (B, T), 0 on padding; None when there is none.
+            location_weights: per layer (B, 1, H_l, W_l), or None for uniform.
+            layer_mask: (B, L) bool, True = hidden.
+            regions: (B, H, W) masks, as `processor.masks_to_regions` makes them, of what each caption speaks of; ones for a
+                whole image (beyond the paper). Location dropout then draws places inside of them.
+        """
+        if pooled_features is None:
+            if feature_maps is None:
+                feature_maps = cast(list[Tensor], self.extract_features(pixel_values))
+            if location_weights is None:
+                location_weights = self._default_weights(feature_maps, regions)
+            pooled_features = [
+                self._finite(pool(maps, weights), index)
+                for index, (maps, weights) in enumerate(zip(feature_maps, location_weights, strict=True))
+            ]
+        rows = pooled_features[0].shape[0]
+        if layer_mask is None and self.training:
+            layer_mask = draw_layer_mask(self.config, rows, len(pooled_features), pooled_features[0].device)
+        prefix = self.translate(pooled_features, layer_mask)
+        if input_ids is None:
+            return DevilOutput(prefix=prefix)
+        labels, embeds, mask = self._caption_inputs(prefix, input_ids, attention_mask)
+        # What would follow the last token is nobody's label.
+        logits = run_language_model(self.language_model, embeds[:, :-1], labels.shape[1], mask[:, :-1]).logits
+        loss = F.cross_entropy(logits.float().flatten(0, 1), labels.to(logits.device).flatten())
+        return DevilOutput(loss=loss, logits=logits, prefix=prefix)
+
+    def _default_weights(self, feature_maps: Sequence[Tensor], regions: Tensor | None) -> list[Tensor] | list[None]:
+        """Per layer (B, 1, H_l, W_l): drawn in training mode, all of each region otherwise; None for whole images."""
+        if self.training:
+            drawn = draw_location_weights(self.config, len(feature_maps[0]), feature_maps, regions)
+            return [weights[:, None] for weights in drawn]
+        if regions is None:
+            return [None] * len(feature_maps)
+        return [region_weights(regions[:, None], (maps.shape[-2], maps.shape[-1]))[0] for maps in feature_maps]
+
+    def _caption_inputs(self, prefix: Tensor, input_ids: Tensor, attention_mask: Tensor | None):
+        """Labels (B, T + 1), -100 on padding; input embeddings of BOS, prefix, caption, EOS; their attention mask."""
+        input_ids = input_ids.to(prefix.device)
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        attention_mask = attention_mask.to(prefix.device)
+        tokens, labels = input_ids, input_ids.masked_fill(attention_mask == 0, -100)
+        if self.config.eos_token_id is not None:
+            # EOS stands right after the last caption token, in front of the padding.
+            ends = attention_mask.sum(dim=1, keepdim=True)
+            attention_mask = F.pad(attention_mask, (1, 0), value=1)
+            tokens = F.pad(tokens, (0, 1)).scatter(1, ends, self.config.eos_token_id)
+            labels = F.pad(labels, (0, 1), value=-100).scatter(1, ends, self.config.eos_token_id)
+        start = self._start(prefix)
+        words = self.get_input_embeddings()(tokens).to(start.dtype)
+        self._check_context(start.shape[1] + tokens.shape[1], "the prefix and the caption", "shorten the captions")
+        mask = torch.cat([attention_mask.new_ones(start.shape[:2]), attention_mask], dim=1)
+        return labels, torch.cat([start, words], dim=1), mask
+
+    # ------------------------------------------------------------------------------------------------ reading a prefix
+
+    def _start(self, prefix: Tensor) -> Tensor:
+        """Input embeddings in front of every text: BOS where the language model has one, and the prefix."""
+        embedding = self.get_input_embeddings()
+        prefix = prefix.to(device=embedding.weight.device, dtype=embedding.weight.dtype)
+        if self.config.bos_token_id is None:
+            return prefix
+        bos = embedding(torch.full((1, 1), self.config.bos_token_id, device=prefix.device))
+        return torch.cat([bos.to(prefix).expand(prefix.shape[0], -1, -1), prefix], dim=1)
+
+    def _check_context(self, length: int, what: str, remedy: str) -> None:
+        limit = self.config.context_length
+        if limit is not None and length > limit:
+            raise ValueError(f"{what} take {length} tokens, but the language model reads {limit}: {remedy}.")
+
+    @torch.no_grad()
+    def generate(
+        self,
+        pixel_values: Tensor | None = None,
+        layers: str | int | Sequence[str | int] | None = None,
+        locations: Sequence[tuple[int, int]] | None = None,
+        window: int = 1,
+        regions: Tensor | None = None,
+        location_weights: Sequence[Tensor | None] | None = None,
+        layer_mask: Tensor | None = None,
+        feature_maps: Sequence[Tensor | None] | None = None,
+        guidance: float = 1.0,
+        **generation_kwargs,
+    ) -> Tensor:
+        """Describe what is asked for, by the language model's own `generate`.
+
+        The arguments up to `feature_maps` are those of `ask`; `guidance` above 1 favours what the features add (beyond the
+        paper); everything else (`max_new_tokens`, `num_beams`, `do_sample`, `streamer`, ...) goes to the library's `generate`.
+
+        Returns:
+            (N, T) new tokens, greedy unless told otherwise (paper, section 4.1).
+        """
+        if "input_ids" in generation_kwargs or "attention_mask" in generation_kwargs:
+            raise ValueError("generate reads images only: phrases go to `score` or `attribute`.")
+        prefix = self.ask(pixel_values, layers, locations, window, regions, location_weights, layer_mask, feature_maps)
+        return self._decode(prefix, guidance, **generation_kwargs)
+
+    def _decode(self, prefix: Tensor, guidance: float = 1.0, **generation_kwargs) -> Tensor:
+        start = self._start(prefix)
+        options, config = self._generation_options(start.shape[1], generation_kwargs)
+        if guidance != 1.0:
+            null = self._start(self.null_prefix())
+            processors = list(options.pop("logits_processor", None) or [])
+            processor = EvidenceGuidance(self.language_model, null, guidance)
+            options["logits_processor"] = LogitsProcessorList([processor, *processors])
+        rows = (config.num_beams or 1) * (config.num_return_sequences or 1)
+        new_tokens = config.max_new_tokens or config.max_length or DEFAULT_NEW_TOKENS
+        chunk = rows_per_chunk(self.language_model, start.shape[1], rows, new_tokens, logit_positions=1)
+        if len(start) > chunk and config.return_dict_in_generate:
+            raise ValueError(
+                f"return_dict_in_generate works for up to {chunk} questions at once, not for {len(start)}: ask fewer."
+            )
+        outputs = [
+            self.language_model.generate(
+                inputs_embeds=part,
+                attention_mask=torch.ones(part.shape[:2], dtype=torch.long, device=part.device),
+                **options,
+            )
+            for part in start.split(chunk)
+        ]
+        if len(outputs) == 1:
+            return outputs[0]
+        longest = max(part.shape[1] for part in outputs)
+        return torch.cat([F.pad(part, (0, longest - part.shape[1]), value=self.padding_token_id) for part in outputs])
+
+    def _generation_options(self, start_length: int, given: dict) -> tuple[dict, GenerationConfig]:
+        """Arguments for the library's `generate`, our defaults under the caller's, and the configuration they amount to."""
+        options = dict(given)
+        config = copy.deepcopy(options.get("generation_config") or GenerationConfig())
+        known = config.to_dict()
+        config.update(**{name: value for name, value in given.items() if name in known})
+        if config.max_new_tokens is None and config.max_length is None:
+            limit = self.config.context_length
+            room = DEFAULT_NEW_TOKENS if limit is None else min(DEFAULT_NEW_TOKENS, limit - start_length)
+            options["max_new_tokens"] = config.max_new_tokens = max(room, 1)
+        # A given length counts the prefix in the library's `max_length`, and not in `max_new_tokens`.
+        length = start_length + config.max_new_tokens if config.max_new_tokens else config.max_length
+        self._check_context(length, "the prefix and the new tokens", "lower max_new_tokens")
+        if config.pad_token_id is None:
+            options["pad_token_id"] = self.padding_token_id
+        if config.eos_token_id is None:
+            options["eos_token_id"] = self.config.eos_token_id
+        return options, config
+
+    @property
+    def padding_token_id(self) -> int:
+        """The token that fills finished rows of a generation."""
+        for token in (self.config.pad_token_id, self.config.eos_token_id):
+            if token is not None:
+                return token
+        return 0
+
+    @torch.no_grad()
+    def score(
+        self,
+        pixel_values: Tensor | None = None,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        scored_mask: Tensor | None = None,
+        **question,
+    ) -> ScoreOutput:
+        """Log-probability of given phrases: multiple choice, evidence, and one place of an attribution map.
+
+        Args:
+            pixel_values: (B, 3, H, W).
+            input_ids, attention_mask, scored_mask: (K, T), as the processor makes them of phrases; tokens outside of
+                `scored_mask` (a carrier such as "the") are read but not counted.
+            question: `layers`, `locations`, `window`, `regions`, `location_weights`, `layer_mask`, `feature_maps` of `ask`.
+        """
+        phrases = self._phrases({"input_ids": input_ids, "attention_mask": attention_mask, "scored_mask": scored_mask})
+        prefix = self.ask(pixel_values, **question)
+        token_log_probs = self._score_rows(prefix, phrases)
+        null_token_log_probs = self._score_rows(self.null_prefix(), phrases)
+        log_probs, null_log_probs = token_log_probs.sum(dim=-1), null_token_log_probs.sum(dim=-1)[0]
+        evidence = (log_probs - null_log_probs) / phrases["scored_mask"].sum(dim=-1).to(log_probs.device)
+        return ScoreOutput(
+            log_probs=log_probs, null_log_probs=null_log_probs, evidence=evidence, token_log_probs=token_log_probs
+        )
+
+    def _phrases(self, phrases: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
+        """Checked phrase tensors on the language model's device, with defaults for the masks."""
+        if not isinstance(phrases, Mapping):
+            raise TypeError(f"phrases must come from processor(text=[...], return_tensors='pt'), got {phrases!r:.80}")
+        input_ids = phrases.get("input_ids")
+        if input_ids is None or input_ids.ndim != 2 or 0 in input_ids.shape:
+            shape = None if input_ids is None else tuple(input_ids.shape)
+            raise ValueError(
+                f"phrases need input_ids of shape (phrases, tokens), got {shape}: make them with processor(text=[...])."
+            )
+        table = self.get_input_embeddings().weight
+        device = table.device
+        if not 0 <= int(input_ids.min()) <= int(input_ids.max()) < table.shape[0]:
+            raise ValueError(
+                f"phrases hold token {int(input_ids.max())}, but the language model knows {table.shape[0]}: "
+                "make them with the processor of this checkpoint."
+            )
+        input_ids = input_ids.to(device)
+        given = phrases.get("attention_mask")
+        attention_mask = torch.ones_like(input_ids) if given is None else given.to(device)
+        given = phrases.get("scored_mask")
+        scored_mask = attention_mask.bool() if given is None else given.to(device).bool() & attention_mask.bool()
+        empty = torch.nonzero(~scored_mask.any(dim=1)).flatten().tolist()
+        if empty:
+            raise ValueError(f"phrases {empty} have no token to score: leave empty phrases out.")
+        length = self.config.prefix_length + 1 + input_ids.shape[1]
+        self._check_context(length, "the prefix and the longest phrase", "shorten that phrase")
+        return {"input_ids": input_ids, "attention_mask": attention_mask, "scored_mask": scored_mask}
+
+    def _score_rows(self, prefix: Tensor, phrases: Mapping[str, Tensor], chunk_size: int | None = None) -> Tensor:
+        """(N, K, T) log-probabilities of the scored tokens under prefixes (N, k, D_lm)."""
+        input_ids = phrases["input_ids"]
+        chunk_size = chunk_size or rows_per_chunk(self.language_model, prefix.shape[1] + 1, *input_ids.shape)
+        log_probs = [
+            score_phrases(self.language_model, self._start(rows), input_ids, phrases["attention_mask"])
+            for rows in prefix.split(chunk_size)
+        ]
+        return torch.cat(log_probs) * phrases["scored_mask"].to(log_probs[0].device)
+
+
+def _contiguous_input(head: nn.Module, arguments: tuple) -> tuple:
+    # Logits of the last positions are asked of a slice, on which bf16 kernels of the CPU are hundreds of times slower.
+    return (arguments[0].contiguous(), *arguments[1:])
+
+
+def _keep_weights(module: Any) -> None:
+    """Mark every weight of an already built part as initialised, so that `post_init` leaves it alone."""
+    for part in module.modules():
+        part._is_hf_initialized = True
+    for tensor in (*module.parameters(), *module.buffers()):
+        tensor._is_hf_initialized = True
+
+
+DevilModel.register_for_auto_class("AutoModel")
+
+__all__ = ["DevilModel"]

@@ -1,0 +1,191 @@
+"""Reading prefixes: log-probabilities of given phrases, and guidance of the words that `generate` chooses.
+
+Every prefix is read by the language model once. Tokens that all phrases begin with (a carrier such as "the", or a common
+first word) are read with it; the rest of each phrase continues from the shared key-value cache. Logits are computed only where a
+label is read. Language models whose cache cannot be shared (recurrent and hybrid ones) get every phrase appended to every prefix.
+"""
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import LogitsProcessor, PreTrainedModel
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+# Rows are scored in chunks that need about this much memory beside the weights.
+CHUNK_BYTES = 1 << 30
+
+
+def score_phrases(language_model: PreTrainedModel, embeds: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """Score K phrases under N prefixes.
+
+    Args:
+        language_model: a causal language model.
+        embeds: (N, P, D_lm) input embeddings in front of every phrase: BOS and the prefix.
+        input_ids: (K, T) phrase tokens, padded on the right.
+        attention_mask: (K, T), 0 on padding.
+
+    Returns:
+        (N, K, T) log-probability of each token given its prefix and the tokens before it, in nats, fp32; 0 on padding.
+    """
+    mask = attention_mask.bool()
+    T = input_ids.shape[1]
+    shared = _shared_tokens(input_ids, mask)
+    common = language_model.get_input_embeddings()(input_ids[:1, :shared])
+    embeds = torch.cat(
+        [embeds, common.to(embeds.dtype).expand(embeds.shape[0], -1, -1)], dim=1
+    )  # (N, P + shared, D_lm)
+    continued = mask.sum(dim=1) > shared + 1
+    output = run_language_model(language_model, embeds, keep=shared + 1, use_cache=bool(continued.any()))
+    log_probs = output.logits.new_zeros(embeds.shape[0], *input_ids.shape, dtype=torch.float32)
+    log_probs[:, :, :shared] = gather_log_probs(
+        output.logits[:, :-1], input_ids[:1, :shared].expand(embeds.shape[0], -1)
+    )[:, None]
+    first = input_ids[:, shared].expand(embeds.shape[0], -1)  # (N, K): one distribution, K tokens read from it
+    log_probs[:, :, shared] = _gather_many(output.logits[:, -1], first)
+    if continued.any():
+        cache = getattr(output, _cache_name(language_model), None)  # recurrent models name theirs otherwise
+        rest, rest_mask = input_ids[continued, shared:], mask[continued, shared:]
+        score_rest = _score_with_cache if is_cache_shareable(cache) else _score_without_cache
+        log_probs[:, continued, shared + 1 : T] = score_rest(language_model, embeds, cache, rest, rest_mask)
+    return log_probs * mask.to(log_probs.device)
+
+
+def _shared_tokens(input_ids: Tensor, mask: Tensor) -> int:
+    """Number of leading tokens that all phrases have in common, leaving every phrase one of its own."""
+    equal = (input_ids == input_ids[:1]).all(dim=0) & mask.all(dim=0)
+    common = int(equal.long().cumprod(dim=0).sum())
+    return min(common, int(mask.sum(dim=1).min()) - 1)
+
+
+def is_cache_shareable(cache: object) -> bool:
+    """Whether a prefix's cache can be repeated for several phrases: plain keys and values, no recurrent state."""
+    return isinstance(cache, DynamicCache) and all(
+        type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers
+    )
+
+
+def _score_with_cache(language_model, embeds, cache, rest, rest_mask) -> Tensor:
+    """Continue K phrases (K, R) from the cache of N prefixes -> (N, K, R - 1)."""
+    N, P, _ = embeds.shape
+    K, R = rest.shape
+    cache.batch_repeat_interleave(K)  # rows by prefix, then by phrase
+    seen = torch.ones(N * K, P, dtype=torch.long, device=embeds.device)
+    tokens, token_mask = rest.repeat(N, 1), rest_mask.long().repeat(N, 1)
+    output = language_model(
+        input_ids=tokens[:, :-1],
+        attention_mask=torch.cat([seen, token_mask[:, :-1]], dim=1),
+        use_cache=True,
+        **{_cache_name(language_model): cache},
+    )
+    return gather_log_probs(output.logits, tokens[:, 1:]).view(N, K, R - 1)
+
+
+def _score_without_cache(language_model, embeds, cache, rest, rest_mask) -> Tensor:
+    """The same as `_score_with_cache` by appending every phrase to every prefix."""
+    N, P, _ = embeds.shape
+    K, R = rest.shape
+    words = language_model.get_input_embeddings()(rest[:, :-1]).to(embeds.dtype)
+    sequence = torch.cat([embeds.repeat_interleave(K, dim=0), words.repeat(N, 1, 1)], dim=1)
+    mask = torch.cat(
+        [torch.ones_like(sequence[:, :P, 0], dtype=torch.long), rest_mask[:, :-1].long().repeat(N, 1)], dim=1
+    )
+    output = run_language_model(language_model, sequence, keep=R - 1, attention_mask=mask)
+    return gather_log_probs(output.logits, rest[:, 1:].repeat(N, 1)).view(N, K, R - 1)
+
+
+def run_language_model(
+    language_model, embeds: Tensor, keep: int, attention_mask: Tensor | None = None, use_cache=False
+):
+    """Run on input embeddings (N, S, D_lm) and return logits of the last `keep` positions only, (N, keep, V)."""
+    if attention_mask is None:
+        attention_mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
+    options = {"logits_to_keep": keep} if accepts_logits_to_keep(language_model) else {}
+    output = language_model(inputs_embeds=embeds, attention_mask=attention_mask, use_cache=use_cache, **options)
+    if not options:
+        output.logits = output.logits[:, -keep:]
+    return output
+
+
+def accepts_logits_to_keep(language_model: nn.Module) -> bool:
+    return "logits_to_keep" in inspect.signature(language_model.forward).parameters
+
+
+def _cache_name(language_model: nn.Module) -> str:
+    """What the installed transformers calls the key-value cache: `cache` since 5.24, `past_key_values` before."""
+    return "cache" if "cache" in inspect.signature(language_model.forward).parameters else "past_key_values"
+
+
+def gather_log_probs(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Log-probability (N, S) of `tokens` (N, S) under `logits` (N, S, V)."""
+    logits, tokens = logits.float(), tokens.to(logits.device)
+    return logits.gather(-1, tokens[..., None])[..., 0] - logits.logsumexp(dim=-1)
+
+
+def _gather_many(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Log-probability (N, K) of each of `tokens` (N, K) under the one distribution `logits` (N, V)."""
+    logits, tokens = logits.float(), tokens.to(logits.device)
+    return logits.gather(-1, tokens) - logits.logsumexp(dim=-1, keepdim=True)
+
+
+def rows_per_chunk(
+    language_model: Any, prefix_length: int, phrases: int, phrase_length: int, logit_positions: int | None = None
+) -> int:
+    """How many prefixes can be scored or decoded at once within `CHUNK_BYTES`, from the shapes alone.
+
+    Args:
+        prefix_length: input positions in front of the phrases or the new tokens.
+        phrases: phrases (or beams) per prefix.
+        phrase_length: tokens of each.
+        logit_positions: positions of each phrase that logits are held for at once; None for those that scoring needs.
+    """
+    config = language_model.config
+    width = getattr(config, "hidden_size", language_model.get_input_embeddings().weight.shape[1])
+    depth = getattr(config, "num_hidden_layers", 12)
+    vocabulary = language_model.get_input_embeddings().weight.shape[0]
+    length = prefix_length + phrase_length
+    positions = max(1, phrase_length - 1) if logit_positions is None else logit_positions
+    # Keys and values of every phrase (copied once when they grow), activations of one layer, logits and their fp32 copy.
+    cache = 4 * depth * width * length * phrases
+    activations = 16 * width * length * phrases
+    logits = 2 * vocabulary * phrases * positions
+    return max(1, CHUNK_BYTES // (4 * (cache + activations + logits)))
+
+
+class EvidenceGuidance(LogitsProcessor):
+    """Guidance at decoding: push words towards what the feature adds over the null prefix (beyond the paper).
+
+    The next-token distribution becomes log p(w | null) + g (log p(w | feature) - log p(w | null)), normalised; g = 1 is ordinary
+    decoding, as in the paper.
+
+    Args:
+        language_model: the model that generates.
+        null_embeds: (1, P, D_lm) BOS and null prefix.
+        strength: g above; more than 1 favours what the feature adds, 0 is the null prefix alone.
+    """
+
+    def __init__(self, language_model: PreTrainedModel, null_embeds: Tensor, strength: float):
+        self.language_model = language_model
+        self.null_embeds = null_embeds
+        self.strength = strength
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        # Beam search reorders rows between steps, so the null continuation is read afresh instead of from a cache.
+        words = self.language_model.get_input_embeddings()(input_ids).to(self.null_embeds.dtype)
+        embeds = torch.cat([self.null_embeds.expand(input_ids.shape[0], -1, -1), words], dim=1)
+        null = run_language_model(self.language_model, embeds, keep=1).logits[:, -1].float().log_softmax(dim=-1)
+        guided = null + self.strength * (scores.float().log_softmax(dim=-1) - null)
+        # What other processors have ruled out stays ruled out.
+        guided = guided.masked_fill(scores == -float("inf"), -float("inf"))
+        return guided.log_softmax(dim=-1).to(scores.dtype)
+
+
+__all__ = [
+    "EvidenceGuidance",
+    "gather_log_probs",
+    "is_cache_shareable",
+    "rows_per_chunk",
+    "run_language_model",
+    "score_phrases",
+]

@@ -1,0 +1,1 @@
+"""What one asks of a trained model beyond a sentence: one file per question."""

@@ -1,0 +1,279 @@
+"""Settings: one dataclass per verb, from which its command line, Python call, YAML file and JSON record are made.
+
+```python
+@dataclass
+class DescribeSettings:
+    '''What `devil describe` does.'''
+
+    images: list[str] = option("files or URLs", positional=True)
+    layers: list[str] | None = option("names or indices of layers; default: every one", None)
+    window: int = option("side of the square around each place", 1)
+
+settings = parse(DescribeSettings, ["dog.jpg", "--window", "3"])   # the command line
+settings = make(DescribeSettings, {"images": ["dog.jpg"]})          # values of a YAML file, or of a Python call
+record = as_record(settings)                                        # JSON
+```
+
+Options have hyphens; underscores are understood. The hint of a field decides how it is read: `bool` becomes `--x` and `--no-x`,
+`list[T]` takes several words, `Literal` is a choice, a bare `list` or `dict` is JSON, `X | None` is X, or nothing.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import json
+import types
+import typing
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+Settings = TypeVar("Settings")
+NOTHING = ("", None, False)  # defaults that need not be told
+
+
+def option(
+    help: str,
+    default: Any = dataclasses.MISSING,
+    *,
+    positional: bool = False,
+    choices: Callable[[], Collection[str]] | None = None,
+    metavar: str | None = None,
+) -> Any:
+    """A field of settings.
+
+    Args:
+        help: one line, for `--help` and the documentation.
+        default: what counts where nothing is given; without one the option is required.
+        positional: a word of the command line without `--name` in front.
+        choices: gives the allowed values when they are needed, for instance the names of a registry.
+        metavar: what stands for the value in `--help`.
+    """
+    metadata = {"help": help, "positional": positional, "choices": choices, "metavar": metavar}
+    if isinstance(default, list | dict | set):
+        return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+# ------------------------------------------------------------------------------------------------------- command line
+
+
+def add_options(parser: argparse.ArgumentParser, cls: type) -> None:
+    """Add every field of a settings class to a parser, and `--config` for a YAML file of them."""
+    hints = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        _add_option(parser, field, hints[field.name])
+    parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file of these settings; options win over it")
+
+
+def _add_option(parser: argparse.ArgumentParser, field: dataclasses.Field, hint: Any) -> None:
+    metadata, hint = field.metadata, _without_none(hint)
+    default = default_of(field)
+    told = "" if default in (*NOTHING, [], {}, dataclasses.MISSING) else f" (default: {_shown(default)})"
+    given: dict[str, Any] = {"default": argparse.SUPPRESS, "help": (metadata.get("help", "") + told).replace("%", "%%")}
+    if hint is bool:
+        parser.add_argument(_flag(field.name), action=argparse.BooleanOptionalAction, **given)
+        return
+    inner, several = _element(hint)
+    given["type"] = _reader(inner)
+    choices = allowed_values(field, inner)
+    name = metadata.get("metavar") or (field.name.rstrip("s") if several else field.name).upper().replace("_", "-")
+    given["metavar"] = "{" + ",".join(choices) + "}" if choices else name if given["type"] is not _json else "JSON"
+    if metadata.get("positional"):
+        optional = default is not dataclasses.MISSING
+        nargs = ("*" if optional else "+") if several else ("?" if optional else None)
+        parser.add_argument(field.name, nargs=nargs, **given)
+    else:
+        parser.add_argument(_flag(field.name), nargs="+" if several else None, **given)
+
+
+def parse(cls: type[Settings], arguments: Sequence[str], **parser_settings: Any) -> Settings:
+    """Settings of a command line; ends the process with a message for what argparse cannot read.
+
+    Raises:
+        ValueError: for values that the settings refuse.
+    """
+    parser = argparse.ArgumentParser(**parser_settings)
+    add_options(parser, cls)
+    return from_namespace(cls, parser.parse_args(hyphenated(arguments)))
+
+
+def from_namespace(cls: type[Settings], namespace: argparse.Namespace) -> Settings:
+    """Settings of parsed options: the fields of the file `--config`, and over them those of the command line."""
+    names = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    file = getattr(namespace, "config", None)
+    values = read_yaml(cls, file) if file is not None else {}
+    values |= {name: value for name, value in vars(namespace).items() if name in names}
+    return make(cls, values)
+
+
+def hyphenated(arguments: Sequence[str]) -> list[str]:
+    """Options written with underscores (`--max_steps=3`) as they are known, with hyphens."""
+    words, rest = [], False
+    for word in arguments:
+        rest = rest or word == "--"
+        if word.startswith("--") and not rest:
+            name, equals, value = word.partition("=")
+            word = name.replace("_", "-") + equals + value
+        words.append(word)
+    return words
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _shown(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def _json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not JSON ({error})") from error
+
+
+def _reader(hint: Any) -> Callable[[str], Any]:
+    if typing.get_origin(hint) is typing.Literal:
+        return type(typing.get_args(hint)[0])
+    return hint if hint in (str, int, float, Path) else _json
+
+
+# --------------------------------------------------------------------------------------------------------- types of fields
+
+
+def _without_none(hint: Any) -> Any:
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        kept = [one for one in typing.get_args(hint) if one is not type(None)]
+        return kept[0] if len(kept) == 1 else Any
+    return hint
+
+
+def _element(hint: Any) -> tuple[Any, bool]:
+    """The type of one value, and whether there are several of them."""
+    if typing.get_origin(hint) in (list, tuple, Sequence):
+        return typing.get_args(hint)[0], True
+    return hint, False
+
+
+def default_of(field: dataclasses.Field) -> Any:
+    """The default of a field, `dataclasses.MISSING` for one that must be given."""
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
+def allowed_values(field: dataclasses.Field, hint: Any) -> list[str]:
+    """The values that a field may have; empty where any of its type will do."""
+    if typing.get_origin(hint) is typing.Literal:
+        return [str(value) for value in typing.get_args(hint)]
+    choices = field.metadata.get("choices")
+    return [] if choices is None else list(choices())
+
+
+# ----------------------------------------------------------------------------------------------- values, files, records
+
+
+def make(cls: type[Settings], values: Mapping[str, Any], where: str = "") -> Settings:
+    """Checked settings of values by name, as a YAML file or a Python call has them.
+
+    Args:
+        where: where they come from, for messages.
+
+    Raises:
+        ValueError: for names that are no setting, values of a wrong type, a missing one, and what `cls.validate` finds.
+    """
+    check_names(cls, values, where)
+    hints, checked = typing.get_type_hints(cls), {}
+    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
+        if field.name in values:
+            checked[field.name] = _checked(field, hints[field.name], values[field.name])
+        elif default_of(field) is dataclasses.MISSING:
+            raise ValueError(f"{field.name} is missing: {field.metadata.get('help', 'it has no default')}")
+    settings = cls(**checked)
+    if validate := getattr(settings, "validate", None):
+        validate()
+    return settings
+
+
+def check_names(cls: type, values: Mapping[str, Any], where: str = "") -> None:
+    """Raise a ValueError for names that are no setting of `cls`."""
+    names = [field.name for field in dataclasses.fields(cls)]
+    if unknown := [str(name) for name in values if name not in names]:
+        close = difflib.get_close_matches(unknown[0], names, n=1)
+        guess = f" (did you mean {close[0]!r}?)" if close else ""
+        place = f"{where} has " if where else ""
+        raise ValueError(
+            f"{place}fields {sorted(unknown)} that {cls.__name__} does not have{guess}; fields are {names}"
+        )
+
+
+def _checked(field: dataclasses.Field, hint: Any, value: Any) -> Any:
+    if value is None:
+        if type(None) in typing.get_args(hint) or default_of(field) is None:
+            return None
+        raise ValueError(f"{field.name} is empty: {field.metadata.get('help', '')}")
+    hint = _without_none(hint)
+    inner, several = _element(hint)
+    if several:
+        if isinstance(value, str | Mapping) or not isinstance(value, Sequence):
+            raise ValueError(f"{field.name}={value!r} must be a list")
+        return [_checked_one(field, inner, one) for one in value]
+    return _checked_one(field, hint, value)
+
+
+def _checked_one(field: dataclasses.Field, hint: Any, value: Any) -> Any:
+    name = field.name
+    if allowed := allowed_values(field, hint):
+        if str(value) not in allowed:
+            raise ValueError(f"{name}={value!r} is none of {', '.join(allowed)}")
+        return value
+    if hint in (int, float) and not isinstance(value, bool):  # YAML reads 1e-3 as text
+        if hint is int and isinstance(value, float) and not value.is_integer():
+            raise ValueError(f"{name}={value!r} must be a whole number")
+        try:
+            return hint(value)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{name}={value!r} is not a number") from error
+    if hint is Path and isinstance(value, str):
+        return Path(value)
+    kind = typing.get_origin(hint) or hint
+    if isinstance(kind, type) and not isinstance(value, kind):
+        raise ValueError(f"{name}={value!r} must be of type {getattr(hint, '__name__', hint)}")
+    return value
+
+
+def read_yaml(cls: type, file: Path) -> dict[str, Any]:
+    """The fields of a YAML file.
+
+    Raises:
+        FileNotFoundError: when there is no such file.
+        ValueError: for a file that is no YAML mapping, and for names that are no setting of `cls`.
+    """
+    if not file.is_file():
+        raise FileNotFoundError(f"there is no file {file}")
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{file} is no YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{file} holds a {type(values).__name__}, not fields of {cls.__name__} by name")
+    check_names(cls, values, str(file))
+    return values
+
+
+def as_record(settings: Any) -> dict[str, Any]:
+    """The settings as JSON can hold them."""
+    return {name: _plain(value) for name, value in dataclasses.asdict(settings).items()}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    return {str(name): _plain(one) for name, one in value.items()} if isinstance(value, Mapping) else value
+
+
+__all__ = ["add_options", "as_record", "from_namespace", "hyphenated", "make", "option", "parse", "read_yaml"]

@@ -1,0 +1,381 @@
+"""The demo without a browser: right answers by name, uploads bounded, no file and no address read that it should not."""
+
+import json
+import shutil
+import threading
+import zipfile
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from types import SimpleNamespace
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+gr = pytest.importorskip("gradio")
+
+from gradio_client import Client, handle_file
+
+from devil_hf.checkpoints import CHECKPOINT
+from devil_hf.data.shapes import make_scene
+from devil_hf.demo import checkpoints as checkpoints_module
+from devil_hf.demo import uploads
+from devil_hf.demo.app import build_demo, told
+from devil_hf.demo.checkpoints import EMBEDDED, Checkpoints
+from devil_hf.demo.explorer import Explorer, read_phrases
+from devil_hf.demo.uploads import read_upload
+from devil_hf.report import html
+from devil_hf.report.features import feature_picture
+
+
+@pytest.fixture(scope="module")
+def served():
+    """The address of the running demo of the embedded checkpoint."""
+    demo = build_demo(Checkpoints(models="none"))
+    _, address, _ = demo.queue().launch(
+        prevent_thread_lock=True, quiet=True, max_file_size=uploads.MAX_BYTES, ssr_mode=False
+    )
+    yield address.rstrip("/")
+    demo.close()
+
+
+@pytest.fixture(scope="module")
+def client(served):
+    return Client(served, verbose=False)
+
+
+@pytest.fixture(scope="module")
+def explorer(model, processor):
+    return Explorer(model, processor)
+
+
+def scene_file(folder, index=0):
+    scene = make_scene(9, index)
+    path = folder / f"scene_{index}.png"
+    Image.fromarray(scene.image).save(path)
+    return scene, str(path)
+
+
+# ------------------------------------------------------------------------------------------------------------- answers
+
+
+def test_programs_ask_a_place_by_pixel_and_it_names_what_is_there(client, tmp_path):
+    right = asked = 0
+    for index in range(5):
+        scene, path = scene_file(tmp_path, index)
+        answers = set()
+        for item in scene.objects:
+            row = client.predict(handle_file(path), "layer3", *item.centre, api_name="/describe_place")
+            assert row["layer"] == "layer3" and " ".join(word for word, _ in row["words"]) == row["description"]
+            right += item.colour in row["description"].split()
+            asked += 1
+            answers.add(row["description"])
+        assert len(answers) > 1 or len(scene.objects) == 1
+    assert right / asked > 0.6  # by chance one in eight
+    rows = client.predict(handle_file(path), api_name="/describe")
+    assert [row["layer"] for row in rows] == ["all", "layer1", "layer2", "layer3", "layer4"]
+
+
+def test_programs_map_phrases_and_learn_the_scope(client, tmp_path):
+    _, path = scene_file(tmp_path)
+    picture, peaks = client.predict(handle_file(path), "red, star", "the", api_name="/map_phrases")
+    with Image.open(picture) as figure:
+        assert figure.width > 800
+    assert len(peaks) == 8 and {peak["phrase"] for peak in peaks} == {"red", "star"}
+    about = client.predict(api_name="/model")
+    assert about["layers"] == ["layer1", "layer2", "layer3", "layer4"] and "photographs" in about["scope"]
+
+
+def test_clicks_and_numbers_reach_the_same_place(explorer, images):
+    look = explorer.look(images[0])
+    for layer in explorer.layers:
+        rows, columns = explorer.grid(look, layer)
+        place = (rows - 1, columns // 2)
+        x, y = explorer.pixel_of(look, layer, *place)
+        (row,) = explorer.describe_pixel(look, x, y, [layer])
+        assert row["location"] == place
+        expected = explorer.model.describe(
+            feature_maps=look.feature_maps, layers=layer, locations=[place], max_new_tokens=30
+        )
+        assert explorer.processor.post_process_descriptions(expected)[0]["description"] == row["description"]
+    with pytest.raises(ValueError, match="is outside"):
+        explorer.pixel_of(look, explorer.layers[-1], 99, 0)
+    with pytest.raises(ValueError, match="no layer 'layer9'"):
+        explorer.grid(look, "layer9")
+
+
+def test_phrases_are_split_counted_and_bounded():
+    assert read_phrases(" a dog,grass\n grass , the  sky ") == ["a dog", "grass", "the sky"]
+    for text, message in ((" , ", "at least one"), (",".join("abcdefgh"), "8 phrases"), ("x" * 61, "too long")):
+        with pytest.raises(ValueError, match=message):
+            read_phrases(text)
+
+
+# ------------------------------------------------------------------------------------------------------------- uploads
+
+
+def test_hostile_files_get_a_reason(tmp_path, monkeypatch):
+    large = tmp_path / "large.png"
+    with large.open("wb") as file:
+        file.truncate(100 * 2**20)
+    archive = tmp_path / "archive.png"
+    with zipfile.ZipFile(archive, "w") as file:
+        file.writestr("a.txt", "a")
+    truncated = tmp_path / "truncated.jpg"
+    Image.effect_noise((300, 300), 90).save(truncated)
+    truncated.write_bytes(truncated.read_bytes()[:4000])
+    vector = tmp_path / "vector.svg"
+    vector.write_text('<svg xmlns="http://www.w3.org/2000/svg"><script>alert(1)</script></svg>')
+    program = tmp_path / "program.eps"
+    Image.new("RGB", (9, 9)).save(program)
+    empty = tmp_path / "empty.png"
+    empty.touch()
+    for path, message in (
+        (large, "100 MB"),
+        (archive, "cannot be read"),
+        (truncated, "cannot be read"),
+        (vector, "cannot be read"),
+        (program, "cannot be read"),
+        (empty, "cannot be read"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            read_upload(path)
+    bomb = tmp_path / "bomb.png"
+    Image.new("1", (20_000, 20_000)).save(bomb)
+    with pytest.raises(ValueError, match="million"):
+        read_upload(bomb)
+    wide = tmp_path / "wide.png"
+    Image.new("L", (9_000, 5_000)).save(wide)
+    with pytest.raises(ValueError, match="9000 × 5000"):
+        read_upload(wide)
+
+
+def test_good_files_become_upright_small_pictures(tmp_path):
+    photo = Image.new("RGB", (3000, 1500), "red")
+    exif = photo.getexif()
+    exif[0x0112] = 6  # turned by a quarter
+    photo.save(tmp_path / "photo.jpg", exif=exif)
+    picture = read_upload(tmp_path / "photo.jpg")
+    assert picture.size == (512, 1024) and picture.mode == "RGB"
+    Image.new("RGBA", (30, 20)).save(tmp_path / "clear.webp")
+    assert read_upload(tmp_path / "clear.webp").size == (30, 20)
+
+
+# -------------------------------------------------------------------------------------------------------------- safety
+
+
+@pytest.mark.parametrize("path", ["/etc/passwd", "../../../../etc/passwd", "%2e%2e/%2e%2e/etc/passwd", str(CHECKPOINT)])
+def test_no_file_outside_the_uploads_is_served(served, path):
+    path = f"{path}/config.json" if path == str(CHECKPOINT) else path
+    for route in ("gradio_api/file=", "file=", "gradio_api/file/", "static/", "assets/"):
+        with pytest.raises(HTTPError) as refused:
+            urlopen(f"{served}/{route}{path}")
+        assert refused.value.code in (403, 404, 405) and b"root:" not in refused.value.read()
+
+
+def call(served, endpoint, data):
+    """What the server sends to a handmade request."""
+    request = Request(
+        f"{served}/gradio_api/call/{endpoint}",
+        json.dumps({"data": data}).encode(),
+        {"Content-Type": "application/json"},
+    )
+    event = json.loads(urlopen(request).read())["event_id"]
+    return urlopen(f"{served}/gradio_api/call/{endpoint}/{event}", timeout=60).read().decode()
+
+
+@pytest.mark.parametrize("path", ["/etc/passwd", str(CHECKPOINT / "config.json")])
+def test_a_request_cannot_name_a_file_of_the_server(served, path):
+    answer = call(served, "describe", [{"path": path, "meta": {"_type": "gradio.FileData"}}])
+    assert "event: error" in answer and "Traceback" not in answer and "root:" not in answer
+
+
+def test_a_request_cannot_make_the_server_fetch_an_address(served):
+    asked = []
+
+    class Inside(BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            self.send_response(200)
+            self.end_headers()
+
+        do_HEAD = do_GET
+
+        def log_message(self, *args):
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Inside)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_port}/secret.png"
+    file, nothing = {"path": address, "meta": {"_type": "gradio.FileData"}}, "not fetched"
+    answer = call(served, "describe", [file | {"path": "x.png", "url": address}])
+    assert "event: error" in answer
+    assert nothing in call(served, "describe", [file])
+    # Fields of text would fetch an address just the same.
+    for data in ([None, file, 1, 1], [None, [{"inside": file}], 1, 1]):
+        answer = call(served, "describe_place", data)
+        assert "event: error" in answer and nothing in answer
+    server.shutdown()
+    assert not asked
+
+
+def test_errors_are_messages_and_inner_ones_say_nothing_of_the_inside():
+    def ours():
+        raise ValueError("the layer is called otherwise")
+
+    def inner():
+        raise RuntimeError("/home/somebody/secret.py broke")
+
+    with pytest.raises(gr.Error, match="called otherwise"):
+        told(ours)()
+    with pytest.raises(gr.Error) as error:
+        told(inner)()
+    assert "secret" not in str(error.value)
+
+
+def test_the_picker_follows_its_owner(monkeypatch):
+    assert not Checkpoints(models="none").picker
+    assert Checkpoints(models="any").picker
+    some = Checkpoints(models="user/one, user/two", public=True)
+    assert some.picker and some.may_trust("user/one") and not some.may_trust("user/three")
+    with pytest.raises(ValueError, match="not among the checkpoints"):
+        some.get("user/three")
+    with pytest.raises(ValueError, match="public and runs no code"):
+        Checkpoints(models="any", public=True).get("user/three", trust=True)
+    for name in ("../etc", "/etc/passwd", "src/devil_hf", "user", "user/../x", "https://hub/user/x"):
+        with pytest.raises(ValueError, match=r"is not a Hub id|not among"):
+            Checkpoints(models="any").get(name)
+    monkeypatch.setenv("DEVIL_MODELS", "user/four")
+    monkeypatch.setenv("SPACE_ID", "user/space")
+    monkeypatch.setenv("DEVIL_CHECKPOINT", "user/five")
+    from_environment = Checkpoints()
+    assert from_environment.default == "user/five"
+    assert from_environment.listed == ["user/four"] and from_environment.public
+
+
+def hub_of(sizes, asked):
+    """A stand-in for `HfApi` whose repositories have one file of a given size."""
+
+    class Api:
+        def __init__(self, token):
+            self.token = token
+
+        def model_info(self, name, files_metadata):
+            asked.append((name, self.token))
+            return SimpleNamespace(siblings=[SimpleNamespace(rfilename="model.safetensors", size=sizes[name])])
+
+    return Api
+
+
+def test_visitors_do_not_read_with_the_account_of_the_owner(monkeypatch):
+    asked, configured = [], []
+
+    def from_pretrained(name, **options):
+        configured.append(options["token"])
+        raise OSError("no such file")
+
+    monkeypatch.setattr(checkpoints_module, "HfApi", hub_of({"user/one": 1, "user/two": 1}, asked))
+    monkeypatch.setattr(checkpoints_module.AutoConfig, "from_pretrained", from_pretrained)
+    for name, listed in (("user/one", "any"), ("user/two", "user/two")):
+        with pytest.raises(ValueError, match="no such file"):
+            Checkpoints(models=listed).get(name)
+    assert asked == [("user/one", False), ("user/two", None)] and configured == [False, None]
+
+
+def test_frozen_parts_of_a_chosen_checkpoint_come_from_the_hub_and_count(monkeypatch, tmp_path):
+    vision, text = {"source": "hf-hub:user/eye@main"}, {"source": "user/tongue"}
+    settings = {"frozen_weights": "reference", "backbone_config": vision, "language_model_source": text}
+    config = SimpleNamespace(prefix_length=4, **settings)
+    monkeypatch.setattr(checkpoints_module.AutoConfig, "from_pretrained", lambda name, **options: config)
+    sizes = {"user/slim": 2**20, "user/eye": 5 * 2**30, "user/tongue": 5 * 2**30}
+    asked = []
+    monkeypatch.setattr(checkpoints_module, "HfApi", hub_of(sizes, asked))
+    with pytest.raises(ValueError, match="10 GB; at most 8 GB"):
+        Checkpoints(models="any").get("user/slim")
+    assert asked == [(name, False) for name in sizes]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "user" / "here").mkdir(parents=True)
+    for place in (str(tmp_path), "user/here", f"local-dir:{tmp_path}", "../x", "./x", None):
+        text["source"] = place
+        with pytest.raises(ValueError, match="no repository of the Hub"):
+            Checkpoints(models="any").get("user/slim")
+
+
+def test_even_the_default_runs_no_code_on_a_public_space():
+    with pytest.raises(ValueError, match="public and runs no code"):
+        Checkpoints("user/five", models="any", public=True).get("user/five", trust=True)
+
+
+FOREIGN = """
+from pathlib import Path
+Path(__file__).with_name("ran").touch()
+from transformers import PreTrainedConfig
+class ForeignConfig(PreTrainedConfig):
+    model_type = "foreign_devil"
+"""
+
+
+def test_code_of_a_checkpoint_runs_only_when_it_is_trusted(tmp_path, monkeypatch):
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(CHECKPOINT, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "foreign_devil", "auto_map": {"AutoConfig": "foreign.ForeignConfig"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    marker = tmp_path / "ran"
+    (folder / "foreign.py").write_text(FOREIGN.replace('Path(__file__).with_name("ran")', f"Path({str(marker)!r})"))
+    checkpoints = Checkpoints(str(folder), models="none")
+    with pytest.raises(ValueError, match="code of its own"):
+        checkpoints.get(str(folder))
+    assert not marker.exists()
+    with pytest.raises(ValueError, match="cannot be loaded"):  # its code has no model
+        checkpoints.get(str(folder), trust=True)
+    assert marker.exists()
+
+
+def test_few_models_stay_in_memory(model, processor, monkeypatch):
+    checkpoints = Checkpoints(models="any")
+    monkeypatch.setattr(Checkpoints, "_load", lambda self, name, trust: Explorer(model, processor))
+    for name in (EMBEDDED, "a/b", "c/d", "e/f"):
+        checkpoints.get(name)
+    assert list(checkpoints._loaded) == [(EMBEDDED, False), ("c/d", False), ("e/f", False)]
+
+
+# ------------------------------------------------------------------------------------------------------ pieces of html
+
+
+def test_words_are_buttons_that_say_their_evidence_and_cannot_break_out():
+    text = html.words_html([("red", 1.5), ('"><script>', -0.5)])
+    assert text.count("<button") == 2 and 'data-word="red"' in text and "+1.50 nats" in text
+    assert "<script" not in text
+    assert "240, 130, 40" in text and "63, 142, 206" in text
+
+
+def test_the_stage_marks_the_place(images):
+    stage = html.stage_html(images[0], (0.125, 0.0, 0.875, 1.0), (4, 3), (1, 2), "<layer>")
+    assert 'data-rows="4"' in stage and 'data-row="1"' in stage and "<layer>" not in stage
+    assert "left:62.500%;top:25.000%;width:25.000%;height:25.000%" in stage
+
+
+def test_every_phrase_has_a_map_at_every_layer_on_one_scale(explorer, images):
+    look = explorer.look(images[0])
+    outputs = explorer.map_phrases(look, ["a dog", "red"], "the")
+    page = html.maps_html(explorer.processor, look.image, outputs, ["a dog", "red"])
+    assert page.count("<img") == 2 * len(explorer.layers) and page.count("dv-scale") == 1
+    assert page.count('alt="map of red at') == len(explorer.layers)
+    long = explorer.map_phrases(look, ["red"], "the " * 10_000)  # of a carrier only the beginning is read
+    assert long.maps.keys() == outputs.maps.keys()
+    assert explorer.map_phrases(look, ["red"], None).maps.keys() == outputs.maps.keys()
+
+
+def test_like_features_get_like_colours():
+    torch.manual_seed(0)
+    here, there = torch.randn(2, 16)
+    features = torch.where(torch.arange(6)[None, None, :] < 3, here[:, None, None], there[:, None, None])
+    features = features.expand(16, 4, 6) + 0.001 * torch.randn(16, 4, 6)
+    pixels = np.asarray(feature_picture(features), dtype=int)
+    assert pixels.shape == (4, 6, 3)
+    assert np.abs(pixels[:, :3, 0] - pixels[0, 0, 0]).max() < 5 and abs(pixels[0, 0, 0] - pixels[0, 5, 0]) > 200
+    assert np.array_equal(pixels, np.asarray(feature_picture(features), dtype=int))
+    assert feature_picture(torch.ones(2, 1, 1)).size == (1, 1)  # nothing to tell apart
