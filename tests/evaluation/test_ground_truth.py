@@ -11,7 +11,7 @@ from devil_hf import DevilModel
 from devil_hf.checkpoints.loading import load
 from devil_hf.cli import main as cli
 from devil_hf.data.shapes import ATTRIBUTE_WORDS, make_scene
-from devil_hf.evaluation import shapes as shapes as ground_truth as truth
+from devil_hf.evaluation import shapes as truth
 from devil_hf.evaluation.maps.pointing import pointing_game
 from devil_hf.evaluation.results import read_evaluations
 from devil_hf.report.figures import knowledge_figure

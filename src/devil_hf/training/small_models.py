@@ -34,8 +34,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, g
 from transformers.utils import logging
 
 from devil_hf.data.shapes import ATTRIBUTE_WORDS, SCENE_SIZE, VOCABULARY, Scene, SceneObject, sample_scene
-
-from .language_model import Document, caption_loss, collate
+from devil_hf.training.caption_language_model import Document, caption_loss, collate
 
 logger = logging.get_logger(__name__)
 
