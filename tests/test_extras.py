@@ -1,0 +1,39 @@
+"""A missing extra is named, with the command that installs it; the names are those of pyproject.toml."""
+
+import ast
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from devil_hf.extras import MissingExtraError, is_installed, needs
+
+ROOT = Path(__file__).parents[1]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+DISTRIBUTIONS = {"sklearn": "scikit-learn", "pytorch_grad_cam": "grad-cam", "bert_score": "bert-score"}
+
+
+def test_a_missing_package_is_named_with_its_remedy():
+    with pytest.raises(MissingExtraError, match=r"nowhere is not installed.*pip install 'devil-hf\[evaluate\]'"):
+        needs("nowhere", "evaluate")
+    needs("torch", "train")
+    assert is_installed("torch.nn")
+    assert not is_installed("nowhere.at.all")
+
+
+def test_every_package_that_is_asked_for_is_in_the_extra_that_the_message_names():
+    asked = []
+    for file in (ROOT / "src").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "needs":
+                asked.append([ast.literal_eval(argument) for argument in node.args])
+    for module, extra in asked:
+        packages = [re.match(r"[\w-]+", line)[0] for line in PYPROJECT["optional-dependencies"][extra]]
+        assert DISTRIBUTIONS.get(module, module) in packages, (module, extra)
+
+
+def test_all_holds_every_extra_of_users():
+    extras = PYPROJECT["optional-dependencies"]
+    assert set(extras) == {"train", "evaluate", "demo", "all", "test", "docs"}
+    assert extras["all"] == ["devil-hf[train,evaluate,demo]"]
