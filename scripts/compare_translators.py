@@ -9,10 +9,12 @@ well, for all of them. Started again, finished runs are kept, and a stopped one 
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
+from devil_hf.settings import add_options, given, hyphenated
 from devil_hf.training.comparison import compare, comparison_table, read_comparison, summarise
-from devil_hf.training.recipe import add_recipe_options, given_fields
+from devil_hf.training.recipe import Recipe
 
 
 def main() -> None:
@@ -27,9 +29,9 @@ def main() -> None:
         "--evaluation-data", type=json.loads, metavar="JSON", help="score these sources instead of the file's"
     )
     parser.add_argument("--output", type=Path, help="JSON file for the summary and every run's scores")
-    add_recipe_options(parser)
-    arguments = parser.parse_args()
-    fields = given_fields(arguments)
+    add_options(parser, Recipe)
+    arguments = parser.parse_args(hyphenated(sys.argv[1:]))
+    fields = given(Recipe, arguments)
     output_dir = Path(fields.pop("output_dir", f"runs/compare_{arguments.comparison.stem}"))
     comparison = read_comparison(arguments.comparison, arguments.config, fields)
     if arguments.types:

@@ -6,8 +6,13 @@
 Started again with --resume, a run that was stopped goes on as if it had not been.
 """
 
-from devil_hf.training.recipe import parse_recipe
+import argparse
+import sys
+
+from devil_hf.settings import parse
+from devil_hf.training.recipe import Recipe
 from devil_hf.training.run import train
 
 if __name__ == "__main__":
-    print(f"checkpoint: {train(parse_recipe(description=__doc__))}")
+    raw = argparse.RawDescriptionHelpFormatter
+    print(f"checkpoint: {train(parse(Recipe, sys.argv[1:], description=__doc__, formatter_class=raw))}")

@@ -102,11 +102,14 @@ def parse(cls: type[Settings], arguments: Sequence[str], **parser_settings: Any)
 
 def from_namespace(cls: type[Settings], namespace: argparse.Namespace) -> Settings:
     """Settings of parsed options: the fields of the file `--config`, and over them those of the command line."""
-    names = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     file = getattr(namespace, "config", None)
-    values = read_yaml(cls, file) if file is not None else {}
-    values |= {name: value for name, value in vars(namespace).items() if name in names}
-    return make(cls, values)
+    return make(cls, (read_yaml(cls, file) if file is not None else {}) | given(cls, namespace))
+
+
+def given(cls: type, namespace: argparse.Namespace) -> dict[str, Any]:
+    """The fields of settings that were given on the command line."""
+    names = {field.name for field in dataclasses.fields(cls)}
+    return {name: value for name, value in vars(namespace).items() if name in names}
 
 
 def hyphenated(arguments: Sequence[str]) -> list[str]:
@@ -247,10 +250,14 @@ def _checked_one(field: dataclasses.Field, hint: Any, value: Any) -> Any:
 def read_yaml(cls: type, file: Path) -> dict[str, Any]:
     """The fields of a YAML file.
 
+    Args:
+        file: a file, or whatever else `cls.locate`, where the class has one, knows the file of (a folder, a name).
+
     Raises:
         FileNotFoundError: when there is no such file.
         ValueError: for a file that is no YAML mapping, and for names that are no setting of `cls`.
     """
+    file = getattr(cls, "locate", Path)(file)
     if not file.is_file():
         raise FileNotFoundError(f"there is no file {file}")
     try:
@@ -276,4 +283,15 @@ def _plain(value: Any) -> Any:
     return {str(name): _plain(one) for name, one in value.items()} if isinstance(value, Mapping) else value
 
 
-__all__ = ["add_options", "as_record", "from_namespace", "hyphenated", "make", "option", "parse", "read_yaml"]
+__all__ = [
+    "add_options",
+    "as_record",
+    "check_names",
+    "from_namespace",
+    "given",
+    "hyphenated",
+    "make",
+    "option",
+    "parse",
+    "read_yaml",
+]

@@ -16,7 +16,8 @@ from devil_hf.checkpoints.loading import load
 from devil_hf.cli import main as cli
 from devil_hf.cli.quickstart import HELD_OUT_WORLD, TRANSLATOR, measure, quickstart, train_translator
 from devil_hf.data.shapes import make_scene
-from devil_hf.training.recipe import read_recipe
+from devil_hf.settings import read_yaml
+from devil_hf.training.recipe import Recipe
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +60,7 @@ def test_quickstart_trains_measures_and_draws(tmp_path):
 
 
 def test_the_quickstart_recipe_trains_the_same_translator():
-    recipe = read_recipe(Path(__file__).parents[2] / "scripts" / "recipes" / "quickstart.yaml")
+    recipe = read_yaml(Recipe, Path("quickstart"))
     defaults = {name: option.default for name, option in inspect.signature(quickstart).parameters.items()}
     assert recipe["model"] == TRANSLATOR and recipe["new_translator"]
     assert recipe["train_data"][0]["size"] == defaults["scenes"] and recipe["max_steps"] == defaults["steps"]

@@ -22,10 +22,11 @@ from transformers import AutoModel, AutoProcessor, EarlyStoppingCallback, Traini
 from devil_hf import DevilModel
 from devil_hf.data.decoding import BadSamples, TooManyBadSamples
 from devil_hf.model.pooling_devil import pool
+from devil_hf.settings import parse
 from devil_hf.training import run
 from devil_hf.training.feature_cache import CachedFeatures, StaleCache
 from devil_hf.training.features import PooledCaptions, pool_draws, pooled_feature_draws
-from devil_hf.training.recipe import Recipe, parse_recipe
+from devil_hf.training.recipe import Recipe
 from devil_hf.training.run import train
 from devil_hf.training.trainer import DevilTrainer
 from tests.conftest import SMALL_TRANSLATOR
@@ -131,14 +132,14 @@ def test_a_run_ends_in_a_checkpoint_that_loads_and_trains_again(fields, images, 
     file = tmp_path / "recipe.yaml"
     file.write_text(yaml.safe_dump(fields))
     options = ["--batch-size", "3", "--learning_rate", "2e-3", "--report_to", "tensorboard"]
-    recipe = parse_recipe(["--config", str(file), *options])
+    recipe = parse(Recipe, ["--config", str(file), *options])
     assert (recipe.batch_size, recipe.learning_rate) == (3, 2e-3)
     checkpoint = train(recipe)
     check_records(Path(recipe.output_dir), AutoModel.from_pretrained(checkpoint).layer_names)
     model, processor = AutoModel.from_pretrained(checkpoint), AutoProcessor.from_pretrained(checkpoint)
     assert model.config.frozen_weights == "reference"
     assert model.generate(**processor(images=images, return_tensors="pt"), max_new_tokens=3).shape[0] == 3
-    again = parse_recipe(["--config", str(checkpoint)])
+    again = parse(Recipe, ["--config", str(checkpoint)])
     assert again == recipe
     again.output_dir = str(tmp_path / "again")
     torch.testing.assert_close(weights(train(again)), weights(checkpoint), rtol=0, atol=0)
@@ -375,7 +376,8 @@ def test_the_cc3m_recipe_runs_on_a_miniature_with_a_truncated_shard(sources, ima
     write_shards(folder, images, samples=24)
     shard = folder / "00001.tar"
     shard.write_bytes(shard.read_bytes()[: shard.stat().st_size * 2 // 3])
-    recipe = parse_recipe(
+    recipe = parse(
+        Recipe,
         [
             *("--config", str(ROOT / "scripts/recipes/cc3m_resnet50_opt125m.yaml")),
             # Where things lie, and their size; streaming, order, dropouts, schedule and the rest are the recipe's.
@@ -385,7 +387,7 @@ def test_the_cc3m_recipe_runs_on_a_miniature_with_a_truncated_shard(sources, ima
             *("--validation_data", json.dumps([{"kind": "webdataset", "urls": str(folder / "00000.tar")}])),
             *("--max_steps", "6", "--evaluation_steps", "2", "--logging_steps", "1", "--batch_size", "8"),
             *("--workers", "2", "--report_to", "none"),
-        ]
+        ],
     )
     train(recipe)
     history = json.loads((tmp_path / "run" / "checkpoint-6" / "trainer_state.json").read_text())["log_history"]
@@ -404,9 +406,12 @@ def parse_recipe_again(recipe: Recipe, output_dir, **changes) -> Recipe:
     return Recipe(**fields)
 
 
-@pytest.mark.parametrize("file", sorted((ROOT / "scripts/recipes").glob("*.yaml")), ids=lambda file: file.stem)
+RECIPES = [*sorted((ROOT / "scripts/recipes").glob("*.yaml")), Path("quickstart")]
+
+
+@pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)
 def test_every_recipe_is_valid(file):
-    recipe = parse_recipe(["--config", str(file), "--report_to", "none"])
+    recipe = parse(Recipe, ["--config", str(file), "--report_to", "none"])
     assert recipe.output_dir == f"runs/{file.stem}"
     if file.stem.startswith("cc3m"):  # the paper's settings
         assert (recipe.learning_rate, recipe.final_learning_rate, recipe.batch_size) == (1e-4, 1e-6, 64)
@@ -472,13 +477,13 @@ def test_a_full_disk_is_found_before_the_first_step(fields, monkeypatch):
 def test_an_unknown_field_of_a_recipe_file_is_named(tmp_path):
     (tmp_path / "r.yaml").write_text("batchsize: 3\n")
     with pytest.raises(ValueError, match="batchsize"):
-        parse_recipe(["--config", str(tmp_path / "r.yaml")])
+        parse(Recipe, ["--config", str(tmp_path / "r.yaml")])
 
 
 def test_half_a_step_is_no_number_of_steps(tmp_path):
     (tmp_path / "r.yaml").write_text("max_steps: 2.5\n")
     with pytest.raises(ValueError, match=r"max_steps=2\.5 must be a whole number"):
-        parse_recipe(["--config", str(tmp_path / "r.yaml")])
+        parse(Recipe, ["--config", str(tmp_path / "r.yaml")])
 
 
 def test_training_goes_on_from_a_checkpoint_with_lora_and_ends_merged(fields, tmp_path):

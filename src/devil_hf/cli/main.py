@@ -12,13 +12,14 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers.utils import logging
 
 from devil_hf.cli.evaluate import add_evaluate, add_verb, read_layers, state_scope
+from devil_hf.settings import hyphenated
 
 EPILOG = "Checkpoints are directories or Hub ids; without one, the shapes-world checkpoint of the package answers."
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    argv = sys.argv[1:] if argv is None else argv
+    argv = hyphenated(sys.argv[1:] if argv is None else argv)
     arguments = build_parser(full="train" in argv).parse_args(argv)
     logging.set_verbosity_error()
     logging.disable_progress_bar()  # of loading weights; training shows its own
@@ -142,9 +143,10 @@ def build_parser(full: bool = True) -> argparse.ArgumentParser:
     example = "devil train --config scripts/recipes/flickr8k_small.yaml --output_dir runs/flickr8k"
     train = add_verb(verbs, "train", run_train, "train a translator between your backbone and language model", example)
     if full:
-        from devil_hf.training.recipe import add_recipe_options
+        from devil_hf.settings import add_options
+        from devil_hf.training.recipe import Recipe
 
-        add_recipe_options(train)
+        add_options(train, Recipe)
     return parser
 
 
@@ -224,11 +226,12 @@ def run_quickstart(arguments: argparse.Namespace) -> None:
 
 
 def run_train(arguments: argparse.Namespace) -> None:
-    from devil_hf.training.recipe import recipe_of
+    from devil_hf.settings import from_namespace
+    from devil_hf.training.recipe import Recipe
     from devil_hf.training.run import train
 
     logging.set_verbosity_warning()  # skipped images are named there
-    print(f"checkpoint: {train(recipe_of(arguments))}")
+    print(f"checkpoint: {train(from_namespace(Recipe, arguments))}")
 
 
 def run_push(arguments: argparse.Namespace) -> None:

@@ -30,8 +30,9 @@ from devil_hf.model.modeling_devil import DevilModel
 from devil_hf.model.pooling_devil import pool, region_weights
 from devil_hf.model.processing_devil import DevilProcessor
 from devil_hf.questions.grounding import CANDIDATES, PLACES_TO_A_SIDE, choose_grounded, tile_regions
+from devil_hf.settings import check_names, make, read_yaml
 from devil_hf.training.features import as_stored
-from devil_hf.training.recipe import CHECKPOINT_FOLDER, Recipe, check_fields, make_recipe, read_recipe
+from devil_hf.training.recipe import CHECKPOINT_FOLDER, Recipe
 from devil_hf.training.run import train
 
 logger = logging.get_logger(__name__)
@@ -60,8 +61,8 @@ class Comparison:
 def read_comparison(path: Path, recipe: Path | None = None, fields: Mapping[str, Any] | None = None) -> Comparison:
     """Read a comparison file.
 
-    It has `recipe` (a recipe file, beside this one), `translators` (by name, the fields of the recipe that each changes; `model`
-    is merged field by field), `evaluation_data`, and optionally `decodings`.
+    It has `recipe` (a recipe file as seen from this one, or the name of one that comes with the package), `translators` (by name,
+    the fields of the recipe that each changes; `model` is merged field by field), `evaluation_data`, and optionally `decodings`.
 
     Args:
         recipe: another recipe than the file's.
@@ -79,13 +80,14 @@ def read_comparison(path: Path, recipe: Path | None = None, fields: Mapping[str,
         raise ValueError(f"{path} lacks {missing}; a comparison has {sorted(needed | optional)}")
     if unknown := sorted(set(content) - needed - optional):
         raise ValueError(f"{path} has {unknown}; a comparison has {sorted(needed | optional)}")
-    shared = read_recipe(path.parent / content["recipe"] if recipe is None else recipe)
+    own = path.parent / content["recipe"]
+    shared = read_yaml(Recipe, recipe or (own if own.exists() else Path(content["recipe"])))
     if not isinstance(content["translators"], dict):
         raise ValueError(f"translators of {path} must be fields of a recipe by name, not {content['translators']!r}")
     recipes = {}
     for name, own in content["translators"].items():
-        check_fields(own or {}, f"translator {name!r} of {path}")
-        recipes[name] = make_recipe(_merged(_merged(shared, own or {}), fields or {}))
+        check_names(Recipe, own or {}, f"translator {name!r} of {path}")
+        recipes[name] = make(Recipe, _merged(_merged(shared, own or {}), fields or {}))
     return Comparison(recipes, content["evaluation_data"], content.get("decodings") or {"greedy": {}})
 
 
@@ -119,7 +121,7 @@ def compare(comparison: Comparison, seeds: Sequence[int], output_dir: Path) -> l
 def _check_same_run(recipe: Recipe) -> None:
     folder = Path(recipe.output_dir)
     newest = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-    if newest is not None and (changed := recipe.differences(read_recipe(Path(newest)))):
+    if newest is not None and (changed := recipe.differences(read_yaml(Recipe, Path(newest)))):
         raise ValueError(
             f"{folder} holds a run with other values of {changed}: name another --output-dir, or delete it"
         )

@@ -24,10 +24,11 @@ from devil_hf.model.image_processing_devil import DevilImageProcessor
 from devil_hf.model.lora_devil import LORA_DEFAULTS
 from devil_hf.model.modeling_devil import DevilModel
 from devil_hf.model.processing_devil import DevilProcessor
+from devil_hf.settings import make, read_yaml
 from devil_hf.training.feature_cache import CachedFeatures, cache_key, cached_features, data_fingerprint
 from devil_hf.training.features import PooledCaptions, pooled_feature_draws
 from devil_hf.training.feed import CaptionStream, ImageTable, sees_with
-from devil_hf.training.recipe import CHECKPOINT_FOLDER, EMBEDDED, RECIPE_FILE, Recipe, read_recipe
+from devil_hf.training.recipe import CHECKPOINT_FOLDER, EMBEDDED, RECIPE_FILE, Recipe
 from devil_hf.training.trainer import DevilTrainer, longest_caption
 
 logger = logging.get_logger(__name__)
@@ -47,7 +48,7 @@ def train(recipe: Recipe) -> Path:
         ValueError: for whatever else is wrong with the recipe, before the first step.
         TooManyBadSamples: when more of the data than the recipe allows cannot be used.
     """
-    recipe.validate()
+    recipe = make(Recipe, vars(recipe))  # one that was built in Python is checked, too
     _check_launch(recipe)
     arguments = training_arguments(recipe)
     device, state = arguments.device, PartialState()  # in this order: the arguments choose the backend
@@ -134,12 +135,17 @@ def build(recipe: Recipe) -> tuple[DevilModel, DevilProcessor]:
     """The model that a recipe trains, and its processor."""
     if recipe.checkpoint:
         return _build_on_checkpoint(recipe)
-    tokenizer = AutoTokenizer.from_pretrained(recipe.language_model)
+    revision = recipe.language_model_revision or None
+    tokenizer = AutoTokenizer.from_pretrained(
+        recipe.language_model, revision=recipe.tokenizer_revision or revision or "main"
+    )
     model = DevilModel.from_backbone_and_language_model(
         recipe.backbone,
         recipe.language_model,
         recipe.layers,
         tokenizer=tokenizer,
+        backbone_revision=recipe.backbone_revision or None,
+        language_model_revision=revision,
         class_tokens=recipe.class_tokens,
         backbone_kwargs=recipe.backbone_kwargs,
         lora=recipe.lora,
@@ -261,7 +267,7 @@ def _newest_checkpoint(recipe: Recipe) -> str | None:
             f"{newest} is there from an earlier run: --resume to go on from it, or name another --output_dir."
         )
     file = Path(newest) / RECIPE_FILE
-    if file.is_file() and (changed := recipe.differences(read_recipe(file))):
+    if file.is_file() and (changed := recipe.differences(read_yaml(Recipe, file))):
         logger.warning(f"going on from {newest}, but its recipe had other values of {changed}: this is another run")
     return newest
 
