@@ -29,6 +29,9 @@ from devil_hf.cli.main import main
 from devil_hf.demo.checkpoints import Checkpoints
 from devil_hf.evaluation.results import fingerprint
 from devil_hf.hub.publish import check_code, check_weights, prepare, push, upload
+from devil_hf.settings import make
+from devil_hf.training.recipe import Recipe
+from devil_hf.training.run import build
 from tests.conftest import SMALL_TRANSLATOR
 from tests.loopback_hub import LoopbackHub
 
@@ -555,3 +558,34 @@ def test_the_demo_loads_a_checkpoint_by_its_hub_id(hub, published, model, images
     monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", "http://127.0.0.1:9")
     with pytest.raises(ValueError, match="the Hub cannot be reached"):
         checkpoints.get("tester/unreachable")
+
+
+def test_a_recipe_pins_the_revisions_of_its_parts(hub, sources, tmp_path):
+    api, commits = HfApi(token="hf_tester"), {}
+    for part in ("backbone", "language_model"):
+        name, changed = f"tester/pinned-{part}", tmp_path / part
+        api.create_repo(name)
+        commits[part] = api.upload_folder(repo_id=name, folder_path=sources[part]).oid
+        shutil.copytree(sources[part], changed)
+        weights = load_file(changed / "model.safetensors")
+        save_file({k: v + 1 for k, v in weights.items()}, changed / "model.safetensors", metadata={"format": "pt"})
+        if part == "language_model":
+            (changed / "tokenizer_config.json").write_text(
+                (changed / "tokenizer_config.json").read_text().replace("<eos>", "<pad>")
+            )
+        api.upload_folder(repo_id=name, folder_path=changed)
+    fields = {"backbone": "tester/pinned-backbone", "language_model": "tester/pinned-language_model"}
+    fields |= {"train_data": [{"kind": "shapes", "size": 1}], "model": SMALL_TRANSLATOR}
+    here, _ = build(make(Recipe, fields | sources))
+    pins = {f"{part}_revision": commit for part, commit in commits.items()}
+    pinned, processor = build(make(Recipe, fields | pins))
+    newest, newer = build(make(Recipe, fields))
+    sources_of = [model.config.language_model_source for model in (here, pinned, newest)]
+    assert sources_of[0]["sha256"] == sources_of[1]["sha256"] != sources_of[2]["sha256"]
+    assert sources_of[1]["revision"] == commits["language_model"]
+    hashes = [model.config.backbone_config["sha256"] for model in (here, pinned, newest)]
+    assert hashes[0] == hashes[1] != hashes[2]
+    assert pinned.config.backbone_config["revision"] == commits["backbone"]
+    eos = {"language_model_revision": "main", "tokenizer_revision": commits["language_model"]}
+    assert (processor.tokenizer.eos_token, newer.tokenizer.eos_token) == ("<eos>", "<pad>")
+    assert build(make(Recipe, fields | eos))[1].tokenizer.eos_token == "<eos>"
