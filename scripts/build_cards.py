@@ -18,7 +18,7 @@ from huggingface_hub import DatasetCardData
 from transformers import OPTConfig
 
 from devil_hf.checkpoints import CHECKPOINT
-from devil_hf.data import shapes
+from devil_hf.data import rendering, shapes, worlds
 from devil_hf.hub.cards import Facts, Layer, dataset_card, model_card, readable_recipe, template_folder
 from devil_hf.hub.publish import prepare
 from devil_hf.model.backbone_devil import FeatureBackbone
@@ -86,14 +86,14 @@ def shapes_card() -> str:
     card = dataset_card(
         data,
         title="Shapes world",
-        training_seed=0,
-        held_out_seed=1,
-        columns={name: COLUMNS[name] for name in shapes.SCENE_FEATURES},
-        size=shapes.SCENE_SIZE,
+        training_seed=worlds.TRAINING_WORLD,
+        held_out_seed=worlds.HELD_OUT_WORLD,
+        columns={name: COLUMNS[name] for name in worlds.SCENE_FEATURES},
+        size=rendering.SCENE_SIZE,
         count_shares=shapes.COUNT_SHARES,
         attributes=shapes.ATTRIBUTE_WORDS,
         sizes=list(shapes.SIZES),
-        backgrounds=shapes.BACKGROUNDS,
+        backgrounds=rendering.BACKGROUNDS,
         relations=shapes.RELATIONS,
         fragment_share=shapes.FRAGMENT_SHARE,
         vocabulary=len(shapes.VOCABULARY),

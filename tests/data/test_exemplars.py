@@ -146,7 +146,7 @@ import sys
 from pathlib import Path
 from accelerate import PartialState
 from PIL import Image
-from tests.test_exemplars import Colours, FeatureBackbone, DevilImageProcessor, UnitReader, find_exemplars, open_images
+from tests.data.test_exemplars import Colours, FeatureBackbone, DevilImageProcessor, UnitReader, find_exemplars, open_images
 backbone = FeatureBackbone.from_source(
     Colours(), ["first", "second"], backbone_kwargs={"data_config": {"input_size": (3, 32, 32), "crop_pct": 1.0}}
 )
@@ -289,7 +289,7 @@ def test_names_of_sources_tell_which_images_they_are(pictures, tmp_path):
         )
     ]
     assert len(set(names)) == len(names)
-    assert names[0] == f"{tmp_path}, first 2" and names[9] == "shapes:9, first 4"
+    assert names[0] == f"{tmp_path}, first 2" and names[9] == "shapes:9:1, first 4"
 
 
 def test_sources_that_are_none_are_named(tmp_path):

@@ -218,7 +218,7 @@ def test_brace_patterns_expand_as_in_a_shell():
 
 def test_sources_of_several_kinds_are_one_data_set(folder, cc3m):
     table = {"kind": "folder", "path": str(folder)}
-    shapes = {"kind": "shapes", "size": 5}
+    shapes = {"kind": "shapes", "size": 5, "seed": 0}
     assert len(open_pairs([table, shapes | {"streaming": False}], 0, True)) == 11
     mixed = open_pairs([table, shapes, {"kind": "webdataset", "urls": cc3m}], 0, True)
     found = decoded(mixed, PairDecoder(BadSamples(limit=1)))
@@ -241,7 +241,7 @@ def source_of(key: str) -> str:
         ({"kind": "folder"}, r"lacks \['path'\]"),
         ({"kind": "folder", "path": "x", "pth": 1}, r"no field 'pth'; its fields are \['path'"),
         ({"kind": "shapes", "size": "5"}, "size='5' must be of type int"),
-        ({"kind": "shapes", "size": 0}, "must both be positive"),
+        ({"kind": "shapes", "size": 0, "seed": 0}, "must both be positive"),
         ({"kind": "folder", "path": "FOLDER", "split": "test"}, r"'test'; its splits are \['train', 'val'\]"),
         ({"kind": "folder", "path": "FOLDER", "caption_column": "alt"}, r"no column alt; its columns are \['captions'"),
         ({"kind": "webdataset", "urls": []}, "list of shards is empty"),
@@ -259,7 +259,7 @@ def test_a_wrong_source_is_named_with_the_remedy(folder, tmp_path, source, messa
     paths = {"FOLDER": str(folder), "HUB": str(tmp_path / "h"), "EMPTY": str(tmp_path / "e")}
     source = {name: paths.get(value, value) if isinstance(value, str) else value for name, value in source.items()}
     with pytest.raises(ValueError, match=rf"sources\[1\].*{message}"):
-        open_pairs([{"kind": "shapes", "size": 1}, source], 0, False)
+        open_pairs([{"kind": "shapes", "size": 1, "seed": 0}, source], 0, False)
 
 
 def test_missing_files_are_found_before_the_first_step(folder, cc3m):
@@ -413,7 +413,7 @@ def test_two_nodes_with_two_workers_each_see_every_row_exactly_once(cc3m, tmp_pa
 
 
 def test_a_mixed_stream_covers_every_row_over_nodes_and_workers(folder):
-    pairs = open_pairs([{"kind": "folder", "path": str(folder)}, {"kind": "shapes", "size": 9}], 0, True, 4)
+    pairs = open_pairs([{"kind": "folder", "path": str(folder)}, {"kind": "shapes", "size": 9, "seed": 0}], 0, True, 4)
     parts = [split_dataset_by_node(pairs, node, 2) for node in range(2)]
     seen = Counter(key for part in parts for batch in read(part, workers=2) for key in keys(batch))
     assert len(seen) == 15 and set(seen.values()) == {1}
@@ -421,7 +421,7 @@ def test_a_mixed_stream_covers_every_row_over_nodes_and_workers(folder):
 
 def test_order_captions_and_seeds_depend_on_seed_and_epoch_alone():
     def order(seed: int, epoch: int) -> list:
-        pairs = open_pairs([{"kind": "shapes", "size": 40}], seed, True, 8)
+        pairs = open_pairs([{"kind": "shapes", "size": 40, "seed": 0}], seed, True, 8)
         return told(read(PairStream(pairs, PairDecoder(BadSamples(), seed), [(epoch, 0)]), 0, batches=10))
 
     first = order(0, 0)

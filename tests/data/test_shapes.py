@@ -1,26 +1,14 @@
 """Promises of the embedded world: exact ground truth, the same scene everywhere, true captions, parts that train."""
 
-import pickle
 import time
 
 import numpy as np
 import pytest
 import torch
-from datasets import IterableDataset
 
-from devil_hf.data.shapes import (
-    ATTRIBUTE_WORDS,
-    COLOURS,
-    RELATIONS,
-    SCENE_SIZE,
-    VOCABULARY,
-    Scene,
-    SceneObject,
-    ShapesPairs,
-    make_scene,
-    sample_scene,
-    shapes_dataset,
-)
+from devil_hf.data.rendering import SCENE_SIZE, SceneObject
+from devil_hf.data.shapes import ATTRIBUTE_WORDS, COLOURS, RELATIONS, VOCABULARY, Scene, make_scene, sample_scene
+from devil_hf.data.worlds import World
 from devil_hf.evaluation.maps.pointing import chance_pointing, hit_cells, pointing_game
 from devil_hf.evaluation.text.words import WordCounts, words_of
 from devil_hf.training import small_models as embedded
@@ -130,10 +118,10 @@ def test_every_object_keeps_most_of_itself_visible():
 
 
 def test_a_core_draws_hundreds_of_scenes_per_second():
-    pairs = ShapesPairs(200, seed=5)
+    world = World(200, seed=5)
     start = time.process_time()
-    for index in range(len(pairs)):
-        pairs[index]
+    for index in range(len(world)):
+        assert world.captioned(index, 1)[0].image.any()
     assert 200 / (time.process_time() - start) > 200
 
 
@@ -206,43 +194,6 @@ def test_unique_phrases_are_deserved_by_exactly_one_of_several_objects():
             assert owners == [phrase.object_index] and phrase.text in ATTRIBUTE_WORDS[phrase.attribute]
     twins = Scene((plain_object(centre=(30.0, 30.0)), plain_object("ring", centre=(90.0, 90.0))), "dark", 0)
     assert {phrase.text for phrase in twins.unique_phrases()} == {"square", "ring"}
-
-
-# --------------------------------------------------------------------------------------------------------------- data
-# sets
-
-
-def test_pairs_are_the_same_scenes_in_any_order_and_process():
-    pairs = ShapesPairs(10, seed=4)
-    copy = pickle.loads(pickle.dumps(pairs))
-    for index in (7, 0, 3):
-        assert np.array_equal(np.asarray(pairs[index]["image"]), make_scene(4, index).image)
-        assert pairs[index]["caption"] == copy[index]["caption"]
-    assert len(list(pairs)) == len(pairs) == 10
-    with pytest.raises(IndexError, match="outside 0 to 9"):
-        pairs[10]
-    with pytest.raises(ValueError, match="not positive"):
-        ShapesPairs(0)
-
-
-def test_data_set_rows_carry_the_whole_ground_truth(tmp_path, monkeypatch):
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path))
-    stored, streamed = shapes_dataset(5, seed=4), shapes_dataset(5, seed=4, streaming=True)
-    assert isinstance(streamed, IterableDataset) and streamed.num_shards == 5 and len(stored) == 5
-    for index, (row, other) in enumerate(zip(stored, streamed, strict=True)):
-        scene = make_scene(4, index)
-        assert np.array_equal(np.asarray(row["image"]), scene.image) and np.array_equal(
-            np.asarray(other["image"]), scene.image
-        )
-        assert np.array_equal(np.stack([np.asarray(mask) for mask in row["masks"]]) > 0, scene.masks)
-        assert [(item["colour"], tuple(item["box"])) for item in row["objects"]] == [
-            (item.colour, box) for item, box in zip(scene.objects, scene.boxes, strict=True)
-        ]
-        assert [(r["subject"], r["relation"], r["object"]) for r in row["relations"]] == scene.relations
-        assert row["caption"] == row["captions"][0] == other["caption"] == ShapesPairs(5, seed=4)[index]["caption"]
-        assert len(row["captions"]) == 5 and row["background"] == scene.background
-    with pytest.raises(ValueError, match="positive"):
-        shapes_dataset(0)
 
 
 # -----------------------------------------------------------------------------------------------------------------

@@ -14,7 +14,8 @@ from devil_hf import DevilModel, FeatureBackbone
 from devil_hf.checkpoints import CHECKPOINT
 from devil_hf.checkpoints.loading import load
 from devil_hf.cli import main as cli
-from devil_hf.data.captioned import held_out_scenes, open_captioned
+from devil_hf.data.captioned import captioned_scenes, open_captioned
+from devil_hf.data.worlds import World
 from devil_hf.evaluation import controls
 from devil_hf.evaluation.randomise import randomised_backbone, untrained_translator, weight_stages
 from devil_hf.evaluation.results import CONTROLS, judge_controls, read_evaluations
@@ -66,7 +67,7 @@ def test_an_explainer_that_ignores_its_prefix_is_not_trusted(shipped, tmp_path):
     model._modules = dict(model._modules)
     model.language_model = copy.deepcopy(model.language_model)
     _learn_to_ignore_the_prefix(model, processor)
-    result = controls.run_controls(model, processor, held_out_scenes(IMAGES), tmp_path, **FEW)
+    result = controls.run_controls(model, processor, captioned_scenes(World(IMAGES)), tmp_path, **FEW)
     assert not result["verdict"]["passed"]
     assert ("shuffled", "evidence") in failing(result) and ("shuffled", "word_f1") in failing(result)
     assert "features shuffled between images" in result["verdict"]["reason"]
@@ -76,7 +77,7 @@ def test_an_explainer_that_ignores_its_prefix_is_not_trusted(shipped, tmp_path):
 
 def _learn_to_ignore_the_prefix(model, processor, steps=60):
     """Fine-tune the language model on captions behind the prefixes of other images."""
-    data = held_out_scenes(96, seed=7)
+    data = captioned_scenes(World(96, seed=7))
     images = [data.load(at) for at in range(len(data))]
     with torch.no_grad():
         prefixes = model.ask(processor(images=images, return_tensors="pt")["pixel_values"])
@@ -136,20 +137,20 @@ def test_a_finished_run_needs_no_model_and_a_longer_one_only_the_rest(folder, sh
     monkeypatch.setattr(DevilModel, "sequence_log_probs", asked_again)
     monkeypatch.setattr(DevilModel, "attribute", asked_again)
     monkeypatch.setattr(controls, "null_label", lambda *arguments: before["texts"]["null"])
-    assert controls.run_controls(*shipped, held_out_scenes(IMAGES), folder, **FEW) == before
+    assert controls.run_controls(*shipped, captioned_scenes(World(IMAGES)), folder, **FEW) == before
     with pytest.raises(ValueError, match="seed"):
-        controls.run_controls(*shipped, held_out_scenes(IMAGES), folder, **FEW, seed=1)
+        controls.run_controls(*shipped, captioned_scenes(World(IMAGES)), folder, **FEW, seed=1)
     with pytest.raises(AssertionError, match="asked again"):
-        controls.run_controls(*shipped, held_out_scenes(IMAGES + 1), folder, **FEW)
+        controls.run_controls(*shipped, captioned_scenes(World(IMAGES + 1)), folder, **FEW)
 
 
 def test_a_stopped_run_ends_like_one_that_was_not(shipped, tmp_path):
     options = {"layers": ["layer4"], "map_images": 2, "batch_size": 2}
-    whole = controls.run_controls(*shipped, held_out_scenes(4), tmp_path / "whole", **options)
+    whole = controls.run_controls(*shipped, captioned_scenes(World(4)), tmp_path / "whole", **options)
     lines = (tmp_path / "whole" / "controls.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "cut").mkdir()
     (tmp_path / "cut" / "controls.jsonl").write_text("".join(lines[:12]) + lines[12][:20])
-    cut = controls.run_controls(*shipped, held_out_scenes(4), tmp_path / "cut", **options)
+    cut = controls.run_controls(*shipped, captioned_scenes(World(4)), tmp_path / "cut", **options)
     # The image that was lost was then alone in its batch: other kernels, other rounding.
     assert _leaves(cut) == {name: pytest.approx(value, abs=1e-5) for name, value in _leaves(whole).items()}
 
@@ -182,17 +183,19 @@ def test_bad_questions_end_before_long_work(options, text, tmp_path, capsys):
 
 def test_maps_of_other_settings_are_not_taken_for_these(shipped, tmp_path, monkeypatch):
     options = {"layers": ["layer4"], "map_images": 2, "batch_size": 2}
-    controls.run_controls(*shipped, held_out_scenes(2), tmp_path, **options)
+    controls.run_controls(*shipped, captioned_scenes(World(2)), tmp_path, **options)
     (tmp_path / "controls.jsonl").unlink()
 
     def asked_again(*arguments, **named):
         raise AssertionError("asked again")
 
     monkeypatch.setattr(DevilModel, "attribute", asked_again)
-    controls.run_controls(*shipped, held_out_scenes(2), tmp_path, **options)  # the same settings: the maps stay
+    controls.run_controls(*shipped, captioned_scenes(World(2)), tmp_path, **options)  # the same settings: the maps stay
     (tmp_path / "controls.jsonl").unlink()
     with pytest.raises(AssertionError, match="asked again"):
-        controls.run_controls(*shipped, held_out_scenes(2), tmp_path, **options, phrases=["red", "blue", "green"])
+        controls.run_controls(
+            *shipped, captioned_scenes(World(2)), tmp_path, **options, phrases=["red", "blue", "green"]
+        )
 
 
 def test_captioned_images_leave_out_what_cannot_be_used(tmp_path):
@@ -312,7 +315,7 @@ def test_an_untrained_translator_takes_the_place_of_the_loaded_one(shipped, tmp_
 def test_evidence_is_that_of_score(shipped, tmp_path):
     """Paired scoring with EOS, against the model's own `score` of each caption under each image."""
     model, processor = shipped
-    data = held_out_scenes(3)
+    data = captioned_scenes(World(3))
     run = controls._Run(model, processor, data, tmp_path, None, ["layer4"], 2, 10, 2, 0)
     images = [data.load(at) for at in range(3)]
     inputs = processor(images=images, return_tensors="pt")

@@ -174,6 +174,7 @@ def _add_maps(subjects) -> None:
 def run_evaluate_maps(arguments: argparse.Namespace) -> None:
     from devil_hf.checkpoints.loading import load
     from devil_hf.data.objects import open_localised
+    from devil_hf.data.worlds import parse_world
     from devil_hf.evaluation.maps.collecting import MapSettings, collect_maps
     from devil_hf.evaluation.maps.gradcam import ClassMapper, read_class_names
     from devil_hf.evaluation.maps.scores import as_results, maps_table, named_in_captions, score_maps
@@ -209,7 +210,8 @@ def run_evaluate_maps(arguments: argparse.Namespace) -> None:
     if windows:
         noted["windows"] = windows
     noted["tolerance"] = "half a cell of a map's own grid, chance that of the finest"
-    results = as_results(content, arguments.source, noted) | {"weights": fingerprint(model)}
+    world = parse_world(arguments.source)
+    results = as_results(content, world.label if world else arguments.source, noted) | {"weights": fingerprint(model)}
     (arguments.output_dir / "scores.json").write_text(json.dumps(results, indent=1) + "\n")
     localisation_figure(processor, examples, rows, arguments.output_dir).save(arguments.output_dir / "maps.png")
     print(json.dumps(results) if arguments.json else maps_table(content))

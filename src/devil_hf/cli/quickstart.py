@@ -21,7 +21,8 @@ from transformers import PreTrainedModel, TrainingArguments, set_seed
 
 from devil_hf.checkpoints import SCOPE
 from devil_hf.checkpoints.loading import load
-from devil_hf.data.shapes import ATTRIBUTE_WORDS, HELD_OUT_WORLD, TRAINING_WORLD, make_scene, sample_scene
+from devil_hf.data.shapes import ATTRIBUTE_WORDS
+from devil_hf.data.worlds import HELD_OUT_WORLD, TRAINING_WORLD, World
 from devil_hf.evaluation.results import CHANCE, fingerprint
 from devil_hf.evaluation.shapes import (
     describe_scenes,
@@ -140,15 +141,15 @@ def shapes_features(
 ) -> PooledCaptions:
     """Pooled features of the first `scenes` scenes of a world, each with several location draws and captions."""
     texts: list[list[str]] = []
+    source = World(scenes, world)
 
     def batches(size: int = 64):
         for start in range(0, scenes, size):
             pictures = []
             for index in range(start, min(start + size, scenes)):
-                rng = np.random.default_rng((world, index))
-                scene = sample_scene(rng)
+                scene, said = source.captioned(index, captions)
                 pictures.append(scene.image)
-                texts.append([scene.caption(rng) for _ in range(captions)])
+                texts.append(said)
             yield processor(images=[Image.fromarray(picture) for picture in pictures], return_tensors="pt")[
                 "pixel_values"
             ]
@@ -172,7 +173,7 @@ def measure(
         `{"description_f1": {"all" or layer: {attribute: F1}}, "pointing": {layer or combination: {attribute: share}},
         "chance_pointing": share, "pointing_phrases": {attribute: how many}}`.
     """
-    world = [make_scene(HELD_OUT_WORLD, index) for index in range(scenes)]
+    world = list(World(scenes, HELD_OUT_WORLD).scenes())
     said: list[dict[str, str]] = []
     played: list[list[dict]] = []
     for start in tqdm(range(0, scenes, batch_size), desc="held-out scenes", unit="batch", leave=False):
@@ -227,7 +228,7 @@ def draw_pictures(
 ) -> list[Path]:
     """Pictures of held-out scenes: what each layer says, maps per phrase and layer, descriptions by location."""
     folder.mkdir(parents=True, exist_ok=True)
-    several = [scene for scene in (make_scene(HELD_OUT_WORLD, index) for index in range(40)) if len(scene.objects) > 1]
+    several = [scene for scene in World(40, HELD_OUT_WORLD).scenes() if len(scene.objects) > 1]
     written = []
 
     def write(picture: Image.Image, name: str) -> None:

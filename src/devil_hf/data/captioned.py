@@ -5,16 +5,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
 
-import numpy as np
 import yaml
 from PIL import Image as PILImage
 
 from devil_hf.data.decoding import BadSamples, PairDecoder
 from devil_hf.data.pairs import open_pairs
-from devil_hf.data.shapes import HELD_OUT_WORLD, Scene, sample_scene
+from devil_hf.data.shapes import Scene
 from devil_hf.data.sources import REGIONS, named_sources
-
-SHAPES = "shapes"
+from devil_hf.data.worlds import SHAPES, World
 
 
 @dataclass
@@ -47,8 +45,8 @@ def open_captioned(data: str = SHAPES, split: str | None = None, limit: int = 20
     """Open the first `limit` images of `data`.
 
     Args:
-        data: "shapes" (held-out scenes) or "shapes:COUNT[:SEED]", a caption folder, a YAML file of sources, or one source of a
-            recipe in braces, such as "{kind: hub, path: user/data, image_column: image, caption_column: caption}".
+        data: "shapes" (`limit` held-out scenes) or "shapes:COUNT[:SEED]", a caption folder, a YAML file of sources, or one
+            source of a recipe in braces, such as "{kind: hub, path: user/data, image_column: image, caption_column: caption}".
         split: of a caption folder; sources name their own.
 
     Raises:
@@ -57,18 +55,16 @@ def open_captioned(data: str = SHAPES, split: str | None = None, limit: int = 20
     """
     if limit < 2:
         raise ValueError(f"limit {limit}: at least 2 images are needed, to tell what belongs to which")
-    if data == SHAPES:
-        data = f"{SHAPES}:{limit}"
     if data.lstrip().startswith("{"):
         if split:
             raise ValueError(f"split={split!r} is of a caption folder; write it into the source {data}")
         sources = [yaml.safe_load(data)]
     else:
-        sources = named_sources(data, split)
+        sources = named_sources(data, split, limit)
     if any(source.get("kind") == REGIONS for source in sources):
         raise ValueError(f"{data} names regions, but whole images are described here: name captioned images")
     if [source.get("kind") for source in sources] == [SHAPES]:
-        return held_out_scenes(min(sources[0]["size"], limit), sources[0].get("seed", 0))
+        return captioned_scenes(World(sources[0]["size"], sources[0]["seed"]).first(limit))
     rows: dict[str, dict] = {}
     decode = PairDecoder(BadSamples(limit=1.0))
     for row in open_pairs(sources, seed=0, shuffle=False):
@@ -93,13 +89,12 @@ def open_captioned(data: str = SHAPES, split: str | None = None, limit: int = 20
     )
 
 
-def held_out_scenes(count: int, seed: int = HELD_OUT_WORLD, captions: int = 5) -> CaptionedImages:
-    """The first scenes of a world, each with some captions; those of `shapes_dataset` with the same seed."""
-    scenes, texts = [], []
-    for index in range(count):
-        rng = np.random.default_rng((seed, index))
-        scenes.append(sample_scene(rng))
-        texts.append([scenes[-1].caption(rng) for _ in range(captions)])
-    keys = [f"scene {seed} {index}" for index in range(count)]
-    name = f"{SHAPES}:{seed}"
-    return CaptionedImages(name, name, keys, texts, lambda at: PILImage.fromarray(scenes[at].image), scenes=scenes)
+def captioned_scenes(world: World, captions: int = 5) -> CaptionedImages:
+    """The scenes of a world, each with some captions; those of `World.dataset`."""
+    scenes, texts = zip(*(world.captioned(index, captions) for index in range(len(world))), strict=True)
+    keys = [f"scene {world.seed} {index}" for index in range(len(world))]
+
+    def load(at: int) -> PILImage.Image:
+        return PILImage.fromarray(scenes[at].image)
+
+    return CaptionedImages(world.label, world.label, keys, list(texts), load, scenes=list(scenes))

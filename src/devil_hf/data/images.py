@@ -14,10 +14,9 @@ from datasets import Dataset, IterableDataset, load_dataset, load_from_disk
 from PIL import Image
 
 from devil_hf.data.captions import CAPTION_FILES, read_caption_records
-from devil_hf.data.shapes import make_scene
+from devil_hf.data.worlds import SHAPES, World, parse_world
 
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
-SHAPES = "shapes"
 
 
 @dataclass
@@ -132,8 +131,8 @@ def open_images(
     """
     if isinstance(source, str | PathLike):
         source = str(source)
-        if source.partition(":")[0] == SHAPES:
-            return _first(_scenes(source), limit)
+        if world := parse_world(source):
+            return _first(_scenes(world), limit)
         path = Path(source)
         if path.is_dir():
             return _first(_folder(path, split, column), limit)
@@ -169,15 +168,11 @@ def _stream_name(stream: IterableDataset) -> str:
     return name if stream.split is None else f"{name}, split {stream.split}"
 
 
-def _scenes(spec: str) -> NumberedImages:
-    parts = spec.split(":")[1:]
-    if not 1 <= len(parts) <= 2 or not all(part.isdigit() for part in parts) or int(parts[0]) < 1:
-        raise ValueError(f"{spec!r} is not {SHAPES}:COUNT or {SHAPES}:COUNT:SEED, such as {SHAPES}:2000")
-    seed = int(parts[1]) if len(parts) == 2 else 0
+def _scenes(world: World) -> NumberedImages:
     return NumberedImages(
-        spec,
-        range(int(parts[0])),
-        lambda number: Image.fromarray(make_scene(seed, number).image),
+        world.name,
+        range(len(world)),
+        lambda number: Image.fromarray(world.scene(number).image),
         lambda number: f"scene {number}",
     )
 

@@ -18,7 +18,7 @@ import yaml
 from PIL import Image, ImageDraw
 
 from devil_hf.data.images import EXTENSIONS
-from devil_hf.data.shapes import HELD_OUT_WORLD, make_scene
+from devil_hf.data.worlds import World, parse_world
 
 FINE = 5  # polygons are drawn this many times larger
 CLASS = "class"  # the group of phrases that are class names
@@ -64,9 +64,8 @@ def open_localised(
         FileNotFoundError: if something named is not there.
         ValueError: for a source that is none of these, or holds no object.
     """
-    text = str(source)
-    if text.split(":")[0] == "shapes":
-        return _shapes(text)
+    if world := parse_world(str(source)):
+        return _shapes(world)
     path = Path(source)
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist; sources are shapes:COUNT, or files of COCO, VOC or YOLO")
@@ -85,16 +84,9 @@ def open_localised(
     return found
 
 
-def _shapes(source: str) -> list[LocalisedImage]:
-    try:
-        count, seed = [*(int(number) for number in source.split(":")[1:]), HELD_OUT_WORLD][:2]
-    except ValueError:
-        count = seed = -1
-    if count < 1 or seed < 0:
-        raise ValueError(f"{source!r} is not shapes:COUNT or shapes:COUNT:SEED, such as shapes:150")
+def _shapes(world: World) -> list[LocalisedImage]:
     found = []
-    for index in range(count):
-        scene = make_scene(seed, index)
+    for index, scene in enumerate(world.scenes()):
         phrases = scene.unique_phrases()
         if phrases:
 
@@ -107,7 +99,7 @@ def _shapes(source: str) -> list[LocalisedImage]:
             def read(scene=scene):
                 return scene.image
 
-            found.append(LocalisedImage(f"{seed}-{index}", read, groups, present, draw))
+            found.append(LocalisedImage(f"{world.seed}-{index}", read, groups, present, draw))
     return found
 
 

@@ -5,7 +5,7 @@
     {"kind": "flickr", "captions": "Flickr8k.token.txt", "images": "Images", "names": "Flickr_8k.trainImages.txt"}
     {"kind": "webdataset", "urls": "https://host/cc3m/{00000..00331}.tar"}
     {"kind": "hub", "path": "user/pairs", "split": "train", "image_column": "image", "caption_column": "caption"}
-    {"kind": "shapes", "size": 100000}
+    {"kind": "shapes", "size": 100000, "seed": 0}
     {"kind": "regions", "path": "instances_train2017.json", "images": "train2017"}
 
 A source is opened completely checked: what is missing is an error here, not in the middle of a run. The one thing that is
@@ -15,11 +15,9 @@ left to the decoding of rows is whether each image and caption is any good.
 import csv
 from collections.abc import Callable, Collection, Iterator, Sequence
 from io import BytesIO
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import yaml
 from datasets import (
     Dataset,
@@ -40,8 +38,8 @@ from transformers.utils import logging
 
 from devil_hf.data.captions import read_coco_captions, read_flickr_captions, read_json_lines
 from devil_hf.data.objects import LocalisedImage, open_localised
-from devil_hf.data.shapes import sample_scene
 from devil_hf.data.shards import check_shards, expand_urls, shard_rows
+from devil_hf.data.worlds import SHAPES, USUAL_COUNT, World, parse_world
 from devil_hf.model.image_processing_devil import load_images
 
 logger = logging.get_logger(__name__)
@@ -60,7 +58,7 @@ IMAGE_COLUMNS = ("image", "file_name")
 CAPTION_COLUMNS = ("captions", "caption", "text")
 REGIONS = "regions"
 REGION_TEMPLATES = ("{}", "a {}", "the {}")
-MAX_SHARDS = 64  # of a stream of shapes
+MAX_SHARDS = 64  # of a stream of a saved data set
 
 
 def open_folder(path: str, split: str | None = None, caption_column: str | list | None = None) -> Dataset:
@@ -187,19 +185,18 @@ def open_hub(
     return concatenate_datasets([pictures, texts], axis=1).select_columns(list(PAIR_FEATURES))
 
 
-def open_shapes(size: int, seed: int = 0, captions: int = 5, streaming: bool = True) -> Dataset | IterableDataset:
+def open_shapes(size: int, seed: int, captions: int = 5, streaming: bool = True) -> Dataset | IterableDataset:
     """The embedded world of shapes, drawn when it is read, or written once to the cache of `datasets`.
 
     Args:
-        size (`int`): Number of scenes.
-        seed (`int`): Seed of the world; different seeds share no scene.
-        captions (`int`): Captions per scene.
-        streaming (`bool`): Draw scenes when they are read.
+        size: number of scenes.
+        seed: of the world; different seeds share no scene. Recipes train on world 0, and world 1 is held out.
+        captions: per scene.
+        streaming: draw scenes when they are read.
     """
     if size < 1 or captions < 1:
         raise ValueError(f"size={size} and captions={captions} must both be positive")
-    bounds = [size * shard // min(size, MAX_SHARDS) for shard in range(min(size, MAX_SHARDS) + 1)]
-    arguments = {"ranges": list(pairwise(bounds)), "seed": seed, "captions": captions}
+    arguments = {"ranges": World(size, seed).ranges(), "size": size, "seed": seed, "captions": captions}
     cls = IterableDataset if streaming else Dataset
     return cls.from_generator(_shapes_rows, features=PAIR_FEATURES, gen_kwargs=arguments)
 
@@ -264,28 +261,25 @@ SOURCE_KINDS: dict[str, Callable[..., Dataset | IterableDataset]] = {
     "flickr": open_flickr,
     "webdataset": open_webdataset,
     "hub": open_hub,
-    "shapes": open_shapes,
+    SHAPES: open_shapes,
     REGIONS: open_regions,
 }
 
 
-def named_sources(name: str, split: str | None = None) -> list[dict[str, Any]]:
+def named_sources(name: str, split: str | None = None, count: int = USUAL_COUNT) -> list[dict[str, Any]]:
     """The sources that a name on the command line stands for.
 
     Args:
-        name (`str`): A caption folder, `shapes:COUNT` or `shapes:COUNT:SEED` (by default seed 1, scenes that the quickstart and
-            the embedded checkpoint are not trained on), or a YAML file with a source or a list of them.
-        split (`str`, *optional*): Of a caption folder.
+        name: a caption folder, scenes as `parse_world` reads them, or a YAML file with a source or a list of them.
+        split: of a caption folder.
+        count: scenes of "shapes" without a number.
 
     Raises:
         ValueError: for a name that is none of these, or a split of anything but a folder.
     """
-    kind, *numbers = name.split(":")
-    if kind == "shapes" and numbers:
-        if len(numbers) > 2 or not all(number.isdigit() for number in numbers):
-            raise ValueError(f"{name!r} is not shapes:COUNT or shapes:COUNT:SEED, such as shapes:500")
-        seed = int(numbers[1]) if len(numbers) == 2 else 1
-        sources: list[dict[str, Any]] = [{"kind": "shapes", "size": int(numbers[0]), "seed": seed}]
+    sources: list[dict[str, Any]]
+    if world := parse_world(name, count):
+        sources = [{"kind": SHAPES, "size": world.count, "seed": world.seed}]
     elif Path(name).is_dir():
         return [{"kind": "folder", "path": name} | ({"split": split} if split else {})]
     elif Path(name).is_file() and Path(name).suffix in (".yaml", ".yml"):
@@ -413,12 +407,11 @@ def _hub_row(row: dict, index: int, captions: list[str], key: str | None, where:
     return pair | {"image": row[image]} if image else pair
 
 
-def _shapes_rows(ranges: Sequence[tuple[int, int]], seed: int, captions: int) -> Iterator[dict]:
+def _shapes_rows(ranges: Sequence[tuple[int, int]], size: int, seed: int, captions: int) -> Iterator[dict]:
+    world = World(size, seed)
     for start, stop in ranges:
         for index in range(start, stop):
-            rng = np.random.default_rng((seed, index))
-            scene = sample_scene(rng)
-            texts = [scene.caption(rng) for _ in range(captions)]
+            scene, texts = world.captioned(index, captions)
             image = {"bytes": _png(PILImage.fromarray(scene.image)), "path": None}
             key = f"shapes {seed} {index}"
             yield {"key": key, "image": image, "captions": texts, "region": None, "problem": None}

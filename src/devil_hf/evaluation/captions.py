@@ -20,6 +20,7 @@ from transformers.utils import logging
 
 from devil_hf.data.decoding import BadSamples, PairDecoder
 from devil_hf.data.pairs import open_pairs
+from devil_hf.data.worlds import world_label
 from devil_hf.evaluation.controls import best_constant
 from devil_hf.evaluation.records import Records
 from devil_hf.evaluation.results import CONTROLS, Evaluation, fingerprint, metric_name
@@ -214,7 +215,7 @@ def _results(content, sources, images: int, settings: dict[str, Any], model: Dev
 
 def _source_name(source: dict[str, Any]) -> str:
     if source["kind"] == "shapes":
-        return f"shapes world of devil-hf, seed {source.get('seed', 0)}"
+        return world_label(source["seed"])
     place = source.get("path") or source.get("annotations") or source.get("captions") or source["urls"]
     return source["path"] if source["kind"] == "hub" else Path(place if isinstance(place, str) else place[0]).name
 

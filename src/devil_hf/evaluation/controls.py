@@ -44,7 +44,7 @@ from devil_hf.data.shapes import ATTRIBUTE_WORDS
 from devil_hf.evaluation.milan import null_label
 from devil_hf.evaluation.randomise import randomised_backbone, untrained_translator, weight_stages
 from devil_hf.evaluation.records import Records
-from devil_hf.evaluation.results import CONTROLS, SHAPES_WORLD, fingerprint
+from devil_hf.evaluation.results import CONTROLS, fingerprint
 from devil_hf.evaluation.statistics import Ratio, bootstrap_draws, interval
 from devil_hf.evaluation.text.metrics import BLEU
 from devil_hf.evaluation.text.ngrams import CiderD, bleu, rouge_l
@@ -120,7 +120,7 @@ def run_controls(
     run = _Run(model, processor, data, Path(output_dir), phrases, layers, map_images, max_new_tokens, batch_size, seed)
     measured = run.measure()
     result = judge(measured, data, seed) | {"settings": run.shown_settings}
-    dataset: dict[str, Any] = {"name": SHAPES_WORLD if data.scenes else data.name, "size": len(data)}
+    dataset: dict[str, Any] = {"name": data.name, "size": len(data)}
     dataset |= {"split": data.split} if data.split else {}
     result = {"title": "Controls", "dataset": dataset} | result | {"weights": fingerprint(model)}
     (Path(output_dir) / "controls.json").write_text(json.dumps(result, indent=1) + "\n")

@@ -31,12 +31,12 @@ from typing import Any
 
 from huggingface_hub import EvalResult
 
+from devil_hf.data.worlds import HELD_OUT_WORLD, world_label
 from devil_hf.model.backbone_devil import weights_hash
 from devil_hf.model.combining_devil import COMBINATIONS
 from devil_hf.model.modeling_devil import DevilModel
 
 TASK = "image-to-text"
-SHAPES_WORLD = "shapes world of devil-hf (held-out scenes)"
 # Rows that need no image, or not the right one, by what they take away.
 CONTROLS = {
     "backbone_randomised": "backbone weights randomised",
@@ -241,7 +241,7 @@ def _evaluations_of(content: Any, path: Path) -> list[Evaluation]:
 
 
 def _quickstart_evaluations(content: Mapping[str, Any]) -> list[Evaluation]:
-    dataset = {"name": SHAPES_WORLD}
+    dataset = {"name": world_label(HELD_OUT_WORLD)}  # which this layout always measured
     words = {row: {f"f1_{name}": value for name, value in v.items()} for row, v in content["description_f1"].items()}
     weights = content.get("weights")
     found = [Evaluation("F1 of the words in descriptions", words, {}, dataset, {"decoding": "greedy"}, weights=weights)]

@@ -27,20 +27,13 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from devil_hf.data.shapes import (
-    ATTRIBUTE_WORDS,
-    HELD_OUT_WORLD,
-    RELATIONS,
-    SHAPES,
-    SIZES,
-    Scene,
-    SceneObject,
-    make_scene,
-)
+from devil_hf.data.rendering import SceneObject
+from devil_hf.data.shapes import ATTRIBUTE_WORDS, RELATIONS, SHAPES, SIZES, Scene
+from devil_hf.data.worlds import HELD_OUT_WORLD, World
 from devil_hf.evaluation.controls import CARRIER
 from devil_hf.evaluation.maps.pointing import chance_pointing, pointing_game
 from devil_hf.evaluation.records import Records
-from devil_hf.evaluation.results import SHAPES_WORLD, fingerprint
+from devil_hf.evaluation.results import fingerprint
 from devil_hf.evaluation.text.words import WordCounts, word_list
 from devil_hf.model.backbone_devil import weights_hash
 from devil_hf.model.combining_devil import COMBINATIONS, combine_maps
@@ -64,7 +57,7 @@ def ground_truth(
     seed: int = HELD_OUT_WORLD,
     batch_size: int = 25,
 ) -> dict[str, Any]:
-    """Ask every layer about held-out scenes.
+    """Ask every layer about scenes of a world, by default the held-out one.
 
     The answers go to `output_dir/shapes.jsonl` as they come, so that a run that was stopped goes on and a later measure needs no
     model; the scores to `output_dir/shapes.json`.
@@ -80,21 +73,21 @@ def ground_truth(
         raise ValueError(f"{scenes} scenes: at least 2 are needed, to deal descriptions to others")
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size} must be at least 1")
-    folder = Path(output_dir)
+    folder, world = Path(output_dir), World(scenes, seed)
     settings = {"weights": weights_hash(model), "seed": seed, "layers": model.layer_names}
     records = Records(folder / "shapes.jsonl", settings)
     missing = [index for index in range(scenes) if str(index) not in records]
     bar = tqdm(total=scenes, initial=scenes - len(missing), desc="scenes", unit="scene")
     for begin in range(0, len(missing), batch_size):
         batch = missing[begin : begin + batch_size]
-        found = scene_rows(model, processor, [make_scene(seed, i) for i in batch], batch)
+        found = scene_rows(model, processor, [world.scene(i) for i in batch], batch)
         for index, row in zip(batch, found, strict=True):
             records.add(str(index), row)
         bar.update(len(batch))
     bar.close()
     rows = [records[str(index)] for index in range(scenes)]
-    world = [make_scene(seed, index) for index in range(scenes)]
-    result = summary(rows, world) | {"settings": {"decoding": "greedy", "seed": seed}}
+    result = summary(rows, list(world.scenes())) | {"dataset": {"name": world.label, "size": scenes}}
+    result |= {"settings": {"decoding": "greedy", "seed": seed}}
     result |= {"weights": fingerprint(model)}
     (folder / "shapes.json").write_text(json.dumps(result, indent=1) + "\n")
     return result
@@ -272,7 +265,6 @@ def summary(rows: Rows, scenes: Sequence[Scene]) -> dict[str, Any]:
     flat = {layer: _flat(parts, layer) for layer in (*layers, *COMBINATIONS, "chance")}
     return {
         "title": "What each layer knows",
-        "dataset": {"name": SHAPES_WORLD, "size": len(scenes)},
         "scores": {layer: row for layer, row in flat.items() if row and layer != "chance"},
         "controls": {"chance": flat["chance"]},
         **parts,

@@ -33,7 +33,8 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, get_cosine_schedule_with_warmup
 from transformers.utils import logging
 
-from devil_hf.data.shapes import ATTRIBUTE_WORDS, SCENE_SIZE, VOCABULARY, Scene, SceneObject, sample_scene
+from devil_hf.data.rendering import SCENE_SIZE, SceneObject
+from devil_hf.data.shapes import ATTRIBUTE_WORDS, VOCABULARY, Scene, sample_scene
 from devil_hf.training.caption_language_model import Document, caption_loss, collate
 
 logger = logging.get_logger(__name__)
