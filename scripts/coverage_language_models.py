@@ -112,7 +112,7 @@ def plain_scores(model: DevilModel, pixels, tokens, mask) -> torch.Tensor:
     for one in prefix:
         row = []
         for phrase, length in zip(tokens, mask.sum(dim=1).tolist(), strict=True):
-            start = model._start(one[None])
+            start = model.embed_prefix(one[None])
             embeds = torch.cat([start, embedding(phrase[None, :length])], dim=1)
             output = model.language_model(
                 inputs_embeds=embeds, attention_mask=torch.ones(embeds.shape[:2], dtype=torch.long)

@@ -88,7 +88,7 @@ def _learn_to_ignore_the_prefix(model, processor, steps=60):
         rows = torch.randperm(len(data), generator=generator)[:32]
         other = torch.randint(len(data), (32,), generator=generator)
         tokens = processor(text=[data.captions[row][step % 5] for row in rows.tolist()])
-        labels, embeds, mask = model._caption_inputs(prefixes[other], tokens["input_ids"], tokens["attention_mask"])
+        labels, embeds, mask = model.caption_inputs(prefixes[other], tokens["input_ids"], tokens["attention_mask"])
         logits = model.language_model(inputs_embeds=embeds, attention_mask=mask).logits[:, -labels.shape[1] - 1 : -1]
         torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()).backward()
         optimizer.step()
@@ -133,7 +133,7 @@ def test_a_finished_run_needs_no_model_and_a_longer_one_only_the_rest(folder, sh
     def asked_again(*arguments, **keywords):
         raise AssertionError("the model was asked again")
 
-    monkeypatch.setattr(DevilModel, "_decode", asked_again)
+    monkeypatch.setattr(DevilModel, "decode", asked_again)
     monkeypatch.setattr(DevilModel, "sequence_log_probs", asked_again)
     monkeypatch.setattr(DevilModel, "attribute", asked_again)
     monkeypatch.setattr(controls, "null_label", lambda *arguments: before["texts"]["null"])

@@ -95,7 +95,7 @@ def naive_scores(model, prefix, tokens):
     results = []
     for start in (prefix, model.null_prefix()):
         words = model.get_input_embeddings()(tokens[None])
-        embeds = torch.cat([model._start(start), words], dim=1)
+        embeds = torch.cat([model.embed_prefix(start), words], dim=1)
         logits = model.language_model(inputs_embeds=embeds).logits[0, -len(tokens) - 1 : -1].log_softmax(dim=-1)
         results.append(logits.gather(1, tokens[:, None]).sum().item())
     return results
@@ -109,17 +109,17 @@ def test_rerank_takes_the_beam_with_the_most_information(model, processor, poole
         assert (row["layer"], row["unit"]) == pooled.units[at]
         features = [None if one is None else one[at : at + 1] for one in pooled.features]
         prefix = model.translate(features, pooled.hidden[at : at + 1])
-        beams = model._decode(prefix, num_beams=3, num_return_sequences=3, max_new_tokens=5)
+        beams = model.decode(prefix, num_beams=3, num_return_sequences=3, max_new_tokens=5)
         scored = []
         for beam in beams:
-            length = int(model._word_mask(beam[None]).sum())
+            length = int(model.word_mask(beam[None]).sum())
             given, null = naive_scores(model, prefix, beam[:length])
             text = processor.batch_decode(beam[None], skip_special_tokens=True)[0].strip()
             scored.append((given - 0.7 * null, text, (given - null) / length))
         best = max(scored)
         assert row["label"] == best[1] and row["evidence"] == pytest.approx(best[2], abs=1e-3)
         assert row["runner_up"] != row["label"]
-        plain = model._decode(prefix, max_new_tokens=5)
+        plain = model.decode(prefix, max_new_tokens=5)
         assert greedy[at]["label"] == processor.batch_decode(plain, skip_special_tokens=True)[0].strip()
 
 

@@ -237,7 +237,7 @@ def test_guidance_of_one_is_plain_decoding_and_of_zero_ignores_the_image(model, 
     plain = model.generate(pixel_values, layers=-1, max_new_tokens=6)
     torch.testing.assert_close(model.generate(pixel_values, layers=-1, max_new_tokens=6, guidance=1.0), plain)
     nothing = model.generate(pixel_values, layers=-1, max_new_tokens=6, guidance=0.0)
-    null = model._decode(model.null_prefix(), max_new_tokens=6)
+    null = model.decode(model.null_prefix(), max_new_tokens=6)
     assert all(row.tolist()[: null.shape[1]] == null[0].tolist() for row in nothing)
     assert not torch.equal(plain, model.generate(pixel_values, layers=-1, max_new_tokens=6, guidance=5.0))
 
@@ -254,7 +254,7 @@ def test_describe_equals_asking_one_by_one(model, pixel_values):
         )[0]
         assert output.sequences[row].tolist()[: len(alone)] == alone.tolist()
         prefix = model.ask(pixel_values[image : image + 1], layers=output.layer_of(row), locations=[place])
-        tokens = output.sequences[row][model._word_mask(output.sequences)[row]]
+        tokens = output.sequences[row][model.word_mask(output.sequences)[row]]
         expected = naive_log_probs(model, prefix, tokens) - naive_log_probs(model, model.null_prefix(), tokens)
         torch.testing.assert_close(output.token_evidence[row][: len(tokens)], expected, atol=1e-4, rtol=1e-4)
 

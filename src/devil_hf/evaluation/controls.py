@@ -255,7 +255,7 @@ class _Run:
         for begin in range(0, len(missing), self.batch_size):
             batch = missing[begin : begin + self.batch_size]
             prefix = self.model.ask(self.pixel_values(batch))
-            ids = self.model._decode(prefix, max_new_tokens=self.max_new_tokens)
+            ids = self.model.decode(prefix, max_new_tokens=self.max_new_tokens)
             texts = self.processor.batch_decode(ids, skip_special_tokens=True)
             scored = self.score(prefix, [self.data.captions[at] for at in batch])
             for at, text, values in zip(batch, texts, scored, strict=True):

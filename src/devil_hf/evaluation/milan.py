@@ -143,7 +143,7 @@ def bert_scores(
 @torch.no_grad()
 def null_label(model: DevilModel, processor: DevilProcessor, max_new_tokens: int = 20) -> str:
     """What the language model says when every layer is hidden."""
-    ids = model._decode(model.null_prefix(), max_new_tokens=max_new_tokens)
+    ids = model.decode(model.null_prefix(), max_new_tokens=max_new_tokens)
     return processor.batch_decode(ids, skip_special_tokens=True)[0].strip()
 
 

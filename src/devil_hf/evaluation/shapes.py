@@ -156,7 +156,7 @@ def _answer_places(model, processor, features, maps, scenes: Sequence[Scene]) ->
         asked = [(image, *place) for image, scene in enumerate(scenes) for place in object_places(scene, grid)]
         vectors = torch.stack([found[image, :, row, column] for image, _, row, column in asked])
         prefix = model.translate([vectors if at == layer else None for at in range(len(features))])
-        ids = model._decode(prefix, max_new_tokens=MAX_NEW_TOKENS)
+        ids = model.decode(prefix, max_new_tokens=MAX_NEW_TOKENS)
         texts = processor.batch_decode(ids, skip_special_tokens=True)
         for (image, item, row, column), text in zip(asked, texts, strict=True):
             evidence = maps[name][image, :, row, column]
@@ -193,9 +193,9 @@ def _choose(
     chosen: list[dict[str, dict[str, Any]]] = [{name: {} for name in names} for _ in scenes]
     words = processor(text=VOCABULARY, carrier=CARRIER, return_tensors="pt")
     prefixes = {name: model.ask(layers=None if name == "all" else name, feature_maps=features) for name in names}
-    null = model._score_rows(model.null_prefix(), model._phrases(words)).sum(dim=-1)[0]
+    null = model.score_prefix(model.null_prefix(), model.check_phrases(words)).sum(dim=-1)[0]
     for name, prefix in prefixes.items():
-        evidence = model._score_rows(prefix, model._phrases(words)).sum(dim=-1) - null
+        evidence = model.score_prefix(prefix, model.check_phrases(words)).sum(dim=-1) - null
         for row, values in zip(chosen, (evidence / words["scored_mask"].sum(dim=1).to(evidence)).cpu(), strict=True):
             row[name] |= _likeliest(values)
     for image, scene in enumerate(scenes):
@@ -204,8 +204,8 @@ def _choose(
             # Of equals the first is chosen: the true one is not always the first.
             turn = indices[image] % len(options)
             options = options[turn:] + options[:turn]
-            phrases = model._phrases(processor(text=options, return_tensors="pt"))
-            given, null = (model._score_rows(p, phrases).sum(dim=-1) for p in (rows, model.null_prefix()))
+            phrases = model.check_phrases(processor(text=options, return_tensors="pt"))
+            given, null = (model.score_prefix(p, phrases).sum(dim=-1) for p in (rows, model.null_prefix()))
             evidence = (given - null).round(decimals=3)  # what is less is rounding of the sums
             for layer, best in zip(names, evidence.argmax(dim=1).tolist(), strict=True):
                 chosen[image][layer][name] = options[best]

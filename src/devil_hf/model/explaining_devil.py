@@ -54,7 +54,7 @@ class ExplainMixin:
             raise ValueError(f"measure={measure!r} is not one of 'sum', 'per_token', 'evidence'.")
         if combine not in (None, "joint", *COMBINATIONS):
             raise ValueError(f"combine={combine!r} is not one of {(None, 'joint', *COMBINATIONS)}.")
-        checked = self._phrases(phrases or {})
+        checked = self.check_phrases(phrases or {})
         visible = resolve_layers(layers, self.layer_names)
         if feature_maps is None:
             feature_maps = self.extract_features(pixel_values, visible)
@@ -106,10 +106,10 @@ class ExplainMixin:
             rows = [
                 None if i not in pooled else pooled[i][begin : begin + chunk_size] for i in range(len(feature_maps))
             ]
-            scores.append(self._score_rows(self.translate(rows), phrases, chunk_size).sum(dim=-1))
+            scores.append(self.score_prefix(self.translate(rows), phrases, chunk_size).sum(dim=-1))
         score = torch.cat(scores)  # (B * H * W, K)
         if measure == "evidence":
-            score = score - self._score_rows(self.null_prefix(), phrases).sum(dim=-1)
+            score = score - self.score_prefix(self.null_prefix(), phrases).sum(dim=-1)
         if measure != "sum":
             score = score / phrases["scored_mask"].sum(dim=-1).to(score.device)
         return score.view(B, H, W, K).permute(0, 3, 1, 2)
@@ -169,7 +169,7 @@ class ExplainMixin:
         """Decode prefixes (N, k, D_lm) whose image, layer and location are the `columns`."""
         if generation_kwargs.get("return_dict_in_generate"):
             raise ValueError("descriptions are sequences: leave out return_dict_in_generate, or call `generate`.")
-        sequences = self._decode(prefix, guidance, **generation_kwargs)
+        sequences = self.decode(prefix, guidance, **generation_kwargs)
         repeats = len(sequences) // len(prefix)  # more than one with num_return_sequences
         image_index, layer_index, locations = (column.repeat_interleave(repeats, dim=0) for column in columns)
         return DescribeOutput(
@@ -328,15 +328,15 @@ class ExplainMixin:
         chunk = rows_per_chunk(self.language_model, self.config.prefix_length + 1, 1, length, logit_positions=length)
         for rows, tokens in zip(prefix.split(chunk), sequences.split(chunk), strict=True):
             words = self.get_input_embeddings()(tokens[:, :-1])
-            starts = (self._start(rows), self._start(null).expand(len(rows), -1, -1))
+            starts = (self.embed_prefix(rows), self.embed_prefix(null).expand(len(rows), -1, -1))
             for start, collected in zip(starts, pieces, strict=True):
                 embeds = torch.cat([start, words.to(start.dtype)], dim=1)
                 logits = run_language_model(self.language_model, embeds, keep=length).logits
                 collected.append(gather_log_probs(logits, tokens))
-        mask = self._word_mask(sequences).to(pieces[0][0].device)
+        mask = self.word_mask(sequences).to(pieces[0][0].device)
         return torch.cat(pieces[0]) * mask, torch.cat(pieces[1]) * mask
 
-    def _word_mask(self, sequences: Tensor) -> Tensor:
+    def word_mask(self, sequences: Tensor) -> Tensor:
         """True on generated tokens up to and including the first EOS."""
         if self.config.eos_token_id is None:
             return torch.ones_like(sequences, dtype=torch.bool)

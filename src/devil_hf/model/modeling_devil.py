@@ -272,7 +272,7 @@ class DevilModel(ExplainMixin, DevilPreTrainedModel):
         prefix = self.translate(pooled_features, layer_mask)
         if input_ids is None:
             return DevilOutput(prefix=prefix)
-        labels, embeds, mask = self._caption_inputs(prefix, input_ids, attention_mask)
+        labels, embeds, mask = self.caption_inputs(prefix, input_ids, attention_mask)
         # What would follow the last token is nobody's label.
         logits = run_language_model(self.language_model, embeds[:, :-1], labels.shape[1], mask[:, :-1]).logits
         loss = F.cross_entropy(logits.float().flatten(0, 1), labels.to(logits.device).flatten())
@@ -287,7 +287,7 @@ class DevilModel(ExplainMixin, DevilPreTrainedModel):
             return [None] * len(feature_maps)
         return [region_weights(regions[:, None], (maps.shape[-2], maps.shape[-1]))[0] for maps in feature_maps]
 
-    def _caption_inputs(self, prefix: Tensor, input_ids: Tensor, attention_mask: Tensor | None):
+    def caption_inputs(self, prefix: Tensor, input_ids: Tensor, attention_mask: Tensor | None):
         """Labels (B, T + 1), -100 on padding; input embeddings of BOS, prefix, caption, EOS; their attention mask."""
         input_ids = input_ids.to(prefix.device)
         if attention_mask is None:
@@ -300,7 +300,7 @@ class DevilModel(ExplainMixin, DevilPreTrainedModel):
             attention_mask = F.pad(attention_mask, (1, 0), value=1)
             tokens = F.pad(tokens, (0, 1)).scatter(1, ends, self.config.eos_token_id)
             labels = F.pad(labels, (0, 1), value=-100).scatter(1, ends, self.config.eos_token_id)
-        start = self._start(prefix)
+        start = self.embed_prefix(prefix)
         words = self.get_input_embeddings()(tokens).to(start.dtype)
         self._check_context(start.shape[1] + tokens.shape[1], "the prefix and the caption", "shorten the captions")
         mask = torch.cat([attention_mask.new_ones(start.shape[:2]), attention_mask], dim=1)
@@ -308,7 +308,7 @@ class DevilModel(ExplainMixin, DevilPreTrainedModel):
 
     # ------------------------------------------------------------------------------------------------ reading a prefix
 
-    def _start(self, prefix: Tensor) -> Tensor:
+    def embed_prefix(self, prefix: Tensor) -> Tensor:
         """Input embeddings in front of every text: BOS where the language model has one, and the prefix."""
         embedding = self.get_input_embeddings()
         prefix = prefix.to(device=embedding.weight.device, dtype=embedding.weight.dtype)
@@ -347,13 +347,15 @@ class DevilModel(ExplainMixin, DevilPreTrainedModel):
         if "input_ids" in generation_kwargs or "attention_mask" in generation_kwargs:
             raise ValueError("generate reads images only: phrases go to `score` or `attribute`.")
         prefix = self.ask(pixel_values, layers, locations, window, regions, location_weights, layer_mask, feature_maps)
-        return self._decode(prefix, guidance, **generation_kwargs)
+        return self.decode(prefix, guidance, **generation_kwargs)
 
-    def _decode(self, prefix: Tensor, guidance: float = 1.0, **generation_kwargs) -> Tensor:
-        start = self._start(prefix)
+    @torch.no_grad()
+    def decode(self, prefix: Tensor, guidance: float = 1.0, **generation_kwargs) -> Tensor:
+        """The words behind prefixes (N, k, D_lm): (N, T) new tokens, padded on the right; `generate` says the rest."""
+        start = self.embed_prefix(prefix)
         options, config = self._generation_options(start.shape[1], generation_kwargs)
         if guidance != 1.0:
-            null = self._start(self.null_prefix())
+            null = self.embed_prefix(self.null_prefix())
             processors = list(options.pop("logits_processor", None) or [])
             processor = EvidenceGuidance(self.language_model, null, guidance)
             options["logits_processor"] = LogitsProcessorList([processor, *processors])
@@ -421,18 +423,28 @@ class DevilModel(ExplainMixin, DevilPreTrainedModel):
                 `scored_mask` (a carrier such as "the") are read but not counted.
             question: `layers`, `locations`, `window`, `regions`, `location_weights`, `layer_mask`, `feature_maps` of `ask`.
         """
-        phrases = self._phrases({"input_ids": input_ids, "attention_mask": attention_mask, "scored_mask": scored_mask})
+        phrases = self.check_phrases(
+            {"input_ids": input_ids, "attention_mask": attention_mask, "scored_mask": scored_mask}
+        )
         prefix = self.ask(pixel_values, **question)
-        token_log_probs = self._score_rows(prefix, phrases)
-        null_token_log_probs = self._score_rows(self.null_prefix(), phrases)
+        token_log_probs = self.score_prefix(prefix, phrases)
+        null_token_log_probs = self.score_prefix(self.null_prefix(), phrases)
         log_probs, null_log_probs = token_log_probs.sum(dim=-1), null_token_log_probs.sum(dim=-1)[0]
         evidence = (log_probs - null_log_probs) / phrases["scored_mask"].sum(dim=-1).to(log_probs.device)
         return ScoreOutput(
             log_probs=log_probs, null_log_probs=null_log_probs, evidence=evidence, token_log_probs=token_log_probs
         )
 
-    def _phrases(self, phrases: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
-        """Checked phrase tensors on the language model's device, with defaults for the masks."""
+    def check_phrases(self, phrases: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
+        """Phrase tensors `input_ids`, `attention_mask`, `scored_mask` (K, T), checked, on the language model's device.
+
+        Masks that are missing are those of phrases without padding and without a carrier.
+
+        Raises:
+            TypeError: for what is no mapping.
+            ValueError: for token ids of a wrong shape or of another vocabulary, phrases without a token to score, and phrases
+                that do not fit the context behind the prefix.
+        """
         if not isinstance(phrases, Mapping):
             raise TypeError(f"phrases must come from processor(text=[...], return_tensors='pt'), got {phrases!r:.80}")
         input_ids = phrases.get("input_ids")
@@ -460,12 +472,27 @@ class DevilModel(ExplainMixin, DevilPreTrainedModel):
         self._check_context(length, "the prefix and the longest phrase", "shorten that phrase")
         return {"input_ids": input_ids, "attention_mask": attention_mask, "scored_mask": scored_mask}
 
-    def _score_rows(self, prefix: Tensor, phrases: Mapping[str, Tensor], chunk_size: int | None = None) -> Tensor:
-        """(N, K, T) log-probabilities of the scored tokens under prefixes (N, k, D_lm)."""
+    def score_prefix(
+        self, prefix: Tensor, phrases: Mapping[str, Tensor | None], chunk_size: int | None = None
+    ) -> Tensor:
+        """Log-probability of given phrases under prefixes, token by token; what `score` and `attribute` add up.
+
+        Args:
+            prefix: (N, k, D_lm), as `ask`, `translate` and `null_prefix` give them.
+            phrases: K phrases of up to T tokens, as `processor(text=[...])` makes them.
+            chunk_size: prefixes at once; chosen from the shapes when None.
+
+        Returns:
+            (N, K, T) in nats, fp32; 0 on padding and on tokens outside of `scored_mask`.
+
+        Raises:
+            TypeError, ValueError: for phrases that the language model cannot read, see `check_phrases`.
+        """
+        phrases = self.check_phrases(phrases)
         input_ids = phrases["input_ids"]
         chunk_size = chunk_size or rows_per_chunk(self.language_model, prefix.shape[1] + 1, *input_ids.shape)
         log_probs = [
-            score_phrases(self.language_model, self._start(rows), input_ids, phrases["attention_mask"])
+            score_phrases(self.language_model, self.embed_prefix(rows), input_ids, phrases["attention_mask"])
             for rows in prefix.split(chunk_size)
         ]
         return torch.cat(log_probs) * phrases["scored_mask"].to(log_probs[0].device)

@@ -194,7 +194,7 @@ def choose_grounded(
         raise ValueError(f"strength={strength} would choose what the places speak against: give 0 or more.")
     if decided := sorted(DECIDED & set(generation_kwargs)):
         raise ValueError(f"{', '.join(decided)}: the number of beams and what they return follow from candidates.")
-    sequences = model._decode(
+    sequences = model.decode(
         whole, num_beams=candidates, num_return_sequences=candidates, **generation_kwargs
     ).unflatten(0, (len(whole), candidates))
     null = model.null_prefix()
@@ -214,15 +214,15 @@ def _read_candidates(model, processor, whole, places, null, sequences, phrases_o
     if model.padding_token_id != model.config.eos_token_id:
         # Candidates that reached the longest length without an end.
         mask = mask * (sequences != model.padding_token_id)
-    candidates_read = model._phrases({"input_ids": sequences, "attention_mask": mask})
-    log_probs = model._score_rows(whole, candidates_read)[0].sum(dim=-1)
+    candidates_read = model.check_phrases({"input_ids": sequences, "attention_mask": mask})
+    log_probs = model.score_prefix(whole, candidates_read)[0].sum(dim=-1)
     texts = [text.strip() for text in processor.batch_decode(sequences, skip_special_tokens=True)]
     cut = [phrases_of(text) for text in texts]
     every = sorted({phrase for phrases in cut for phrase in phrases})
     found: dict[str, GroundedPhrase] = {}
     if every:
-        tokens = model._phrases(processor(text=every, return_tensors="pt"))
-        scores = model._score_rows(torch.cat([places, null.to(places)]), tokens).sum(dim=-1)  # (R + 1, K)
+        tokens = model.check_phrases(processor(text=every, return_tensors="pt"))
+        scores = model.score_prefix(torch.cat([places, null.to(places)]), tokens).sum(dim=-1)  # (R + 1, K)
         evidence = (scores[:-1] - scores[-1]).amax(dim=0)
         found = {phrase: GroundedPhrase(phrase, value) for phrase, value in zip(every, evidence.tolist(), strict=True)}
     candidates = [

@@ -212,7 +212,7 @@ class EvaluationImages:
                     )
                     texts[row] += [description.text for description in chosen]
                     continue
-                sequences = model._decode(prefix[:, 0], guidance, **settings)
+                sequences = model.decode(prefix[:, 0], guidance, **settings)
                 texts[row] += [text.strip() for text in processor.batch_decode(sequences, skip_special_tokens=True)]
         return texts
 

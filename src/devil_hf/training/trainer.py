@@ -315,7 +315,7 @@ class DevilTrainer(Trainer):
         model = self.accelerator.unwrap_model(self.model).eval()
         times = 1 if layer_mask is None else len(layer_mask) // len(images)
         pooled = [layer[list(images), 0].repeat(times, 1).to(self.args.device).float() for layer in data.features]
-        tokens = model._decode(model.translate(pooled, layer_mask), max_new_tokens=SAMPLE_TOKENS)
+        tokens = model.decode(model.translate(pooled, layer_mask), max_new_tokens=SAMPLE_TOKENS)
         return [text.strip() for text in self.processor.batch_decode(tokens, skip_special_tokens=True)]
 
     def _caption_scores(self, data: PooledCaptions) -> dict[str, float]:

@@ -79,10 +79,10 @@ def label_units(
 
 
 def _choose_words(model, processor, prefix: Tensor, words: list[str], carrier: str | None) -> list[dict]:
-    phrases = model._phrases(processor(text=words, carrier=carrier, return_tensors="pt"))
+    phrases = model.check_phrases(processor(text=words, carrier=carrier, return_tensors="pt"))
     counts = phrases["scored_mask"].sum(dim=1)
-    given = model._score_rows(prefix, phrases).sum(dim=-1)
-    null = model._score_rows(model.null_prefix(), phrases).sum(dim=-1)
+    given = model.score_prefix(prefix, phrases).sum(dim=-1)
+    null = model.score_prefix(model.null_prefix(), phrases).sum(dim=-1)
     evidence = (given - null) / counts
     best = evidence.topk(min(2, len(words)), dim=1)
     rows = []
@@ -94,10 +94,10 @@ def _choose_words(model, processor, prefix: Tensor, words: list[str], carrier: s
 
 
 def _choose_texts(model, processor, prefix, strategy, candidates, prior_weight, max_new_tokens) -> list[dict]:
-    beams = model._decode(prefix, num_beams=candidates, num_return_sequences=candidates, max_new_tokens=max_new_tokens)
+    beams = model.decode(prefix, num_beams=candidates, num_return_sequences=candidates, max_new_tokens=max_new_tokens)
     sequences = beams.unflatten(0, (-1, candidates))  # (N, candidates, T)
     if strategy == "greedy":
-        greedy = model._decode(prefix, max_new_tokens=max_new_tokens)
+        greedy = model.decode(prefix, max_new_tokens=max_new_tokens)
         length = max(greedy.shape[1], sequences.shape[2])
         pad = model.padding_token_id
         greedy, sequences = (F.pad(one, (0, length - one.shape[-1]), value=pad) for one in (greedy[:, None], sequences))
@@ -105,7 +105,7 @@ def _choose_texts(model, processor, prefix, strategy, candidates, prior_weight, 
     each = sequences.shape[1]
     flat = sequences.flatten(0, 1)
     given, null = model.sequence_log_probs(prefix.repeat_interleave(each, dim=0), flat)
-    tokens = model._word_mask(flat).sum(dim=1).to(given.device)
+    tokens = model.word_mask(flat).sum(dim=1).to(given.device)
     per_token = ((given - null).sum(dim=1) / tokens).view(-1, each)
     score = given.sum(dim=1)
     if strategy == "rerank":

@@ -59,14 +59,14 @@ def held_out_evidence(
         raise ValueError("evidence needs labels, none of them empty")
     groups = _by_length(model, processor, labels, carrier)
     null = model.null_prefix()
-    priors = [model._score_rows(null, phrases).sum(dim=-1) for _, phrases in groups]
+    priors = [model.score_prefix(null, phrases).sum(dim=-1) for _, phrases in groups]
     columns = []
     batches = pixel_batches(images, processor.image_processor, batch_size)
     for _, pixel_values, _ in tqdm(batches, desc="held-out evidence", unit="batch"):
         prefix = model.ask(pixel_values)
         column = torch.empty(len(labels), len(prefix))
         for (positions, phrases), prior in zip(groups, priors, strict=True):
-            scores = model._score_rows(prefix, phrases).sum(dim=-1)
+            scores = model.score_prefix(prefix, phrases).sum(dim=-1)
             column[positions] = ((scores - prior) / phrases["scored_mask"].sum(dim=1)).T.cpu().float()
         columns.append(column)
     return torch.cat(columns, dim=1)
@@ -82,7 +82,7 @@ def _by_length(
         same = torch.tensor([at for at, own in enumerate(lengths) if own == length])
         for positions in same.split(PHRASES):
             texts = [labels[at] for at in positions.tolist()]
-            groups.append((positions, model._phrases(processor(text=texts, carrier=carrier, return_tensors="pt"))))
+            groups.append((positions, model.check_phrases(processor(text=texts, carrier=carrier, return_tensors="pt"))))
     return groups
 
 
