@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
 from devil_hf import DevilImageProcessor, DevilProcessor, FeatureBackbone
-from devil_hf.cli.quickstart import report, train_translator
+from devil_hf.report.quickstart import report, train_translator
 from devil_hf.training.small_models import (
     EmbeddedBackboneArguments,
     EmbeddedLanguageModelArguments,

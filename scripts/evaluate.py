@@ -1,4 +1,4 @@
-"""Score what each layer says against people's captions, on one process or, under `accelerate launch`, on many.
+"""Score descriptions on captions, on one process or, under `accelerate launch`, on many.
 
     python scripts/evaluate.py CHECKPOINT FOLDER --split test --output-dir scores/flickr8k
     accelerate launch --num_processes 8 scripts/evaluate.py CHECKPOINT SOURCES.yaml --output-dir scores/cc3m
@@ -6,16 +6,9 @@
 The same as `devil evaluate captions`.
 """
 
-import argparse
+import sys
 
-from devil_hf.cli.evaluate import add_caption_options, run_evaluate_captions
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_caption_options(parser)
-    run_evaluate_captions(parser.parse_args())
-
+from devil_hf.cli.main import main
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(["evaluate", "captions", *sys.argv[1:]]))

@@ -14,8 +14,10 @@ settings = make(DescribeSettings, {"images": ["dog.jpg"]})          # values of 
 record = as_record(settings)                                        # JSON
 ```
 
-Options have hyphens; underscores are understood. The hint of a field decides how it is read: `bool` becomes `--x` and `--no-x`,
-`list[T]` takes several words, `Literal` is a choice, a bare `list` or `dict` is JSON, `X | None` is X, or nothing.
+Options have hyphens; underscores are understood. The hint of a field decides how it is read: `bool` becomes `--x` and `--no-x`
+(`--x true` is understood), `list[T]` takes several words, `Literal` is a choice, a bare `list` or `dict` is JSON, `X | None` is
+X, or nothing. Settings inherit from settings (`@dataclass(kw_only=True)`); a method `validate` checks what belongs together,
+and a static method `locate(path)` may know the file of what `--config` names (a folder, a name).
 """
 
 import argparse
@@ -31,7 +33,7 @@ from typing import Any, TypeVar
 import yaml
 
 Settings = TypeVar("Settings")
-NOTHING = ("", None, False)  # defaults that need not be told
+NOTHING: tuple[Any, ...] = ("", None, [], {}, (), dataclasses.MISSING)  # defaults that need not be told
 
 
 def option(
@@ -47,7 +49,7 @@ def option(
     Args:
         help: one line, for `--help` and the documentation.
         default: what counts where nothing is given; without one the option is required.
-        positional: a word of the command line without `--name` in front.
+        positional: a word of the command line without `--name` in front, which is understood too where there is a default.
         choices: gives the allowed values when they are needed, for instance the names of a registry.
         metavar: what stands for the value in `--help`.
     """
@@ -60,33 +62,58 @@ def option(
 # ------------------------------------------------------------------------------------------------------- command line
 
 
-def add_options(parser: argparse.ArgumentParser, cls: type) -> None:
-    """Add every field of a settings class to a parser, and `--config` for a YAML file of them."""
+def add_options(parser: argparse.ArgumentParser, cls: type, relaxed: bool = False) -> None:
+    """Add every field of a settings class to a parser, and `--config` for a YAML file of them.
+
+    Args:
+        relaxed: whether required fields may be missing, since a file gives them.
+    """
     hints = typing.get_type_hints(cls)
-    for field in dataclasses.fields(cls):
-        _add_option(parser, field, hints[field.name])
+    for field in _in_order_of_help(cls):
+        _add_option(parser, field, hints[field.name], relaxed)
     parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file of these settings; options win over it")
 
 
-def _add_option(parser: argparse.ArgumentParser, field: dataclasses.Field, hint: Any) -> None:
+def _in_order_of_help(cls: type) -> list[dataclasses.Field]:
+    """Positional fields, then the options that a class adds to those that it inherits, then these."""
+    depth = {
+        name: at for at, one in reversed(list(enumerate(cls.__mro__))) for name in vars(one).get("__annotations__", {})
+    }
+    fields = dataclasses.fields(cls)
+    return sorted(fields, key=lambda field: -1 if field.metadata.get("positional") else depth[field.name])
+
+
+def _add_option(parser: argparse.ArgumentParser, field: dataclasses.Field, hint: Any, relaxed: bool) -> None:
     metadata, hint = field.metadata, _without_none(hint)
-    default = default_of(field)
-    told = "" if default in (*NOTHING, [], {}, dataclasses.MISSING) else f" (default: {_shown(default)})"
+    default, flag = default_of(field), _flag(field.name)
+    told = "" if isinstance(default, bool) or default in NOTHING else f" (default: {_shown(default)})"
     given: dict[str, Any] = {"default": argparse.SUPPRESS, "help": (metadata.get("help", "") + told).replace("%", "%%")}
     if hint is bool:
-        parser.add_argument(_flag(field.name), action=argparse.BooleanOptionalAction, **given)
+        if default is True:
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, **given)
+            return
+        parser.add_argument(flag, action="store_true", **given)
+        parser.add_argument(
+            _flag(f"no_{field.name}"), dest=field.name, action="store_false", **given | {"help": argparse.SUPPRESS}
+        )
         return
     inner, several = _element(hint)
     given["type"] = _reader(inner)
-    choices = allowed_values(field, inner)
-    name = metadata.get("metavar") or (field.name.rstrip("s") if several else field.name).upper().replace("_", "-")
-    given["metavar"] = "{" + ",".join(choices) + "}" if choices else name if given["type"] is not _json else "JSON"
+    given["metavar"] = metadata.get("metavar") or _metavar(
+        field.name.rstrip("s") if several else field.name, given["type"]
+    )
+    if choices := allowed_values(field, inner):
+        given["metavar"] = "{" + ",".join(choices) + "}"
+    needed = default is dataclasses.MISSING and not relaxed
     if metadata.get("positional"):
-        optional = default is not dataclasses.MISSING
-        nargs = ("*" if optional else "+") if several else ("?" if optional else None)
+        nargs = ("+" if needed else "*") if several else (None if needed else "?")
         parser.add_argument(field.name, nargs=nargs, **given)
-    else:
-        parser.add_argument(_flag(field.name), nargs="+" if several else None, **given)
+    if choices:
+        given["choices"] = [given["type"](choice) for choice in choices]
+    if not metadata.get("positional"):
+        parser.add_argument(flag, nargs="+" if several else None, required=needed, **given)
+    elif not needed:
+        parser.add_argument(flag, nargs="+" if several else None, **given | {"help": argparse.SUPPRESS})
 
 
 def parse(cls: type[Settings], arguments: Sequence[str], **parser_settings: Any) -> Settings:
@@ -96,8 +123,9 @@ def parse(cls: type[Settings], arguments: Sequence[str], **parser_settings: Any)
         ValueError: for values that the settings refuse.
     """
     parser = argparse.ArgumentParser(**parser_settings)
-    add_options(parser, cls)
-    return from_namespace(cls, parser.parse_args(hyphenated(arguments)))
+    words = understood(cls, arguments)
+    add_options(parser, cls, relaxed="--config" in words)
+    return from_namespace(cls, parser.parse_args(words))
 
 
 def from_namespace(cls: type[Settings], namespace: argparse.Namespace) -> Settings:
@@ -112,6 +140,22 @@ def given(cls: type, namespace: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in vars(namespace).items() if name in names}
 
 
+def understood(cls: type, arguments: Sequence[str]) -> list[str]:
+    """A command line as argparse reads it: options with hyphens, `--flag true` as `--flag`, `--flag false` as `--no-flag`."""
+    hints = typing.get_type_hints(cls)
+    flags = {_flag(name): _flag(f"no_{name}") for name, hint in hints.items() if _without_none(hint) is bool}
+    words: list[str] = []
+    for word in hyphenated(arguments):
+        name, equals, value = word.partition("=")
+        if name in flags and equals and value in ("true", "false"):
+            words += [name if value == "true" else flags[name]]
+        elif words and words[-1] in flags and "--" not in words and word in ("true", "false"):
+            words[-1] = words[-1] if word == "true" else flags[words[-1]]
+        else:
+            words.append(word)
+    return words
+
+
 def hyphenated(arguments: Sequence[str]) -> list[str]:
     """Options written with underscores (`--max_steps=3`) as they are known, with hyphens."""
     words, rest = [], False
@@ -122,6 +166,10 @@ def hyphenated(arguments: Sequence[str]) -> list[str]:
             word = name.replace("_", "-") + equals + value
         words.append(word)
     return words
+
+
+def _metavar(name: str, reader: Callable[[str], Any]) -> str:
+    return {int: "N", float: "X", _json: "JSON"}.get(reader) or name.rpartition("_")[2].upper()
 
 
 def _flag(name: str) -> str:
@@ -143,6 +191,34 @@ def _reader(hint: Any) -> Callable[[str], Any]:
     if typing.get_origin(hint) is typing.Literal:
         return type(typing.get_args(hint)[0])
     return hint if hint in (str, int, float, Path) else _json
+
+
+# ------------------------------------------------------------------------------------------------------- documentation
+
+
+def markdown_table(cls: type) -> str:
+    """The fields of a settings class as a Markdown table, for the documentation: name, type, default and help."""
+    hints = typing.get_type_hints(cls)
+    lines = ["| option | type | default | |", "| --- | --- | --- | --- |"]
+    for field in _in_order_of_help(cls):
+        default = default_of(field)
+        name = (
+            field.metadata.get("metavar") or field.name.upper()
+            if field.metadata.get("positional")
+            else _flag(field.name)
+        )
+        shown = "" if default is False or default in NOTHING else f"`{_shown(default)}`"
+        told = "**required**" if default is dataclasses.MISSING else shown
+        cells = [f"`{name}`", _told_type(field, hints[field.name]), told, field.metadata.get("help", "")]
+        lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
+    return "\n".join(lines)
+
+
+def _told_type(field: dataclasses.Field, hint: Any) -> str:
+    inner, several = _element(_without_none(hint))
+    names = {bool: "flag", str: "text", int: "whole number", float: "number", Path: "path"}
+    kind = " or ".join(f"`{one}`" for one in allowed_values(field, inner)) or names.get(inner, "JSON")
+    return f"several: {kind}" if several else kind
 
 
 # --------------------------------------------------------------------------------------------------------- types of fields
@@ -242,7 +318,7 @@ def _checked_one(field: dataclasses.Field, hint: Any, value: Any) -> Any:
     if hint is Path and isinstance(value, str):
         return Path(value)
     kind = typing.get_origin(hint) or hint
-    if isinstance(kind, type) and not isinstance(value, kind):
+    if kind is not Any and isinstance(kind, type) and not isinstance(value, kind):
         raise ValueError(f"{name}={value!r} must be of type {getattr(hint, '__name__', hint)}")
     return value
 
@@ -291,7 +367,9 @@ __all__ = [
     "given",
     "hyphenated",
     "make",
+    "markdown_table",
     "option",
     "parse",
     "read_yaml",
+    "understood",
 ]

@@ -14,9 +14,9 @@ from PIL import Image
 from devil_hf.checkpoints import CHECKPOINT
 from devil_hf.checkpoints.loading import load
 from devil_hf.cli import main as cli
-from devil_hf.cli.quickstart import TRANSLATOR, measure, quickstart, train_translator
 from devil_hf.data.shapes import make_scene
 from devil_hf.data.worlds import HELD_OUT_WORLD
+from devil_hf.report.quickstart import TRANSLATOR, measure, quickstart, train_translator
 from devil_hf.settings import read_yaml
 from devil_hf.training.recipe import Recipe
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from devil_hf.cli.quickstart import quickstart
 from devil_hf.data.captions import load_caption_folder, read_caption_records
+from devil_hf.report.quickstart import quickstart
 
 
 @pytest.mark.slow

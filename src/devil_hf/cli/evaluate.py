@@ -1,86 +1,130 @@
 """`devil evaluate`: what a checkpoint says, measured against ground truth."""
 
-import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from devil_hf.cli.verb import VERBS, JsonSettings, Verb, read_layers, state_scope
+from devil_hf.settings import option
 
 
-def add_evaluate(verbs) -> None:
-    """Add `evaluate` and its subjects."""
-    example = "devil evaluate neurons --milan MILANNOTATIONS --split within-resnet152-imagenet --checkpoint CHECKPOINT"
-    evaluate = add_verb(verbs, "evaluate", None, "measure a checkpoint against ground truth", example)
-    subjects = evaluate.add_subparsers(dest="subject", required=True)
-    neurons = add_verb(subjects, "neurons", run_evaluate_neurons, "score labels of units on MILANNOTATIONS", example)
-    neurons.add_argument(
-        "--milan", type=Path, required=True, metavar="ROOT", help="folder of NETWORK/DATASET/annotations.csv"
+@dataclass(kw_only=True)
+class EvaluateSettings(JsonSettings):
+    """What every evaluation has."""
+
+    checkpoint: str | None = option(
+        "directory or Hub id; embedded, or nothing: the package's own checkpoint", None, positional=True
     )
-    neurons.add_argument(
-        "--split", required=True, help="such as within-alexnet-imagenet or cnns-to-vit; a wrong one lists all"
-    )
-    neurons.add_argument("--checkpoint", help="directory or Hub id")
-    neurons.add_argument("--limit", type=int, help="only this many test units")
-    neurons.add_argument(
-        "--train-steps", type=int, default=0, help="first train on the split's training units (default: no)"
-    )
-    neurons.add_argument("--learning-rate", type=float, default=1e-4, help="of that training (default: %(default)s)")
-    neurons.add_argument("--seed", type=int, default=0, help="of that training (default: %(default)s)")
-    neurons.add_argument(
-        "--output-dir",
-        type=Path,
-        default=Path("devil-milan"),
-        help="labels.jsonl, where stopped labelling goes on, scores.json, and what was trained (default: %(default)s)",
-    )
-    neurons.add_argument("--strategy", choices=("greedy", "beam", "rerank"), default="rerank")
-    neurons.add_argument(
-        "--bert-model", default="roberta-large", help="name or directory for BERTScore; none leaves it out"
-    )
-    neurons.add_argument("--bert-layers", type=int, help="of a directory, how many layers to use (roberta-large: 17)")
-    neurons.add_argument("--bert-baseline", type=Path, help="of a directory, the file of values to rescale by")
-    neurons.add_argument("--device", help="default: cuda where there is one")
-    neurons.add_argument("--json", action="store_true", help="print JSON")
-    _add_captions(subjects)
-    _add_maps(subjects)
-    _add_controls(subjects)
-    _add_shapes(subjects)
+    device: str | None = option("default: cuda where there is one", None)
 
 
-def _add_captions(subjects) -> None:
-    example = "devil evaluate captions user/devil-resnet50-opt125m flickr8k --split test --output-dir scores/flickr8k"
-    captions = add_verb(subjects, "captions", run_evaluate_captions, "score what each layer says on captions", example)
-    add_caption_options(captions)
+@dataclass(kw_only=True)
+class CaptionsSettings(EvaluateSettings):
+    """Captions of images, and how they are described and compared."""
 
-
-def add_caption_options(captions: argparse.ArgumentParser) -> None:
-    """The options of `devil evaluate captions`, which scripts/evaluate.py has as well."""
-    captions.add_argument("checkpoint", metavar="CHECKPOINT", help="directory or Hub id; embedded: the package's own")
-    captions.add_argument("source", metavar="SOURCE", help="caption folder, shapes:COUNT, or YAML file of sources")
-    captions.add_argument("--split", help="of a caption folder; look at a test split once")
-    captions.add_argument(
-        "--metrics", nargs="+", help="bleu meteor rouge_l cider spice bertscore (default: all of them)"
+    checkpoint: str = option("directory or Hub id; embedded: the package's own", positional=True)
+    source: str = option("caption folder, shapes:COUNT, or YAML file of sources", positional=True)
+    split: str | None = option("of a caption folder; look at a test split once", None)
+    metrics: list[str] | None = option("bleu meteor rouge_l cider spice bertscore (default: all of them)", None)
+    limit: int | None = option("only this many images from the beginning", None)
+    batch_size: int = option("images at once, per process", 32)
+    guidance: float = option("above 1: favour what the features add", 1.0)
+    num_beams: int = option("1 is greedy", 1)
+    max_new_tokens: int = option("at most so many tokens", 30)
+    seed: int = option("of the shuffled control", 0)
+    output_dir: Path = option(
+        "of predictions.jsonl, where a stopped run goes on, and scores.json", Path("devil-captions")
     )
-    captions.add_argument("--limit", type=int, help="only this many images from the beginning")
-    captions.add_argument("--batch-size", type=int, default=32, help="images at once, per process (default: 32)")
-    captions.add_argument("--guidance", type=float, default=1.0, help="default: %(default)s")
-    captions.add_argument("--num-beams", type=int, default=1, help="default: greedy")
-    captions.add_argument("--max-new-tokens", type=int, default=30, help="default: %(default)s")
-    captions.add_argument("--seed", type=int, default=0, help="of the shuffled control (default: %(default)s)")
-    captions.add_argument(
-        "--output-dir",
-        type=Path,
-        default=Path("devil-captions"),
-        help="of predictions.jsonl, where a stopped run goes on, and scores.json (default: %(default)s)",
+    bert_model: str = option("name or directory", "roberta-large")
+    bert_layers: int | None = option("of a directory, how many layers to use (roberta-large: 17)", None)
+    bert_baseline: Path | None = option("of a directory, the file of values to rescale by", None)
+
+
+@dataclass(kw_only=True)
+class MapsSettings(EvaluateSettings):
+    """Localised phrases, and how they are mapped."""
+
+    source: str = option(
+        "shapes:COUNT[:SEED], COCO instances JSON, VOC folder, or folder of YOLO labels", "shapes:150", positional=True
     )
-    captions.add_argument("--bert-model", default="roberta-large", help="name or directory (default: %(default)s)")
-    captions.add_argument("--bert-layers", type=int, help="of a directory, how many layers to use (roberta-large: 17)")
-    captions.add_argument("--bert-baseline", type=Path, help="of a directory, the file of values to rescale by")
-    captions.add_argument("--device", help="default: cuda where there is one")
-    captions.add_argument("--json", action="store_true", help="print JSON")
+    images: Path | None = option("folder of the images, where it is not the usual one", None)
+    names: str | None = option("class names of YOLO labels: data.yaml, a text file, or FILE#KEY in JSON or YAML", None)
+    limit: int | None = option("only this many images", None)
+    layers: list[str] | None = option("names or indices of layers (default: every one)", None)
+    carrier: str = option('neutral word read before each phrase; "" for none', "the")
+    windows: list[str] = option(
+        "pool the square of this odd side around each place of a layer, where its own grid is finer than what it knows; "
+        "an index below zero needs the form --windows=-1=3",
+        [],
+        metavar="LAYER=SIDE",
+    )
+    joint: bool = option("also maps of all layers asked together", True)
+    boards: int = option("of 2, 3 and 4 images, for the multi-object game", 40)
+    captions: list[str] = option(
+        "captions of the training: class names that fewer than --seen of their images name are reported apart",
+        [],
+        metavar="FOLDER:SPLIT",
+    )
+    seen: int = option("images", 10)
+    gradcam: bool = option("also Grad-CAM of the backbone's classifier", False)
+    class_names: Path | None = option("of that classifier, one a line (default: ImageNet's)", None)
+    seed: int = option("of boards, random orders and intervals", 0)
+    output_dir: Path = option("maps, records, scores.json and maps.png; goes on where it stopped", Path("devil-maps"))
 
 
-def run_evaluate_captions(arguments: argparse.Namespace) -> None:
+@dataclass(kw_only=True)
+class ControlsSettings(EvaluateSettings):
+    """Captioned images, and what is asked of them."""
+
+    data: str = option(
+        "its held-out scenes, shapes:COUNT[:SEED], caption folder, YAML file of sources, or a source "
+        'such as "{kind: hub, path: user/data, image_column: image, caption_column: caption}"',
+        "shapes",
+    )
+    split: str | None = option("of a caption folder", None)
+    limit: int = option("only the first images", 200)
+    phrases: list[str] | None = option("words to map (default: frequent words of the captions)", None)
+    layers: list[str] | None = option("layers to map (default: those with at most 256 places)", None)
+    map_images: int = option("images to map", 50)
+    max_new_tokens: int = option("at most so many tokens", 30)
+    batch_size: int = option("images at once", 32)
+    seed: int = option("of orders and noise", 0)
+    output_dir: Path = option("scores, descriptions and maps; a stopped run goes on from there", Path("devil-controls"))
+
+
+@dataclass(kw_only=True)
+class ShapesSettings(EvaluateSettings):
+    """Which scenes."""
+
+    limit: int = option("held-out scenes", 300)
+    seed: int = option("of the world", 1)
+    batch_size: int = option("scenes at once", 25)
+    output_dir: Path = option("scores, answers and the figure; a stopped run goes on from there", Path("devil-shapes"))
+
+
+@dataclass(kw_only=True)
+class MilanSettings(EvaluateSettings):
+    """Which units, how they are labelled and compared."""
+
+    milan: Path = option("folder of NETWORK/DATASET/annotations.csv", metavar="ROOT")
+    split: str = option("such as within-alexnet-imagenet or cnns-to-vit; a wrong one lists all")
+    limit: int | None = option("only this many test units", None)
+    train_steps: int = option("first train on the split's training units; 0: no", 0)
+    learning_rate: float = option("of that training", 1e-4)
+    seed: int = option("of that training", 0)
+    output_dir: Path = option(
+        "labels.jsonl, where stopped labelling goes on, scores.json, and what was trained", Path("devil-milan")
+    )
+    strategy: Literal["greedy", "beam", "rerank"] = option("how a label is chosen", "rerank")
+    bert_model: str = option("name or directory for BERTScore; none leaves it out", "roberta-large")
+    bert_layers: int | None = option("of a directory, how many layers to use (roberta-large: 17)", None)
+    bert_baseline: Path | None = option("of a directory, the file of values to rescale by", None)
+
+
+def run_evaluate_captions(arguments: Any) -> None:
     from accelerate import PartialState
 
     from devil_hf.checkpoints.loading import load
@@ -114,64 +158,7 @@ def run_evaluate_captions(arguments: argparse.Namespace) -> None:
         print(json.dumps(content) if arguments.json else caption_table(content))
 
 
-def _add_maps(subjects) -> None:
-    example = "devil evaluate maps CHECKPOINT coco/annotations/instances_val2017.json --carrier a --limit 500"
-    maps = add_verb(subjects, "maps", run_evaluate_maps, "score attribution maps against masks and boxes", example)
-    maps.add_argument(
-        "checkpoint", nargs="?", metavar="CHECKPOINT", help="default: the shapes-world checkpoint of the package"
-    )
-    maps.add_argument(
-        "source",
-        nargs="?",
-        default="shapes:150",
-        metavar="SOURCE",
-        help="shapes:COUNT[:SEED], COCO instances JSON, VOC folder, or folder of YOLO labels (default: %(default)s)",
-    )
-    maps.add_argument("--images", type=Path, help="folder of the images, where it is not the usual one")
-    maps.add_argument("--names", help="class names of YOLO labels: data.yaml, a text file, or FILE#KEY in JSON or YAML")
-    maps.add_argument("--limit", type=int, help="only this many images")
-    maps.add_argument("--layers", nargs="+", help="names or indices of layers (default: every one)")
-    maps.add_argument(
-        "--carrier", default="the", help='neutral word read before each phrase; "" for none (default: %(default)s)'
-    )
-    maps.add_argument(
-        "--windows",
-        nargs="+",
-        default=[],
-        metavar="LAYER=SIDE",
-        help="pool the square of this odd side around each place of a layer, where its own grid is finer than what it knows; "
-        "an index below zero needs the form --windows=-1=3",
-    )
-    maps.add_argument(
-        "--no-joint", dest="joint", action="store_false", help="leave out maps of all layers asked together"
-    )
-    maps.add_argument(
-        "--boards", type=int, default=40, help="of 2, 3 and 4 images, for the multi-object game (default: %(default)s)"
-    )
-    maps.add_argument(
-        "--captions",
-        nargs="+",
-        default=[],
-        metavar="FOLDER:SPLIT",
-        help="captions of the training: class names that fewer than --seen of their images name are reported apart",
-    )
-    maps.add_argument("--seen", type=int, default=10, help="default: %(default)s images")
-    maps.add_argument("--gradcam", action="store_true", help="also Grad-CAM of the backbone's classifier")
-    maps.add_argument("--class-names", type=Path, help="of that classifier, one a line (default: ImageNet's)")
-    maps.add_argument(
-        "--seed", type=int, default=0, help="of boards, random orders and intervals (default: %(default)s)"
-    )
-    maps.add_argument(
-        "--output-dir",
-        type=Path,
-        default=Path("devil-maps"),
-        help="maps, records, scores.json and maps.png; goes on where it stopped (default: %(default)s)",
-    )
-    maps.add_argument("--device", help="default: cuda where there is one")
-    maps.add_argument("--json", action="store_true", help="print JSON")
-
-
-def run_evaluate_maps(arguments: argparse.Namespace) -> None:
+def run_evaluate_maps(arguments: Any) -> None:
     from devil_hf.checkpoints.loading import load
     from devil_hf.data.objects import open_localised
     from devil_hf.data.worlds import parse_world
@@ -218,40 +205,7 @@ def run_evaluate_maps(arguments: argparse.Namespace) -> None:
     print(f"scores, maps and picture: {arguments.output_dir}", file=sys.stderr)
 
 
-def _add_controls(subjects) -> None:
-    controls = add_verb(
-        subjects,
-        "controls",
-        run_evaluate_controls,
-        "test whether it is the features that speak; exit code 0: trusted, 3: not trusted, 1: error",
-        "devil evaluate controls CHECKPOINT --data flickr8k --split val --limit 100",
-    )
-    controls.add_argument("checkpoint", nargs="?", help="directory or Hub id (default: the shapes-world checkpoint)")
-    controls.add_argument(
-        "--data",
-        default="shapes",
-        help='"shapes" (default: its held-out scenes), shapes:COUNT[:SEED], caption folder, YAML file of sources, or a source '
-        'such as "{kind: hub, path: user/data, image_column: image, caption_column: caption}"',
-    )
-    controls.add_argument("--split", help="of a caption folder")
-    controls.add_argument("--limit", type=int, default=200, help="only the first images (default: %(default)s)")
-    controls.add_argument("--phrases", nargs="+", help="words to map (default: frequent words of the captions)")
-    controls.add_argument("--layers", nargs="+", help="layers to map (default: those with at most 256 places)")
-    controls.add_argument("--map-images", type=int, default=50, help="images to map (default: %(default)s)")
-    controls.add_argument("--max-new-tokens", type=int, default=30, help="default: %(default)s")
-    controls.add_argument("--batch-size", type=int, default=32, help="default: %(default)s")
-    controls.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-    controls.add_argument(
-        "--output-dir",
-        type=Path,
-        default=Path("devil-controls"),
-        help="scores, descriptions and maps; a stopped run goes on from there (default: %(default)s)",
-    )
-    controls.add_argument("--device", help="default: cuda where there is one")
-    controls.add_argument("--json", action="store_true", help="print JSON")
-
-
-def run_evaluate_controls(arguments: argparse.Namespace) -> int:
+def run_evaluate_controls(arguments: Any) -> int:
     from devil_hf.checkpoints.loading import load
     from devil_hf.data.captioned import open_captioned
     from devil_hf.evaluation.controls import UNTRUSTED, control_table, run_controls
@@ -275,29 +229,7 @@ def run_evaluate_controls(arguments: argparse.Namespace) -> int:
     return 0 if result["verdict"]["passed"] else UNTRUSTED
 
 
-def _add_shapes(subjects) -> None:
-    shapes = add_verb(
-        subjects,
-        "shapes",
-        run_evaluate_shapes,
-        "measure what each layer knows of the shapes world, where every answer is known exactly",
-        "devil evaluate shapes CHECKPOINT --output-dir devil-shapes",
-    )
-    shapes.add_argument("checkpoint", nargs="?", help="directory or Hub id (default: the shapes-world checkpoint)")
-    shapes.add_argument("--limit", type=int, default=300, help="held-out scenes (default: %(default)s)")
-    shapes.add_argument("--seed", type=int, default=1, help="of the world (default: %(default)s, which is held out)")
-    shapes.add_argument("--batch-size", type=int, default=25, help="default: %(default)s")
-    shapes.add_argument(
-        "--output-dir",
-        type=Path,
-        default=Path("devil-shapes"),
-        help="scores, answers and the figure; a stopped run goes on from there (default: %(default)s)",
-    )
-    shapes.add_argument("--device", help="default: cuda where there is one")
-    shapes.add_argument("--json", action="store_true", help="print JSON")
-
-
-def run_evaluate_shapes(arguments: argparse.Namespace) -> None:
+def run_evaluate_shapes(arguments: Any) -> None:
     from devil_hf.checkpoints.loading import load
     from devil_hf.evaluation.shapes import ground_truth, knowledge_panels, knowledge_table
     from devil_hf.report.figures import knowledge_figure
@@ -317,7 +249,7 @@ def run_evaluate_shapes(arguments: argparse.Namespace) -> None:
     print(json.dumps(result) if arguments.json else f"{knowledge_table(result)}\n\nfigure: {picture}")
 
 
-def run_evaluate_neurons(arguments: argparse.Namespace) -> None:
+def run_evaluate_neurons(arguments: Any) -> None:
     from devil_hf.checkpoints.loading import load
     from devil_hf.data.milan import open_milan
     from devil_hf.evaluation.milan import label_annotated_units, neuron_table, null_label, table_text
@@ -372,26 +304,6 @@ def run_evaluate_neurons(arguments: argparse.Namespace) -> None:
     print(f"scores and labels: {folder}", file=sys.stderr)
 
 
-def add_verb(verbs, name: str, run, summary: str, example: str) -> argparse.ArgumentParser:
-    """A verb of the command line whose help ends with an example."""
-    parser = verbs.add_parser(
-        name,
-        help=summary,
-        description=summary[0].upper() + summary[1:] + ".",
-        epilog=f"example:\n  {example}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.set_defaults(run=run)
-    return parser
-
-
-def read_layers(names: list[str] | None, known: Sequence[str]) -> list[str | int] | None:
-    """Layers as typed: a name wins over an index, since some networks name their layers by numbers."""
-    if names is None:
-        return None
-    return [int(name) if name not in known and name.lstrip("-").isdigit() else name for name in names]
-
-
 def read_windows(typed: Sequence[str], layers: Sequence[str | int], known: Sequence[str]) -> dict[str, int]:
     """Windows as typed, LAYER=SIDE, by the layer's full name.
 
@@ -419,7 +331,56 @@ def read_windows(typed: Sequence[str], layers: Sequence[str | int], known: Seque
     return windows
 
 
-def state_scope(model) -> None:
-    """Say what a checkpoint knows, where it says so."""
-    if model.config.scope:
-        print(f"note: {model.config.scope}", file=sys.stderr)
+SUBJECTS = {
+    "neurons": Verb(
+        "neurons",
+        "score labels of units on MILANNOTATIONS",
+        "devil evaluate neurons --milan MILANNOTATIONS --split within-resnet152-imagenet --checkpoint CHECKPOINT",
+        lambda: MilanSettings,
+        run_evaluate_neurons,
+    ),
+    "captions": Verb(
+        "captions",
+        "score what each layer says on captions",
+        "devil evaluate captions user/devil-resnet50-opt125m flickr8k --split test --output-dir scores/flickr8k",
+        lambda: CaptionsSettings,
+        run_evaluate_captions,
+    ),
+    "maps": Verb(
+        "maps",
+        "score attribution maps against masks and boxes",
+        "devil evaluate maps CHECKPOINT coco/annotations/instances_val2017.json --carrier a --limit 500",
+        lambda: MapsSettings,
+        run_evaluate_maps,
+    ),
+    "controls": Verb(
+        "controls",
+        "test whether it is the features that speak; exit code 0: trusted, 3: not trusted, 1: error",
+        "devil evaluate controls CHECKPOINT --data flickr8k --split val --limit 100",
+        lambda: ControlsSettings,
+        run_evaluate_controls,
+    ),
+    "shapes": Verb(
+        "shapes",
+        "measure what each layer knows of the shapes world, where every answer is known exactly",
+        "devil evaluate shapes CHECKPOINT --output-dir devil-shapes",
+        lambda: ShapesSettings,
+        run_evaluate_shapes,
+    ),
+}
+
+
+def subjects() -> Mapping[str, Verb]:
+    """The evaluations."""
+    return SUBJECTS
+
+
+VERBS.register(
+    "evaluate",
+    Verb(
+        "evaluate",
+        "measure a checkpoint against ground truth",
+        "devil evaluate shapes CHECKPOINT",
+        subjects=subjects,
+    ),
+)

@@ -1,0 +1,61 @@
+"""`devil attribute`: where in an image words come from, as maps."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from devil_hf.cli.verb import VERBS, LayerSettings, Verb, open_checkpoint, read_layers, show
+from devil_hf.settings import option
+
+UNITS = {"evidence": "nats per token over the null prefix", "per_token": "nats per token", "sum": "nats"}
+
+
+@dataclass(kw_only=True)
+class AttributeSettings(LayerSettings):
+    """Maps of phrases by layers."""
+
+    image: str = option("a file or URL", positional=True)
+    phrases: list[str] = option("words whose places are asked", positional=True)
+    measure: Literal["evidence", "per_token", "sum"] = option("what a map tells of each place", "evidence")
+    combine: Literal["informed", "mean", "joint"] | None = option("one map from all the layers", None)
+    window: int = option("side of the square around each place", 1)
+    carrier: str | None = option('a neutral word read before each phrase, such as "the"', None)
+    output: Path = option("picture to write", Path("maps.png"))
+
+
+def attribute(settings: AttributeSettings) -> None:
+    """Map, draw and print."""
+    from devil_hf.model.image_processing_devil import load_images
+    from devil_hf.report.figures import attribution_figure
+
+    (image,) = load_images(settings.image)
+    model, processor = open_checkpoint(settings.checkpoint, settings.device)
+    output = model.attribute(
+        **processor(images=image, return_tensors="pt"),
+        phrases=processor(text=settings.phrases, carrier=settings.carrier, return_tensors="pt"),
+        layers=read_layers(settings.layers, model.layer_names),
+        measure=settings.measure,
+        combine=settings.combine,
+        window=settings.window,
+    )
+    output.maps = {name: one.cpu() for name, one in output.maps.items()}
+    attribution_figure(processor, image, output, settings.phrases).save(settings.output)
+    lines = [f"highest value and its place, in {UNITS[settings.measure]}"]
+    for name, one in output.maps.items():
+        for phrase, values in zip(settings.phrases, one[0], strict=True):
+            row, column = divmod(int(values.argmax()), values.shape[1])
+            lines.append(f"{name}  {phrase}: {values.max():+.2f} at ({row}, {column})")
+    lines.append(f"maps: {settings.output}")
+    show(settings, {name: one[0].tolist() for name, one in output.maps.items()}, "\n".join(lines))
+
+
+VERBS.register(
+    "attribute",
+    Verb(
+        "attribute",
+        "map where words come from",
+        'devil attribute photo.jpg "a dog" grass --layers layer3 layer4 --output maps.png',
+        lambda: AttributeSettings,
+        attribute,
+    ),
+)

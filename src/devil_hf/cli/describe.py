@@ -1,0 +1,117 @@
+"""`devil describe`: what each layer sees in images, as sentences."""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from devil_hf.cli.verb import VERBS, LayerSettings, Verb, open_checkpoint, read_layers, show
+from devil_hf.settings import option
+
+
+@dataclass(kw_only=True)
+class DescribeSettings(LayerSettings):
+    """Descriptions of images by layers, places and words."""
+
+    images: list[str] = option("files or URLs", positional=True)
+    locations: list[str] | None = option('places of each layer\'s grid, or "all"', None, metavar="ROW,COLUMN")
+    window: int = option("side of the square around each place", 1)
+    evidence: bool = option("print what each word owes to the features, in nats", False)
+    guidance: float = option("above 1: favour what the features add", 1.0)
+    max_new_tokens: int = option("at most so many tokens", 30)
+    num_beams: int = option("1 is greedy; with --grounded the candidates, which are 8 then", 1)
+    grounded: bool = option("one description per image, the one whose phrases its places support best", False)
+    output: Path | None = option("also draw the image beside the words, into this file", None)
+
+    def validate(self) -> None:
+        """Raise a ValueError for places that cannot be read, and for what --grounded leaves no room for."""
+        self.places()
+        if not self.grounded:
+            return
+        for name, value in {"locations": None, "window": 1, "evidence": False, "output": None}.items():
+            if getattr(self, name) != value:
+                raise ValueError(f"--grounded describes whole images, phrase by phrase: leave out --{name}")
+        if self.guidance != 1.0:
+            raise ValueError(f"--grounded weighs the places instead: leave out --guidance {self.guidance}")
+
+    def places(self) -> str | list[tuple[int, int]] | None:
+        """The locations, as `model.describe` takes them."""
+        if self.locations is None or self.locations == ["all"]:
+            return "all" if self.locations else None
+        try:
+            pairs = [tuple(int(number) for number in place.split(",")) for place in self.locations]
+        except ValueError:
+            pairs = []
+        if not pairs or any(len(pair) != 2 for pair in pairs):
+            raise ValueError(f'locations {self.locations} are not ROW,COLUMN pairs such as 3,4, nor "all"')
+        return [(pair[0], pair[1]) for pair in pairs]
+
+
+def describe(settings: DescribeSettings) -> None:
+    """Describe, draw and print."""
+    from devil_hf.model.image_processing_devil import load_images
+
+    images = [image for path in settings.images for image in load_images(path)]
+    model, processor = open_checkpoint(settings.checkpoint, settings.device)
+    asked = {
+        **processor(images=images, return_tensors="pt"),
+        "layers": read_layers(settings.layers, model.layer_names),
+        "max_new_tokens": settings.max_new_tokens,
+    }
+    if settings.grounded:
+        _describe_grounded(settings, model, processor, asked)
+        return
+    output = model.describe(
+        **asked,
+        locations=settings.places(),
+        window=settings.window,
+        evidence=settings.evidence,
+        guidance=settings.guidance,
+        num_beams=settings.num_beams,
+    )
+    rows = processor.post_process_descriptions(output, settings.images)
+    if settings.output:
+        from devil_hf.report.figures import layers_figure
+
+        texts: list[list[tuple[str, str]]] = [[] for _ in images]
+        for index, row in zip(output.image_index.tolist(), rows, strict=True):
+            texts[index].append((_place(row), row["description"]))
+        layers_figure(images, texts).save(settings.output)
+    show(settings, rows, "\n".join(line for row in rows for line in _lines(row, settings.evidence)))
+
+
+def _place(row: dict[str, Any]) -> str:
+    return row["layer"] + (f" {row['location']}" if row["location"] else "")
+
+
+def _lines(row: dict[str, Any], evidence: bool) -> list[str]:
+    lines = [f"{row['image']}  {_place(row)}: {row['description']}"]
+    if evidence:
+        lines.append("    " + "  ".join(f"{word}{value:+.1f}" for word, value in row["words"]))
+    return lines
+
+
+def _describe_grounded(settings: DescribeSettings, model, processor, asked: dict[str, Any]) -> None:
+    """One description per image, with the evidence of each phrase in nats."""
+    from devil_hf.questions.grounding import CANDIDATES, describe_grounded
+
+    candidates = settings.num_beams if settings.num_beams > 1 else CANDIDATES
+    found = list(zip(settings.images, describe_grounded(model, processor, **asked, candidates=candidates), strict=True))
+    lines = []
+    for image, description in found:
+        lines.append(f"{image}: {description.text}")
+        lines.append("    " + "  ".join(f"{phrase.text} {phrase.evidence:+.1f}" for phrase in description.phrases))
+    record = [{"image": image, **dataclasses.asdict(description)} for image, description in found]
+    show(settings, record, "\n".join(lines))
+
+
+VERBS.register(
+    "describe",
+    Verb(
+        "describe",
+        "say what each layer sees in images",
+        "devil describe photo.jpg --checkpoint user/devil-resnet50-opt125m --layers layer3 layer4",
+        lambda: DescribeSettings,
+        describe,
+    ),
+)
