@@ -9,7 +9,7 @@ import torch
 from devil_hf.data.rendering import SCENE_SIZE, SceneObject
 from devil_hf.data.shapes import ATTRIBUTE_WORDS, COLOURS, RELATIONS, VOCABULARY, Scene, make_scene, sample_scene
 from devil_hf.data.worlds import World
-from devil_hf.evaluation.maps.pointing import chance_pointing, hit_cells, pointing_game
+from devil_hf.evaluation.maps.pointing import chance_pointing, hit_cells, pointing
 from devil_hf.evaluation.text.words import WordCounts, words_of
 from devil_hf.training import small_models as embedded
 from devil_hf.training.caption_language_model import IGNORED_INDEX
@@ -219,13 +219,13 @@ def test_pointing_game_and_its_chance():
     mask[32:64, 64:96] = True  # exactly cell (1, 2) of a 4 x 4 grid
     attribution = torch.zeros(4, 4)
     attribution[1, 2] = 1.0
-    assert pointing_game(attribution, mask) and not pointing_game(attribution.T, mask)
+    assert pointing(attribution, mask) and not pointing(attribution.T, mask)
     assert chance_pointing((4, 4), mask) == 1 / 16
     assert chance_pointing((4, 4), np.ones((128, 128))) == 1.0
     with pytest.raises(ValueError, match="shows no object"):
-        pointing_game(attribution, np.zeros((128, 128)))
-    with pytest.raises(ValueError, match="no NaN"):
-        pointing_game(attribution.fill_(float("nan")), mask)
+        pointing(attribution, np.zeros((128, 128)))
+    with pytest.raises(ValueError, match="finite"):
+        pointing(attribution.fill_(float("nan")), mask)
 
 
 def test_word_counts_are_of_sets_of_words_over_all_texts():

@@ -1,6 +1,7 @@
 """What each layer knows of the shapes world: answers against exact truth."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +13,8 @@ from devil_hf.checkpoints.loading import load
 from devil_hf.cli import main as cli
 from devil_hf.data.shapes import ATTRIBUTE_WORDS, make_scene
 from devil_hf.evaluation import shapes as truth
-from devil_hf.evaluation.maps.pointing import pointing_game
+from devil_hf.evaluation.evaluator import evaluate
+from devil_hf.evaluation.maps.pointing import pointing
 from devil_hf.evaluation.results import read_evaluations
 from devil_hf.report.figures import knowledge_figure
 
@@ -25,7 +27,7 @@ def answers(tmp_path_factory):
     folder = tmp_path_factory.mktemp("shapes")
     assert cli.main(["evaluate", "shapes", "--limit", str(SCENES), "--output-dir", str(folder), "--device", "cpu"]) == 0
     rows = [json.loads(line) for line in (folder / "shapes.jsonl").read_text().splitlines()[1:]]
-    return folder, json.loads((folder / "shapes.json").read_text()), {row["key"]: row["row"] for row in rows}
+    return folder, json.loads((folder / "scores.json").read_text()), {row["key"]: row["row"] for row in rows}
 
 
 def test_depth_shows_in_shape_and_not_in_colour(answers):
@@ -49,7 +51,7 @@ def test_the_table_and_the_figure_show_every_layer(answers):
         assert any(line.startswith(layer) for line in table.splitlines())
     assert "relation" in table and "size" in table and "count" in table
     picture = Image.open(folder / "layers.png")
-    (evaluation,) = read_evaluations(folder / "shapes.json")
+    (evaluation,) = read_evaluations(folder / "scores.json")
     assert evaluation.scores["layer2"]["place_colour"] == result["places_chosen"]["layer2"]["colour"]
     assert evaluation.controls["chance"]["pointing_shape"] < evaluation.scores["mean"]["pointing_shape"]
     assert min(picture.size) > 300 and (folder / "layers.png").stat().st_size < 200_000
@@ -58,10 +60,31 @@ def test_the_table_and_the_figure_show_every_layer(answers):
 def test_answers_are_not_asked_twice(answers, monkeypatch):
     folder, result, _ = answers
     monkeypatch.setattr(DevilModel, "extract_features", None)
-    again = truth.ground_truth(*load(device="cpu"), folder, scenes=SCENES)
-    assert json.loads(json.dumps(again)) == result
+    settings = truth.ShapesSettings(limit=SCENES, output_dir=folder)
+    again = evaluate("shapes", settings, *load(device="cpu"))
+    assert json.loads(json.dumps(again.as_record())) == result
     with pytest.raises(ValueError, match="seed"):
-        truth.ground_truth(*load(device="cpu"), folder, scenes=SCENES, seed=5)
+        evaluate("shapes", replace(settings, seed=5), *load(device="cpu"))
+
+
+def test_some_questions_have_the_same_answers_as_all(answers, tmp_path):
+    """What `devil quickstart` asks: descriptions of every scene, pointing in the first ones."""
+    _, result, rows = answers
+    settings = truth.ShapesSettings(limit=4, questions=["described", "pointing"], pointing_limit=2, output_dir=tmp_path)
+    few = evaluate("shapes", settings, *load(device="cpu"))
+    found = {
+        line["key"]: line["row"] for line in map(json.loads, (tmp_path / "shapes.jsonl").read_text().splitlines()[1:])
+    }
+    for key in "0123":
+        assert found[key]["said"] == rows[key]["said"]
+        assert found[key]["pointing"] == (rows[key]["pointing"] if int(key) < 2 else [])
+    assert "chosen" not in few.details and set(few.scores["all"]) == {
+        name for name in result["scores"]["all"] if name.startswith("f1_")
+    }
+    assert few.details["chance_pointing"] == np.mean(
+        [chance for key in "01" for p in rows[key]["pointing"] for _, chance in p["games"].values()]
+    )
+    assert not (tmp_path / "layers.png").exists()
 
 
 def test_places_and_maps_are_those_of_the_public_calls(answers):
@@ -81,7 +104,7 @@ def test_places_and_maps_are_those_of_the_public_calls(answers):
     for phrase in row["pointing"]:
         maps = model.attribute(pixel_values, processor(text=phrase["text"], carrier="the"), "layer3").maps["layer3"]
         (found,) = (p for p in scene.unique_phrases() if p.text == phrase["text"])
-        assert phrase["games"]["layer3"][0] == pointing_game(maps[0, 0].numpy(), scene.masks[found.object_index])
+        assert phrase["games"]["layer3"][0] == pointing(maps[0, 0].numpy(), scene.masks[found.object_index])
 
 
 def test_captions_of_the_grammar_are_perfect_descriptions():

@@ -23,7 +23,8 @@ from devil_hf.evaluation.maps.collecting import (
     shown_weights,
 )
 from devil_hf.evaluation.maps.gradcam import ClassMapper
-from devil_hf.evaluation.maps.measures import centre_prior, pointing
+from devil_hf.evaluation.maps.measures import centre_prior
+from devil_hf.evaluation.maps.pointing import pointing
 from devil_hf.evaluation.maps.scores import as_results, maps_table, named_in_captions, score_maps, summarise
 from devil_hf.evaluation.results import read_evaluations
 from devil_hf.model.combining_devil import combine_maps

@@ -16,11 +16,10 @@ from devil_hf.evaluation.maps.measures import (
     energy_pointing,
     enlarge,
     overlaps,
-    pointing,
     relative,
     tile_crops,
 )
-from devil_hf.evaluation.maps.pointing import chance_pointing, pointing_game
+from devil_hf.evaluation.maps.pointing import chance_pointing, hit_cells, pointing
 from devil_hf.evaluation.maps.scores import Sample, summarise
 
 SIZE = (24, 32)
@@ -67,10 +66,15 @@ def test_a_map_that_never_speaks_for_its_phrase_points_no_energy_at_it(mask):
     assert energy_pointing(-np.ones(SIZE), mask) == 0
 
 
-def test_pointing_without_ties_is_the_pointing_game(rng, mask):
+def test_pointing_is_the_hit_of_the_maximum_and_ties_share(rng, mask):
     for _ in range(30):
         values = rng.normal(size=(6, 8))
-        assert pointing(values, mask) == pointing_game(values, mask)
+        hits = hit_cells((6, 8), mask)
+        assert pointing(values, mask) == float(hits.flat[values.argmax()])
+    top = values.max() + 1
+    values[hits] = top
+    values.flat[int(np.flatnonzero(~hits)[0])] = top  # several maxima, one of them beside the object
+    assert pointing(values, mask) == hits.sum() / (hits.sum() + 1)
 
 
 @pytest.mark.parametrize("levels", [3, 400])

@@ -96,16 +96,6 @@ class ControlsSettings(EvaluateSettings):
 
 
 @dataclass(kw_only=True)
-class ShapesSettings(EvaluateSettings):
-    """Which scenes."""
-
-    limit: int = option("held-out scenes", 300)
-    seed: int = option("of the world", 1)
-    batch_size: int = option("scenes at once", 25)
-    output_dir: Path = option("scores, answers and the figure; a stopped run goes on from there", Path("devil-shapes"))
-
-
-@dataclass(kw_only=True)
 class MilanSettings(EvaluateSettings):
     """Which units, how they are labelled and compared."""
 
@@ -229,26 +219,6 @@ def run_evaluate_controls(arguments: Any) -> int:
     return 0 if result["verdict"]["passed"] else UNTRUSTED
 
 
-def run_evaluate_shapes(arguments: Any) -> None:
-    from devil_hf.checkpoints.loading import load
-    from devil_hf.evaluation.shapes import ground_truth, knowledge_panels, knowledge_table
-    from devil_hf.report.figures import knowledge_figure
-
-    model, processor = load(arguments.checkpoint, arguments.device)
-    state_scope(model)
-    result = ground_truth(
-        model,
-        processor,
-        arguments.output_dir,
-        scenes=arguments.limit,
-        seed=arguments.seed,
-        batch_size=arguments.batch_size,
-    )
-    picture = arguments.output_dir / "layers.png"
-    knowledge_figure(*knowledge_panels(result), "What each layer knows").save(picture, optimize=True)
-    print(json.dumps(result) if arguments.json else f"{knowledge_table(result)}\n\nfigure: {picture}")
-
-
 def run_evaluate_neurons(arguments: Any) -> None:
     from devil_hf.checkpoints.loading import load
     from devil_hf.data.milan import open_milan
@@ -360,19 +330,23 @@ SUBJECTS = {
         lambda: ControlsSettings,
         run_evaluate_controls,
     ),
-    "shapes": Verb(
-        "shapes",
-        "measure what each layer knows of the shapes world, where every answer is known exactly",
-        "devil evaluate shapes CHECKPOINT --output-dir devil-shapes",
-        lambda: ShapesSettings,
-        run_evaluate_shapes,
-    ),
 }
 
 
 def subjects() -> Mapping[str, Verb]:
-    """The evaluations."""
-    return SUBJECTS
+    """The evaluations: every entry of the registry of evaluators."""
+    from devil_hf.evaluation.evaluator import EVALUATORS, run_and_print
+
+    return SUBJECTS | {
+        name: Verb(
+            name,
+            one.summary,
+            one.example,
+            lambda one=one: one.Settings,
+            lambda settings, name=name: run_and_print(name, settings),
+        )
+        for name, one in EVALUATORS.items()
+    }
 
 
 VERBS.register(

@@ -49,7 +49,7 @@ from devil_hf.evaluation.statistics import Ratio, bootstrap_draws, interval
 from devil_hf.evaluation.text.metrics import BLEU
 from devil_hf.evaluation.text.ngrams import CiderD, bleu, rouge_l
 from devil_hf.evaluation.text.tokens import ptb_tokens
-from devil_hf.evaluation.text.words import words_of
+from devil_hf.evaluation.text.words import CARRIER, words_of
 from devil_hf.model.backbone_devil import resolve_layers, weights_hash
 from devil_hf.model.modeling_devil import DevilModel
 from devil_hf.model.processing_devil import DevilProcessor
@@ -58,7 +58,6 @@ INTACT = "all"  # as results name all layers together
 MARGINS = {"cider": 0.01, "word_f1": 0.05, "evidence": 0.02}
 MAP_CORRELATION_LIMIT = 0.5
 FLAT = 1e-3  # nats per token: a map that differs by less from place to place says nothing
-CARRIER = "the"  # the paper's neutral word before a phrase; a bare "circle" is no way to begin a caption
 STATISTICS_BATCH = 32  # images at once when the statistics of random batch norms are estimated
 MAP_PLACES = 256  # layers with more locations are left out of the maps unless asked for
 WORDS = {word for words in ATTRIBUTE_WORDS.values() for word in words}

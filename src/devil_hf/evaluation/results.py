@@ -76,6 +76,8 @@ class Evaluation:
         settings: whatever else decides the numbers.
         verdict: `{"passed": bool, "reason": str}` where the evaluation judged its controls itself.
         weights: `fingerprint` of the model that was measured, where it was recorded.
+        details: what else belongs into the file, by name; it is not read again.
+        text, exit_code: for the command line, not part of the file.
     """
 
     title: str
@@ -85,6 +87,19 @@ class Evaluation:
     settings: dict[str, Any] = field(default_factory=dict)
     verdict: dict[str, Any] | None = None
     weights: str | None = None
+    details: dict[str, Any] = field(default_factory=dict, compare=False)
+    text: str = field(default="", compare=False, repr=False)
+    exit_code: int = field(default=0, compare=False, repr=False)
+
+    def as_record(self) -> dict[str, Any]:
+        """The one layout of results, see above."""
+        record = {name: getattr(self, name) for name in ("title", "dataset", "settings", "scores", "controls")}
+        record |= {"verdict": self.verdict} if self.verdict is not None else {}
+        return record | self.details | {"weights": self.weights}
+
+    def write(self, file: str | PathLike) -> None:
+        """Write the result as JSON."""
+        Path(file).write_text(json.dumps(self.as_record(), indent=1) + "\n", encoding="utf-8")
 
     @property
     def metrics(self) -> list[str]:

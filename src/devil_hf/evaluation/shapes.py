@@ -16,95 +16,154 @@ Four questions are asked of held-out scenes:
 Beside them a constant answer, the best that knows the frequencies and no image; descriptions dealt to other scenes; and chance.
 """
 
-import json
 from collections.abc import Mapping, Sequence
-from os import PathLike
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from devil_hf.data.rendering import SceneObject
 from devil_hf.data.shapes import ATTRIBUTE_WORDS, RELATIONS, SHAPES, SIZES, Scene
 from devil_hf.data.worlds import HELD_OUT_WORLD, World
-from devil_hf.evaluation.controls import CARRIER
-from devil_hf.evaluation.maps.pointing import chance_pointing, pointing_game
-from devil_hf.evaluation.records import Records
-from devil_hf.evaluation.results import fingerprint
-from devil_hf.evaluation.text.words import WordCounts, word_list
-from devil_hf.model.backbone_devil import weights_hash
+from devil_hf.evaluation.evaluator import EVALUATORS, EvaluationSettings, Evaluator
+from devil_hf.evaluation.maps.pointing import chance_pointing, pointing
+from devil_hf.evaluation.results import CHANCE, Evaluation
+from devil_hf.evaluation.tables import table
+from devil_hf.evaluation.text.words import CARRIER, WordCounts, word_list
 from devil_hf.model.combining_devil import COMBINATIONS, combine_maps
 from devil_hf.model.modeling_devil import DevilModel
 from devil_hf.model.processing_devil import DevilProcessor
+from devil_hf.settings import option
 
+QUESTIONS = ("described", "chosen", "places", "pointing")
 CLASSES = {**ATTRIBUTE_WORDS, "size": tuple(SIZES)}
 VOCABULARY = [word for words in ATTRIBUTE_WORDS.values() for word in words]
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 MAX_NEW_TOKENS = 40
+FLAT = {"described": "f1", "chosen": "chosen", "places_chosen": "place", "pointing": "pointing"}  # part -> prefix
+BESIDE = ("constant", "shuffled", CHANCE)  # rows that are no layer
 Texts = dict[str, str]
 Rows = list[dict[str, Any]]
 
 
-def ground_truth(
-    model: DevilModel,
-    processor: DevilProcessor,
-    output_dir: str | PathLike,
-    *,
-    scenes: int = 300,
-    seed: int = HELD_OUT_WORLD,
-    batch_size: int = 25,
-) -> dict[str, Any]:
-    """Ask every layer about scenes of a world, by default the held-out one.
+@dataclass(kw_only=True)
+class ShapesSettings(EvaluationSettings):
+    """What `devil evaluate shapes` asks."""
 
-    The answers go to `output_dir/shapes.jsonl` as they come, so that a run that was stopped goes on and a later measure needs no
-    model; the scores to `output_dir/shapes.json`.
+    limit: int | None = option("scenes, from the first on", 300)
+    seed: int = option("of the world; 1 is held out in everything that this package trains", HELD_OUT_WORLD)
+    batch_size: int = option("scenes at once, per process", 25)
+    questions: list[Literal["described", "chosen", "places", "pointing"]] = option("which questions", list(QUESTIONS))
+    pointing_limit: int | None = option(
+        "only this many of the scenes for the pointing game, which asks every place", None
+    )
+    output_dir: Path = option("scores, answers and the figure; a stopped run goes on from there", Path("devil-shapes"))
 
-    Args:
-        scenes: how many, from the first on.
-        seed: of the world; 1 is held out in everything that this package trains.
+    def validate(self) -> None:
+        """See `EvaluationSettings.validate`."""
+        super().validate()
+        if self.limit is None or self.limit < 2:
+            raise ValueError(f"--limit {self.limit}: at least 2 scenes are needed, to deal descriptions to others")
+        if unknown := sorted(set(self.questions) - set(QUESTIONS)) or not self.questions:
+            raise ValueError(f"questions {unknown or 'of none'}: choose from {', '.join(QUESTIONS)}")
 
-    Returns:
-        What `summary` returns, with `settings`.
-    """
-    if scenes < 2:
-        raise ValueError(f"{scenes} scenes: at least 2 are needed, to deal descriptions to others")
-    if batch_size < 1:
-        raise ValueError(f"batch_size={batch_size} must be at least 1")
-    folder, world = Path(output_dir), World(scenes, seed)
-    settings = {"weights": weights_hash(model), "seed": seed, "layers": model.layer_names}
-    records = Records(folder / "shapes.jsonl", settings)
-    missing = [index for index in range(scenes) if str(index) not in records]
-    bar = tqdm(total=scenes, initial=scenes - len(missing), desc="scenes", unit="scene")
-    for begin in range(0, len(missing), batch_size):
-        batch = missing[begin : begin + batch_size]
-        found = scene_rows(model, processor, [world.scene(i) for i in batch], batch)
-        for index, row in zip(batch, found, strict=True):
-            records.add(str(index), row)
-        bar.update(len(batch))
-    bar.close()
-    rows = [records[str(index)] for index in range(scenes)]
-    result = summary(rows, list(world.scenes())) | {"dataset": {"name": world.label, "size": scenes}}
-    result |= {"settings": {"decoding": "greedy", "seed": seed}}
-    result |= {"weights": fingerprint(model)}
-    (folder / "shapes.json").write_text(json.dumps(result, indent=1) + "\n")
-    return result
+
+@EVALUATORS.register("shapes")
+class ShapesEvaluator(Evaluator):
+    """What each layer knows of the shapes world."""
+
+    name = "shapes"
+    summary = "measure what each layer knows of the shapes world, where every answer is known exactly"
+    example = "devil evaluate shapes CHECKPOINT --output-dir devil-shapes"
+    Settings = ShapesSettings
+    records_file = "shapes.jsonl"
+    unit = "scene"
+
+    def open(self) -> list[str]:
+        """The positions of the scenes in their world."""
+        self.world = World(self.settings.limit, self.settings.seed)
+        return [str(index) for index in range(len(self.world))]
+
+    def decides(self) -> dict[str, Any]:
+        """The world, the layers, and the questions where they are not all."""
+        settings = self.settings
+        asked = [name for name in QUESTIONS if name in settings.questions]
+        decided = {"seed": settings.seed, "layers": self.model.layer_names, "questions": asked}
+        if "pointing" in asked and settings.pointing_limit is not None:
+            decided["pointing_limit"] = settings.pointing_limit
+        return decided
+
+    def rows(self, keys: Sequence[str]) -> Rows:
+        """Every answer about each scene."""
+        indices = [int(key) for key in keys]
+        scenes = [self.world.scene(index) for index in indices]
+        return scene_rows(
+            self.model, self.processor, scenes, indices, self.settings.questions, self.settings.pointing_limit
+        )
+
+    def score(self, rows: Mapping[str, Any]) -> Evaluation:
+        """See `summary`."""
+        scenes = [self.world.scene(int(key)) for key in rows]
+        result = summary(list(rows.values()), scenes)
+        return Evaluation(
+            title="What each layer knows",
+            scores=result.pop("scores"),
+            controls=result.pop("controls"),
+            dataset={"name": self.world.label, "size": len(scenes)},
+            settings={"decoding": "greedy", "seed": self.settings.seed},
+            details=result,
+        )
+
+    def text(self, evaluation: Evaluation) -> str:
+        """All scores, a table per question."""
+        return f"{evaluation.dataset['name']}, {evaluation.dataset['size']} scenes\n\n{knowledge_table(evaluation.details)}"
+
+
+# ------------------------------------------------------------------------------------------------------------ answers
 
 
 @torch.no_grad()
-def scene_rows(model: DevilModel, processor: DevilProcessor, scenes: Sequence[Scene], indices: Sequence[int]) -> Rows:
-    """Every answer about each scene, as JSON; `indices` are those of the scenes in their world."""
+def scene_rows(
+    model: DevilModel,
+    processor: DevilProcessor,
+    scenes: Sequence[Scene],
+    indices: Sequence[int],
+    questions: Sequence[str] = QUESTIONS,
+    pointing_limit: int | None = None,
+) -> Rows:
+    """The answers about each scene, as JSON, by question.
+
+    Args:
+        indices: positions of the scenes in their world.
+        questions: some of `QUESTIONS`.
+        pointing_limit: scenes from this position on are not asked for the pointing game.
+    """
     features = model.extract_features(pixel_values(processor, scenes))
-    maps = word_maps(model, processor, features)
-    said, pointed = describe_scenes(model, processor, features), play_pointing(maps, scenes)
-    places = _answer_places(model, processor, features, maps, scenes)
-    chosen = _choose(model, processor, features, scenes, indices)
-    return [
-        {"said": said[at], "pointing": pointed[at], "places": places[at], "chosen": chosen[at]}
-        for at in range(len(scenes))
-    ]
+    rows: Rows = [{} for _ in scenes]
+    if "described" in questions:
+        for row, said in zip(rows, describe_scenes(model, processor, features), strict=True):
+            row["said"] = said
+    maps: dict[str, Tensor] = {}
+    if "places" in questions:
+        maps = word_maps(model, processor, features)
+        for row, places in zip(rows, _answer_places(model, processor, features, maps, scenes), strict=True):
+            row["places"] = places
+    if "pointing" in questions:
+        play = [at for at, i in enumerate(indices) if i < (pointing_limit or i + 1) and scenes[at].unique_phrases()]
+        for row in rows:
+            row["pointing"] = []
+        if play:
+            asked = [cast(Tensor, one)[play] for one in features]
+            own = {n: one[play] for n, one in maps.items()} if maps else word_maps(model, processor, asked)
+            for at, played in zip(play, play_pointing(own, [scenes[at] for at in play]), strict=True):
+                rows[at]["pointing"] = played
+    if "chosen" in questions:
+        for row, chosen in zip(rows, _choose(model, processor, features, scenes, indices), strict=True):
+            row["chosen"] = chosen
+    return rows
 
 
 def pixel_values(processor: DevilProcessor, scenes: Sequence[Scene]) -> Tensor:
@@ -138,7 +197,7 @@ def play_pointing(maps: Mapping[str, Tensor], scenes: Sequence[Scene]) -> list[l
             mask, column = scene.masks[phrase.object_index], VOCABULARY.index(phrase.text)
             games = {
                 name: [
-                    pointing_game(values[image, column].numpy(), mask),
+                    pointing(values[image, column].numpy(), mask),
                     chance_pointing((values.shape[-2], values.shape[-1]), mask),
                 ]
                 for name, values in maps.items()
@@ -232,7 +291,7 @@ def _noun_phrase(item: SceneObject, size: str = "") -> str:
 
 
 def summary(rows: Rows, scenes: Sequence[Scene]) -> dict[str, Any]:
-    """The scores of recorded answers.
+    """The scores of recorded answers, for the questions that were asked.
 
     Returns:
         `described`, `places`: row -> class -> {precision, recall, f1}, with `count` and `relation` of `described` as shares;
@@ -240,13 +299,42 @@ def summary(rows: Rows, scenes: Sequence[Scene]) -> dict[str, Any]:
         the same; `stated_relations`: row -> how many. Rows are layers, "all", combinations of maps, "constant", "shuffled" and
         "chance". `scores` and `controls` hold them as one table, in the layout of `evaluation/results.py`.
     """
-    layers = list(rows[0]["said"])
-    texts = {layer: [row["said"][layer] for row in rows] for layer in layers}
-    texts["shuffled"] = [*texts["all"][1:], texts["all"][0]]
     truths = [{name: _true_words(scene, name) for name in CLASSES} for scene in scenes]
-    described = {layer: word_scores(said, truths) for layer, said in texts.items()} | {
-        "constant": constant_scores(truths)
+    parts: dict[str, Any] = {}
+    if "said" in rows[0]:
+        parts |= _described_scores(rows, scenes, truths)
+    if "chosen" in rows[0]:
+        parts["chosen"] = _chosen_scores(rows, scenes, truths)
+    if "places" in rows[0]:
+        parts |= _place_scores(rows, scenes)
+    if "pointing" in rows[0]:
+        played = [phrase for row in rows for phrase in row["pointing"]]
+        parts["pointing"] = pointing_scores([row["pointing"] for row in rows])
+        chances = [chance for phrase in played for _, chance in phrase["games"].values()]
+        parts["chance_pointing"] = float(np.mean(chances)) if chances else 0.0
+        parts["pointing_phrases"] = {
+            name: sum(phrase["attribute"] == name for phrase in played) for name in ATTRIBUTE_WORDS
+        }
+    names = dict.fromkeys(name for part in FLAT for name in parts.get(part, {}) if name not in BESIDE)
+    flat = {name: _flat(parts, name) for name in (*names, CHANCE)}
+    scores = {name: row for name, row in flat.items() if row and name != CHANCE}
+    return {"scores": scores, "controls": {CHANCE: flat[CHANCE]} if flat[CHANCE] else {}, **parts}
+
+
+def _flat(parts: Mapping[str, Any], layer: str) -> dict[str, float]:
+    """One row of the layout that model cards show."""
+    return {
+        f"{prefix}_{name}": value["f1"] if isinstance(value, Mapping) else value
+        for part, prefix in FLAT.items()
+        for name, value in parts.get(part, {}).get(layer, {}).items()
     }
+
+
+def _described_scores(rows: Rows, scenes: Sequence[Scene], truths) -> dict[str, Any]:
+    texts = {layer: [row["said"][layer] for row in rows] for layer in rows[0]["said"]}
+    texts["shuffled"] = [*texts["all"][1:], texts["all"][0]]
+    described = {layer: word_scores(said, truths) for layer, said in texts.items()}
+    described["constant"] = constant_scores(truths)
     counts = [len(scene.objects) for scene in scenes]
     stated = {}
     for layer, said in texts.items():
@@ -256,37 +344,7 @@ def summary(rows: Rows, scenes: Sequence[Scene]) -> dict[str, Any]:
         if held:
             described[layer]["relation"] = _share(held)
     described["constant"]["count"] = max(counts.count(n) for n in set(counts)) / len(counts)
-    parts = {
-        "described": described,
-        "chosen": _chosen_scores(rows, scenes, truths),
-        **_place_scores(rows, scenes),
-        "pointing": pointing_scores([row["pointing"] for row in rows]),
-    }
-    flat = {layer: _flat(parts, layer) for layer in (*layers, *COMBINATIONS, "chance")}
-    return {
-        "title": "What each layer knows",
-        "scores": {layer: row for layer, row in flat.items() if row and layer != "chance"},
-        "controls": {"chance": flat["chance"]},
-        **parts,
-        "stated_relations": stated,
-        "pointing_phrases": {
-            name: sum(p["attribute"] == name for row in rows for p in row["pointing"]) for name in ATTRIBUTE_WORDS
-        },
-    }
-
-
-def _flat(parts: Mapping[str, Any], layer: str) -> dict[str, float]:
-    """One row of the layout that model cards show."""
-    row = {}
-    for part, prefix in (
-        ("described", "f1"),
-        ("chosen", "chosen"),
-        ("places_chosen", "place"),
-        ("pointing", "pointing"),
-    ):
-        for name, value in parts[part].get(layer, {}).items():
-            row[f"{prefix}_{name}"] = value["f1"] if isinstance(value, Mapping) else value
-    return row
+    return {"described": described, "stated_relations": stated}
 
 
 def word_scores(texts: Sequence[str], truths: Sequence[Mapping[str, set[str]]]) -> dict[str, Any]:
@@ -424,9 +482,9 @@ def _share(values) -> float:
 # -------------------------------------------------------------------------------------------------------------- table
 
 
-def knowledge_table(result: Mapping[str, Any]) -> str:
-    """All scores as text, a row per layer."""
-    lines = [f"{result['dataset']['size']} scenes"]
+def knowledge_table(parts: Mapping[str, Any]) -> str:
+    """All scores as text, a row per layer, a table per question that was asked."""
+    lines: list[str] = []
     for title, part, classes in (
         ("said of the whole image: precision / recall", "described", (*CLASSES, "count", "relation")),
         ("chosen by evidence, whole image: share right", "chosen", (*CLASSES, "relation")),
@@ -434,21 +492,18 @@ def knowledge_table(result: Mapping[str, Any]) -> str:
         ("chosen by evidence at this place: share right", "places_chosen", tuple(ATTRIBUTE_WORDS)),
         ("pointing game, words that one object of several has", "pointing", tuple(ATTRIBUTE_WORDS)),
     ):
-        if not result[part]:
-            continue
-        lines += ["", title, f"{'':12}" + "".join(f"{name:>16}" for name in classes)]
-        for row, values in result[part].items():
-            cells = [_cell(values.get(name)) for name in classes]
-            lines.append(f"{row:12}" + "".join(f"{cell:>16}" for cell in cells))
-    stated = ", ".join(f"{row} {count}" for row, count in result["stated_relations"].items())
-    empty = ", ".join(f"{row} {share:.2f}" for row, share in result["empty_places"].items())
-    lines += [
-        "",
-        "count: share of descriptions that name as many objects as there are; relation: share of stated relations that hold",
-        f"relations stated: {stated}",
-        f"places without any object that name an attribute all the same: {empty}",
-    ]
-    return "\n".join(lines)
+        if parts.get(part):
+            lines += [title, table(parts[part], classes, _cell), ""]
+    if "stated_relations" in parts:
+        stated = ", ".join(f"{row} {count}" for row, count in parts["stated_relations"].items())
+        lines += [
+            "count: share of descriptions that name as many objects as there are; relation: share of stated relations that hold",
+            f"relations stated: {stated}",
+        ]
+    if "empty_places" in parts:
+        empty = ", ".join(f"{row} {share:.2f}" for row, share in parts["empty_places"].items())
+        lines.append(f"places without any object that name an attribute all the same: {empty}")
+    return "\n".join(lines).rstrip()
 
 
 def knowledge_panels(result: Mapping[str, Any]) -> tuple[dict, dict]:
@@ -475,8 +530,6 @@ def knowledge_panels(result: Mapping[str, Any]) -> tuple[dict, dict]:
 
 
 def _cell(value: Any) -> str:
-    if value is None:
-        return ""
     if isinstance(value, Mapping):
         return f"{value['precision']:.3f} / {value['recall']:.3f}"
     return f"{value:.3f}"

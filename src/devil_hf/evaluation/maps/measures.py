@@ -19,18 +19,11 @@ from itertools import product
 import numpy as np
 from numpy.typing import ArrayLike
 
-from devil_hf.evaluation.maps.pointing import hit_cells
+from devil_hf.evaluation.maps.pointing import finite_map
 from devil_hf.evaluation.statistics import bootstrap_draws, interval
 
 LEVELS = np.linspace(0.0, 1.0, 41)  # shares of a map's maximum that the best threshold is looked for among
 FIXED_LEVEL = 0.5
-
-
-def pointing(attribution: ArrayLike, mask: ArrayLike, tolerance_cells: float = 0.5) -> float:
-    """1 if the maximum of a map (rows, columns) points at the mask (height, width), else 0; tied maxima share."""
-    attribution = _finite(attribution)
-    hits = hit_cells((attribution.shape[0], attribution.shape[1]), mask, tolerance_cells)
-    return float(hits[attribution == attribution.max()].mean())
 
 
 def enlarge(attribution: ArrayLike, size: tuple[int, int]) -> np.ndarray:
@@ -52,7 +45,7 @@ def energy_pointing(values: ArrayLike, mask: ArrayLike) -> float:
 
     Source: Wang et al., Score-CAM, 2020. It needs a map whose zero means something, as that of evidence does.
     """
-    mass, inside = np.clip(_finite(values), 0, None), _mask(mask)
+    mass, inside = np.clip(finite_map(values), 0, None), _mask(mask)
     total = mass.sum()
     return float(mass[inside].sum() / total) if total > 0 else 0.0
 
@@ -62,7 +55,7 @@ def relative(values: ArrayLike) -> np.ndarray:
 
     A map that is nowhere positive (log-probabilities) is taken on its own range; one that is flat is one everywhere.
     """
-    values = _finite(values)
+    values = finite_map(values)
     low = 0.0 if values.max() > 0 else values.min()
     high = values.max()
     return np.clip(values - low, 0, None) / (high - low) if high > low else np.ones_like(values)
@@ -81,7 +74,7 @@ def overlaps(values: ArrayLike, mask: ArrayLike, levels: Sequence[float] = tuple
 
 def average_precision(values: ArrayLike, mask: ArrayLike) -> float:
     """Area under the precision-recall curve of the pixels ranked by a map, without interpolation, as scikit-learn has it."""
-    flat, inside = _finite(values).ravel(), _mask(mask).ravel()
+    flat, inside = finite_map(values).ravel(), _mask(mask).ravel()
     order = np.argsort(-flat, kind="stable")
     ranked, found = flat[order], np.cumsum(inside[order])
     ends = np.append(np.nonzero(np.diff(ranked))[0], len(ranked) - 1)  # the last of each run of equal values
@@ -163,16 +156,6 @@ def ratio(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
     return np.nanmean(shares, axis=-1) if shares.ndim == 2 else shares
 
 
-def _finite(attribution: ArrayLike) -> np.ndarray:
-    attribution = np.asarray(attribution, dtype=np.float64)
-    if attribution.ndim != 2 or not np.isfinite(attribution).all():
-        raise ValueError(
-            f"a map of shape {attribution.shape} must have two dimensions and finite values; give one phrase of one image, "
-            "in the crop (maps in image coordinates are NaN outside of it)"
-        )
-    return attribution
-
-
 def _mask(mask: ArrayLike) -> np.ndarray:
     mask = np.asarray(mask).astype(bool)
     if not mask.any():
@@ -190,7 +173,6 @@ __all__ = [
     "energy_pointing",
     "enlarge",
     "overlaps",
-    "pointing",
     "ratio",
     "relative",
     "tile_crops",

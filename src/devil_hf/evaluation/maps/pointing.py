@@ -50,25 +50,31 @@ def hit_cells(grid: tuple[int, int], mask: ArrayLike, tolerance_cells: float = 0
     return hits
 
 
-def pointing_game(attribution: ArrayLike, mask: ArrayLike, tolerance_cells: float = 0.5) -> bool:
-    """Whether the maximum of a map points at the object.
+def pointing(attribution: ArrayLike, mask: ArrayLike, tolerance_cells: float = 0.5) -> float:
+    """1 if the maximum of a map points at the object, else 0; tied maxima share, so that a flat map scores what chance would.
 
     Args:
-        attribution (array of shape `(rows, columns)`): The map on its own grid. Of several maxima the first counts.
+        attribution (array of shape `(rows, columns)`): The map on its own grid.
         mask (array of shape `(height, width)`): True on the object, in image coordinates.
         tolerance_cells (`float`): See [`hit_cells`].
 
     Raises:
-        ValueError: if the map is not two-dimensional or contains NaN, or for an empty mask.
+        ValueError: if the map is not two-dimensional or not finite, or for an empty mask.
     """
-    attribution = np.asarray(attribution)
-    if attribution.ndim != 2 or np.isnan(attribution).any():
+    attribution = finite_map(attribution)
+    hits = hit_cells((attribution.shape[0], attribution.shape[1]), mask, tolerance_cells)
+    return float(hits[attribution == attribution.max()].mean())
+
+
+def finite_map(attribution: ArrayLike) -> np.ndarray:
+    """A map as float64; a ValueError where it has not two dimensions or is not finite."""
+    attribution = np.asarray(attribution, dtype=np.float64)
+    if attribution.ndim != 2 or not np.isfinite(attribution).all():
         raise ValueError(
-            f"a map of shape {attribution.shape} must have two dimensions and no NaN; "
-            "give one phrase of one layer of one image"
+            f"a map of shape {attribution.shape} must have two dimensions and finite values; give one phrase of one image, "
+            "in the crop (maps in image coordinates are NaN outside of it)"
         )
-    hits = hit_cells(attribution.shape, mask, tolerance_cells)
-    return bool(hits.flat[int(attribution.argmax())])
+    return attribution
 
 
 def chance_pointing(grid: tuple[int, int], mask: ArrayLike, tolerance_cells: float = 0.5) -> float:

@@ -33,10 +33,9 @@ from devil_hf.evaluation.maps.measures import (
     energy_pointing,
     enlarge,
     overlaps,
-    pointing,
     ratio,
 )
-from devil_hf.evaluation.maps.pointing import chance_pointing
+from devil_hf.evaluation.maps.pointing import chance_pointing, pointing
 from devil_hf.evaluation.results import CHANCE, metric_name
 
 CLASSIFIED = "classes of the backbone"

@@ -9,6 +9,8 @@ import re
 from collections.abc import Collection
 from dataclasses import dataclass
 
+CARRIER = "the"  # the paper's neutral word before a phrase; a bare "circle" is no way to begin a caption
+
 
 def word_list(text: str) -> list[str]:
     """The lower-cased words of a text in their order, without punctuation."""

@@ -1,0 +1,16 @@
+"""Pictures of results, one per evaluator that has one: the driver of `devil evaluate` draws them into its output folder."""
+
+from pathlib import Path
+
+from devil_hf.evaluation.evaluator import FIGURES
+from devil_hf.evaluation.results import Evaluation
+from devil_hf.evaluation.shapes import QUESTIONS, ShapesEvaluator, knowledge_panels
+from devil_hf.report.figures import knowledge_figure
+
+
+@FIGURES.register("shapes")
+def draw_knowledge(run: ShapesEvaluator, evaluation: Evaluation) -> None:
+    """`layers.png`: what each layer knows, where every question was asked."""
+    if set(run.settings.questions) == set(QUESTIONS):
+        picture = knowledge_figure(*knowledge_panels(evaluation.details), evaluation.title)
+        picture.save(Path(run.settings.output_dir) / "layers.png", optimize=True)
