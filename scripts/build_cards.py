@@ -19,11 +19,13 @@ from transformers import OPTConfig
 
 from devil_hf.checkpoints import CHECKPOINT
 from devil_hf.data import rendering, shapes, worlds
-from devil_hf.hub.cards import Facts, Layer, dataset_card, model_card, readable_recipe, template_folder
+from devil_hf.hub.cards import dataset_card, model_card
+from devil_hf.hub.facts import Facts, Layer, readable_recipe
 from devil_hf.hub.publish import prepare
 from devil_hf.model.backbone_devil import FeatureBackbone
 from devil_hf.model.configuration_devil import DevilConfig
 from devil_hf.model.translator_devil import Translator
+from devil_hf.report.templates import card_folder
 
 OWNER = "USER"
 LANGUAGE_MODELS = {"facebook/opt-125m": OPTConfig()}  # the defaults of OPTConfig are this model's
@@ -103,7 +105,7 @@ def shapes_card() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output-dir", type=Path, default=template_folder(), help="default: hub_cards")
+    parser.add_argument("--output-dir", type=Path, default=card_folder(), help="default: hub_cards")
     parser.add_argument("--recipes", type=Path, default=Path(__file__).parent / "recipes", help="folder of the recipes")
     arguments = parser.parse_args()
     cards = {f"{path.stem}.md": recipe_card(path) for path in sorted(arguments.recipes.glob("cc3m_*.yaml"))}

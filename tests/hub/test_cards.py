@@ -1,15 +1,22 @@
 """Cards say what was measured, and as plainly what was not."""
 
+import ast
 import json
+import re
+from html import escape
+from html.parser import HTMLParser
 
 import pytest
 import torch
+import yaml
 from huggingface_hub import DatasetCard, ModelCard
 from transformers import GPT2Config
 
 from devil_hf import DevilConfig
 from devil_hf.evaluation.results import judge_controls, read_evaluations
-from devil_hf.hub.cards import Facts, Layer, hub_id, model_card, readable_recipe, template_folder
+from devil_hf.hub.cards import model_card
+from devil_hf.hub.facts import Examples, Facts, Layer, hub_id, readable_recipe
+from devil_hf.report.templates import card_folder, fenced, markdown
 
 CAPTIONS = {
     "title": "Captions of features",
@@ -32,6 +39,18 @@ EVALUATE_SCRIPT = {
     },
     "descriptions": [{"image": "a.jpg", "all": "a dog"}],
 }
+
+HEADINGS = [
+    "# devil",
+    "## Is it the features that speak?",
+    "## Layers",
+    "## What it says",
+    "## Use",
+    "## Evaluation",
+    "## Training",
+    "## Limits, and how not to read an explanation",
+    "## Citation",
+]
 
 
 def read(tmp_path, content):
@@ -172,13 +191,88 @@ def test_half_precision_weights_are_read_as_fp32(facts):
     assert 'from_pretrained(repo, dtype="float32", trust_remote_code=True)' in model_card(facts).text
 
 
-def test_text_that_looks_like_a_template_stays_text(facts):
-    facts.data = "{{ 7 * 7 }} {% if %}"
-    assert "{{ 7 * 7 }} {% if %}" in str(model_card(facts))
+HOSTILE = [
+    "{% endraw %}{{ cycler.__init__.__globals__.os.system('touch ran') }}{% raw %}",
+    "{{ 7 * 7 }} {% if %} {# note #}",
+    "<script>alert(1)</script> <img src=x onerror=alert(1)> &lt;",
+    "a\n---\n# b: [c, *d]\n```\n| e | `f` ``g`` [h](javascript:i) **j** ~~k~~ $l$ \\",
+    "# m",
+    "1. n",
+    "'\"\\: {o: !!python/object/apply:os.system ['touch ran']}",
+]
+
+
+class Text(HTMLParser):
+    """What a reader of a page sees, and every tag."""
+
+    def __init__(self):
+        super().__init__()
+        self.text, self.tags = "", []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def seen(markdown):
+    """The text of a card without the marks of Markdown that show it, and the tags of its HTML."""
+    page = Text()
+    for number, part in enumerate(re.split(r"(?<!\\)`", markdown)):
+        literal = escape(part) if number % 2 else re.sub(r"\\([^\w\s]|_)", lambda mark: f"&#{ord(mark[1])};", part)
+        page.feed(literal)
+    return page.text, [tag for tag in page.tags if tag != "code"]
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_text_of_files_and_names_is_shown_letter_by_letter_and_never_run(facts, tmp_path, monkeypatch, text):
+    monkeypatch.chdir(tmp_path)
+    once = " ".join(text.split())
+    scores = CAPTIONS | {"title": text, "settings": {text: text}, "dataset": {"name": text, "split": text, "id": text}}
+    scores |= {"scores": {text: {"cider": 0.5}}, "controls": {"shuffled": {"cider": 0.4}}}
+    scores |= {"verdict": {"passed": True, "reason": text}}
+    facts.evaluations = read(tmp_path, scores)
+    facts.config.scope = facts.data = text
+    facts.config.backbone_config |= {"source": text, "architecture": text, "revision": text, "sha256": text}
+    facts.config.language_model_source = {"source": text, "revision": text, "sha256": text}
+    facts.layers = [Layer(text, 8, 4, 4, [3, 64, 64])]
+    facts.revision = text
+    facts.examples = Examples(["pictures/example_1.png"], "pictures/layers.jpg", [], [text], False)
+    facts.recipe = yaml.safe_dump({"backbone": text, "train_data": [text]})
+    page = str(model_card(facts))
+    card = ModelCard(page)  # the metadata end where they should, and hold what they were given
+    assert card.data.base_model is None and card.data.license == "unknown"
+    assert {result.dataset_type for result in card.data.eval_results} == {text}
+    blocks = re.findall(r"^(`{3,})(python|yaml)\n(.*?)\n\1$", card.text, re.DOTALL | re.MULTILINE)
+    assert [language for _, language, _ in blocks] == ["python", "yaml"]
+    names = [node.value for node in ast.walk(ast.parse(blocks[0][2])) if isinstance(node, ast.Constant)]
+    assert {text, "user/devil"} <= set(names)
+    assert yaml.safe_load(blocks[1][2]) == {"backbone": text, "train_data": [text]}
+    prose = re.sub(r"^(`{3,})(python|yaml)\n.*?\n\1$", "", card.text, flags=re.DOTALL | re.MULTILINE)
+    shown, tags = seen(prose)
+    assert (
+        shown.count(once) == 17 and not tags
+    )  # scope, layer, title, settings, reason, names of rows and of sources, ...
+    assert len({line.count("|") - line.count("\\|") for line in prose.splitlines() if line.startswith("| 0 |")}) == 1
+    assert [line for line in prose.splitlines() if line.startswith("#")] == HEADINGS
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_recipe_of_any_text_stays_in_its_block():
+    block = fenced("a: |\n  ```\n  ````\n# not a heading", "yaml")
+    assert block.startswith("`````yaml\n") and block.endswith("\n`````")
+
+
+@pytest.mark.parametrize(
+    "text", ["a 2 * 3 b", "snake_case.name", "-0.25", "all layers together", "1.5 nats", "C# and C++"]
+)
+def test_plain_text_stays_as_it_is_written(text):
+    assert markdown(text) == text
 
 
 def test_the_filled_cards_are_valid_and_claim_nothing():
-    cards = sorted(template_folder().glob("*.md"))
+    cards = sorted(card_folder().glob("*.md"))
     assert {"shapes_world.md", "embedded.md", "cc3m_resnet50_opt125m.md"} <= {path.name for path in cards}
     for path in cards:
         text = path.read_text()

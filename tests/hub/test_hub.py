@@ -28,7 +28,8 @@ from devil_hf import DevilModel
 from devil_hf.cli.main import main
 from devil_hf.demo.checkpoints import Checkpoints
 from devil_hf.evaluation.results import fingerprint
-from devil_hf.hub.publish import check_code, check_weights, prepare, push, upload
+from devil_hf.hub.checks import check_code, check_weights
+from devil_hf.hub.publish import prepare, push, upload
 from devil_hf.settings import make
 from devil_hf.training.recipe import Recipe
 from devil_hf.training.run import build
@@ -174,7 +175,6 @@ FRESH_PROCESS = """
     def said(repo, **kwargs):
         model = AutoModel.from_pretrained(repo, **trusted, **kwargs)
         inputs = AutoProcessor.from_pretrained(repo, **trusted, **kwargs)(images=image, return_tensors="pt")
-        assert model.publish is None
         return model.generate(**inputs, max_new_tokens=6).tolist()
 
     found["main"] = said("tester/devil")
@@ -208,10 +208,10 @@ FRESH_PROCESS = """
 
 @pytest.fixture(scope="module")
 def slim_repository(hub, slim_model, processor):
-    """The files of a slim checkpoint that `model.push_to_hub` published."""
+    """The files of a slim checkpoint that was pushed from memory."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(devil_hf.hub.publish, "check_code", lambda folder: None)
-        slim_model.push_to_hub("tester/slim", processor=processor, slim=True)
+        push(slim_model, "tester/slim", processor=processor, slim=True)
     return hub.files("tester/slim")
 
 

@@ -7,7 +7,6 @@ visitor chooses is read without this machine's Hub account, unless the owner has
 """
 
 import os
-import re
 import threading
 from pathlib import Path
 from typing import Any
@@ -18,14 +17,12 @@ from transformers import AutoConfig, AutoModel, AutoProcessor, PreTrainedConfig
 
 from devil_hf.checkpoints import CHECKPOINT
 from devil_hf.demo.explorer import Explorer
-from devil_hf.hub.cards import hub_id
+from devil_hf.hub.facts import HUB_ID, hub_id
 
 EMBEDDED = "shapes world (built in)"
 MAX_REPOSITORY_BYTES = 8 * 2**30
 OTHER_WEIGHTS = (".bin", ".h5", ".msgpack", ".onnx", ".ot", ".tflite")  # not fetched where there are safetensors
 KEPT = 3  # models in memory at once; the one loaded first goes first, the default stays
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_SOURCE = re.compile(rf"{_HUB_ID.pattern}|[A-Za-z0-9][\w.-]*")  # old repositories belong to nobody: gpt2
 
 
 class Checkpoints:
@@ -106,7 +103,7 @@ class Checkpoints:
 
     def _checked(self, name: str, token: bool | None) -> int:
         """The bytes of a Hub id that may be loaded here; never a path, which would read this machine's own files."""
-        if not _HUB_ID.fullmatch(name) or ".." in name or Path(name).exists():
+        if not HUB_ID.fullmatch(name) or "/" not in name or ".." in name or Path(name).exists():
             raise ValueError(f"'{name[:80]}' is not a Hub id; they look like user/devil-resnet50-opt125m.")
         if self.listed is not None and name not in self.listed:
             raise ValueError(
@@ -148,7 +145,7 @@ def frozen_sources(config: PreTrainedConfig) -> list[str]:
     for part in (config.backbone_config, config.language_model_source):
         source: str = (part or {}).get("source") or ""
         identifier = hub_id(source)
-        if identifier is None or not _SOURCE.fullmatch(identifier) or ".." in source or Path(identifier).exists():
+        if identifier is None or Path(identifier).exists():
             raise ValueError(f"its frozen parts come from {source[:80]!r}, which is no repository of the Hub")
         named.append(identifier)
     return named

@@ -2,80 +2,40 @@
 
 Everything is prepared in a folder and checked there before the first byte is sent; then it goes up in one commit. A
 checkpoint that holds its code is published as it stands, byte for byte; a model in memory, and one that changes between
-slim and self-contained, is saved anew. Nothing is published that others could not load: without weights, with NaN or
-infinite weights, with code that needs devil_hf, or with frozen parts that only this machine has.
+slim and self-contained, is saved anew. What is checked stands in `checks`, which files go in `contents`.
 """
 
-import fnmatch
-import json
-import os
-import shutil
-import subprocess
-import sys
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, RepoCard
-from huggingface_hub.utils import validate_repo_id
-from PIL import Image
-from safetensors import SafetensorError, safe_open
+from huggingface_hub import HfApi
 from transformers.utils import logging
 
 from devil_hf.checkpoints import SCOPE
-from devil_hf.data.shapes import make_scene
-from devil_hf.evaluation.results import check_measured, read_evaluations
-from devil_hf.hub.cards import UNKNOWN_LICENSE, Examples, Facts, Layer, model_card, readable_recipe, without_paths
+from devil_hf.evaluation.results import Evaluation, check_measured, read_evaluations
+from devil_hf.hub.cards import model_card
+from devil_hf.hub.checks import CODE, check_code, check_parts, check_repo_id, check_weights
+from devil_hf.hub.contents import (
+    RECIPE_FILE,
+    add_scores,
+    copy_checkpoint,
+    forget_this_machine,
+    is_outdated,
+    score_files,
+)
+from devil_hf.hub.drafts import Draft, commit, new_folder, reaching_the_hub
+from devil_hf.hub.examples import draw_examples, layer_table
+from devil_hf.hub.facts import UNKNOWN_LICENSE, Facts
 from devil_hf.model.configuration_devil import DevilConfig
 from devil_hf.model.image_processing_devil import ImageSource, load_images
 from devil_hf.model.modeling_devil import DevilModel
 from devil_hf.model.processing_devil import DevilProcessor
-from devil_hf.report.figures import attribution_figure, layers_figure
 
 logger = logging.get_logger(__name__)
-
-RECIPE_FILE = "recipe.yaml"
-CODE = "*_devil.py"
-# What a checkpoint is made of; what else lies beside it (optimiser states, pickled arguments) stays at home.
-PUBLISHED = (
-    *("*.safetensors", "*.safetensors.index.json", "*.json", "*.py", "*.txt", "*.model", "*.tiktoken", "*.jinja"),
-    *(RECIPE_FILE, "LICENSE*", "evaluations/*.json"),
-)
-PRIVATE = (".*", "evaluations/.*", "trainer_state.json", "*training_args*")
-# Files of an earlier push that would contradict this one.
-OUTDATED = (
-    *("*.safetensors", "*.safetensors.index.json", CODE),
-    *("pictures/*", "evaluations/*", "scores.json", RECIPE_FILE),
-)
-LARGEST_PICTURE = 768  # pixels of an example image's longer side
-FIGURE: dict[str, Any] = {"quality": 90, "subsampling": 0}
-EXAMPLE_WORLD = 1  # of the shapes world: held out, as in the quickstart
-EXAMPLE_SCENES = 3
-
-
-@dataclass
-class Draft:
-    """A repository that is ready to be pushed.
-
-    Args:
-        folder: where its files lie.
-        card: its card, also in `folder/README.md`.
-        notes: what its publisher should know: what the card could not say.
-    """
-
-    folder: Path
-    card: RepoCard
-    notes: list[str]
-
-    def tree(self) -> dict[str, int]:
-        """Path -> bytes of every file."""
-        files = sorted(path for path in self.folder.rglob("*") if path.is_file())
-        return {path.relative_to(self.folder).as_posix(): path.stat().st_size for path in files}
 
 
 def push(
@@ -137,39 +97,12 @@ def upload(
         OSError: when the Hub cannot be reached or refuses; what was uploaded by then is not sent again next time.
     """
     api = HfApi(token=token, library_name="devil-hf")
-    tree = draft.tree()
     with reaching_the_hub(f"{repo_id} was not published completely"):
         api.create_repo(repo_id, private=private, exist_ok=True)
         if revision is not None:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
-        outdated = [
-            path
-            for path in api.list_repo_files(repo_id, revision=revision)
-            if path not in tree and _matches(path, OUTDATED)
-        ]
-        # One commit, so that nobody ever loads the weights of one push with the code of another.
-        commit = api.create_commit(
-            repo_id,
-            [
-                *(CommitOperationDelete(path) for path in outdated),
-                *(CommitOperationAdd(path, draft.folder / path) for path in tree),
-            ],
-            commit_message=commit_message or "Upload DeViL checkpoint",
-            revision=revision,
-        )
-    return commit.commit_url
-
-
-@contextmanager
-def reaching_the_hub(what: str) -> Iterator[None]:
-    """Whatever the Hub's client raises (its transport errors are no OSError) comes as an OSError with a remedy."""
-    try:
-        yield
-    except Exception as error:
-        raise OSError(
-            f"{what} ({type(error).__name__}: {error}). Check the network and `hf auth login`, and run the same command "
-            "again: files that arrived are not sent twice."
-        ) from error
+        message = commit_message or "Upload DeViL checkpoint"
+        return commit(api, draft, repo_id, is_outdated, message, revision=revision).commit_url
 
 
 def prepare(
@@ -183,10 +116,7 @@ def prepare(
     phrases: Sequence[str] = (),
     scores: Sequence[str | PathLike] = (),
     license: str | None = None,
-    datasets: Sequence[str] = (),
-    data: str | None = None,
-    language: str = "en",
-    revision: str | None = None,
+    **about: Any,
 ) -> Draft:
     """Write everything that will be published into `folder`, and check it.
 
@@ -201,28 +131,18 @@ def prepare(
         scores: JSON files of evaluations (`devil_hf.evaluation.results`), beside those found in the checkpoint:
             `scores.json` and `evaluations/*.json`.
         license: of the published weights, an identifier of the Hub.
-        datasets: Hub ids of the training data.
-        data: the training data in words.
-        revision: the branch that it will be pushed to, for the card's snippet.
+        about: `datasets`, `data`, `language` and `revision` of the card, as `Facts` has them.
 
     Raises:
         ValueError: when something is missing, not finite, or would not load elsewhere, and for scores of other weights.
     """
     check_repo_id(repo_id)
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    if any(folder.iterdir()):
-        raise ValueError(f"{folder} is not empty: everything in it would be published; name a new folder")
+    folder = new_folder(folder)
     given = [evaluation for path in scores for evaluation in read_evaluations(path)]
     pictures = [] if images is None else [picture.copy() for picture in load_images(images)]
     model, processor = _stage(checkpoint, processor, folder, slim)
-    evaluations = [evaluation for path in _score_files(folder) for evaluation in read_evaluations(path)] + given
-    if any(evaluation.weights for evaluation in evaluations):
-        # As evaluations load it, in fp32: frozen parts of a slim checkpoint would be rounded to its own precision otherwise.
-        given_model = isinstance(checkpoint, DevilModel)
-        check_measured(
-            evaluations, model if given_model else DevilModel.from_pretrained(checkpoint, dtype=torch.float32)
-        )
+    evaluations = [evaluation for path in score_files(folder) for evaluation in read_evaluations(path)] + given
+    _check_scores(evaluations, checkpoint)
     recipe = folder / RECIPE_FILE
     facts = Facts(
         repo_id=repo_id,
@@ -231,17 +151,24 @@ def prepare(
         trained_parameters=sum(tensor.numel() for tensor in model.trainable_state_dict().values()),
         evaluations=evaluations,
         examples=draw_examples(model, processor, folder, pictures, phrases),
-        recipe=recipe.read_text().strip() if recipe.is_file() else None,
+        recipe=recipe.read_text(encoding="utf-8").strip() if recipe.is_file() else None,
         license=license or ("apache-2.0" if model.config.scope == SCOPE else UNKNOWN_LICENSE),
-        datasets=list(datasets),
-        data=data,
-        language=language,
-        revision=revision,
+        **about,
     )
-    _copy_scores(scores, folder)
+    add_scores(scores, folder)
     card = model_card(facts)
     (folder / "README.md").write_text(str(card), encoding="utf-8")
     return Draft(folder, card, _notes(facts))
+
+
+def _check_scores(evaluations: Sequence[Evaluation], checkpoint: str | PathLike | DevilModel) -> None:
+    """Raise a ValueError for scores of other weights."""
+    if any(evaluation.weights for evaluation in evaluations):
+        # As evaluations load it, in fp32: frozen parts of a slim checkpoint would be rounded to its own precision otherwise.
+        given = isinstance(checkpoint, DevilModel)
+        check_measured(
+            evaluations, checkpoint if given else DevilModel.from_pretrained(checkpoint, dtype=torch.float32)
+        )
 
 
 def _stage(
@@ -259,121 +186,16 @@ def _stage(
     slim = kind if slim is None else slim
     check_parts(model, slim)
     if not isinstance(checkpoint, DevilModel):
-        _copy(Path(checkpoint), folder)
+        copy_checkpoint(checkpoint, folder)
     if given or slim != kind or not any(folder.glob(CODE)):
         for stale in folder.glob("*.safetensors*"):
             stale.unlink()
         model.save_pretrained(folder, slim=slim)
         processor.save_pretrained(folder)
-    _forget_this_machine(folder)
+    forget_this_machine(folder)
     check_weights(folder)
     check_code(folder)
     return (model if given else model.float()), processor
-
-
-def _notes(facts: Facts) -> list[str]:
-    said = {
-        "no license is given: the card says 'unknown' (--license)": facts.license == UNKNOWN_LICENSE,
-        "no evaluation is given: the card says 'not measured' (--scores)": not facts.evaluations,
-        "no example image is given: the card shows none (--images)": facts.examples is None,
-    }
-    return [note for note, holds in said.items() if holds]
-
-
-# --------------------------------------------------------------------------------------------------------------- checks
-
-
-def check_repo_id(repo_id: str) -> None:
-    """Raise a ValueError unless `repo_id` is USER/REPO in the Hub's spelling."""
-    validate_repo_id(repo_id)
-    if "/" not in repo_id:
-        raise ValueError(f"{repo_id!r} is no USER/REPO: name the user or organisation as well, as in 'user/{repo_id}'")
-
-
-def check_weights(folder: str | PathLike) -> None:
-    """Make sure that a folder holds safetensors weights, all of them, and finite.
-
-    Raises:
-        ValueError: if not, naming the file and the tensor.
-    """
-    folder = Path(folder)
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} is no checkpoint: it has no config.json")
-    files = {path.name for path in folder.glob("*.safetensors")}
-    for index in folder.glob("*.safetensors.index.json"):
-        files |= set(json.loads(index.read_text())["weight_map"].values())
-    if not files:
-        raise ValueError(f"{folder} holds no weights (*.safetensors): save the model there first, with save_pretrained")
-    for name in sorted(files):
-        try:
-            with safe_open(folder / name, "pt") as file:
-                for key in file.keys():  # noqa: SIM118 (no mapping)
-                    tensor = file.get_tensor(key)
-                    if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-                        bad = int((~torch.isfinite(tensor)).sum())
-                        raise ValueError(
-                            f"{folder / name}: {key} holds {bad} NaN or infinite values; such a checkpoint is not published"
-                        )
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{folder / name} cannot be read ({error}): the checkpoint is incomplete") from error
-
-
-ALONE = """
-import json, sys
-from pathlib import Path
-sys.modules["devil_hf"] = None  # from here on, importing it fails
-from transformers.dynamic_module_utils import get_class_from_dynamic_module
-from transformers.dynamic_module_utils import get_relative_import_files
-folder = Path(sys.argv[1])
-config = json.loads((folder / "config.json").read_text())
-names = [*config["auto_map"].values(), *(p["impl"] for p in config.get("custom_pipelines", {}).values())]
-processor = folder / "processor_config.json"
-names += json.loads(processor.read_text())["auto_map"].values() if processor.exists() else []
-# Those that import nothing come first, so that the file named last is the one at fault.
-files = sorted(folder.glob("*.py"), key=lambda path: len(get_relative_import_files(path)))
-for name in [*(f"{path.stem}.__name__" for path in files), *names]:
-    print(name, flush=True)
-    get_class_from_dynamic_module(name, str(folder))
-"""
-
-
-def check_code(folder: str | PathLike) -> None:
-    """Import every code file of a checkpoint in a fresh process in which devil_hf cannot be imported.
-
-    Raises:
-        ValueError: naming the file that does not import alone, and why.
-    """
-    folder = Path(folder)
-    if not any(folder.glob(CODE)):
-        raise ValueError(f"{folder} holds no code: nobody without devil_hf could load it; save it with save_pretrained")
-    with tempfile.TemporaryDirectory() as home:
-        environment = os.environ | {"HF_HOME": home, "HF_MODULES_CACHE": home, "HF_HUB_OFFLINE": "1"}
-        command = [sys.executable, "-c", ALONE, str(folder.resolve())]
-        run = subprocess.run(command, env=environment, cwd=home, capture_output=True, text=True)
-    if run.returncode:
-        module = (run.stdout.split() or ["config.json"])[-1].split(".")[0]
-        reason = (run.stderr.strip().splitlines() or ["no reason was given"])[-1]
-        raise ValueError(f"{module}.py of the checkpoint does not import alone, without devil_hf: {reason}")
-
-
-def check_parts(model: DevilModel, slim: bool) -> None:
-    """Refuse what only this machine, or only this process, could load."""
-    vision, text = model.config.backbone_config, model.config.language_model_source or {}
-    if vision["kind"] == "custom":
-        raise ValueError(
-            "the backbone is a module of your own, which nobody else can build from the configuration: "
-            "publish a timm or transformers backbone"
-        )
-    for part, source in (("backbone", vision["source"]), ("language model", text.get("source"))):
-        if slim and (source is None or os.path.isabs(source)):
-            where = "came as a module" if source is None else f"comes from {source}, a directory of this machine"
-            raise ValueError(
-                f"the {part} {where}: a slim checkpoint could not be loaded elsewhere. Publish it self-contained "
-                "(slim=False, --self-contained), or build the model from Hub ids"
-            )
-
-
-# ---------------------------------------------------------------------------------------------------------------- files
 
 
 def _processor_of(model: DevilModel) -> DevilProcessor:
@@ -386,109 +208,13 @@ def _processor_of(model: DevilModel) -> DevilProcessor:
         ) from error
 
 
-def _matches(path: str, patterns: Sequence[str]) -> bool:
-    """Whether a path is named by a pattern of its own depth: no folder's files are swept up by `*.json`."""
-    return any(fnmatch.fnmatch(path, pattern) and path.count("/") == pattern.count("/") for pattern in patterns)
+def _notes(facts: Facts) -> list[str]:
+    said = {
+        "no license is given: the card says 'unknown' (--license)": facts.license == UNKNOWN_LICENSE,
+        "no evaluation is given: the card says 'not measured' (--scores)": not facts.evaluations,
+        "no example image is given: the card shows none (--images)": facts.examples is None,
+    }
+    return [note for note, holds in said.items() if holds]
 
 
-def _copy(source: Path, folder: Path) -> None:
-    for path in sorted(path for path in source.rglob("*") if path.is_file()):
-        name = path.relative_to(source).as_posix()
-        if _matches(name, PUBLISHED) and not _matches(name, PRIVATE):
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, folder / name)
-
-
-def _copy_scores(scores: Sequence[str | PathLike], folder: Path) -> None:
-    for path in map(Path, scores):
-        target, number = folder / "evaluations" / path.name, 1
-        while target.exists():
-            number += 1
-            target = target.with_name(f"{path.stem}_{number}{path.suffix}")
-        target.parent.mkdir(exist_ok=True)
-        target.write_text(json.dumps(without_paths(json.loads(path.read_text())), indent=1) + "\n")
-
-
-def _score_files(folder: Path) -> list[Path]:
-    return [path for path in (folder / "scores.json", *sorted(folder.glob("evaluations/*.json"))) if path.is_file()]
-
-
-def _forget_this_machine(folder: Path) -> None:
-    """Take local paths, and the tokenizer's memory of having been a local directory, out of the files."""
-    for name in ("config.json", "processor_config.json", "tokenizer_config.json"):
-        path = folder / name
-        if not path.is_file():
-            continue
-        settings = json.loads(path.read_text())
-        for part in ("backbone_config", "language_model_source"):
-            if os.path.isabs((settings.get(part) or {}).get("source") or ""):
-                settings[part]["source"] = None
-        if name == "tokenizer_config.json":
-            settings = {key: value for key, value in settings.items() if key not in ("is_local", "local_files_only")}
-        path.write_text(json.dumps(without_paths(settings), indent=2) + "\n")
-    for path in _score_files(folder):
-        read_evaluations(path)  # names a file that holds none
-        path.write_text(json.dumps(without_paths(json.loads(path.read_text())), indent=1) + "\n")
-    recipe = folder / RECIPE_FILE
-    if recipe.is_file():
-        recipe.write_text(readable_recipe(recipe.read_text()) + "\n")
-
-
-# ------------------------------------------------------------------------------------------------------------- pictures
-
-
-def layer_table(model: DevilModel) -> list[Layer]:
-    """The layers of a model with the grids that they have at its own input size."""
-    size = model.config.backbone_config["input_size"]
-    with torch.no_grad():
-        maps = model.extract_features(torch.zeros(1, *size))
-    return [
-        Layer(name, values.shape[1], values.shape[2], values.shape[3], size)
-        for name, values in zip(model.layer_names, maps, strict=True)
-        if values is not None
-    ]
-
-
-def draw_examples(
-    model: DevilModel,
-    processor: DevilProcessor,
-    folder: Path,
-    images: Sequence[Image.Image] = (),
-    phrases: Sequence[str] = (),
-) -> Examples | None:
-    """Let the checkpoint describe and map images, into `folder/pictures`; None where there is no image."""
-    held_out = not images and model.config.scope == SCOPE
-    wanted = [list(phrases)] * len(images)
-    if held_out:
-        scenes = [
-            scene for scene in (make_scene(EXAMPLE_WORLD, index) for index in range(20)) if len(scene.objects) > 1
-        ]
-        images = [Image.fromarray(scene.image) for scene in scenes[:EXAMPLE_SCENES]]
-        words = [list(dict.fromkeys(w for item in scene.objects for w in item.attributes.values())) for scene in scenes]
-        wanted = [list(phrases) or one for one in words[:EXAMPLE_SCENES]]
-    if not images:
-        return None
-    images = [image.convert("RGB") for image in images]
-    for image in images:
-        image.thumbnail((LARGEST_PICTURE, LARGEST_PICTURE))
-    output = model.describe(**processor(images=images, return_tensors="pt"), max_new_tokens=30)
-    rows: list[list[tuple[str, str]]] = [[] for _ in images]
-    for row, text in enumerate(processor.batch_decode(output.sequences, skip_special_tokens=True)):
-        rows[int(output.image_index[row])].append((output.layer_of(row), text.strip()))
-    # Without phrases of the publisher's: what the model itself says of the image.
-    wanted = [one or [dict(said)["all"] or "a"] for one, said in zip(wanted, rows, strict=True)]
-    pictures = folder / "pictures"
-    pictures.mkdir(exist_ok=True)
-    examples = Examples([], "pictures/layers.jpg", [], wanted[0], held_out)
-    layers_figure(images, rows).save(folder / examples.layers, **FIGURE)
-    for number, (image, asked) in enumerate(zip(images, wanted, strict=True), 1):
-        examples.images.append(f"pictures/example_{number}.png")
-        examples.maps.append(f"pictures/maps_{number}.jpg")
-        image.save(folder / examples.images[-1])
-        maps = model.attribute(**processor(images=image), phrases=processor(text=asked))
-        maps.maps = {name: values.cpu() for name, values in maps.maps.items()}
-        attribution_figure(processor, image, maps, asked).save(folder / examples.maps[-1], **FIGURE)
-    return examples
-
-
-__all__ = ["Draft", "check_code", "check_weights", "draw_examples", "layer_table", "prepare", "push", "upload"]
+__all__ = ["prepare", "push", "upload"]

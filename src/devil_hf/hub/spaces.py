@@ -11,9 +11,11 @@ from importlib.metadata import requires
 from os import PathLike
 from pathlib import Path
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, SpaceCard
+from huggingface_hub import HfApi, SpaceCard
+from packaging.requirements import Requirement
 
-from devil_hf.hub.publish import Draft, check_repo_id, reaching_the_hub
+from devil_hf.hub.checks import check_repo_id
+from devil_hf.hub.drafts import Draft, commit, new_folder, reaching_the_hub
 
 PACKAGE = Path(__file__).parents[1]
 CHECKPOINT_VARIABLE = "DEVIL_CHECKPOINT"
@@ -38,10 +40,7 @@ def prepare_space(space_id: str, folder: str | PathLike, checkpoint: str | None 
                 f"{checkpoint} is a directory, which a Space cannot read: `devil push` it, and give its Hub id"
             )
         check_repo_id(checkpoint)
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    if any(folder.iterdir()):
-        raise ValueError(f"{folder} is not empty: everything in it would be published; name a new folder")
+    folder = new_folder(folder)
     shutil.copytree(_template_folder(), folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*LEFT_OUT[:2]))
     shutil.copytree(PACKAGE, folder / "devil_hf", ignore=shutil.ignore_patterns(*LEFT_OUT))
     needed = folder / "requirements.txt"
@@ -90,20 +89,10 @@ def push_space(
     api = HfApi(token=token, library_name="devil-hf")
     with tempfile.TemporaryDirectory() as folder:
         draft = prepare_space(space_id, folder, checkpoint)
-        tree = draft.tree()
         with reaching_the_hub(f"{space_id} was not published completely"):
             url = api.create_repo(space_id, repo_type="space", space_sdk="gradio", private=private, exist_ok=True)
-            published = api.list_repo_files(space_id, repo_type="space")
-            outdated = [path for path in published if path.startswith("devil_hf/") and path not in tree]
-            api.create_commit(
-                space_id,
-                [
-                    *(CommitOperationDelete(path) for path in outdated),
-                    *(CommitOperationAdd(path, draft.folder / path) for path in tree),
-                ],
-                commit_message=commit_message or "Upload DeViL demo",
-                repo_type="space",
-            )
+            message = commit_message or "Upload DeViL demo"
+            commit(api, draft, space_id, lambda path: path.startswith("devil_hf/"), message, repo_type="space")
             if checkpoint is not None:
                 api.add_space_variable(space_id, CHECKPOINT_VARIABLE, checkpoint)
             elif CHECKPOINT_VARIABLE in api.get_space_variables(space_id):
@@ -118,8 +107,13 @@ def _template_folder() -> Path:
 
 
 def _dependencies() -> list[str]:
-    """What the package needs, but for gradio, which the Space's `sdk_version` brings."""
-    return [one for one in requires("devil-hf") or [] if "extra ==" not in one and not one.startswith("gradio")]
+    """What the package and its extra `demo` need, but for gradio, which the Space's `sdk_version` brings."""
+    needed = [Requirement(one) for one in requires("devil-hf") or []]
+    return [
+        f"{one.name}{f'[{extras}]' if (extras := ','.join(sorted(one.extras))) else ''}{one.specifier}"
+        for one in needed
+        if one.name != "gradio" and (one.marker is None or one.marker.evaluate({"extra": "demo"}))
+    ]
 
 
 __all__ = ["prepare_space", "push_space"]

@@ -19,7 +19,8 @@ from transformers.utils import logging
 from devil_hf.checkpoints.loading import load
 from devil_hf.data.decoding import BadSamples, PairDecoder, PairTable
 from devil_hf.data.pairs import open_pairs
-from devil_hf.hub.publish import check_parts, check_repo_id, push
+from devil_hf.hub.checks import check_parts, check_repo_id
+from devil_hf.hub.publish import push
 from devil_hf.model.image_processing_devil import DevilImageProcessor
 from devil_hf.model.lora_devil import LORA_DEFAULTS
 from devil_hf.model.modeling_devil import DevilModel
