@@ -23,15 +23,6 @@ AutoImageProcessor.register(
 )
 AutoProcessor.register(DevilConfig, DevilProcessor)
 
-
-def _publish(model: DevilModel, repo_id: str, **kwargs) -> str:
-    from devil_hf.hub.publish import push
-
-    return push(model, repo_id, **kwargs)
-
-
-DevilModel.publish = _publish
-
 __version__ = "0.1.0"
 
 __all__ = [

@@ -165,27 +165,27 @@ def _check_scores(evaluations: Sequence[Evaluation], checkpoint: str | PathLike 
     """Raise a ValueError for scores of other weights."""
     if any(evaluation.weights for evaluation in evaluations):
         # As evaluations load it, in fp32: frozen parts of a slim checkpoint would be rounded to its own precision otherwise.
-        given = isinstance(checkpoint, DevilModel)
-        check_measured(
-            evaluations, checkpoint if given else DevilModel.from_pretrained(checkpoint, dtype=torch.float32)
-        )
+        on_disk = isinstance(checkpoint, str | PathLike)
+        model = DevilModel.from_pretrained(checkpoint, dtype=torch.float32) if on_disk else checkpoint
+        check_measured(evaluations, model)
 
 
 def _stage(
     checkpoint: str | PathLike | DevilModel, processor: DevilProcessor | None, folder: Path, slim: bool | None
 ) -> tuple[DevilModel, DevilProcessor]:
     """Put weights, code and processor into `folder`, checked; returns them loaded, to draw with."""
-    given = isinstance(checkpoint, DevilModel)
-    if isinstance(checkpoint, DevilModel):
-        model = checkpoint
-    else:
+    # A model that was loaded with the code of its repository is of another class than ours.
+    given = not isinstance(checkpoint, str | PathLike)
+    if isinstance(checkpoint, str | PathLike):
         check_weights(checkpoint)
         model = DevilModel.from_pretrained(checkpoint, dtype="auto")
+    else:
+        model = checkpoint
     processor = processor or _processor_of(model)
     kind = model.config.frozen_weights == "reference"
     slim = kind if slim is None else slim
     check_parts(model, slim)
-    if not isinstance(checkpoint, DevilModel):
+    if isinstance(checkpoint, str | PathLike):
         copy_checkpoint(checkpoint, folder)
     if given or slim != kind or not any(folder.glob(CODE)):
         for stale in folder.glob("*.safetensors*"):

@@ -6,7 +6,7 @@ trained, and name the sources of the frozen parts with revision and a hash of th
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from os import PathLike
 from typing import Any, cast
@@ -46,8 +46,6 @@ class DevilPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _no_split_modules = ["FeatureBackbone", *(translator.__name__ for translator in TRANSLATORS.values())]
-    # The installed package brings a way to publish with checks and a card; the code of a checkpoint alone has none.
-    publish: Callable[..., str] | None = None
 
     @classmethod
     def from_backbone_and_language_model(
@@ -203,19 +201,6 @@ class DevilPreTrainedModel(PreTrainedModel):
             super().save_pretrained(save_directory, state_dict=state_dict, **kwargs)
         finally:
             config.frozen_weights = before
-
-    def push_to_hub(self, repo_id: str, *args, **kwargs) -> str:  # type: ignore[override]
-        """Publish this model.
-
-        With devil_hf imported by `devil_hf.hub.publish.push`, whose arguments it takes (`processor`, `slim`, `private`,
-        `revision`, `images`, `scores`, ...): weights, code, processor and a filled card, checked. Otherwise as any other model.
-
-        Returns:
-            The commit's URL.
-        """
-        if self.publish is None:
-            return super().push_to_hub(repo_id, *args, **kwargs)  # type: ignore[arg-type]
-        return self.publish(repo_id, *args, **kwargs)
 
     def _parts_without_source(self) -> list[str]:
         parts = {"backbone": self.config.backbone_config, "language model": self.config.language_model_source}
