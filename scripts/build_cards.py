@@ -17,12 +17,12 @@ import yaml
 from huggingface_hub import DatasetCardData
 from transformers import OPTConfig
 
+from devil_hf.build import backbone_from_source
 from devil_hf.checkpoints import CHECKPOINT
 from devil_hf.data import rendering, shapes, worlds
 from devil_hf.hub.cards import dataset_card, model_card
 from devil_hf.hub.facts import Facts, Layer, readable_recipe
 from devil_hf.hub.publish import prepare
-from devil_hf.model.backbone_devil import FeatureBackbone
 from devil_hf.model.configuration_devil import DevilConfig
 from devil_hf.model.translator_devil import Translator
 from devil_hf.report.templates import card_folder
@@ -46,7 +46,7 @@ def recipe_card(path: Path) -> str:
     name = recipe["backbone"].removeprefix("timm/")
     with torch.device("meta"):
         module = timm.create_model(name, num_classes=0)
-    backbone = FeatureBackbone.from_source(module, recipe["layers"], class_tokens=recipe.get("class_tokens", False))
+    backbone = backbone_from_source(module, recipe["layers"], class_tokens=recipe.get("class_tokens", False))
     size = backbone.config["input_size"]
     maps = backbone(torch.empty(1, *size, device="meta"))
     text_config = LANGUAGE_MODELS[recipe["language_model"]]

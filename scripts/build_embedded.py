@@ -14,7 +14,8 @@ import timm
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
-from devil_hf import DevilImageProcessor, DevilProcessor, FeatureBackbone
+from devil_hf import DevilImageProcessor, DevilProcessor
+from devil_hf.build import backbone_from_source
 from devil_hf.report.quickstart import report, train_translator
 from devil_hf.training.small_models import (
     EmbeddedBackboneArguments,
@@ -76,7 +77,7 @@ def build_language_model(arguments: BuildArguments, folder: Path) -> None:
 
 def build_translator(arguments: BuildArguments, output: Path) -> None:
     """Train the translator between the two parts and save all three as one half-precision checkpoint."""
-    backbone = FeatureBackbone.from_source(output / "backbone", LAYERS)
+    backbone = backbone_from_source(output / "backbone", LAYERS)
     # The checkpoint holds the weights itself; the folder they came from means nothing elsewhere.
     backbone.config |= {"source": None, "revision": None}
     language_model = AutoModelForCausalLM.from_pretrained(output / "language_model")

@@ -21,7 +21,9 @@ import torch
 from torch import nn
 from transformers import CONFIG_MAPPING, MODEL_FOR_BACKBONE_MAPPING, PreTrainedConfig
 
-from devil_hf.model.backbone_devil import CLASS_SUFFIX, FeatureBackbone
+from devil_hf.build import backbone_from_source
+from devil_hf.build.layers import CLASS_SUFFIX
+from devil_hf.model.backbone_devil import FeatureBackbone
 
 REAL_TIMM = """
     resnet18 resnet50 seresnet50 resnetv2_50 regnety_002 efficientnet_b0 mobilenetv2_100 mobilenetv3_small_050
@@ -76,7 +78,7 @@ def check_timm(name: str, real: bool) -> dict:
     if getattr(module, "num_prefix_tokens", 0):
         backbone = _with_class_tokens(module, kwargs)
     else:
-        backbone = FeatureBackbone.from_source(module, backbone_kwargs=kwargs)
+        backbone = backbone_from_source(module, backbone_kwargs=kwargs)
     infos = {backbone.layer_names[index]: info for index, info in enumerate(module.feature_info)}
     found = check_features(backbone)
     for layer, channels, grid in zip(found["layers"], found["channels"], found["grids"], strict=True):
@@ -92,11 +94,11 @@ def check_timm(name: str, real: bool) -> dict:
 
 def _with_class_tokens(module: nn.Module, kwargs: dict | None = None) -> FeatureBackbone:
     try:
-        return FeatureBackbone.from_source(module, class_tokens=True, backbone_kwargs=kwargs)
+        return backbone_from_source(module, class_tokens=True, backbone_kwargs=kwargs)
     except ValueError as error:  # none, only registers, or a class token that joins after the blocks
         if "class_tokens" not in str(error):
             raise
-    return FeatureBackbone.from_source(module, backbone_kwargs=kwargs)
+    return backbone_from_source(module, backbone_kwargs=kwargs)
 
 
 def check_transformers(config_class: type[PreTrainedConfig]) -> dict:

@@ -3,7 +3,7 @@ r"""Make a local timm checkpoint out of a bare safetensors file of weights.
     python scripts/prepare_backbone.py weights.safetensors mobilenetv2_100 backbone --model_args '{"pad_type": "same"}' \
         --data_config '{"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5], "interpolation": "bilinear", "crop_pct": 0.875}'
 
-The directory then loads as a backbone: `FeatureBackbone.from_source("backbone")` or
+The directory then loads as a backbone: `backbone_from_source("backbone")` or
 `timm.create_model("local-dir:backbone", pretrained=True)`.
 """
 

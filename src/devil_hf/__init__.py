@@ -6,6 +6,8 @@ checkpoints without `trust_remote_code`.
 
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageTextToText, AutoProcessor
 
+import devil_hf.baselines.baselines_devil  # noqa: F401 - registers its translators
+from devil_hf.build import from_backbone_and_language_model
 from devil_hf.model.backbone_devil import FeatureBackbone
 from devil_hf.model.configuration_devil import DevilConfig
 from devil_hf.model.image_processing_devil import DevilImageProcessor
@@ -22,6 +24,9 @@ AutoImageProcessor.register(
     DevilConfig, image_processor_classes={"pil": DevilImageProcessor, "torchvision": DevilImageProcessor}
 )
 AutoProcessor.register(DevilConfig, DevilProcessor)
+
+# What travels with a checkpoint does not build new models; whoever has the package finds it here, too.
+DevilModel.from_backbone_and_language_model = staticmethod(from_backbone_and_language_model)  # type: ignore[attr-defined]
 
 __version__ = "0.1.0"
 

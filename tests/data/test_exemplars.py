@@ -15,11 +15,11 @@ from PIL import Image
 from torch import nn
 from transformers import ViTConfig, ViTModel
 
+from devil_hf.build import backbone_from_source
 from devil_hf.data import exemplars as exemplars_module
 from devil_hf.data.exemplars import ExemplarSet, UnitReader, find_exemplars, open_network, to_uint8
 from devil_hf.data.images import StreamedImages, open_images
 from devil_hf.data.quantiles import QuantileSketch
-from devil_hf.model.backbone_devil import FeatureBackbone
 from devil_hf.model.image_processing_devil import DevilImageProcessor
 
 COUNT = 23
@@ -40,7 +40,7 @@ class Colours(nn.Module):
 
 @pytest.fixture(scope="module")
 def network():
-    backbone = FeatureBackbone.from_source(
+    backbone = backbone_from_source(
         Colours(), ["first", "second"], backbone_kwargs={"data_config": {"input_size": (3, 32, 32), "crop_pct": 1.0}}
     )
     return backbone, DevilImageProcessor.from_data_config(backbone.config["data_config"])
@@ -147,7 +147,7 @@ from pathlib import Path
 from accelerate import PartialState
 from PIL import Image
 from tests.data.test_exemplars import Colours, FeatureBackbone, DevilImageProcessor, UnitReader, find_exemplars, open_images
-backbone = FeatureBackbone.from_source(
+backbone = backbone_from_source(
     Colours(), ["first", "second"], backbone_kwargs={"data_config": {"input_size": (3, 32, 32), "crop_pct": 1.0}}
 )
 processor = DevilImageProcessor.from_data_config(backbone.config["data_config"])

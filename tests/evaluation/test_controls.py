@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from devil_hf import DevilModel, FeatureBackbone
+from devil_hf import DevilModel
+from devil_hf.build import backbone_from_source
 from devil_hf.checkpoints import CHECKPOINT
 from devil_hf.checkpoints.loading import load
 from devil_hf.cli import main as cli
@@ -244,7 +245,7 @@ def network(request, shipped):
     torch.manual_seed(0)
     module = timm.create_model(request.param, pretrained=False, num_classes=7)
     layers = ["blocks.1", "blocks.4", "bn2"] if "mobilenet" in request.param else None
-    backbone = FeatureBackbone.from_source(module, layers)
+    backbone = backbone_from_source(module, layers)
     model = DevilModel.from_backbone_and_language_model(
         backbone,
         shipped[0].language_model,

@@ -27,7 +27,7 @@ from devil_hf.evaluation.maps.measures import centre_prior
 from devil_hf.evaluation.maps.pointing import pointing
 from devil_hf.evaluation.maps.scores import as_results, maps_table, named_in_captions, score_maps, summarise
 from devil_hf.evaluation.results import read_evaluations
-from devil_hf.model.combining_devil import combine_maps
+from devil_hf.model.explaining_devil import combine_maps
 from devil_hf.report.localisation import localisation_figure
 
 SOURCE = {"source": "test"}

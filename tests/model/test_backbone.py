@@ -22,8 +22,10 @@ from transformers import (
     ViTModel,
 )
 
-from devil_hf.model.backbone_devil import FeatureBackbone, resolve_layers, source_state_dict, weights_hash
-from devil_hf.model.layouts_devil import infer_layout, to_map, token_grid
+from devil_hf.build import backbone_from_source
+from devil_hf.build.layouts import infer_layout
+from devil_hf.model.backbone_devil import FeatureBackbone, source_state_dict, to_map, token_grid, weights_hash
+from devil_hf.model.pooling_devil import resolve_layers
 
 TINY = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 64}
 SMALL_SWIN = {"embed_dim": 24, "depths": (1, 2, 1, 1), "num_heads": (1, 2, 2, 4)}
@@ -85,8 +87,8 @@ def test_an_unknown_layer_is_named_with_the_layers_there_are(requested):
 def test_default_layers_are_the_stages_of_the_paper_or_four_blocks():
     with torch.device("meta"):
         resnet, vit = build("resnet50"), build("vit_tiny_patch16_224")
-    assert FeatureBackbone.from_source(resnet).layers == ["layer1", "layer2", "layer3", "layer4"]
-    blocks = FeatureBackbone.from_source(vit)
+    assert backbone_from_source(resnet).layers == ["layer1", "layer2", "layer3", "layer4"]
+    blocks = backbone_from_source(vit)
     assert blocks.layers == ["blocks.2", "blocks.5", "blocks.8", "blocks.11"]
     assert blocks.layer_names == [f"blocks.{index}" for index in range(12)]
 
@@ -94,15 +96,15 @@ def test_default_layers_are_the_stages_of_the_paper_or_four_blocks():
 def test_errors_about_layers_name_the_value_and_the_layers():
     network = build("test_resnet")
     with pytest.raises(ValueError, match=r"'layer5'.*layer4"):
-        FeatureBackbone.from_source(network, "layer5")
+        backbone_from_source(network, "layer5")
     with pytest.raises(ValueError, match=r"7 is out of range.*layer4"):
-        FeatureBackbone.from_source(network, 7)
+        backbone_from_source(network, 7)
     with pytest.raises(ValueError, match=r"'layer4' has no class token"):
-        FeatureBackbone.from_source(network, "layer4:class")
+        backbone_from_source(network, "layer4:class")
     with pytest.raises(ValueError, match="twice"):
-        FeatureBackbone.from_source(network, ["layer4", -1])
+        backbone_from_source(network, ["layer4", -1])
     with pytest.raises(ValueError, match="class_tokens=True"):
-        FeatureBackbone.from_source(network, class_tokens=True)
+        backbone_from_source(network, class_tokens=True)
 
 
 # ------------------------------------------------------------------------------------------------ timm
@@ -115,7 +117,7 @@ def test_errors_about_layers_name_the_value_and_the_layers():
 )
 def test_stages_equal_timms_own_features(name, kwargs):
     network = build(name, **kwargs)
-    backbone = FeatureBackbone.from_source(network)
+    backbone = backbone_from_source(network)
     own = timm.create_model(name, features_only=True, **kwargs).eval()
     weights = {key.replace(".", "_"): tensor for key, tensor in network.state_dict().items()}
     own.load_state_dict({key: weights[key.replace(".", "_")] for key in own.state_dict()})
@@ -131,7 +133,7 @@ def test_stages_equal_timms_own_features(name, kwargs):
 
 def test_grid_class_token_and_registers_of_a_vit_come_apart():
     network = build("vit_small_patch16_dinov3", depth=3, embed_dim=48, num_heads=3)
-    backbone = FeatureBackbone.from_source(network, ["blocks.1", "blocks.1:class", "blocks.2:class"])
+    backbone = backbone_from_source(network, ["blocks.1", "blocks.1:class", "blocks.2:class"])
     images = images_for(backbone)
     with torch.no_grad():
         patches, token, _ = backbone(images)
@@ -146,29 +148,29 @@ def test_grid_class_token_and_registers_of_a_vit_come_apart():
 
 
 def test_class_tokens_accompany_every_layer_that_has_one():
-    backbone = FeatureBackbone.from_source(build("test_vit"), [0, -1], class_tokens=True)
+    backbone = backbone_from_source(build("test_vit"), [0, -1], class_tokens=True)
     first, last = backbone.layer_names[0], backbone.layer_names[-1]
     assert backbone.layers == [first, f"{first}:class", last, f"{last}:class"]
 
 
 def test_registers_without_a_class_token_are_no_class_token():
     with pytest.raises(ValueError, match="no class token"):
-        FeatureBackbone.from_source(build("test_vit4"), class_tokens=True, backbone_kwargs={"class_token": False})
+        backbone_from_source(build("test_vit4"), class_tokens=True, backbone_kwargs={"class_token": False})
 
 
 def test_a_vit_keeps_an_oblong_grid():
-    backbone = FeatureBackbone.from_source(build("vit_tiny_patch16_224", img_size=(64, 96), depth=4))
+    backbone = backbone_from_source(build("vit_tiny_patch16_224", img_size=(64, 96), depth=4))
     assert backbone.config["input_size"] == [3, 64, 96]
     assert [tuple(feature_map.shape) for feature_map in backbone(images_for(backbone))] == [(2, 192, 4, 6)] * 4
-    hooked = FeatureBackbone.from_source(backbone.module, "blocks.1.mlp")
+    hooked = backbone_from_source(backbone.module, "blocks.1.mlp")
     assert hooked(images_for(hooked))[0].shape == (2, 192, 4, 6)
 
 
 def test_hooks_read_the_same_features_as_the_networks_own_way():
     network = build("test_resnet")
-    names = list(FeatureBackbone.from_source(network).layers)
-    own = FeatureBackbone.from_source(network, names)
-    hooked = FeatureBackbone.from_source(nn.Sequential(network), [f"0.{name}" for name in names])
+    names = list(backbone_from_source(network).layers)
+    own = backbone_from_source(network, names)
+    hooked = backbone_from_source(nn.Sequential(network), [f"0.{name}" for name in names])
     images = images_for(own)
     for mine, theirs in zip(hooked(images), own(images), strict=True):
         torch.testing.assert_close(mine, theirs)
@@ -176,7 +178,7 @@ def test_hooks_read_the_same_features_as_the_networks_own_way():
 
 def test_any_submodule_is_a_layer_and_is_read_before_in_place_changes():
     network = build("resnet18", channels=(8, 16, 24, 32))
-    backbone = FeatureBackbone.from_source(network, ["layer2.0.bn1", "layer2.1.conv2", "layer3"])
+    backbone = backbone_from_source(network, ["layer2.0.bn1", "layer2.1.conv2", "layer3"])
     images = images_for(backbone)
     with torch.no_grad():
         bn1, _, stage = backbone(images)
@@ -188,13 +190,13 @@ def test_any_submodule_is_a_layer_and_is_read_before_in_place_changes():
 
 def test_channels_last_layers_come_out_channels_first():
     network = build("swin_tiny_patch4_window7_224", **SMALL_SWIN)
-    backbone = FeatureBackbone.from_source(network, ["layers.1", "layers.2.blocks.0"])
+    backbone = backbone_from_source(network, ["layers.1", "layers.2.blocks.0"])
     assert [tuple(m.shape) for m in backbone(images_for(backbone))] == [(2, 48, 28, 28), (2, 96, 14, 14)]
 
 
 def test_nothing_deeper_than_the_deepest_layer_asked_for_is_computed():
     network = build("test_vit", depth=6)
-    backbone = FeatureBackbone.from_source(network, [0, 2, 5])
+    backbone = backbone_from_source(network, [0, 2, 5])
     calls = []
     for index, block in enumerate(network.blocks):
         block.register_forward_hook(lambda *call, index=index: calls.append(index))
@@ -204,7 +206,7 @@ def test_nothing_deeper_than_the_deepest_layer_asked_for_is_computed():
 
 
 def test_features_stay_frozen_and_in_evaluation_mode():
-    backbone = FeatureBackbone.from_source(build("test_resnet"))
+    backbone = backbone_from_source(build("test_resnet"))
     outer = nn.ModuleDict({"backbone": backbone}).train()
     assert not any(module.training for module in outer["backbone"].modules())
     assert not any(parameter.requires_grad for parameter in backbone.parameters())
@@ -214,7 +216,7 @@ def test_features_stay_frozen_and_in_evaluation_mode():
 
 
 def test_pixel_values_of_the_wrong_shape_are_named():
-    backbone = FeatureBackbone.from_source(build("test_resnet"))
+    backbone = backbone_from_source(build("test_resnet"))
     with pytest.raises(ValueError, match=r"\(1, 1, 32, 32\)"):
         backbone(torch.zeros(1, 1, 32, 32))
 
@@ -224,7 +226,7 @@ def test_pixel_values_of_the_wrong_shape_are_named():
 
 @pytest.mark.parametrize("name", ["test_resnet", "test_vit", "test_convnext"])
 def test_the_configuration_builds_the_same_network_without_a_forward_pass(name):
-    backbone = FeatureBackbone.from_source(build(name), class_tokens=name == "test_vit")
+    backbone = backbone_from_source(build(name), class_tokens=name == "test_vit")
     config = json.loads(json.dumps(backbone.config))
     with torch.device("meta"):
         again = FeatureBackbone.from_config(config)
@@ -266,7 +268,7 @@ class Outer(PreTrainedModel):
     ],
 )
 def test_buffers_that_are_not_saved_survive_loading(name, kwargs, tmp_path):
-    backbone = FeatureBackbone.from_source(build(name, **kwargs))
+    backbone = backbone_from_source(build(name, **kwargs))
     images = images_for(backbone, 1)
     expected = backbone(images)
     Outer(OuterConfig(backbone_config=backbone.config), backbone).save_pretrained(tmp_path)
@@ -284,28 +286,28 @@ def test_a_given_module_that_its_arguments_do_not_explain_is_refused():
     network = build("mobilenetv2_050", pad_type="same")
     del network._model_args  # timm before 1.0.31 did not keep them
     with pytest.raises(ValueError, match=r"features differ.*backbone_kwargs=\{'pad_type': 'same'\}"):
-        FeatureBackbone.from_source(network)
-    assert FeatureBackbone.from_source(network, backbone_kwargs={"pad_type": "same"}).layers[-1] == "blocks.6"
+        backbone_from_source(network)
+    assert backbone_from_source(network, backbone_kwargs={"pad_type": "same"}).layers[-1] == "blocks.6"
 
     wide = build("test_vit", embed_dim=96)
     del wide._model_args
     with pytest.raises(ValueError, match=r"weights differ in name or shape.*backbone_kwargs"):
-        FeatureBackbone.from_source(wide)
+        backbone_from_source(wide)
 
 
 def test_the_check_of_a_given_module_leaves_the_random_state_alone():
     network = build("test_resnet")
     state = torch.get_rng_state()
-    FeatureBackbone.from_source(network)
+    backbone_from_source(network)
     assert torch.equal(state, torch.get_rng_state())
 
 
 def test_preprocessing_is_timms_and_can_be_overridden():
     network = build("test_resnet")
-    own = FeatureBackbone.from_source(network).config["data_config"]
+    own = backbone_from_source(network).config["data_config"]
     expected = timm.data.resolve_model_data_config(network)
     assert {key: tuple(v) if isinstance(v, list) else v for key, v in own.items()} == expected
-    changed = FeatureBackbone.from_source(network, backbone_kwargs={"data_config": {"mean": [0.5] * 3}})
+    changed = backbone_from_source(network, backbone_kwargs={"data_config": {"mean": [0.5] * 3}})
     assert changed.config["data_config"] == own | {"mean": [0.5] * 3}
 
 
@@ -314,7 +316,7 @@ def test_preprocessing_is_timms_and_can_be_overridden():
 
 def test_a_users_module_is_read_in_any_layout_and_left_early():
     network = UserNetwork().eval()
-    backbone = FeatureBackbone.from_source(network, ["stem", "mix", "norm", "deep"])
+    backbone = backbone_from_source(network, ["stem", "mix", "norm", "deep"])
     assert backbone.config["kind"] == "custom"
     images = images_for(backbone)
     calls = network.calls
@@ -324,18 +326,18 @@ def test_a_users_module_is_read_in_any_layout_and_left_early():
     torch.testing.assert_close(mix, network.mix(stem.relu().permute(0, 2, 3, 1)).permute(0, 3, 1, 2))
     torch.testing.assert_close(norm, network.norm(mix))
     torch.testing.assert_close(deep, network.deep(norm.relu()))
-    assert FeatureBackbone.from_source(network, "head")(images)[0].shape == (2, 5, 1, 1)
+    assert backbone_from_source(network, "head")(images)[0].shape == (2, 5, 1, 1)
 
 
 def test_a_users_module_offers_its_own_layers():
     blocks = [nn.Sequential(nn.Conv2d(8 if i else 3, 8, 3, 2, 1), nn.ReLU()) for i in range(6)]
-    backbone = FeatureBackbone.from_source(nn.Sequential(nn.Sequential(*blocks), nn.Flatten(), nn.LazyLinear(2)))
+    backbone = backbone_from_source(nn.Sequential(nn.Sequential(*blocks), nn.Flatten(), nn.LazyLinear(2)))
     assert backbone.layer_names == [f"0.{index}" for index in range(6)]
     assert backbone.layers == ["0.2", "0.3", "0.4", "0.5"]
 
 
 def test_a_users_module_must_be_given_again():
-    config = FeatureBackbone.from_source(UserNetwork(), "deep").config
+    config = backbone_from_source(UserNetwork(), "deep").config
     with pytest.raises(ValueError, match="pass the module itself"):
         FeatureBackbone.from_config(config)
     network = UserNetwork()
@@ -347,7 +349,7 @@ def test_a_users_module_must_be_given_again():
 def test_windows_are_not_taken_for_a_feature_map():
     network = build("swin_tiny_patch4_window7_224", **SMALL_SWIN)
     with pytest.raises(ValueError, match=r"'layers.0.blocks.0.attn' is no feature map"):
-        FeatureBackbone.from_source(network, "layers.0.blocks.0.attn")
+        backbone_from_source(network, "layers.0.blocks.0.attn")
 
 
 @pytest.mark.parametrize(
@@ -386,7 +388,7 @@ def test_layouts_are_inferred_and_undone(shape, layout, prefix):
 
 def test_blocks_of_a_transformers_model_are_its_hidden_states():
     network = ViTModel(ViTConfig(**TINY, **SMALL_IMAGES)).eval()
-    backbone = FeatureBackbone.from_source(network, class_tokens=True)
+    backbone = backbone_from_source(network, class_tokens=True)
     images = images_for(backbone)
     with torch.no_grad():
         maps = backbone(images)
@@ -400,7 +402,7 @@ def test_blocks_of_a_transformers_model_are_its_hidden_states():
 @pytest.mark.parametrize("requested", [None, ["stage1", "stage3"]])
 def test_stages_of_a_transformers_backbone_are_its_feature_maps(requested):
     network = SwinBackbone(SwinConfig(embed_dim=12, depths=[1, 1, 1, 1], num_heads=[1, 2, 2, 2], image_size=64))
-    backbone = FeatureBackbone.from_source(network, requested)
+    backbone = backbone_from_source(network, requested)
     assert backbone.layers == (requested or ["stage1", "stage2", "stage3", "stage4"])
     images = images_for(backbone)
     again = FeatureBackbone.from_config(json.loads(json.dumps(backbone.config)))
@@ -413,7 +415,7 @@ def test_stages_of_a_transformers_backbone_are_its_feature_maps(requested):
 
 def test_registers_of_a_transformers_backbone_are_left_out():
     network = Dinov2WithRegistersBackbone(Dinov2WithRegistersConfig(**TINY, **SMALL_IMAGES, num_register_tokens=3))
-    backbone = FeatureBackbone.from_source(network, ["stage2", "stage2:class"])
+    backbone = backbone_from_source(network, ["stage2", "stage2:class"])
     patches, token = backbone(images_for(backbone))
     assert (patches.shape, token.shape) == ((2, 32, 4, 4), (2, 32, 1, 1))
 
@@ -430,7 +432,7 @@ def save_timm(folder, name="test_resnet", **kwargs) -> nn.Module:
 @pytest.mark.parametrize("prefix", ["", "local-dir:"])
 def test_a_directory_of_timm_is_a_source_that_loads_again(prefix, tmp_path):
     network = save_timm(tmp_path)
-    backbone = FeatureBackbone.from_source(f"{prefix}{tmp_path}")
+    backbone = backbone_from_source(f"{prefix}{tmp_path}")
     assert backbone.config["source"] == str(tmp_path)
     assert backbone.config["sha256"] == weights_hash(backbone.module)
     assert torch.equal(backbone.module.conv1[0].weight, network.conv1[0].weight)
@@ -441,7 +443,7 @@ def test_a_directory_of_timm_is_a_source_that_loads_again(prefix, tmp_path):
 
 def test_arguments_of_a_timm_source_are_kept(tmp_path):
     save_timm(tmp_path, "test_vit", img_size=96, depth=3)
-    backbone = FeatureBackbone.from_source(tmp_path, backbone_kwargs={"img_size": 96, "depth": 3})
+    backbone = backbone_from_source(tmp_path, backbone_kwargs={"img_size": 96, "depth": 3})
     assert backbone.config["input_size"] == [3, 96, 96]
     again = FeatureBackbone.from_config(json.loads(json.dumps(backbone.config)))
     again.load_state_dict(source_state_dict(backbone.config))
@@ -451,7 +453,7 @@ def test_a_directory_of_transformers_is_a_source_with_its_image_processor(tmp_pa
     SwinBackbone(SwinConfig(embed_dim=12, depths=[1, 1], num_heads=[1, 2], image_size=64)).save_pretrained(tmp_path)
     size = {"height": 64, "width": 64}
     ViTImageProcessorPil(size=size, image_mean=[0.1] * 3, image_std=[0.2] * 3, resample=2).save_pretrained(tmp_path)
-    backbone = FeatureBackbone.from_source(tmp_path, ["stage1", "stage2"])
+    backbone = backbone_from_source(tmp_path, ["stage1", "stage2"])
     data_config = backbone.config["data_config"]
     assert (data_config["input_size"], data_config["interpolation"]) == ([3, 64, 64], "bilinear")
     assert (data_config["mean"], data_config["std"]) == ([0.1] * 3, [0.2] * 3)
@@ -463,30 +465,30 @@ def test_the_vision_tower_of_a_two_tower_model_is_taken(tmp_path):
     text = CLIPTextConfig(**TINY, vocab_size=50)
     vision = CLIPVisionConfig(**TINY, **SMALL_IMAGES)
     CLIPModel(CLIPConfig(text_config=text, vision_config=vision)).save_pretrained(tmp_path)
-    backbone = FeatureBackbone.from_source(tmp_path, class_tokens=True)
+    backbone = backbone_from_source(tmp_path, class_tokens=True)
     assert [tuple(m.shape[1:]) for m in backbone(images_for(backbone))] == [(32, 4, 4), (32, 1, 1)] * 4
     FeatureBackbone.from_config(backbone.config).load_state_dict(source_state_dict(backbone.config))
 
 
 def test_changed_weights_are_found_by_both_hashes(tmp_path):
     network = save_timm(tmp_path)
-    config = FeatureBackbone.from_source(tmp_path).config
+    config = backbone_from_source(tmp_path).config
     with torch.no_grad():
         network.conv1[0].weight += 1
     timm.models.save_for_hf(network, tmp_path, safe_serialization=True)
-    changed = FeatureBackbone.from_source(tmp_path).config["sha256"]
+    changed = backbone_from_source(tmp_path).config["sha256"]
     with pytest.raises(ValueError, match=f"{changed}.*{config['sha256']}"):
         source_state_dict(config)
 
 
 def test_a_source_that_moved_can_be_named(tmp_path):
     save_timm(tmp_path / "here")
-    config = FeatureBackbone.from_source(tmp_path / "here").config
+    config = backbone_from_source(tmp_path / "here").config
     (tmp_path / "here").rename(tmp_path / "there")
     with pytest.raises(OSError, match=r"pass as `backbone=`"):
         source_state_dict(config)
     assert source_state_dict(config, tmp_path / "there")
-    module = FeatureBackbone.from_source(tmp_path / "there").module
+    module = backbone_from_source(tmp_path / "there").module
     assert source_state_dict(config, module).keys() == source_state_dict(config, tmp_path / "there").keys()
 
 
@@ -501,7 +503,7 @@ def test_a_source_that_moved_can_be_named(tmp_path):
 def test_an_unknown_source_is_named_with_what_is_like_it(source, message, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(OSError, match=message):
-        FeatureBackbone.from_source(source)
+        backbone_from_source(source)
 
 
 def test_the_hash_depends_on_name_type_shape_and_value():

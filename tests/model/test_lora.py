@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, OPTConfig
 
 from devil_hf import DevilConfig, DevilModel
-from devil_hf.model.lora_devil import lora_layers
+from devil_hf.build import merge_lora
+from devil_hf.model.checkpoint_devil import lora_layers
 from tests.conftest import SMALL_TRANSLATOR
 
 
@@ -56,12 +57,12 @@ def test_slim_full_and_merged_checkpoints_load_with_equal_logits_without_the_pac
         expected = lora_model(pixel_values, **captions).logits
     lora_model.save_pretrained(tmp_path / "slim", slim=True)
     lora_model.save_pretrained(tmp_path / "full")
-    merged = DevilModel.from_pretrained(tmp_path / "full").merge_lora()
+    merged = merge_lora(DevilModel.from_pretrained(tmp_path / "full"))
     merged.save_pretrained(tmp_path / "merged")
     assert not any(True for _ in lora_layers(merged.language_model))
     assert not any(".lora_" in name for name in load_file(tmp_path / "merged" / "model.safetensors"))
     with pytest.raises(ValueError, match="no LoRA"):
-        merged.merge_lora()
+        merge_lora(merged)
     with pytest.raises(ValueError, match="slim=False"):
         merged.save_pretrained(tmp_path / "impossible", slim=True)
     torch.save({"pixel_values": pixel_values, **captions}, tmp_path / "inputs.pt")

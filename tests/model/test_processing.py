@@ -229,6 +229,7 @@ class Serve(BaseHTTPRequestHandler):
 
 def test_urls_are_fetched(monkeypatch):
     monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     buffer = io.BytesIO()
     picture(10, 6).save(buffer, "PNG")
     server = HTTPServer(("127.0.0.1", 0), partial(Serve, buffer.getvalue()))

@@ -1,1 +1,1 @@
-"""Baselines that register themselves as translators."""
+"""Earlier ways to turn a feature into a prefix, as fair baselines; importing `baselines_devil` registers them as translators."""

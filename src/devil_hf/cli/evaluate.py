@@ -284,7 +284,7 @@ def read_windows(typed: Sequence[str], layers: Sequence[str | int], known: Seque
     Raises:
         ValueError: for one that is not LAYER=SIDE, names no layer that is asked, names one twice, or has an even side.
     """
-    from devil_hf.model.backbone_devil import resolve_layers
+    from devil_hf.model.pooling_devil import resolve_layers
 
     asked = [known[index] for index in resolve_layers(list(layers) or None, list(known))]
     windows: dict[str, int] = {}

@@ -76,7 +76,7 @@ def run_neurons(arguments: NeuronsSettings) -> None:
     if arguments.directions:
         if not arguments.layers or len(arguments.layers) != 1 or arguments.network:
             raise ValueError("directions belong to one layer of the checkpoint's backbone: name it by --layers")
-        from devil_hf.model.backbone_devil import resolve_layers
+        from devil_hf.model.pooling_devil import resolve_layers
 
         (at,) = resolve_layers(settings.layers, model.layer_names)
         name = model.layer_names[at]

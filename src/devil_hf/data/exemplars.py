@@ -40,10 +40,12 @@ from torchvision.transforms.functional import pil_to_tensor
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
+from devil_hf.build import backbone_from_source
 from devil_hf.data.images import ImageStream, NumberedImages
 from devil_hf.data.quantiles import QuantileSketch
-from devil_hf.model.backbone_devil import FeatureBackbone, resolve_layers, weights_hash
+from devil_hf.model.backbone_devil import FeatureBackbone, weights_hash
 from devil_hf.model.image_processing_devil import DevilImageProcessor
+from devil_hf.model.pooling_devil import resolve_layers
 
 logger = logging.get_logger(__name__)
 
@@ -123,8 +125,8 @@ class UnitReader:
 def open_network(
     network: str | PathLike | nn.Module, layers: Any = None, device: str | torch.device = "cpu", **kwargs
 ) -> tuple[FeatureBackbone, DevilImageProcessor]:
-    """Any network and its own preprocessing; the arguments are those of `FeatureBackbone.from_source`."""
-    backbone = FeatureBackbone.from_source(network, layers, **kwargs)
+    """Any network and its own preprocessing; the arguments are those of `devil_hf.build.backbone_from_source`."""
+    backbone = backbone_from_source(network, layers, **kwargs)
     return backbone.to(device), DevilImageProcessor.from_data_config(backbone.config["data_config"])
 
 

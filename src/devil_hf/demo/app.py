@@ -15,7 +15,6 @@ from devil_hf.data.shapes import make_scene
 from devil_hf.demo.checkpoints import Checkpoints
 from devil_hf.demo.explorer import Explorer, Look, read_phrases
 from devil_hf.demo.uploads import MAX_BYTES, MAX_PIXELS, read_upload, refuse_addresses
-from devil_hf.model.descriptions_devil import Descriptions
 from devil_hf.report import html
 from devil_hf.report.features import feature_picture
 from devil_hf.report.figures import attribution_figure
@@ -59,10 +58,10 @@ class Session:
     checkpoint: str
     trust: bool
     look: Look
-    rows: Descriptions  # of the whole image
+    rows: list[dict[str, Any]]  # of the whole image
     features: dict[str, Image.Image]  # per layer, one pixel per location
     point: tuple[float, float] | None = None  # (x, y), in pixels of the image
-    place: Descriptions | None = None  # of the places under that point
+    place: list[dict[str, Any]] | None = None  # of the places under that point
     example: int | None = None
 
 
@@ -260,7 +259,7 @@ class _Page:
 
     def show_layer(self, session: Session, explorer: Explorer, layer: str) -> dict:
         """What changes with the layer or the point."""
-        look, rows = session.look, session.place or Descriptions()
+        look, rows = session.look, session.place or []
         row, column = next(one["location"] for one in rows if one["layer"] == layer)
         grids = {name: explorer.grid(look, name) for name in explorer.layers}
         x, y = session.point or (0, 0)

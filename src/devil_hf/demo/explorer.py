@@ -2,12 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from devil_hf.model.descriptions_devil import Descriptions
 from devil_hf.model.modeling_devil import DevilModel
 from devil_hf.model.outputs_devil import AttributionOutput
 from devil_hf.model.processing_devil import DevilProcessor
@@ -55,12 +55,14 @@ class Explorer:
         height, width = look.feature_maps[self.layers.index(layer)].shape[-2:]
         return height, width
 
-    def describe(self, look: Look) -> Descriptions:
+    def describe(self, look: Look) -> list[dict[str, Any]]:
         """What all layers together, and each alone, say of the whole image, with the evidence of each word."""
         output = self.model.describe(feature_maps=look.feature_maps, evidence=True, max_new_tokens=MAX_NEW_TOKENS)
         return self.processor.post_process_descriptions(output)
 
-    def describe_pixel(self, look: Look, x: float, y: float, layers: Sequence[str] | None = None) -> Descriptions:
+    def describe_pixel(
+        self, look: Look, x: float, y: float, layers: Sequence[str] | None = None
+    ) -> list[dict[str, Any]]:
         """What the place under pixel (x, y) of the image says, at each layer, with the evidence of each word."""
         size = (look.image.height, look.image.width)
         places = {}

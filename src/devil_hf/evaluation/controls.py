@@ -50,8 +50,9 @@ from devil_hf.evaluation.text.metrics import BLEU
 from devil_hf.evaluation.text.ngrams import CiderD, bleu, rouge_l
 from devil_hf.evaluation.text.tokens import ptb_tokens
 from devil_hf.evaluation.text.words import CARRIER, words_of
-from devil_hf.model.backbone_devil import resolve_layers, weights_hash
+from devil_hf.model.backbone_devil import weights_hash
 from devil_hf.model.modeling_devil import DevilModel
+from devil_hf.model.pooling_devil import resolve_layers
 from devil_hf.model.processing_devil import DevilProcessor
 
 INTACT = "all"  # as results name all layers together

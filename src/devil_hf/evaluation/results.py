@@ -33,7 +33,7 @@ from huggingface_hub import EvalResult
 
 from devil_hf.data.worlds import HELD_OUT_WORLD, world_label
 from devil_hf.model.backbone_devil import weights_hash
-from devil_hf.model.combining_devil import COMBINATIONS
+from devil_hf.model.explaining_devil import map_combinations
 from devil_hf.model.modeling_devil import DevilModel
 
 TASK = "image-to-text"
@@ -110,7 +110,7 @@ class Evaluation:
     @property
     def headline(self) -> str:
         """The row that stands for the whole model: all layers together, else a combination of their maps, else the deepest."""
-        return next((name for name in ("all", *COMBINATIONS) if name in self.scores), list(self.scores)[-1])
+        return next((name for name in ("all", *map_combinations()) if name in self.scores), list(self.scores)[-1])
 
     def model_index(self) -> list[EvalResult]:
         """Every score as an entry of a model card's `model-index`; controls are not results of the model."""

@@ -33,7 +33,7 @@ from devil_hf.evaluation.maps.pointing import chance_pointing, pointing
 from devil_hf.evaluation.results import CHANCE, Evaluation
 from devil_hf.evaluation.tables import table
 from devil_hf.evaluation.text.words import CARRIER, WordCounts, word_list
-from devil_hf.model.combining_devil import COMBINATIONS, combine_maps
+from devil_hf.model.explaining_devil import combine_maps, map_combinations
 from devil_hf.model.modeling_devil import DevilModel
 from devil_hf.model.processing_devil import DevilProcessor
 from devil_hf.settings import option
@@ -184,7 +184,7 @@ def word_maps(model: DevilModel, processor: DevilProcessor, features: Sequence[T
     phrases = processor(text=VOCABULARY, carrier=CARRIER, return_tensors="pt")
     maps = model.attribute(phrases=phrases, feature_maps=features).maps
     whole = model.layer_evidence(features, phrases)
-    maps = maps | {rule: combine_maps(maps, rule, whole) for rule in COMBINATIONS}
+    maps = maps | {rule: combine_maps(maps, rule, whole) for rule in map_combinations()}
     return {name: one.cpu() for name, one in maps.items()}
 
 
@@ -517,7 +517,7 @@ def knowledge_panels(result: Mapping[str, Any]) -> tuple[dict, dict]:
     chance = {**result["chosen"]["chance"], "count": result["described"]["constant"]["count"]}
     pointing = {layer: result["pointing"][layer] for layer in layers if layer in result["pointing"]}
     if pointing:
-        pointing[together] = result["pointing"][COMBINATIONS[0]]
+        pointing[together] = result["pointing"][map_combinations()[0]]
     panels = {
         "whole image: which answer has the most evidence? (count: as described)": chosen,
         "one place on an object: which word has the most evidence?": {

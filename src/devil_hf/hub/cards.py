@@ -12,8 +12,7 @@ from huggingface_hub import CardData, DatasetCard, DatasetCardData, ModelCard, M
 
 from devil_hf.evaluation.results import CHANCE, CONTROLS, Evaluation, judge_controls, metric_name
 from devil_hf.hub.facts import Facts, base_models, source_parts
-from devil_hf.model.configuration_devil import DevilConfig
-from devil_hf.model.lora_devil import LORA_DEFAULTS
+from devil_hf.model.configuration_devil import LORA_DEFAULTS, DevilConfig
 from devil_hf.report.templates import Written, code, hub_link, render
 
 TAGS = ["devil", "interpretability", "explainability", "vision-feature-description", "feature-attribution"]

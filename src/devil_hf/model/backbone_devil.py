@@ -1,66 +1,30 @@
 """Any vision network as a frozen source of feature maps (B, C, H, W), one per chosen layer.
 
 timm models are read by `forward_intermediates`, transformers backbones by their own feature maps, everything else (and
-any further submodule, such as `layer3.5.conv2`) by forward hooks. The network is kept whole, so that its weights can be
-compared with their source by a hash. What must be known to read the layers again (architecture, layouts, preprocessing)
-is collected once, with the weights at hand, in a JSON-serialisable `config`; building from it runs nothing.
+any further submodule, such as `layer3.5.conv2`) by forward hooks, in the layout that was recorded when the checkpoint was
+built. The network is kept whole, so that its weights can be compared with their source by a hash. Here an architecture is
+made from its recorded description and its weights are loaded from their source; `devil_hf.build` writes the description.
 
 `NAME:class` is the class token of layer NAME, a map of one location, as the paper uses CLIP-ViT's.
 """
 
+import difflib
 import hashlib
-import inspect
+import importlib
 import json
-import operator
-from collections.abc import Iterable, Mapping, Sequence
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
-from typing import Any, cast
+from pathlib import Path
+from typing import Any
 
+import timm
 import torch
+import transformers
+from huggingface_hub import snapshot_download, try_to_load_from_cache
 from torch import Tensor, nn
-
-from .layouts_devil import candidate_layers, capture, first_tensor, infer_layout, observe, to_map, to_token
-from .sources_devil import build_module, describe_module, load_source, probe_images, stage_module
-
-CLASS_SUFFIX = ":class"
-DEFAULT_LAYERS = 4
-
-
-def resolve_layers(requested: str | int | Sequence[str | int] | None, names: Sequence[str]) -> list[int]:
-    """The one rule by which layers are asked for: by name, or by index, negative from the deepest.
-
-    Args:
-        requested: a name, an index, or a sequence of either; None means all.
-        names: the layers to choose from, shallow to deep.
-
-    Returns:
-        Positions in `names`, in the order requested.
-
-    Raises:
-        ValueError: if a layer is unknown, named twice, or none is requested.
-    """
-    if requested is None:
-        return list(range(len(names)))
-    items = [requested] if isinstance(requested, str) or not isinstance(requested, Iterable) else list(requested)
-    positions = [_position(item, names) for item in items]
-    if not positions:
-        raise ValueError(f"no layer requested; choose from {list(names)} or give None for all")
-    if len(set(positions)) < len(positions):
-        raise ValueError(f"layers {items} name one layer twice; choose each of {list(names)} at most once")
-    return positions
-
-
-def _position(item: str | int, names: Sequence[str]) -> int:
-    if isinstance(item, str):
-        if item in names:
-            return list(names).index(item)
-        raise ValueError(f"unknown layer {item!r}; choose from {list(names)} or an index")
-    if isinstance(item, bool):
-        raise ValueError(f"layer {item!r} is neither a name nor an index; choose from {list(names)}")
-    index = operator.index(item)
-    if -len(names) <= index < len(names):
-        return index % len(names)
-    raise ValueError(f"layer index {index} is out of range for the {len(names)} layers {list(names)}")
+from transformers import MODEL_FOR_BACKBONE_MAPPING, AutoConfig, AutoModel, PreTrainedModel
 
 
 def weights_hash(weights: nn.Module | Mapping[str, Tensor]) -> str:
@@ -74,48 +38,12 @@ def weights_hash(weights: nn.Module | Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def source_state_dict(
-    config: dict[str, Any], backbone_override: str | PathLike | nn.Module | None = None, *, token: str | None = None
-) -> dict[str, Tensor]:
-    """Weights of a backbone from where they were first loaded, checked against the recorded hash.
-
-    Args:
-        config: `FeatureBackbone.config`.
-        backbone_override: where the weights lie now, if not at `config["source"]`; or the module itself.
-        token: access token for private Hub repositories.
-
-    Returns:
-        Tensors named as in `FeatureBackbone.state_dict()`.
-
-    Raises:
-        OSError: if the source cannot be loaded.
-        ValueError: if no source is recorded, or if its weights are not those that the hash was taken of.
-    """
-    source = config["source"] if backbone_override is None else backbone_override
-    if source is None:
-        raise ValueError(
-            "the backbone was given as a module, so no source of its weights is known; pass `backbone=...`"
-        )
-    if isinstance(source, nn.Module):
-        module = source
-    else:
-        revision = config["revision"] if backbone_override is None else None
-        module = load_source(source, config.get("kwargs"), revision, token, config.get("model_config"))[0]
-    found = weights_hash(module)
-    if found != config["sha256"]:
-        raise ValueError(
-            f"the weights of backbone {type(source).__name__ if module is source else source!r} have SHA-256 {found}, "
-            f"but the checkpoint was made with {config['sha256']}; pass the original weights as `backbone=`"
-        )
-    return {f"module.{name}": tensor for name, tensor in module.state_dict().items()}
-
-
 class FeatureBackbone(nn.Module):
     """A frozen vision network that returns feature maps of chosen layers.
 
     Attributes:
         module: the whole network; its weights are this module's state dict, each name starting with `module.`.
-        config: JSON-serialisable description, see `from_source` and `from_config`:
+        config: JSON-serialisable description, as `devil_hf.build.backbone_from_source` writes it:
             `kind` ("timm", "transformers" or "custom"), `architecture` or `model_class` and `model_config`, `kwargs`;
             `source`, `revision` (commit) and `sha256` of the weights; `data_config`, the evaluation preprocessing in
             timm's terms; `input_size` (3, height, width); `layer_names`, all layers offered; `layers`, `channels` and
@@ -135,66 +63,9 @@ class FeatureBackbone(nn.Module):
         self.eval()
 
     @classmethod
-    def from_source(
-        cls,
-        backbone: str | PathLike | nn.Module,
-        layers: str | int | Sequence[str | int] | None = None,
-        *,
-        revision: str | None = None,
-        token: str | None = None,
-        class_tokens: bool = False,
-        backbone_kwargs: dict[str, Any] | None = None,
-    ) -> "FeatureBackbone":
-        """A pretrained backbone with its weights.
-
-        Args:
-            backbone: a timm name (`resnet50.a1_in1k`), a Hub id or local directory of timm or transformers, or an
-                already built module, which is then frozen and used as it is.
-            layers: names or indices of the layers offered, or names of any submodules; `NAME:class` for class tokens.
-                None takes the last layer of each of the (at most four) deepest stages, or four evenly spaced blocks.
-            revision: branch, tag or commit of a Hub repository.
-            token: access token for private Hub repositories.
-            class_tokens: also take the class token of each chosen layer that has one.
-            backbone_kwargs: further arguments of the architecture (`img_size`, `pad_type`; for transformers, fields of
-                its configuration); `data_config` in it overrides the preprocessing.
-
-        Raises:
-            OSError: if the source cannot be loaded.
-            ValueError: if a layer is unknown or no feature map, or a given module cannot be rebuilt from its config.
-        """
-        kwargs = dict(backbone_kwargs or {})
-        data_config = kwargs.pop("data_config", {})
-        if isinstance(backbone, nn.Module):
-            module, config = backbone, describe_module(backbone, kwargs)
-        else:
-            module, config = load_source(backbone, kwargs, revision, token)
-        config["data_config"] |= data_config
-        config["input_size"] = list(config["data_config"]["input_size"])
-        module.eval()
-        with torch.no_grad():
-            offered = offered_layers(module, config)
-            chosen = choose_layers(module, config, offered, layers, class_tokens)
-        if stages := [layer["reader"]["stage"] for layer in chosen if layer["reader"]["by"] == "stages"]:
-            module = stage_module(module, stages)
-            config["model_config"] = json.loads(module.config.to_json_string(use_diff=False))
-        config["layer_names"] = [layer["name"] for layer in offered]
-        config["layers"] = [layer["name"] for layer in chosen]
-        config["channels"] = [layer["channels"] for layer in chosen]
-        config["readers"] = [layer["reader"] for layer in chosen]
-        on_meta = any(tensor.is_meta for tensor in module.state_dict().values())
-        config["sha256"] = None if on_meta else weights_hash(module)
-        return cls(module, config)
-
-    @classmethod
     def from_config(cls, config: dict[str, Any], module: nn.Module | None = None) -> "FeatureBackbone":
         """The architecture of `config`, without its weights; a custom backbone needs its `module`."""
         return cls(build_module(config) if module is None else module, config)
-
-    def select(self, layers: str | int | Sequence[str | int]) -> "FeatureBackbone":
-        """The same network, read at some of the chosen layers only."""
-        positions = resolve_layers(layers, self.layers)
-        chosen = {name: [self.config[name][at] for at in positions] for name in ("layers", "channels", "readers")}
-        return FeatureBackbone(self.module, self.config | chosen)
 
     def train(self, mode: bool = True) -> "FeatureBackbone":
         """Stay in evaluation mode: a frozen network has neither dropout nor running statistics."""
@@ -268,174 +139,297 @@ def read_hooks(module: Any, pixel_values: Tensor, readers: list[dict]) -> list[T
 READERS = {"intermediates": read_intermediates, "stages": read_stages, "hook": read_hooks}
 
 
-def offered_layers(module: nn.Module, config: dict[str, Any]) -> list[dict[str, Any]]:
-    """The layers that a network offers, shallow to deep, seen in a probe at its own input size.
+# ------------------------------------------------------------------------------------------------ outputs of modules
+
+
+class _DeepestReached(Exception):
+    """Leaves a forward pass of which nothing more is needed."""
+
+
+def first_tensor(output) -> Tensor | None:
+    """The tensor that a module's output is, or starts with (tuples, lists, dicts and `ModelOutput`s)."""
+    if isinstance(output, Tensor):
+        return output
+    if isinstance(output, dict):
+        output = tuple(output.values())
+    if isinstance(output, list | tuple):
+        return next((tensor for tensor in map(first_tensor, output) if tensor is not None), None)
+    return None
+
+
+def run(module: nn.Module, pixel_values: Tensor):
+    """One forward pass of any module; transformers models take their input by name."""
+    name = getattr(module, "main_input_name", None)
+    return module(**{name: pixel_values}) if isinstance(name, str) else module(pixel_values)
+
+
+def capture(module: nn.Module, pixel_values: Tensor, calls: dict[str, int]) -> dict[str, Tensor]:
+    """Outputs of named submodules in one forward pass, which ends as soon as all are there.
+
+    Args:
+        module: the whole network.
+        pixel_values: images of shape `(batch_size, 3, height, width)`.
+        calls: which call of each submodule is meant, from 1 (shared modules are called several times in a pass).
 
     Returns:
-        One dict per layer: `name`, `channels`, `grid` (rows, columns), `reader`, and the number of tokens in front.
+        The first tensor of each output, in the module's own layout.
     """
-    if config["kind"] == "timm" and hasattr(module, "forward_intermediates"):
-        return _timm_layers(module, config)
-    if getattr(module, "stage_names", None) and hasattr(module, "out_features"):
-        return _stage_layers(module, config)
-    layers, blocks = _maps_and_blocks(module, config, candidate_layers(module))
-    while len(blocks) == 1:
-        # One container around everything (`features`) says too little: its children are the layers.
-        (block,) = blocks
-        children = [f"{block}.{name}" for name, _ in module.get_submodule(block).named_children()]
-        opened = [layer["name"] for layer in layers]
-        position = opened.index(block)
-        opened[position : position + 1] = children
-        layers, blocks = _maps_and_blocks(module, config, opened)
-    return [layer for layer in layers if layer["name"] in blocks] if blocks else layers
+    outputs, missing = {}, dict(calls)
 
+    def keep(name: str):
+        def hook(_module, _inputs, output):
+            if name not in missing:
+                return
+            missing[name] -= 1
+            if missing[name]:
+                return
+            del missing[name]
+            outputs[name] = first_tensor(output)
+            if not missing:
+                raise _DeepestReached
+            # A later in-place operation (an activation, a residual sum) would change what was captured.
+            outputs[name] = outputs[name].clone()
 
-def _maps_and_blocks(module: nn.Module, config: dict, names: list[str]) -> tuple[list[dict[str, Any]], list[str]]:
-    """The named submodules that return maps, and the names of those among them that have parts of their own."""
-    layers = [layer for layer in hook_layers(module, config, names) if layer["grid"] != (1, 1)]
-    return layers, [layer["name"] for layer in layers if any(module.get_submodule(layer["name"]).children())]
+        return hook
 
-
-def _timm_layers(module: Any, config: dict[str, Any]) -> list[dict[str, Any]]:
-    infos = module.feature_info
-    plain = [info["module"] for info in infos]
-    # Branches of one module (CrossViT, CoaT) share its name; their stride tells them apart.
-    names = [
-        f"{name}@{info['reduction']}" if plain.count(name) > 1 else name
-        for name, info in zip(plain, infos, strict=True)
-    ]
-    # Networks without such tokens may fail when asked for them.
-    takes_prefix = "return_prefix_tokens" in inspect.signature(module.forward_intermediates).parameters
-    carries_prefix = bool(getattr(module, "num_prefix_tokens", 0))
-    prefix = {"return_prefix_tokens": True} if takes_prefix and carries_prefix else {}
-    images = probe_images(config, 1, module)
-    found = module.forward_intermediates(images, norm=False, intermediates_only=True, output_fmt="NCHW", **prefix)
-    layers = []
-    for index, (name, item) in enumerate(zip(names, found, strict=True)):
-        grid, tokens = item if isinstance(item, tuple) else (item, None)
-        reader = {"by": "intermediates", "index": index, "token": False}
-        layers.append(_layer(name, grid.shape, reader, 0 if tokens is None else tokens.shape[1]))
-    return layers
-
-
-def _stage_layers(module: Any, config: dict[str, Any]) -> list[dict[str, Any]]:
-    names = list(module.stage_names)
+    handles = [module.get_submodule(name).register_forward_hook(keep(name)) for name in calls]
     try:
-        staged = stage_module(module, names)
-    except ValueError:  # some do not hand out their stem
-        staged = stage_module(module, names[1:])
-    images = probe_images(config, 2, module)
-    output = staged(images, output_hidden_states=True)
-    layers = []
-    for name, feature_map in zip(staged.out_features, output.feature_maps, strict=True):
-        hidden = cast(Tensor, first_tensor(output.hidden_states[names.index(name)]))
-        layout = infer_layout(feature_map.shape, *images.shape[:1], *images.shape[2:])
-        if layout is None:
-            continue
-        grid = to_map(feature_map, **layout, height=images.shape[2], width=images.shape[3]).shape
-        tokens = hidden.shape[1] - grid[2] * grid[3] if hidden.ndim == 3 else 0
-        layers.append(_layer(name, grid, {"by": "stages", "stage": name, "token": False} | layout, tokens))
-    return layers
+        run(module, pixel_values)
+    except _DeepestReached:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    if missing:
+        raise ValueError(f"layers {sorted(missing)} are not used in the backbone's forward pass; choose other layers")
+    return outputs
 
 
-def hook_layers(module: nn.Module, config: dict[str, Any], names: list[str]) -> list[dict[str, Any]]:
-    """Those of the named submodules whose output is a feature map."""
-    images = probe_images(config, 2, module)
-    batch, _, height, width = images.shape
-    layers = []
-    for name, shapes in observe(module, images, names).items():
-        layout = infer_layout(shapes[-1], batch, height, width)
-        if layout is not None:
-            reader = {"by": "hook", "module": name, "call": len(shapes), "token": False} | layout
-            grid = to_map(torch.empty(shapes[-1], device="meta"), **layout, height=height, width=width).shape
-            layers.append(_layer(name, grid, reader, layout["prefix"]))
-    return layers
+def token_grid(tokens: int, height: int, width: int) -> tuple[int, int] | None:
+    """The grid (rows, columns) of `tokens` square patches of a `height` x `width` image; None if there is none."""
+    pairs = [(rows, tokens // rows) for rows in range(1, tokens + 1) if tokens % rows == 0]
+    pairs = [pair for pair in pairs if _is_patch_grid(*pair, height, width)]
+    return min(pairs, key=lambda pair: aspect_skew(pair[0], pair[1], height, width), default=None)
 
 
-def _layer(name: str, shape: torch.Size, reader: dict[str, Any], prefix: int) -> dict[str, Any]:
-    return {"name": name, "channels": shape[1], "grid": tuple(shape[2:]), "reader": reader, "prefix": prefix}
+def _is_patch_grid(rows: int, columns: int, height: int, width: int) -> bool:
+    """Whether one patch size, rounding incomplete patches either down or up in both directions, gives this grid."""
+    down = max(height / (rows + 1), width / (columns + 1)) < min(height / rows, width / columns)
+    patch = max(height / rows, width / columns)
+    up = patch * (rows - 1) < height and patch * (columns - 1) < width
+    return down or up
 
 
-def choose_layers(
-    module: nn.Module,
-    config: dict[str, Any],
-    offered: list[dict[str, Any]],
-    requested: str | int | Sequence[str | int] | None,
-    class_tokens: bool,
-) -> list[dict[str, Any]]:
-    """The requested layers, offered or any other submodule, with their class tokens."""
-    names = [layer["name"] for layer in offered]
-    if requested is None:
-        chosen = _default_layers(offered, config["input_size"][1])
-    else:
-        items = [requested] if isinstance(requested, str) or not isinstance(requested, Iterable) else list(requested)
-        chosen = [_requested_layer(module, config, offered, item) for item in items]
-        resolve_layers([layer["name"] for layer in chosen], list(dict.fromkeys(layer["name"] for layer in chosen)))
-    if not class_tokens:
-        return chosen
-    with_tokens = []
-    for layer in chosen:
-        with_tokens.append(layer)
-        token = _class_token(module, layer)
-        if token is not None and token["name"] not in [other["name"] for other in chosen]:
-            with_tokens.append(token)
-    if len(with_tokens) == len(chosen):
+def aspect_skew(rows: int, columns: int, height: int, width: int) -> float:
+    """How far the aspect of a grid is from that of the image."""
+    return abs(math.log(rows * width / (columns * height)))
+
+
+# How an output becomes a map: (output, tokens in front of the grid, height and width of the images) -> (B, C, rows, columns).
+# Register more with `devil_hf.build.layouts.register_layout`.
+LAYOUTS: dict[str, Callable[[Tensor, int, int, int], Tensor]] = {
+    "NCHW": lambda output, prefix, height, width: output,
+    "NHWC": lambda output, prefix, height, width: output.permute(0, 3, 1, 2).contiguous(),
+    "NLC": lambda output, prefix, height, width: _tokens_to_map(output, prefix, height, width),
+    "LNC": lambda output, prefix, height, width: _tokens_to_map(output.transpose(0, 1), prefix, height, width),
+    "NC": lambda output, prefix, height, width: output[:, :, None, None],
+}
+
+
+def to_map(output: Tensor, layout: str, prefix: int, height: int, width: int) -> Tensor:
+    """A module's output in one of the `LAYOUTS` -> feature map of shape `(batch_size, channels, rows, columns)`.
+
+    Args:
+        prefix: number of class and register tokens in front of the grid.
+        height, width: size of the images in pixels, which tells the grid of a row of tokens.
+
+    Raises:
+        ValueError: for a layout that is not registered, and for tokens that are no grid.
+    """
+    if layout not in LAYOUTS:
         raise ValueError(
-            f"class_tokens=True, but layers {[layer['name'] for layer in chosen]} of {names} have no class token"
+            f"this backbone's features have the layout {layout!r}, of which only {sorted(LAYOUTS)} are registered here: import "
+            "the code that registers it first."
         )
-    return with_tokens
+    return LAYOUTS[layout](output, prefix, height, width)
 
 
-def _requested_layer(module: nn.Module, config: dict, offered: list[dict], item: str | int) -> dict[str, Any]:
-    names = [layer["name"] for layer in offered]
-    base = item.removesuffix(CLASS_SUFFIX) if isinstance(item, str) else item
-    if base in names or not isinstance(base, str):
-        layer = offered[_position(base, names)]
-    elif base in dict(module.named_modules()) and base:
-        found = hook_layers(module, config, [base])
-        if not found:
-            raise ValueError(f"the output of {base!r} is no feature map; choose from {names} or another submodule")
-        layer = found[0]
-    else:
+def _tokens_to_map(tokens: Tensor, prefix: int, height: int, width: int) -> Tensor:
+    tokens = tokens[:, prefix:]  # (B, rows * columns, C)
+    grid = token_grid(tokens.shape[1], height, width)
+    if grid is None:
+        raise ValueError(f"{tokens.shape[1]} tokens are no grid of the aspect of a {height} x {width} image")
+    return tokens.transpose(1, 2).unflatten(2, grid).contiguous()
+
+
+def to_token(tensor: Tensor, layout: str) -> Tensor:
+    """The first token of an output in layout `NLC` or `LNC` -> one location `(batch_size, channels, 1, 1)`."""
+    return (tensor[:, 0] if layout == "NLC" else tensor[0])[:, :, None, None]
+
+
+# ------------------------------------------------------------------------------------------ architectures and weights
+
+
+def source_state_dict(
+    config: dict[str, Any], backbone_override: str | PathLike | nn.Module | None = None, *, token: str | None = None
+) -> dict[str, Tensor]:
+    """Weights of a backbone from where they were first loaded, checked against the recorded hash.
+
+    Args:
+        config: `FeatureBackbone.config`.
+        backbone_override: where the weights lie now, if not at `config["source"]`; or the module itself.
+        token: access token for private Hub repositories.
+
+    Returns:
+        Tensors named as in `FeatureBackbone.state_dict()`.
+
+    Raises:
+        OSError: if the source cannot be loaded.
+        ValueError: if no source is recorded, or if its weights are not those that the hash was taken of.
+    """
+    source = config["source"] if backbone_override is None else backbone_override
+    if source is None:
         raise ValueError(
-            f"unknown layer {item!r}; choose from {names}, an index into these, or the name of any submodule"
+            "the backbone was given as a module, so no source of its weights is known; pass `backbone=...`"
         )
-    if base is item:
-        return layer
-    token = _class_token(module, layer)
-    if token is None:
-        raise ValueError(f"layer {base!r} has no class token; choose {base!r} itself, or from {names}")
-    return token
+    if isinstance(source, nn.Module):
+        module = source
+    else:
+        revision = config["revision"] if backbone_override is None else None
+        module = load_source(source, config.get("kwargs"), revision, token, config.get("model_config"))[0]
+    found = weights_hash(module)
+    if found != config["sha256"]:
+        raise ValueError(
+            f"the weights of backbone {type(source).__name__ if module is source else source!r} have SHA-256 {found}, "
+            f"but the checkpoint was made with {config['sha256']}; pass the original weights as `backbone=`"
+        )
+    return {f"module.{name}": tensor for name, tensor in module.state_dict().items()}
 
 
-def _class_token(module: nn.Module, layer: dict[str, Any]) -> dict[str, Any] | None:
-    """The class token of a layer as a layer of its own, if there is one in front of the register tokens."""
-    if layer["reader"]["token"] or layer["prefix"] <= _register_tokens(module):
-        return None
-    return layer | {
-        "name": layer["name"] + CLASS_SUFFIX,
-        "grid": (1, 1),
-        "reader": layer["reader"] | {"token": True},
-    }
+def load_source(
+    source: str | PathLike,
+    kwargs: Mapping[str, Any] | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+    model_config: Mapping[str, Any] | None = None,
+) -> tuple[nn.Module, dict[str, Any]]:
+    """The pretrained network of a timm or transformers id or local directory, and where exactly it came from.
+
+    Args:
+        source: `resnet50.a1_in1k`, a Hub id (`timm/resnet50.a1_in1k`, `facebook/dinov2-small`, also with `hf-hub:` in
+            front), or a directory written by `timm.models.save_for_hf` or by `save_pretrained` of transformers.
+        kwargs: further arguments of the architecture; for transformers, changes of its configuration.
+        revision: branch, tag or commit of a Hub repository.
+        token: access token for private Hub repositories.
+        model_config: for transformers, the recorded configuration, in place of the source's own.
+
+    Returns:
+        The network, and a dict of `source`, `revision` (commit, None for a directory), the `kwargs` that it was made with, and
+        the `folder` of its files (None for a timm name).
+
+    Raises:
+        OSError: if there is no such source, or it cannot be reached.
+    """
+    name = os.fspath(source).removeprefix("local-dir:")
+    if name.startswith("hf-hub:"):
+        name, _, pinned = name.removeprefix("hf-hub:").partition("@")
+        revision = revision or pinned or None
+    kwargs = dict(kwargs or {})
+    if not os.path.isdir(name) and timm.is_model(name.split(".")[0]) and "/" not in name:
+        return _load_timm_name(name, {"num_classes": 0} | kwargs, revision)
+    folder, commit = _folder(name, revision, token)
+    source = os.path.abspath(folder) if commit is None else name
+    if not (folder / "config.json").is_file():
+        raise OSError(f"backbone {source!r} has no config.json; give a directory written by timm or transformers")
+    settings = json.loads((folder / "config.json").read_text())
+    if "architecture" in settings:
+        kwargs = {"num_classes": 0} | settings.get("model_args", {}) | kwargs
+        module = timm.create_model(f"local-dir:{folder}", pretrained=True, **kwargs)
+    else:
+        module = _load_transformers(folder, kwargs, model_config)
+    return module, {"source": source, "revision": commit, "kwargs": kwargs, "folder": folder}
 
 
-def _register_tokens(module: nn.Module) -> int:
-    config = getattr(module, "config", None)
-    registers = getattr(module, "num_reg_tokens", getattr(config, "num_register_tokens", None))
-    if isinstance(registers, int):
-        return registers
-    parameter = getattr(module, "reg_token", None)
-    return 0 if parameter is None else parameter.shape[1]
+def _folder(name: str, revision: str | None, token: str | None) -> tuple[Path, str | None]:
+    """The local directory of a source, and the commit if it is a Hub repository."""
+    if os.path.isdir(name):
+        return Path(name), None
+    try:
+        patterns = ["*.json", "*.safetensors"]
+        folder = Path(snapshot_download(name, revision=revision, token=token, allow_patterns=patterns))
+        if not any(folder.glob("*.safetensors")):
+            folder = Path(snapshot_download(name, revision=revision, token=token, allow_patterns=["*.json", "*.bin"]))
+    except Exception as error:
+        similar = difflib.get_close_matches(name.rsplit("/")[-1].split(".")[0], timm.list_models(), n=3)
+        raise OSError(
+            f"backbone {name!r} is neither a timm architecture{f' (similar: {similar})' if similar else ''}, a local "
+            f"directory nor a Hub repository within reach ({type(error).__name__}); pass as `backbone=` where it lies"
+        ) from error
+    return folder, folder.name
 
 
-def _default_layers(offered: list[dict[str, Any]], height: int) -> list[dict[str, Any]]:
-    """The last layer of each stage, the four deepest, without the stem; of equal blocks, four evenly spaced."""
-    if not offered:
-        raise ValueError("the backbone offers no layers by itself; name submodules of it as `layers`")
-    layers = [layer for layer in offered if layer["grid"][0] * 2 < height and layer["name"] != "stem"] or offered
-    if len(layers) <= DEFAULT_LAYERS + 1:
-        return layers[-DEFAULT_LAYERS:]
-    stages = list({layer["grid"]: layer for layer in layers}.values())
-    if len(stages) > 1:
-        return stages[-DEFAULT_LAYERS:]
-    return [layers[len(layers) * (part + 1) // DEFAULT_LAYERS - 1] for part in range(DEFAULT_LAYERS)]
+def _load_timm_name(name: str, kwargs: dict[str, Any], revision: str | None) -> tuple[nn.Module, dict[str, Any]]:
+    try:
+        cfg = timm.models.get_pretrained_cfg(name, allow_unregistered=False)
+    except RuntimeError:  # the architecture has no such tag
+        cfg = None
+    if cfg is None or not cfg.has_weights:
+        known = timm.list_pretrained(f"{name.split('.')[0]}*")[:8]
+        raise OSError(
+            f"timm has no weights {name!r} (it has {known}); for a network without pretrained weights pass the module "
+            f"itself, `timm.create_model({name.split('.')[0]!r}, num_classes=0)`"
+        )
+    overlay = dict(kwargs.get("pretrained_cfg_overlay") or {})
+    if revision and cfg.hf_hub_id:
+        overlay["hf_hub_id"] = f"{cfg.hf_hub_id}@{revision}"
+    try:
+        module = timm.create_model(name, pretrained=True, **kwargs | {"pretrained_cfg_overlay": overlay or None})
+    except Exception as error:
+        raise OSError(
+            f"the weights of backbone {name!r} cannot be loaded ({error}); pass as `backbone=` where they lie"
+        ) from error
+    full_name = f"{cfg.architecture}.{cfg.tag}" if cfg.tag else name
+    commit = _cached_commit(cfg, revision)
+    return module, {"source": full_name, "revision": commit, "kwargs": kwargs, "folder": None}
+
+
+def _cached_commit(cfg, revision: str | None) -> str | None:
+    """The commit from which timm took the weights, read off the Hub's cache."""
+    names = [cfg.hf_hub_filename, "model.safetensors", "open_clip_model.safetensors", "pytorch_model.bin"]
+    for name in filter(None, names if cfg.hf_hub_id else []):
+        path = try_to_load_from_cache(cfg.hf_hub_id, name, revision=revision)
+        if isinstance(path, str):
+            return Path(path).parent.name
+    return None
+
+
+def _load_transformers(folder: Path, kwargs: Mapping[str, Any], model_config: Mapping[str, Any] | None) -> nn.Module:
+    config = AutoConfig.from_pretrained(folder, **kwargs)
+    if type(config) in MODEL_FOR_BACKBONE_MAPPING:
+        if model_config is not None:
+            config.out_features = model_config["out_features"]
+        return MODEL_FOR_BACKBONE_MAPPING[type(config)].from_pretrained(folder, config=config, dtype=torch.float32)
+    module = AutoModel.from_pretrained(folder, config=config, dtype=torch.float32)
+    return module.get_encoder(modality="image") if hasattr(config, "vision_config") else module
+
+
+def build_module(description: dict[str, Any]) -> nn.Module:
+    """The architecture of a description, with random weights, on the current default device."""
+    if description["kind"] == "timm":
+        return timm.create_model(description["architecture"], pretrained=False, **description["kwargs"])
+    if description["kind"] == "transformers":
+        model_class = _transformers_class(description["model_class"])
+        return model_class(model_class.config_class.from_dict(description["model_config"]))
+    raise ValueError("a custom backbone cannot be built from its configuration; pass the module itself as `backbone=`")
+
+
+def _transformers_class(path: str) -> type[PreTrainedModel]:
+    module, _, name = path.rpartition(".")
+    if hasattr(transformers, name):
+        return getattr(transformers, name)
+    if not module.startswith("transformers."):
+        raise ValueError(f"backbone class {path!r} is not one of transformers; pass the module itself as `backbone=`")
+    return getattr(importlib.import_module(module), name)
+
+
+__all__ = ["FeatureBackbone", "source_state_dict", "weights_hash"]

@@ -1,11 +1,10 @@
-"""How a DeViL model is built, saved and loaded.
+"""How a DeViL model is saved and loaded, with LoRA adapters or without.
 
 Two kinds of checkpoint load alike through `from_pretrained`: self-contained ones hold every weight; slim ones hold what was
 trained, and name the sources of the frozen parts with revision and a hash of their weights, which is verified on loading.
 """
 
 import dataclasses
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from os import PathLike
@@ -15,24 +14,26 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.utils import cached_file, logging
-from transformers.utils.hub import extract_commit_hash
+from transformers.utils import cached_file, is_peft_available
 
 from .backbone_devil import FeatureBackbone, source_state_dict, weights_hash
-from .baselines_devil import TRANSLATORS
-from .configuration_devil import DevilConfig
-from .lora_devil import LORA_NAME, add_lora, lora_layers, merge_lora
+from .configuration_devil import LORA_DEFAULTS, DevilConfig
+from .translator_devil import translator_class
 
-logger = logging.get_logger(__name__)
+if is_peft_available():
+    from peft import LoraConfig, inject_adapter_in_model
+    from peft.tuners.lora import LoraLayer
+    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
 WEIGHTS_FILE = "model.safetensors"
 TRAINED_PREFIX = "translator."
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+LORA_NAME = ".lora_"  # in the name of every weight that peft adds
 AUTO_CLASSES = ("AutoModel", "AutoModelForImageTextToText")
 
 
 class DevilPreTrainedModel(PreTrainedModel):
-    """Building, saving and loading of DeViL models."""
+    """Saving and loading of DeViL models."""
 
     config_class = DevilConfig
     base_model_prefix = "devil"
@@ -45,91 +46,6 @@ class DevilPreTrainedModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    _no_split_modules = ["FeatureBackbone", *(translator.__name__ for translator in TRANSLATORS.values())]
-
-    @classmethod
-    def from_backbone_and_language_model(
-        cls,
-        backbone: str | PathLike | nn.Module,
-        language_model: str | PathLike | PreTrainedModel,
-        layers=None,
-        *,
-        tokenizer=None,
-        class_tokens: bool = False,
-        backbone_kwargs: dict | None = None,
-        backbone_revision: str | None = None,
-        language_model_revision: str | None = None,
-        token: str | None = None,
-        attn_implementation: str | None = None,
-        dtype: torch.dtype | None = None,
-        **config_fields,
-    ):
-        """Put an untrained translator between a pretrained backbone and a pretrained language model.
-
-        Args:
-            backbone: a timm or transformers id, a local directory of either, or an already built module.
-            language_model: an id, a local directory, or an already built causal language model.
-            layers: names or indices of the backbone's layers; None chooses its stages (four blocks of a ViT).
-            tokenizer: the language model's tokenizer; its special tokens win over those of the model's configuration.
-            class_tokens: also read each ViT layer's class token, as a layer of its own.
-            backbone_kwargs: further arguments of the backbone's architecture (`pad_type="same"`, `img_size=...`).
-            dtype: of the translator and of parts loaded here (None: fp32); modules keep the dtype and device they have, and
-                are frozen as they are.
-            config_fields: fields of `DevilConfig`.
-
-        Raises:
-            TypeError: for arguments that are no field of `DevilConfig`.
-            ValueError: for arguments that an already built module cannot follow.
-        """
-        known = {option.name for option in dataclasses.fields(cls.config_class)}
-        if unknown := sorted(set(config_fields) - known):
-            raise TypeError(f"unknown arguments {unknown}: further arguments are fields of DevilConfig.")
-        if isinstance(backbone, FeatureBackbone) and (layers is not None or class_tokens or backbone_kwargs):
-            raise ValueError("a FeatureBackbone brings its layers: choose them when building it.")
-        if isinstance(language_model, nn.Module) and attn_implementation is not None:
-            raise ValueError(
-                f"attn_implementation={attn_implementation!r} is for a language model that is loaded here."
-            )
-        dtype = torch.float32 if dtype is None else dtype
-        if not isinstance(backbone, FeatureBackbone):
-            given = isinstance(backbone, nn.Module)
-            backbone = FeatureBackbone.from_source(
-                backbone,
-                layers,
-                revision=backbone_revision,
-                token=token,
-                class_tokens=class_tokens,
-                backbone_kwargs=backbone_kwargs,
-            )
-            backbone = backbone if given else backbone.to(dtype)
-        source = None
-        if not isinstance(language_model, nn.Module):
-            # The hash is taken in fp32, so that it does not depend on the dtype asked for.
-            place = os.path.abspath(language_model) if os.path.isdir(language_model) else str(language_model)
-            source = {"source": place, "revision": language_model_revision}
-            language_model = _load_language_model(source, token=token, attn_implementation=attn_implementation)
-            source["revision"] = _commit_of(source, token) or language_model_revision
-            source["sha256"] = weights_hash(language_model)
-            nn.Module.to(language_model, dtype)
-        check_language_model(language_model)
-        text_config = language_model.config
-        special = {
-            name: config_fields.pop(name, _special_token(name, tokenizer, text_config))
-            for name in ("bos_token_id", "eos_token_id", "pad_token_id")
-        }
-        if special["pad_token_id"] is None:
-            special["pad_token_id"] = special["eos_token_id"]
-        config = cls.config_class(
-            backbone_config=backbone.config,
-            text_config=text_config,
-            language_model_source=source,
-            **special,
-            **config_fields,
-        )
-        model = cls(config, backbone=backbone, language_model=language_model)
-        table: Any = language_model.get_input_embeddings().weight
-        model.translator.to(device=table.device, dtype=dtype)
-        return model.eval()
 
     def freeze(self) -> "DevilPreTrainedModel":
         """Switch the gradients of the frozen parts off: loading makes every weight trainable again."""
@@ -146,18 +62,6 @@ class DevilPreTrainedModel(PreTrainedModel):
         for _, layer in lora_layers(cast(nn.Module, self.language_model)):
             layer.lora_dropout.train(mode)
         return self
-
-    def merge_lora(self) -> "DevilPreTrainedModel":
-        """Add the LoRA adapters to the language model's weights, in place; the model can then only be saved self-contained.
-
-        Raises:
-            ValueError: for a model without adapters.
-        """
-        if self.config.lora is None:
-            raise ValueError("this model has no LoRA adapters to merge.")
-        merge_lora(self.language_model)
-        self.config.lora = self.config.language_model_source = None
-        return self.freeze()
 
     def trainable_state_dict(self, state_dict: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """The weights that training changes (translator, LoRA), by their names in the whole model.
@@ -192,13 +96,17 @@ class DevilPreTrainedModel(PreTrainedModel):
                     "build the model from an id or a directory, or save with slim=False."
                 )
             state_dict = self.trainable_state_dict() if state_dict is None else state_dict
-        modules = {"AutoConfig": "configuration_devil.DevilConfig"}
-        modules |= dict.fromkeys(AUTO_CLASSES, "modeling_devil.DevilModel")
+        config.auto_map = {"AutoConfig": "configuration_devil.DevilConfig"}
+        config.auto_map |= dict.fromkeys(AUTO_CLASSES, "modeling_devil.DevilModel")
         before, config.frozen_weights = config.frozen_weights, "reference" if slim else "embedded"
-        config.auto_map = modules
         config.custom_pipelines = CUSTOM_PIPELINES
         try:
             super().save_pretrained(save_directory, state_dict=state_dict, **kwargs)
+            save_code = getattr(translator_class(config.translator_type), "save_code", None)
+            if save_code is not None:
+                place = save_code(str(save_directory))
+                config.auto_map |= dict.fromkeys(AUTO_CLASSES, f"{place}.DevilModel")
+                config.save_pretrained(save_directory)
         finally:
             config.frozen_weights = before
 
@@ -271,6 +179,43 @@ class DevilPreTrainedModel(PreTrainedModel):
         return (model, info) if report else model
 
 
+def add_lora(language_model: nn.Module, lora: Mapping[str, Any]) -> None:
+    """Inject adapters into a language model, in place; one that has them already is left as it is.
+
+    Args:
+        language_model: a causal language model of transformers.
+        lora: `rank`, `alpha`, `dropout` and `target_modules` (names of linear layers, or peft's `"all-linear"`); what is
+            left out is 8, 16, 0 and the attention projections that peft names for this family of language models, or every
+            linear layer but the head for a family that it does not know.
+
+    Raises:
+        ImportError: when peft is not installed.
+        ValueError: when no module of the language model has one of the target names.
+    """
+    if not is_peft_available():
+        raise ImportError("this model has LoRA adapters, which need peft: pip install peft")
+    if any(True for _ in lora_layers(language_model)):
+        return
+    full = LORA_DEFAULTS | dict(lora)
+    family = getattr(language_model.config, "model_type", "")
+    targets = full["target_modules"] or TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(family, "all-linear")
+    config = LoraConfig(
+        r=full["rank"],
+        lora_alpha=full["alpha"],
+        lora_dropout=full["dropout"],
+        target_modules=targets if isinstance(targets, str) else list(targets),
+        # Transposed linear layers, as in GPT-2, would otherwise be met with a warning.
+        fan_in_fan_out=any(type(module).__name__ == "Conv1D" for module in language_model.modules()),
+    )
+    inject_adapter_in_model(config, language_model)
+
+
+def lora_layers(language_model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Name and module of every layer with an adapter."""
+    if is_peft_available():
+        yield from ((name, part) for name, part in language_model.named_modules() if isinstance(part, LoraLayer))
+
+
 def check_language_model(language_model: Any) -> int:
     """Width of the language model's input embeddings.
 
@@ -295,13 +240,7 @@ def check_language_model(language_model: Any) -> int:
     return int(embedding.weight.shape[-1])
 
 
-def _special_token(name: str, tokenizer, text_config) -> int | None:
-    token = getattr(tokenizer, name, None)
-    token = getattr(text_config, name, None) if token is None else token
-    return token[0] if isinstance(token, list | tuple) else token
-
-
-def _load_language_model(source: Mapping, token=None, **kwargs) -> PreTrainedModel:
+def load_language_model(source: Mapping, token=None, **kwargs) -> PreTrainedModel:
     try:
         return AutoModelForCausalLM.from_pretrained(
             source["source"], revision=source.get("revision") or "main", token=token, dtype=torch.float32, **kwargs
@@ -311,14 +250,6 @@ def _load_language_model(source: Mapping, token=None, **kwargs) -> PreTrainedMod
             f"the language model {source['source']!r} (revision {source.get('revision')}) could not be loaded: "
             f"name another place of the same weights with language_model=... ({error})"
         ) from error
-
-
-def _commit_of(source: Mapping, token: str | None) -> str | None:
-    """The commit of a Hub repository, read off the cache into which it was just loaded; None for a directory."""
-    if os.path.isdir(source["source"]):
-        return None
-    file = cached_file(source["source"], "config.json", revision=source["revision"], token=token)
-    return extract_commit_hash(file, None)
 
 
 @contextmanager
@@ -351,7 +282,7 @@ def _frozen_weights(config, backbone, language_model, token) -> dict[str, Tensor
     source = dict(config.language_model_source)
     if language_model is not None:
         source |= {"source": str(language_model), "revision": None}
-    model = _load_language_model(source, token=token)
+    model = load_language_model(source, token=token)
     found = weights_hash(model)
     if found != source["sha256"]:
         raise ValueError(
@@ -365,4 +296,4 @@ def _frozen_weights(config, backbone, language_model, token) -> dict[str, Tensor
     return named | {f"language_model.{name}": tensor for name, tensor in model.state_dict().items()}
 
 
-__all__ = ["DevilPreTrainedModel", "check_language_model"]
+__all__ = ["DevilPreTrainedModel", "add_lora", "check_language_model", "load_language_model", "lora_layers"]

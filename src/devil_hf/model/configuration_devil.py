@@ -5,14 +5,14 @@ a prefix of 10, layer and location dropout of one half. Everything beyond the pa
 """
 
 import copy
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
-from .lora_devil import check_lora
-
 FORMAT_VERSION = 1
+LORA_DEFAULTS: dict[str, Any] = {"rank": 8, "alpha": 16, "dropout": 0.0, "target_modules": None}
 
 
 @strict
@@ -25,13 +25,12 @@ class DevilConfig(PreTrainedConfig):
         text_config: configuration of the frozen causal language model.
         language_model_source: `{"source", "revision", "sha256"}` of the language model's pretrained weights.
         prefix_length: k, the number of prefix vectors that the language model reads (paper: 10).
-        translator_type: `"transformer"` is DeViL's, of any number of layers; `"clipcap"`, `"clipcap_mlp"` and `"limber"` are
-            baselines that read one layer, see `baselines_devil.py`: of the sizes below they use those that they have.
+        translator_type: `"transformer"` is DeViL's; others are those that are registered, see `register_translator`
+            (devil_hf.baselines: `"clipcap"`, `"clipcap_mlp"`, `"limber"`): of the sizes below they use those that they have.
         translator_width: D, the width of the translator (paper: 768).
         translator_depth: its number of layers (paper: 12).
         translator_heads: its number of attention heads (paper: 12).
         translator_feed_forward: width of its feed-forward layers (paper: 3072).
-        translator_norm_eps: epsilon of its layer norms (paper: 1e-12).
         translator_shortcut: also add a linear map of each visible layer's feature to the prefix (paper: no).
         normalize_features: layer norm of each pooled feature before its projection (paper: no).
         layer_dropout: probability that training hides a layer (paper: 0.5); one layer always stays visible.
@@ -62,12 +61,11 @@ class DevilConfig(PreTrainedConfig):
     language_model_source: dict[str, Any] | None = None
 
     prefix_length: int = 10
-    translator_type: Literal["transformer", "clipcap", "clipcap_mlp", "limber"] = "transformer"
+    translator_type: str = "transformer"
     translator_width: int = 768
     translator_depth: int = 12
     translator_heads: int = 12
     translator_feed_forward: int = 3072
-    translator_norm_eps: float = 1e-12
     translator_shortcut: bool = False
     normalize_features: bool = False
 
@@ -128,6 +126,8 @@ class DevilConfig(PreTrainedConfig):
                 f"this checkpoint has format_version {version}, newer than the {FORMAT_VERSION} that this code reads: "
                 "upgrade devil-hf."
             )
+        # An option of earlier checkpoints that nothing could set.
+        config_dict = {name: value for name, value in config_dict.items() if name != "translator_norm_eps"}
         return super().from_dict(config_dict, **kwargs)
 
     def validate_probabilities(self):
@@ -158,13 +158,6 @@ class DevilConfig(PreTrainedConfig):
                 f"translator_width={self.translator_width} is not a multiple of translator_heads={self.translator_heads}."
             )
 
-    def validate_layers(self):
-        if self.translator_type != "transformer" and self.backbone_config is not None and len(self.layers) != 1:
-            raise ValueError(
-                f"translator_type={self.translator_type!r} reads the pooled feature of one layer, but {len(self.layers)} are "
-                f"chosen: set layers to one of {self.layers} (in its paper the deepest), or use translator_type='transformer'."
-            )
-
     def validate_lora(self):
         if self.lora is not None:
             check_lora(self.lora)
@@ -179,6 +172,17 @@ class DevilConfig(PreTrainedConfig):
             )
 
 
+def check_lora(lora: Mapping[str, Any]) -> None:
+    """Raise a ValueError for settings that are unknown or out of range."""
+    if unknown := sorted(set(lora) - set(LORA_DEFAULTS)):
+        raise ValueError(f"lora has settings {unknown}; there are {sorted(LORA_DEFAULTS)}.")
+    full = LORA_DEFAULTS | dict(lora)
+    if full["rank"] < 1:
+        raise ValueError(f"lora rank={full['rank']} must be at least 1.")
+    if not 0 <= full["dropout"] < 1:
+        raise ValueError(f"lora dropout={full['dropout']} must be at least 0 and below 1.")
+
+
 DevilConfig.register_for_auto_class()
 
-__all__ = ["DevilConfig"]
+__all__ = ["LORA_DEFAULTS", "DevilConfig", "check_lora"]

@@ -14,10 +14,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from typing import Any, TypedDict
-from urllib.request import Request, urlopen
 
 import numpy as np
 import torch
+from huggingface_hub import get_session
 from PIL import Image, ImageCms, ImageOps
 from transformers.image_processing_backends import PilBackend
 from transformers.image_processing_utils import BatchFeature
@@ -157,11 +157,11 @@ def _array_to_image(array: np.ndarray, data_format: str) -> Image.Image:
 
 
 def _open(source: str) -> Image.Image:
-    """Open a URL, a path or base64 text, as `transformers.image_utils.load_image` would, but keep mode and alpha."""
+    """Open a URL, a path or base64 text. `load_image` of transformers would make RGB of it: transparent turns black."""
     if source.startswith(("http://", "https://")):
-        # Some hosts refuse urllib's own user agent.
-        with urlopen(Request(source, headers={"User-Agent": "devil-hf"}), timeout=URL_TIMEOUT) as response:
-            return Image.open(BytesIO(response.read()))
+        response = get_session().get(source, timeout=URL_TIMEOUT)
+        response.raise_for_status()
+        return Image.open(BytesIO(response.content))
     if os.path.exists(source):
         return Image.open(source)
     encoded = source.split(",", 1)[-1] if source.startswith("data:image/") else source
@@ -178,7 +178,7 @@ def _load(image: Any, data_format: str | None) -> Image.Image:
             return _to_rgb(_open(source))
         except FileNotFoundError:
             raise
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        except Exception as error:  # the client and the decoders have dozens of their own
             raise ValueError(f"cannot read {source[:200]!r} as an image: {error}") from error
     if isinstance(image, torch.Tensor):
         image = image.detach().cpu()

@@ -16,22 +16,23 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, GenerationConfig, LogitsProcessorList, PreTrainedModel
 
-from .backbone_devil import FeatureBackbone, resolve_layers
-from .baselines_devil import TRANSLATORS
-from .checkpoint_devil import DevilPreTrainedModel, check_language_model
+from .backbone_devil import FeatureBackbone
+from .checkpoint_devil import DevilPreTrainedModel, add_lora, check_language_model, lora_layers
 from .explaining_devil import ExplainMixin
-from .lora_devil import add_lora, lora_layers
 from .outputs_devil import DevilOutput, ScoreOutput
 from .pooling_devil import (
+    Layers,
     check_weights,
     draw_layer_mask,
     draw_location_weights,
     pool,
     read_locations,
     region_weights,
+    resolve_layers,
     window_weights,
 )
 from .scoring_devil import EvidenceGuidance, rows_per_chunk, run_language_model, score_phrases
+from .translator_devil import translator_class
 
 DEFAULT_NEW_TOKENS = 40
 
@@ -54,7 +55,8 @@ class DevilModel(ExplainMixin, DevilPreTrainedModel):
         self.language_model.get_output_embeddings().register_forward_pre_hook(_contiguous_input)
         # Descriptions follow the arguments of the call alone, not decoding habits that came with the language model.
         self.language_model.generation_config = GenerationConfig.from_model_config(self.language_model.config)
-        self.translator: Any = TRANSLATORS[config.translator_type](self.backbone.channels, embedding_width, config)
+        self.translator: Any = translator_class(config.translator_type)(self.backbone.channels, embedding_width, config)
+        self._no_split_modules = ["FeatureBackbone", type(self.translator).__name__]
         for given in (backbone, language_model):
             if given is not None:
                 _keep_weights(given)
@@ -69,7 +71,7 @@ class DevilModel(ExplainMixin, DevilPreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         # Only our own parts: the base class would overwrite the weights of a timm backbone.
-        if isinstance(module, TRANSLATORS[self.config.translator_type]):
+        if isinstance(module, translator_class(self.config.translator_type)):
             module.reset_parameters()
         elif hasattr(module, "init_non_persistent_buffers"):
             module.init_non_persistent_buffers()
@@ -87,11 +89,11 @@ class DevilModel(ExplainMixin, DevilPreTrainedModel):
 
     # ---------------------------------------------------------------------------------------------- features to prefix
 
-    def extract_features(self, pixel_values: Tensor | None, layers: Sequence[int] | None = None) -> list[Tensor | None]:
+    def extract_features(self, pixel_values: Tensor | None, layers: Layers = None) -> list[Tensor | None]:
         """Feature maps (B, C_l, H_l, W_l) of `pixel_values` (B, 3, H, W), one per layer; None for layers not asked for.
 
         Raises:
-            ValueError: for pixel values of a wrong shape, and for features that are not finite.
+            ValueError: for pixel values of a wrong shape, and for layers that the model does not read.
         """
         if pixel_values is None:
             raise ValueError("there is nothing to look at: give pixel_values, or the feature_maps of an earlier call.")
@@ -100,10 +102,39 @@ class DevilModel(ExplainMixin, DevilPreTrainedModel):
                 f"pixel_values of shape {tuple(pixel_values.shape)}: expected (images, 3, height, width), none of them zero; "
                 "make them with the model's processor."
             )
+        visible = resolve_layers(layers, self.layer_names)
         parameter = next(self.backbone.parameters(), None)
         if parameter is not None:
             pixel_values = pixel_values.to(device=parameter.device, dtype=parameter.dtype)
-        return self.backbone(pixel_values, layers)
+        return self.backbone(pixel_values, visible)
+
+    def read_features(
+        self, pixel_values: Tensor | None, feature_maps: Sequence[Tensor | None] | None, visible: Sequence[int]
+    ) -> list[Any]:
+        """The given feature maps, checked, or those of `pixel_values`, at least for the layers at positions `visible`.
+
+        Raises:
+            ValueError: for maps that are not one per layer, or hold nothing of a visible layer.
+        """
+        if feature_maps is None:
+            return self.extract_features(pixel_values, list(visible))
+        names = self.layer_names
+        if isinstance(feature_maps, Tensor) or len(feature_maps) != len(names):
+            raise ValueError(
+                f"feature_maps must be a list of one map for each of {names}, as `extract_features` gives them."
+            )
+        for index in visible:
+            found, channels = feature_maps[index], self.backbone.channels[index]
+            if found is None:
+                raise ValueError(
+                    f"feature_maps hold nothing of layer {names[index]!r}: extract it as well, or leave it out of the layers."
+                )
+            if found.ndim != 4 or found.shape[1] != channels:
+                raise ValueError(
+                    f"the feature map of layer {names[index]!r} has the shape {tuple(found.shape)}: expected (images, "
+                    f"{channels}, rows, columns)."
+                )
+        return list(feature_maps)
 
     def translate(self, pooled: Sequence[Tensor | None], layer_mask: Tensor | None = None, rows: int = 1) -> Tensor:
         """Prefix (N, k, D_lm) for pooled features, one (N, C_l) per layer or None where hidden (paper, section 3.1)."""
@@ -128,7 +159,7 @@ class DevilModel(ExplainMixin, DevilPreTrainedModel):
     def ask(
         self,
         pixel_values: Tensor | None = None,
-        layers: str | int | Sequence[str | int] | None = None,
+        layers: Layers = None,
         locations: Sequence[tuple[int, int]] | None = None,
         window: int = 1,
         regions: Tensor | None = None,
@@ -152,16 +183,16 @@ class DevilModel(ExplainMixin, DevilPreTrainedModel):
             (N, k, D_lm) with N = B * R, rows by image, then by question.
         """
         visible = resolve_layers(layers, self.layer_names)
-        if feature_maps is None:
-            feature_maps = self.extract_features(pixel_values, visible)
+        feature_maps = self.read_features(pixel_values, feature_maps, visible)
         weights, layer_mask = self._location_weights(
             feature_maps, visible, locations, window, regions, location_weights, layer_mask
         )
         pooled: list[Tensor | None] = [None] * len(self.layer_names)
         for index in visible:
-            pooled[index] = self._finite(pool(cast(Tensor, feature_maps[index]), weights[index]), index)
+            pooled[index] = self.check_finite(pool(feature_maps[index], weights[index]), index)
         if layer_mask is not None:
-            layer_mask = self._rows_of_mask(layer_mask, len(cast(Tensor, pooled[visible[0]])), feature_maps[visible[0]])
+            rows = len(cast(Tensor, pooled[visible[0]]))
+            layer_mask = self._rows_of_mask(layer_mask, rows, len(feature_maps[visible[0]]))
         return self.translate(pooled, layer_mask)
 
     def _location_weights(self, feature_maps, visible, locations, window, regions, location_weights, layer_mask):
@@ -197,9 +228,9 @@ class DevilModel(ExplainMixin, DevilPreTrainedModel):
             return dict.fromkeys(visible, window_weights(places, grids[visible[0]], window)), layer_mask
         return dict.fromkeys(visible), layer_mask
 
-    def _rows_of_mask(self, layer_mask: Tensor, rows: int, feature_map: Any) -> Tensor:
+    def _rows_of_mask(self, layer_mask: Tensor, rows: int, images: int) -> Tensor:
         """A layer mask of (L,), (B, L) or (rows, L) as (rows, L)."""
-        images, layers = feature_map.shape[0], len(self.layer_names)
+        layers = len(self.layer_names)
         if layer_mask.shape == (layers,):
             return layer_mask.bool().expand(rows, -1)
         if layer_mask.shape == (images, layers):
@@ -214,14 +245,15 @@ class DevilModel(ExplainMixin, DevilPreTrainedModel):
         B, R = regions.shape[:2]
         mask = torch.zeros(B * R, len(self.layer_names), dtype=torch.bool, device=regions.device)
         if layer_mask is not None:
-            mask |= self._rows_of_mask(layer_mask.to(regions.device), B * R, regions)
+            mask |= self._rows_of_mask(layer_mask.to(regions.device), B * R, B)
         weights = {}
         for index, grid in grids.items():
             weights[index], empty = region_weights(regions, grid)
             mask[:, index] |= empty.flatten()
         return weights, mask
 
-    def _finite(self, vectors: Tensor, index: int) -> Tensor:
+    def check_finite(self, vectors: Tensor, index: int) -> Tensor:
+        """Pooled features (N, C_l) of the layer at position `index`, as they are; a ValueError if one is not finite."""
         if not torch.isfinite(vectors).all():
             bad = int((~torch.isfinite(vectors)).any(dim=-1).sum())
             raise ValueError(
@@ -255,20 +287,30 @@ class DevilModel(ExplainMixin, DevilPreTrainedModel):
             location_weights: per layer (B, 1, H_l, W_l), or None for uniform.
             layer_mask: (B, L) bool, True = hidden.
             regions: (B, H, W) masks, as `processor.masks_to_regions` makes them, of what each caption speaks of; ones for a
-                whole image (beyond the paper). Location dropout then draws places inside of them.
+                whole image (beyond the paper). Location dropout then draws places inside of them. As in `ask`, a layer where
+                one vanishes is hidden from it.
+
+        Raises:
+            ValueError: for regions beside weights or pooled features, which say already where to look.
         """
+        vanished = None
+        if regions is not None and (location_weights is not None or pooled_features is not None):
+            raise ValueError(
+                "regions and location_weights or pooled_features both say where to look: give one of them."
+            )
         if pooled_features is None:
-            if feature_maps is None:
-                feature_maps = cast(list[Tensor], self.extract_features(pixel_values))
+            feature_maps = self.read_features(pixel_values, feature_maps, range(len(self.layer_names)))
             if location_weights is None:
-                location_weights = self._default_weights(feature_maps, regions)
+                location_weights, vanished = self._default_weights(feature_maps, regions)
             pooled_features = [
-                self._finite(pool(maps, weights), index)
+                self.check_finite(pool(maps, weights), index)
                 for index, (maps, weights) in enumerate(zip(feature_maps, location_weights, strict=True))
             ]
         rows = pooled_features[0].shape[0]
         if layer_mask is None and self.training:
             layer_mask = draw_layer_mask(self.config, rows, len(pooled_features), pooled_features[0].device)
+        if vanished is not None and vanished.any():
+            layer_mask = vanished if layer_mask is None else layer_mask.to(vanished.device) | vanished
         prefix = self.translate(pooled_features, layer_mask)
         if input_ids is None:
             return DevilOutput(prefix=prefix)
@@ -278,14 +320,20 @@ class DevilModel(ExplainMixin, DevilPreTrainedModel):
         loss = F.cross_entropy(logits.float().flatten(0, 1), labels.to(logits.device).flatten())
         return DevilOutput(loss=loss, logits=logits, prefix=prefix)
 
-    def _default_weights(self, feature_maps: Sequence[Tensor], regions: Tensor | None) -> list[Tensor] | list[None]:
-        """Per layer (B, 1, H_l, W_l): drawn in training mode, all of each region otherwise; None for whole images."""
+    def _default_weights(self, feature_maps: Sequence[Tensor], regions: Tensor | None):
+        """Per layer (B, 1, H_l, W_l): drawn in training mode, all of each region otherwise, None for whole images; and the
+        layers on which regions vanish, (B, L), or None.
+        """
+        weights: list[Any] = [None] * len(feature_maps)
+        vanished = None
+        if regions is not None:
+            regions = regions.to(feature_maps[0].device)
+            found = [region_weights(regions[:, None], tuple(maps.shape[-2:])) for maps in feature_maps]
+            weights, vanished = [drawn for drawn, _ in found], torch.cat([empty for _, empty in found], dim=1)
         if self.training:
             drawn = draw_location_weights(self.config, len(feature_maps[0]), feature_maps, regions)
-            return [weights[:, None] for weights in drawn]
-        if regions is None:
-            return [None] * len(feature_maps)
-        return [region_weights(regions[:, None], (maps.shape[-2], maps.shape[-1]))[0] for maps in feature_maps]
+            weights = [one[:, None] for one in drawn]
+        return weights, vanished
 
     def caption_inputs(self, prefix: Tensor, input_ids: Tensor, attention_mask: Tensor | None):
         """Labels (B, T + 1), -100 on padding; input embeddings of BOS, prefix, caption, EOS; their attention mask."""
@@ -326,7 +374,7 @@ class DevilModel(ExplainMixin, DevilPreTrainedModel):
     def generate(
         self,
         pixel_values: Tensor | None = None,
-        layers: str | int | Sequence[str | int] | None = None,
+        layers: Layers = None,
         locations: Sequence[tuple[int, int]] | None = None,
         window: int = 1,
         regions: Tensor | None = None,

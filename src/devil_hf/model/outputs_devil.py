@@ -1,16 +1,15 @@
-"""What the public calls of a DeViL model return.
+"""What the public calls of a DeViL model return, and descriptions as words.
 
-They print as the shapes that they hold; those that are naturally a table turn into one.
+Outputs print as the shapes that they hold. Evidence of a word is the sum over its tokens:
+log p(word | feature) - log p(word | null prefix), in nats.
 """
 
-import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import product
 from typing import Any
 
 from torch import Tensor
-from transformers.utils import ModelOutput, requires_backends
+from transformers.utils import ModelOutput
 
 
 class ShapesRepr:
@@ -90,16 +89,6 @@ class ScoreOutput(ShapesRepr, ModelOutput):
     evidence: Tensor = None  # type: ignore[assignment]
     token_log_probs: Tensor = None  # type: ignore[assignment]
 
-    def to_pandas(self, phrases: Sequence[str]) -> Any:
-        """A `pandas.DataFrame` with one row per question and phrase: question, phrase, log_prob, evidence."""
-        _check_phrases(phrases, self.log_probs.shape[1])
-        rows = [
-            (question, phrase, float(self.log_probs[question, k]), float(self.evidence[question, k]))
-            for question in range(len(self.log_probs))
-            for k, phrase in enumerate(phrases)
-        ]
-        return _table(self, rows, ["question", "phrase", "log_prob", "evidence"])
-
 
 @dataclass(repr=False)
 class AttributionOutput(ShapesRepr, ModelOutput):
@@ -114,30 +103,57 @@ class AttributionOutput(ShapesRepr, ModelOutput):
     maps: dict[str, Tensor] = None  # type: ignore[assignment]
     measure: str = None  # type: ignore[assignment]
 
-    def to_pandas(self, phrases: Sequence[str]) -> Any:
-        """A `pandas.DataFrame` with one row per place: layer, image, phrase, row, column and the value in nats."""
-        rows = []
-        for layer, values in self.maps.items():
-            _check_phrases(phrases, values.shape[1])
-            for (image, k, row, column), value in zip(_indices(values.shape), values.flatten().tolist(), strict=True):
-                rows.append((layer, image, phrases[k], row, column, value))
-        return _table(self, rows, ["layer", "image", "phrase", "row", "column", self.measure])
+
+def describe_rows(output: DescribeOutput, tokenizer: Any, images: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    """Descriptions as rows: what was asked, the words of the answer, and what each word owes to the features.
+
+    The one place that turns generated tokens and their evidence into words.
+
+    Args:
+        output: what `model.describe` or `model.describe_directions` returned.
+        tokenizer: of the language model.
+        images: names of the images, to stand in the rows instead of their indices.
+
+    Returns:
+        One dict per description: `"image"` (its index, or the name given for it), `"layer"` (`"all"` where all layers were
+        shown together), `"location"` ((row, column), or None for the whole image) and `"description"`; where evidence was asked
+        for also `"evidence"`, the mean over the tokens in nats, and `"words"`, the (word, nats) pairs.
+    """
+    texts = tokenizer.batch_decode(output.sequences, skip_special_tokens=True)
+    special = set(tokenizer.all_special_ids)
+    rows = []
+    for number, text in enumerate(texts):
+        image, place = int(output.image_index[number]), output.locations[number].tolist()
+        row = {
+            "image": image if images is None else images[image],
+            "layer": output.layer_of(number),
+            "location": None if place[0] < 0 else (place[0], place[1]),
+            "description": text.strip(),
+        }
+        if output.token_evidence is not None:
+            pairs = zip(output.sequences[number].tolist(), output.token_evidence[number].tolist(), strict=True)
+            tokens = [(token, nats) for token, nats in pairs if token not in special]
+            row["evidence"] = sum(nats for _, nats in tokens) / max(len(tokens), 1)
+            row["words"] = word_evidence(tokenizer, tokens)
+        rows.append(row)
+    return rows
 
 
-def _indices(shape: Sequence[int]) -> product:
-    return product(*(range(edge) for edge in shape))
+def word_evidence(tokenizer: Any, tokens: Sequence[tuple[int, float]]) -> list[tuple[str, float]]:
+    """(token, nats) pairs of one text, joined to (word, nats) pairs."""
+    words: list[tuple[str, float]] = []
+    before = ""
+    for end in range(1, len(tokens) + 1):
+        # Decoded from the start each time: only the whole text shows where a tokenizer puts its spaces.
+        text = tokenizer.decode([token for token, _ in tokens[:end]], skip_special_tokens=True)
+        nats = tokens[end - 1][1]
+        pieces = text.split()
+        if len(pieces) > len(before.split()):
+            words.append((pieces[-1], nats))
+        elif words:
+            words[-1] = (pieces[-1], words[-1][1] + nats)
+        before = text
+    return words
 
 
-def _check_phrases(phrases: Sequence[str], expected: int) -> None:
-    if len(phrases) != expected:
-        raise ValueError(
-            f"{len(phrases)} phrases were given, but {expected} were asked for: name them in the same order"
-        )
-
-
-def _table(output: Any, rows: list[tuple], columns: list[str]) -> Any:
-    requires_backends(output, "pandas")
-    return importlib.import_module("pandas").DataFrame(rows, columns=columns)
-
-
-__all__ = ["AttributionOutput", "DescribeOutput", "DevilOutput", "ScoreOutput"]
+__all__ = ["AttributionOutput", "DescribeOutput", "DevilOutput", "ScoreOutput", "describe_rows", "word_evidence"]

@@ -13,8 +13,10 @@ from transformers import AutoModel
 from transformers.pipelines import PIPELINE_REGISTRY
 from transformers.pipelines.base import Pipeline
 
+from .explaining_devil import ALL_LAYERS
 from .image_processing_devil import ImageSource, load_images
 from .outputs_devil import DescribeOutput
+from .pooling_devil import resolve_layers
 
 TASK = "vision-feature-description"
 # What `config.custom_pipelines` of a checkpoint must hold for `pipeline` to find this file beside the weights.
@@ -47,7 +49,7 @@ class VisionFeatureDescriptionPipeline(Pipeline):
 
     Returns, per image, a dict with
 
-    * `"descriptions"`: a list of dicts (with `.to_pandas()`) with `"layer"` (`"all"` where all layers were shown together),
+    * `"descriptions"`: a list of dicts with `"layer"` (`"all"` where all layers were shown together),
       `"location"` ((row, column), or None for the whole image), `"description"`, and with `evidence=True` also
       `"evidence"`, the mean over the tokens in nats, and `"words"`, the (word, evidence) pairs;
     * with phrases, `"phrases"` and `"maps"`: per layer a float tensor (phrases, height, width) in the coordinates of
@@ -122,18 +124,12 @@ class VisionFeatureDescriptionPipeline(Pipeline):
         }
         rows["image_size"] = model_inputs["image_size"]
         if phrases is not None:
-            asked = {**(shared or {}), **(attribute or {}), "layers": self._mapped_layers((shared or {}).get("layers"))}
-            attributed = self.model.attribute(feature_maps=feature_maps, phrases=phrases.to(self.device), **asked)
+            # "all", which descriptions know as all layers together, means every layer here.
+            asked = resolve_layers((shared or {}).get("layers"), self.model.layer_names, whole=ALL_LAYERS)
+            mapped = {**(shared or {}), **(attribute or {}), "layers": [index for index in asked if index >= 0] or None}
+            attributed = self.model.attribute(feature_maps=feature_maps, phrases=phrases.to(self.device), **mapped)
             rows |= {f"{_MAP_PREFIX}{layer}": values for layer, values in attributed.maps.items()}
         return rows
-
-    @staticmethod
-    def _mapped_layers(layers: str | int | Sequence[str | int] | None) -> list[str | int] | None:
-        """The layers to map: "all", which descriptions know as all layers together, means every layer here."""
-        if layers is None:
-            return None
-        layers = [layers] if isinstance(layers, (str, int)) else list(layers)
-        return [layer for layer in layers if layer != "all"] or None
 
     def postprocess(  # type: ignore[override]
         self, model_outputs: dict[str, Any], phrases: list[str] | None = None

@@ -1,4 +1,4 @@
-"""Location weights: the one way in which every question about places is asked.
+"""Layers and location weights: the one way in which every question about a part of the features is asked.
 
 A feature map f (N, C, H, W) and location weights w (N, H, W), non-negative and summing to one, give the pooled feature
 z = sum over locations of w * f (paper, section 3.2). The whole image, a place, a window, a region, a neuron's exemplar and
@@ -6,12 +6,72 @@ training dropout differ only in w. The weights are built here; nothing here know
 """
 
 import operator
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+Layers = str | int | Sequence[str | int] | None  # as users ask for them, see `resolve_layers`
+
+
+def resolve_layers(requested: Layers, names: Sequence[str], whole: str | None = None) -> list[int]:
+    """The one rule by which layers are asked for: by name, or by index, negative from the deepest.
+
+    Args:
+        requested: a name, an index (any whole number: of Python, numpy or torch), or a sequence of either; None means all.
+        names: the layers to choose from, shallow to deep.
+        whole: a word that stands for all layers together, at position -1; None where there is no such thing.
+
+    Returns:
+        Positions in `names`, in the order requested.
+
+    Raises:
+        ValueError: if a layer is unknown, named twice, or none is requested.
+    """
+    if requested is None:
+        return list(range(len(names)))
+    # Arrays and tensors of a single number have the methods of a sequence as well.
+    sequence = isinstance(requested, Iterable) and not isinstance(requested, str | bytes)
+    items: list[Any] = list(cast(Any, requested)) if sequence and getattr(requested, "ndim", None) != 0 else [requested]
+    positions = [-1 if isinstance(item, str) and item == whole else _position(item, names) for item in items]
+    if not positions:
+        raise ValueError(f"no layer requested; choose from {list(names)} or give None for all")
+    if len(set(positions)) < len(positions):
+        raise ValueError(f"layers {items} name one layer twice; choose each of {list(names)} at most once")
+    return positions
+
+
+def resolve_layer(requested: str | int, names: Sequence[str]) -> int:
+    """The position of the one layer that is requested.
+
+    Raises:
+        ValueError: as `resolve_layers`, and for more layers than one.
+    """
+    positions = range(len(names)) if requested is None else resolve_layers(requested, names)
+    if len(positions) != 1:
+        raise ValueError(f"one layer is needed here, not {len(positions)}; choose from {list(names)}")
+    return positions[0]
+
+
+def _position(item: Any, names: Sequence[str]) -> int:
+    if isinstance(item, str):
+        if item in names:
+            return list(names).index(item)
+        raise ValueError(f"unknown layer {item!r}; choose from {list(names)} or an index")
+    truth = isinstance(item, bool) or getattr(item, "dtype", None) == torch.bool  # would pass for whole numbers
+    if (
+        truth
+        or not hasattr(item, "__index__")
+        or getattr(item, "ndim", 0)
+        or getattr(item, "is_floating_point", bool)()
+    ):
+        raise ValueError(f"layer {item!r} is neither a name nor an index; choose from {list(names)}")
+    index = operator.index(item)
+    if -len(names) <= index < len(names):
+        return index % len(names)
+    raise ValueError(f"layer index {index} is out of range for the {len(names)} layers {list(names)}")
 
 
 def pool(feature_map: Tensor, weights: Tensor | None) -> Tensor:
@@ -158,15 +218,28 @@ def check_weights(weights: Tensor | None, images: int, grid: tuple[int, int], la
         )
 
 
+def check_window(window: Any) -> int:
+    """The side of a window, in locations.
+
+    Raises:
+        ValueError: for anything else than an odd whole number.
+    """
+    try:
+        side = operator.index(window)
+    except TypeError:
+        side = 0
+    if side < 1 or side % 2 == 0:
+        raise ValueError(f"window={window!r} must be an odd number of locations, 1 for a single place.")
+    return side
+
+
 def window_weights(locations: Sequence[tuple[int, int]], grid: tuple[int, int], window: int = 1) -> Tensor:
     """Weights (len(locations), H, W), uniform in the `window` x `window` square around each (row, column).
 
     The square is cut at the border of the grid; a window of 1 is one-hot.
     """
-    if window < 1 or window % 2 == 0:
-        raise ValueError(f"window={window} must be an odd number of locations, 1 for a single place.")
     weights = torch.zeros(len(locations), *grid)
-    reach = window // 2
+    reach = check_window(window) // 2
     for index, (row, column) in enumerate(locations):
         weights[index, max(row - reach, 0) : row + reach + 1, max(column - reach, 0) : column + reach + 1] = 1.0
     return weights / weights.sum(dim=(1, 2), keepdim=True)
@@ -189,20 +262,22 @@ def pool_every_location(feature_map: Tensor, window: int = 1) -> Tensor:
 
     The same as `pool` with the `window_weights` of all locations, without ever building those weights.
     """
-    if window < 1 or window % 2 == 0:
-        raise ValueError(f"window={window} must be an odd number of locations, 1 for a single place.")
-    if window > 1:
+    if check_window(window) > 1:
         feature_map = F.avg_pool2d(feature_map, window, stride=1, padding=window // 2, count_include_pad=False)
     return feature_map.permute(0, 2, 3, 1).flatten(0, 2)
 
 
 __all__ = [
+    "Layers",
     "check_weights",
+    "check_window",
     "layer_dropout",
     "location_dropout",
     "pool",
     "pool_every_location",
     "read_locations",
     "region_weights",
+    "resolve_layer",
+    "resolve_layers",
     "window_weights",
 ]

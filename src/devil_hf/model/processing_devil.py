@@ -5,11 +5,8 @@ on the right. Attribution maps are up-sampled bilinearly to the crop as in the p
 backbone's crop and resize are undone, so that a map lies on the image that was given, NaN where the crop did not reach.
 """
 
-import base64
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
-from io import BytesIO
 from typing import Any
 
 import numpy as np
@@ -21,9 +18,8 @@ from transformers.processing_utils import ProcessorMixin
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils import ModelOutput, logging
 
-from .descriptions_devil import Descriptions, describe_rows
 from .image_processing_devil import CropGeometry, ImageSource, load_images
-from .outputs_devil import DescribeOutput
+from .outputs_devil import DescribeOutput, describe_rows
 
 logger = logging.get_logger(__name__)
 
@@ -47,23 +43,6 @@ class AttributionOverlays(ModelOutput):
     def __repr__(self) -> str:
         counts = {layer: f"{len(rows)} x {len(rows[0])}" for layer, rows in (self.pictures or {}).items()}
         return f"AttributionOverlays(images x phrases {counts}, value_range={self.value_range})"
-
-    def _repr_html_(self) -> str:
-        rows = [
-            f"<tr><th>{escape(layer)}</th>"
-            + "".join(f"<td>{_thumbnail(one)}</td>" for per in rows for one in per)
-            + "</tr>"
-            for layer, rows in (self.pictures or {}).items()
-        ]
-        return f"<table>{''.join(rows)}</table>"
-
-
-def _thumbnail(picture: Image.Image, longest: int = 180) -> str:
-    """An `<img>` that needs no file."""
-    small, buffer = picture.copy(), BytesIO()
-    small.thumbnail((longest, longest))
-    small.save(buffer, "PNG")
-    return f'<img src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
 
 
 def shared_value_range(
@@ -236,7 +215,9 @@ class DevilProcessor(ProcessorMixin):
             data["scored_mask"] = [mask + [False] * (width - len(mask)) for mask in scored]
         return BatchFeature(data, tensor_type=return_tensors)
 
-    def post_process_descriptions(self, output: DescribeOutput, images: Sequence[str] | None = None) -> Descriptions:
+    def post_process_descriptions(
+        self, output: DescribeOutput, images: Sequence[str] | None = None
+    ) -> list[dict[str, Any]]:
         """The words of what `model.describe` returned, one row per description.
 
         Args:
@@ -244,7 +225,7 @@ class DevilProcessor(ProcessorMixin):
             images: names of the images, to stand in the rows instead of their indices.
 
         Returns:
-            A list of dicts (see `Descriptions`) with `.to_pandas()`; a notebook shows it as a table, words tinted by evidence.
+            One dict per description, see `describe_rows`.
         """
         return describe_rows(output, self.tokenizer, images)
 

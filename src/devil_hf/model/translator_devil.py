@@ -6,25 +6,27 @@ Two things differ from a textbook encoder, neither changes the result: tokens of
 never made, and the last block computes the query positions only, because nothing reads the others.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import initialization as init
 
+NORM_EPS = 1e-12  # of the layer norms (paper)
+
 
 class TranslatorBlock(nn.Module):
     """Pre-norm transformer encoder block without dropout: attention, then a GELU feed-forward."""
 
-    def __init__(self, width: int, heads: int, feed_forward: int, norm_eps: float):
+    def __init__(self, width: int, heads: int, feed_forward: int):
         super().__init__()
         self.heads = heads
-        self.attention_norm = nn.LayerNorm(width, eps=norm_eps)
+        self.attention_norm = nn.LayerNorm(width, eps=NORM_EPS)
         self.query = nn.Linear(width, width)
         self.key_value = nn.Linear(width, 2 * width)
         self.attention_out = nn.Linear(width, width)
-        self.feed_forward_norm = nn.LayerNorm(width, eps=norm_eps)
+        self.feed_forward_norm = nn.LayerNorm(width, eps=NORM_EPS)
         self.feed_forward_in = nn.Linear(width, feed_forward)
         self.feed_forward_out = nn.Linear(feed_forward, width)
 
@@ -61,7 +63,7 @@ class Translator(nn.Module):
 
     def __init__(self, channels: Sequence[int], embedding_width: int, config):
         super().__init__()
-        width, eps = config.translator_width, config.translator_norm_eps
+        width = config.translator_width
         self.feature_norms = nn.ModuleList(
             nn.LayerNorm(c, eps=1e-5) if config.normalize_features else nn.Identity() for c in channels
         )
@@ -69,10 +71,10 @@ class Translator(nn.Module):
         self.layer_embedding = nn.Parameter(torch.empty(len(channels), width))
         self.queries = nn.Parameter(torch.empty(config.prefix_length, width))
         self.blocks = nn.ModuleList(
-            TranslatorBlock(width, config.translator_heads, config.translator_feed_forward, eps)
+            TranslatorBlock(width, config.translator_heads, config.translator_feed_forward)
             for _ in range(config.translator_depth)
         )
-        self.norm = nn.LayerNorm(width, eps=eps)
+        self.norm = nn.LayerNorm(width, eps=NORM_EPS)
         self.output = nn.Linear(width, embedding_width)
         self.shortcuts = (
             nn.ModuleList(nn.Linear(c, config.prefix_length * embedding_width, bias=False) for c in channels)
@@ -141,4 +143,35 @@ def reset_layers(translator: nn.Module) -> None:
             init.zeros_(module.bias)
 
 
-__all__ = ["Translator", "TranslatorBlock", "reset_layers"]
+# By the name in `config.translator_type`.
+TRANSLATORS: dict[str, type[nn.Module]] = {"transformer": Translator}
+
+
+def register_translator(name: str) -> Callable[[type[nn.Module]], type[nn.Module]]:
+    """Decorator of another way to turn pooled features into a prefix, chosen by `config.translator_type=name`.
+
+    The class is made, called and initialised like `Translator`. If it is defined outside of the files that travel, its static
+    method `save_code(folder)` writes its file beside a checkpoint, and returns the name of a module that has `DevilModel` in it.
+    """
+
+    def register(translator: type[nn.Module]) -> type[nn.Module]:
+        TRANSLATORS[name] = translator
+        return translator
+
+    return register
+
+
+def translator_class(name: str) -> type[nn.Module]:
+    """The translator of this name.
+
+    Raises:
+        ValueError: when none is registered.
+    """
+    if name not in TRANSLATORS:
+        raise ValueError(
+            f"translator_type={name!r} is not one of {sorted(TRANSLATORS)}: import the code that registers it."
+        )
+    return TRANSLATORS[name]
+
+
+__all__ = ["TRANSLATORS", "Translator", "TranslatorBlock", "register_translator", "reset_layers", "translator_class"]

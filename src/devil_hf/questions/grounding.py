@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from devil_hf.model.backbone_devil import resolve_layers
 from devil_hf.model.modeling_devil import DevilModel
+from devil_hf.model.pooling_devil import resolve_layers
 from devil_hf.model.processing_devil import DevilProcessor
 
 DETERMINERS = frozenset(

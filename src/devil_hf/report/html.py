@@ -12,10 +12,10 @@ from typing import Any
 
 from PIL import Image
 
-from devil_hf.model.descriptions_devil import Descriptions, tint
 from devil_hf.model.outputs_devil import AttributionOutput
 from devil_hf.model.processing_devil import DIVERGING, DevilProcessor, shared_value_range
 from devil_hf.report.figures import map_tile, signed
+from devil_hf.report.notebook import tint
 
 ALL_TOGETHER = "all layers together"
 
@@ -78,7 +78,7 @@ def words_html(words: Sequence[tuple[str, float]]) -> str:
     )
 
 
-def place_html(rows: Descriptions, layer: str, where: str) -> str:
+def place_html(rows: Sequence[dict], layer: str, where: str) -> str:
     """What one place says: large at `layer`, and small at the others, whose names are buttons (`data-layer`)."""
     chosen = next(row for row in rows if row["layer"] == layer)
     row, column = chosen["location"]
@@ -90,7 +90,7 @@ def place_html(rows: Descriptions, layer: str, where: str) -> str:
     )
 
 
-def image_html(rows: Descriptions) -> str:
+def image_html(rows: Sequence[dict]) -> str:
     """What the whole image says: all layers together large, then each alone."""
     whole = next(row for row in rows if row["layer"] == "all")
     lines = "".join(_layer_line(row) for row in rows if row["layer"] != "all")
@@ -155,7 +155,9 @@ def scale_html(value_range: tuple[float, float]) -> str:
     )
 
 
-def features_html(pictures: Mapping[str, Image.Image], rows: Descriptions, grids: Mapping[str, Any], layer: str) -> str:
+def features_html(
+    pictures: Mapping[str, Image.Image], rows: Sequence[dict], grids: Mapping[str, Any], layer: str
+) -> str:
     """The feature grid of each layer in colours, with what the layer says; a tile is a button (`data-layer`, clicked at a place).
 
     Args:

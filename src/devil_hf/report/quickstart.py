@@ -19,6 +19,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, TrainingArguments, set_seed
 
+from devil_hf.build import from_backbone_and_language_model
 from devil_hf.checkpoints import SCOPE
 from devil_hf.checkpoints.loading import load
 from devil_hf.data.shapes import ATTRIBUTE_WORDS
@@ -108,7 +109,7 @@ def train_translator(
 ) -> DevilModel:
     """Train a new translator between frozen parts on scenes of the shapes world; the model comes back on the CPU."""
     set_seed(seed)
-    model = DevilModel.from_backbone_and_language_model(
+    model = from_backbone_and_language_model(
         backbone, language_model, tokenizer=processor.tokenizer, scope=SCOPE, **TRANSLATOR
     )
     dataset = shapes_features(model, processor, scenes)

@@ -16,13 +16,15 @@ from transformers import AutoTokenizer, EarlyStoppingCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
+from devil_hf.build import from_backbone_and_language_model, merge_lora
+from devil_hf.build.sources import select_layers
 from devil_hf.checkpoints.loading import load
 from devil_hf.data.decoding import BadSamples, PairDecoder, PairTable
 from devil_hf.data.pairs import open_pairs
 from devil_hf.hub.checks import check_parts, check_repo_id
 from devil_hf.hub.publish import push
+from devil_hf.model.configuration_devil import LORA_DEFAULTS
 from devil_hf.model.image_processing_devil import DevilImageProcessor
-from devil_hf.model.lora_devil import LORA_DEFAULTS
 from devil_hf.model.modeling_devil import DevilModel
 from devil_hf.model.processing_devil import DevilProcessor
 from devil_hf.settings import make, read_yaml
@@ -140,7 +142,7 @@ def build(recipe: Recipe) -> tuple[DevilModel, DevilProcessor]:
     tokenizer = AutoTokenizer.from_pretrained(
         recipe.language_model, revision=recipe.tokenizer_revision or revision or "main"
     )
-    model = DevilModel.from_backbone_and_language_model(
+    model = from_backbone_and_language_model(
         recipe.backbone,
         recipe.language_model,
         recipe.layers,
@@ -172,7 +174,7 @@ def _build_on_checkpoint(recipe: Recipe) -> tuple[DevilModel, DevilProcessor]:
         return loaded, processor
     fields = recipe.model | ({} if recipe.lora is None else {"lora": recipe.lora})
     settings = config.to_dict() | fields | {"frozen_weights": "embedded"}
-    backbone = loaded.backbone if recipe.layers is None else loaded.backbone.select(recipe.layers)
+    backbone = loaded.backbone if recipe.layers is None else select_layers(loaded.backbone, recipe.layers)
     settings |= {"text_config": config.text_config, "backbone_config": backbone.config}
     known = {option.name for option in dataclasses.fields(type(config))}
     fresh = type(config)(**{name: value for name, value in settings.items() if name in known})
@@ -338,7 +340,7 @@ def _finish(recipe: Recipe, trainer: DevilTrainer) -> Path:
     state_dict = trainer.accelerator.get_state_dict(trainer.model_wrapped) if sharded else None
     if trainer.is_world_process_zero():
         if recipe.save == "merged":
-            model.merge_lora()
+            merge_lora(model)
             state_dict = None
         slim = _is_slim(recipe, model)
         if slim and state_dict is not None:

@@ -22,13 +22,14 @@ from devil_hf.data.objects import LocalisedImage
 from devil_hf.evaluation.maps.gradcam import ClassMapper
 from devil_hf.evaluation.maps.measures import centre_prior, tile_crops
 from devil_hf.evaluation.records import Records
-from devil_hf.model.backbone_devil import resolve_layers, weights_hash
-from devil_hf.model.combining_devil import COMBINATIONS, combine_maps
+from devil_hf.model.backbone_devil import weights_hash
+from devil_hf.model.explaining_devil import combine_maps, map_combinations
 from devil_hf.model.image_processing_devil import load_images
 from devil_hf.model.modeling_devil import DevilModel
+from devil_hf.model.pooling_devil import resolve_layers
 from devil_hf.model.processing_devil import DevilProcessor
 
-DEFAULT_COMBINATION = COMBINATIONS[0]
+DEFAULT_COMBINATION = "informed"
 CENTRE, RANDOM, GRADCAM = "centre prior", "random", "Grad-CAM"
 SHARES = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7)  # of the locations that insertion shows and deletion hides
 TILES = (2, 3, 4)  # images on one board of the multi-object game
@@ -177,11 +178,11 @@ def _map_one(
 
 
 def _layer_and_combined_maps(model, features, text, names, settings: MapSettings) -> dict[str, Tensor]:
-    """The map of every layer, and each of the `COMBINATIONS` of them, (1, K, rows, columns) on the CPU."""
+    """The map of every layer, and each of their `map_combinations`, (1, K, rows, columns) on the CPU."""
     found = model.attribute(phrases=text, feature_maps=features, layers=names, window=settings.windows)
     layers = {name: one.cpu() for name, one in found.maps.items()}
     weighed = model.layer_evidence(features, text, names).cpu()
-    return layers | {rule: combine_maps(layers, rule, weighed) for rule in COMBINATIONS}
+    return layers | {rule: combine_maps(layers, rule, weighed) for rule in map_combinations()}
 
 
 def location_curves(

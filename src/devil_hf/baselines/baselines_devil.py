@@ -6,15 +6,20 @@ where the layer is hidden, a learned feature stands in for it, trained by `null_
 Sizes follow the papers: ClipCap (Mokady et al. 2021, arXiv 2111.09734, section 3.2), LiMBeR (Merullo et al. 2022, arXiv
 2209.15162, section 3.1). LiMBeR maps every location of a grid by one matrix to one prefix vector; here it maps the pooled feature
 by one matrix to the whole prefix, so that all translators read the same.
+
+This file travels with the checkpoints of baselines only: their configuration names it as the place of `DevilModel`, so that
+whoever loads one has registered the translators.
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from .translator_devil import Translator, TranslatorBlock, reset_layers
+from devil_hf.model.modeling_devil import DevilModel
+from devil_hf.model.translator_devil import TranslatorBlock, register_translator, reset_layers
 
 
 class PooledFeatureTranslator(nn.Module):
@@ -28,6 +33,11 @@ class PooledFeatureTranslator(nn.Module):
 
     def __init__(self, channels: Sequence[int], embedding_width: int, config):
         super().__init__()
+        if len(channels) != 1:
+            raise ValueError(
+                f"translator_type={config.translator_type!r} reads the pooled feature of one layer, but {len(channels)} are "
+                f"chosen: set layers to one of {config.layers} (in its paper the deepest), or use translator_type='transformer'."
+            )
         (self.channels,) = channels
         self.embedding_width, self.prefix_length = embedding_width, config.prefix_length
         self.feature_norm = nn.LayerNorm(self.channels, eps=1e-5) if config.normalize_features else nn.Identity()
@@ -57,6 +67,13 @@ class PooledFeatureTranslator(nn.Module):
         """Prefix (N, k, D_lm) of features (N, C)."""
         raise NotImplementedError
 
+    @staticmethod
+    def save_code(folder: str) -> str:
+        """Write this file beside a checkpoint, with its imports from the files there."""
+        code = Path(__file__).read_text(encoding="utf-8").replace("from devil_hf.model.", "from .")
+        Path(folder, Path(__file__).name).write_text(code, encoding="utf-8")
+        return Path(__file__).stem
+
     def _split(self, flat: Tensor) -> Tensor:
         return flat.view(len(flat), self.prefix_length, self.embedding_width)
 
@@ -66,6 +83,7 @@ class PooledFeatureTranslator(nn.Module):
         init.zeros_(self.null_feature)
 
 
+@register_translator("clipcap")
 class ClipCapTranslator(PooledFeatureTranslator):
     """ClipCap's transformer mapper, at the language model's width.
 
@@ -83,9 +101,7 @@ class ClipCapTranslator(PooledFeatureTranslator):
         self.projection = nn.Linear(self.channels, self.prefix_length * embedding_width)
         self.constants = nn.Parameter(torch.empty(self.prefix_length, embedding_width))
         self.blocks = nn.ModuleList(
-            TranslatorBlock(
-                embedding_width, config.translator_heads, config.translator_feed_forward, config.translator_norm_eps
-            )
+            TranslatorBlock(embedding_width, config.translator_heads, config.translator_feed_forward)
             for _ in range(config.translator_depth)
         )
 
@@ -101,6 +117,7 @@ class ClipCapTranslator(PooledFeatureTranslator):
         init.normal_(self.constants, std=0.1)
 
 
+@register_translator("clipcap_mlp")
 class ClipCapMLPTranslator(PooledFeatureTranslator):
     """ClipCap's MLP mapper: two linear layers with a tanh between them, half as wide there as the whole prefix."""
 
@@ -114,6 +131,7 @@ class ClipCapMLPTranslator(PooledFeatureTranslator):
         return self._split(self.output(torch.tanh(self.hidden(features))))
 
 
+@register_translator("limber")
 class LimberTranslator(PooledFeatureTranslator):
     """LiMBeR's mapper: one linear layer."""
 
@@ -125,17 +143,10 @@ class LimberTranslator(PooledFeatureTranslator):
         return self._split(self.output(features))
 
 
-TRANSLATORS: dict[str, type[nn.Module]] = {
-    "transformer": Translator,
-    "clipcap": ClipCapTranslator,
-    "clipcap_mlp": ClipCapMLPTranslator,
-    "limber": LimberTranslator,
-}
-
 __all__ = [
-    "TRANSLATORS",
     "ClipCapMLPTranslator",
     "ClipCapTranslator",
+    "DevilModel",
     "LimberTranslator",
     "PooledFeatureTranslator",
 ]

@@ -1,0 +1,133 @@
+"""A new model from pretrained parts, and a plain one from one with adapters."""
+
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+from os import PathLike
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.utils import cached_file
+from transformers.utils.hub import extract_commit_hash
+
+from devil_hf.build.sources import backbone_from_source
+from devil_hf.model.backbone_devil import FeatureBackbone, weights_hash
+from devil_hf.model.checkpoint_devil import check_language_model, load_language_model, lora_layers
+from devil_hf.model.configuration_devil import DevilConfig
+from devil_hf.model.modeling_devil import DevilModel
+
+
+def from_backbone_and_language_model(
+    backbone: str | PathLike | nn.Module,
+    language_model: str | PathLike | PreTrainedModel,
+    layers: str | int | Sequence[str | int] | None = None,
+    *,
+    tokenizer: Any = None,
+    class_tokens: bool = False,
+    backbone_kwargs: dict | None = None,
+    backbone_revision: str | None = None,
+    language_model_revision: str | None = None,
+    token: str | None = None,
+    attn_implementation: str | None = None,
+    dtype: torch.dtype | None = None,
+    **config_fields: Any,
+) -> DevilModel:
+    """Put an untrained translator between a pretrained backbone and a pretrained language model.
+
+    Args:
+        backbone: a timm or transformers id, a local directory of either, or an already built module.
+        language_model: an id, a local directory, or an already built causal language model.
+        layers: names or indices of the backbone's layers; None chooses its stages (four blocks of a ViT).
+        tokenizer: the language model's tokenizer; its special tokens win over those of the model's configuration.
+        class_tokens: also read each ViT layer's class token, as a layer of its own.
+        backbone_kwargs: further arguments of the backbone's architecture (`pad_type="same"`, `img_size=...`).
+        dtype: of the translator and of parts loaded here (None: fp32); modules keep the dtype and device they have, and
+            are frozen as they are.
+        config_fields: fields of `DevilConfig`.
+
+    Raises:
+        TypeError: for arguments that are no field of `DevilConfig`.
+        ValueError: for arguments that an already built module cannot follow.
+    """
+    known = {option.name for option in dataclasses.fields(DevilConfig)}
+    if unknown := sorted(set(config_fields) - known):
+        raise TypeError(f"unknown arguments {unknown}: further arguments are fields of DevilConfig.")
+    if isinstance(backbone, FeatureBackbone) and (layers is not None or class_tokens or backbone_kwargs):
+        raise ValueError("a FeatureBackbone brings its layers: choose them when building it.")
+    if isinstance(language_model, nn.Module) and attn_implementation is not None:
+        raise ValueError(f"attn_implementation={attn_implementation!r} is for a language model that is loaded here.")
+    dtype = torch.float32 if dtype is None else dtype
+    if not isinstance(backbone, FeatureBackbone):
+        given = isinstance(backbone, nn.Module)
+        backbone = backbone_from_source(
+            backbone,
+            layers,
+            revision=backbone_revision,
+            token=token,
+            class_tokens=class_tokens,
+            backbone_kwargs=backbone_kwargs,
+        )
+        backbone = backbone if given else backbone.to(dtype)
+    source = None
+    if not isinstance(language_model, nn.Module):
+        # The hash is taken in fp32, so that it does not depend on the dtype asked for.
+        place = os.path.abspath(language_model) if os.path.isdir(language_model) else str(language_model)
+        source = {"source": place, "revision": language_model_revision}
+        language_model = load_language_model(source, token=token, attn_implementation=attn_implementation)
+        source["revision"] = _commit_of(source, token) or language_model_revision
+        source["sha256"] = weights_hash(language_model)
+        nn.Module.to(language_model, dtype)
+    check_language_model(language_model)
+    text_config = language_model.config
+    special = {
+        name: config_fields.pop(name, _special_token(name, tokenizer, text_config))
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id")
+    }
+    if special["pad_token_id"] is None:
+        special["pad_token_id"] = special["eos_token_id"]
+    config = DevilConfig(
+        backbone_config=backbone.config,
+        text_config=text_config,
+        language_model_source=source,
+        **special,
+        **config_fields,
+    )
+    model = DevilModel(config, backbone=backbone, language_model=language_model)
+    table: Any = language_model.get_input_embeddings().weight
+    model.translator.to(device=table.device, dtype=dtype)
+    return model.eval()
+
+
+def _special_token(name: str, tokenizer, text_config) -> int | None:
+    token = getattr(tokenizer, name, None)
+    token = getattr(text_config, name, None) if token is None else token
+    return token[0] if isinstance(token, list | tuple) else token
+
+
+def _commit_of(source: Mapping, token: str | None) -> str | None:
+    """The commit of a Hub repository, read off the cache into which it was just loaded; None for a directory."""
+    if os.path.isdir(source["source"]):
+        return None
+    file = cached_file(source["source"], "config.json", revision=source["revision"], token=token)
+    return extract_commit_hash(file, None)
+
+
+def merge_lora(model: DevilModel) -> DevilModel:
+    """Add the LoRA adapters to the language model's weights, in place; the model can then only be saved self-contained.
+
+    Raises:
+        ValueError: for a model without adapters.
+    """
+    if model.config.lora is None:
+        raise ValueError("this model has no LoRA adapters to merge.")
+    language_model: Any = model.language_model
+    for name, layer in list(lora_layers(language_model)):
+        layer.merge(safe_merge=True)
+        parent, _, child = name.rpartition(".")
+        setattr(language_model.get_submodule(parent), child, layer.get_base_layer())
+    del language_model.peft_config
+    model.config.lora = model.config.language_model_source = None
+    model.freeze()
+    return model

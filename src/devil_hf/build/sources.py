@@ -1,0 +1,243 @@
+"""A backbone from a timm or transformers id, a local directory, or an already built module.
+
+Each way ends in the whole network and a JSON-serialisable description from which the travelling code makes the same
+architecture again, on any device (transformers builds models on the meta device before it loads their weights).
+"""
+
+import json
+from collections.abc import Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any, cast
+
+import timm
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, resolve_model_data_config
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.image_processing_base import ImageProcessingMixin
+from transformers.utils import logging
+
+from devil_hf.build.layers import choose_layers, offered_layers, probe_images, stage_module
+from devil_hf.model.backbone_devil import FeatureBackbone, build_module, first_tensor, load_source, run, weights_hash
+from devil_hf.model.pooling_devil import resolve_layers
+
+logger = logging.get_logger(__name__)
+
+PIL_FILTERS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
+# What the weights of an architecture decide about its layers; the rest of timm's pretrained_cfg is about preprocessing.
+TIMM_OVERLAY = ("input_size", "fixed_input_size", "global_pool")
+
+
+def backbone_from_source(
+    backbone: str | PathLike | nn.Module,
+    layers: str | int | Sequence[str | int] | None = None,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    class_tokens: bool = False,
+    backbone_kwargs: dict[str, Any] | None = None,
+) -> FeatureBackbone:
+    """A pretrained backbone with its weights.
+
+    Args:
+        backbone: a timm name (`resnet50.a1_in1k`), a Hub id or local directory of timm or transformers, or an
+            already built module, which is then frozen and used as it is.
+        layers: names or indices of the layers offered, or names of any submodules; `NAME:class` for class tokens.
+            None takes the last layer of each of the (at most four) deepest stages, or four evenly spaced blocks.
+        revision: branch, tag or commit of a Hub repository.
+        token: access token for private Hub repositories.
+        class_tokens: also take the class token of each chosen layer that has one.
+        backbone_kwargs: further arguments of the architecture (`img_size`, `pad_type`; for transformers, fields of
+            its configuration); `data_config` in it overrides the preprocessing.
+
+    Raises:
+        OSError: if the source cannot be loaded.
+        ValueError: if a layer is unknown or no feature map, or a given module cannot be rebuilt from its config.
+    """
+    kwargs = dict(backbone_kwargs or {})
+    data_config = kwargs.pop("data_config", {})
+    if isinstance(backbone, nn.Module):
+        module, config = backbone, describe_module(backbone, kwargs)
+    else:
+        module, origin = load_source(backbone, kwargs, revision, token)
+        config = _describe_source(module, origin)
+    config["data_config"] |= data_config
+    config["input_size"] = list(config["data_config"]["input_size"])
+    module.eval()
+    with torch.no_grad():
+        offered = offered_layers(module, config)
+        chosen = choose_layers(module, config, offered, layers, class_tokens)
+    if stages := [layer["reader"]["stage"] for layer in chosen if layer["reader"]["by"] == "stages"]:
+        module = stage_module(module, stages)
+        config["model_config"] = json.loads(module.config.to_json_string(use_diff=False))
+    config["layer_names"] = [layer["name"] for layer in offered]
+    config["layers"] = [layer["name"] for layer in chosen]
+    config["channels"] = [layer["channels"] for layer in chosen]
+    config["readers"] = [layer["reader"] for layer in chosen]
+    on_meta = any(tensor.is_meta for tensor in module.state_dict().values())
+    config["sha256"] = None if on_meta else weights_hash(module)
+    return FeatureBackbone(module, config)
+
+
+def select_layers(backbone: FeatureBackbone, layers: str | int | Sequence[str | int]) -> FeatureBackbone:
+    """The same network, read at some of its chosen layers only."""
+    positions = resolve_layers(layers, backbone.layers)
+    chosen = {name: [backbone.config[name][at] for at in positions] for name in ("layers", "channels", "readers")}
+    return FeatureBackbone(backbone.module, backbone.config | chosen)
+
+
+def _describe_source(module: Any, origin: dict[str, Any]) -> dict[str, Any]:
+    """Description of a network that `load_source` has loaded."""
+    place = {"source": origin["source"], "revision": origin["revision"]}
+    if isinstance(module, PreTrainedModel):
+        data_config = _processor_data_config(origin["folder"], module)
+        return _transformers_description(module, origin["kwargs"]) | {"data_config": data_config} | place
+    kwargs = {name: value for name, value in origin["kwargs"].items() if name != "pretrained_cfg_overlay"}
+    return _timm_description(module, kwargs) | place
+
+
+def describe_module(module: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Description of an already built module: timm's, transformers', or the user's own.
+
+    Raises:
+        ValueError: if the architecture cannot be built again as it is from what is known.
+    """
+    architecture = (getattr(module, "pretrained_cfg", None) or {}).get("architecture")
+    origin = {"source": None, "revision": None}
+    # Not the pruned networks of `features_only=True`, whose weights have other names.
+    if architecture and timm.is_model(architecture) and hasattr(module, "forward_features"):
+        classes = {"num_classes": module.num_classes} if hasattr(module, "num_classes") else {}
+        # timm keeps the arguments of `create_model` on the model (since 1.0.31).
+        kwargs = dict(getattr(module, "_model_args", {})) | classes | kwargs
+        description = _timm_description(module, kwargs)
+    elif isinstance(module, PreTrainedModel) and type(module).__module__.startswith("transformers."):
+        description = _transformers_description(module, kwargs)
+    else:
+        return {"kind": "custom", "kwargs": _as_json(kwargs), "data_config": _default_data_config(module)} | origin
+    _check_rebuild(module, description)
+    return description | origin
+
+
+def _timm_description(module: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
+    cfg = module.pretrained_cfg
+    overlay = {key: cfg[key] for key in TIMM_OVERLAY if cfg.get(key) is not None}
+    data_config = {key: list(v) if isinstance(v, tuple) else v for key, v in resolve_model_data_config(module).items()}
+    size = kwargs.get("img_size")
+    if size is not None:
+        data_config["input_size"] = [3, *(size if isinstance(size, list | tuple) else (size, size))]
+    return {
+        "kind": "timm",
+        "architecture": cfg["architecture"],
+        "kwargs": _as_json(kwargs | {"pretrained_cfg_overlay": overlay}),
+        "data_config": data_config,
+    }
+
+
+def _as_json(kwargs: dict[str, Any]) -> dict[str, Any]:
+    try:
+        return json.loads(json.dumps(kwargs))
+    except TypeError as error:
+        raise ValueError(f"backbone_kwargs {kwargs} cannot be written to a configuration: {error}") from error
+
+
+def _transformers_description(module: PreTrainedModel, kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "kind": "transformers",
+        "model_class": f"{type(module).__module__}.{type(module).__qualname__}",
+        "model_config": json.loads(module.config.to_json_string(use_diff=False)),
+        "kwargs": _as_json(kwargs),
+        "data_config": _default_data_config(module),
+    }
+
+
+def _default_data_config(module: nn.Module) -> dict[str, Any]:
+    size = getattr(getattr(module, "config", None), "image_size", None) or 224
+    size = (
+        list(size.values()) if isinstance(size, dict) else list(size) if isinstance(size, list | tuple) else [size] * 2
+    )
+    return {
+        "input_size": [3, *size],
+        "interpolation": "bicubic",
+        "mean": list(IMAGENET_DEFAULT_MEAN),
+        "std": list(IMAGENET_DEFAULT_STD),
+        "crop_pct": 0.875,
+        "crop_mode": "center",
+    }
+
+
+def _processor_data_config(folder: Path, module: nn.Module) -> dict[str, Any]:
+    """The image processor saved beside a transformers model, in timm's terms."""
+    try:
+        settings = ImageProcessingMixin.get_image_processor_dict(folder)[0]
+    except OSError:
+        logger.warning(f"{folder} has no image processor; images will be normalised as ImageNet's")
+        return _default_data_config(module)
+    found = _default_data_config(module)
+    if settings.get("do_normalize", True):
+        found |= {"mean": settings.get("image_mean", found["mean"]), "std": settings.get("image_std", found["std"])}
+    else:
+        found |= {"mean": [0.0] * 3, "std": [1.0] * 3}
+    found["interpolation"] = PIL_FILTERS[settings.get("resample", 3)]
+    return found | _processor_crop(settings, found["input_size"])
+
+
+def _processor_crop(settings: dict[str, Any], default: list[int]) -> dict[str, Any]:
+    """Resize and crop of an image processor as timm's input_size, crop_pct and crop_mode."""
+    size, crop = ({"shortest_edge": s} if isinstance(s, int) else s for s in map(settings.get, ("size", "crop_size")))
+    squash = bool(size) and "height" in size
+    given = [size["height"], size["width"]] if squash else [size["shortest_edge"]] * 2 if size else default[1:]
+    if crop and settings.get("do_center_crop"):
+        crop = [crop["height"], crop["width"]] if "height" in crop else [crop["shortest_edge"]] * 2
+        return {"input_size": [3, *crop], "crop_pct": crop[0] / given[0], "crop_mode": "squash" if squash else "center"}
+    return {
+        "input_size": [3, *given],
+        "crop_pct": settings.get("crop_pct", 1.0),
+        "crop_mode": "squash" if squash else "center",
+    }
+
+
+def _check_rebuild(module: nn.Module, description: dict[str, Any]) -> None:
+    """Make sure that a checkpoint would compute the same features as the given module."""
+    weights = module.state_dict()
+    on_meta = any(tensor.is_meta for tensor in weights.values())
+    try:
+        with torch.random.fork_rng(devices=[]), torch.device("meta" if on_meta else "cpu"):
+            rebuilt = build_module(description).eval()
+    except Exception as error:
+        raise ValueError(_rebuild_message(description, f"building it raises {error!r}")) from error
+    shapes, expected = ({k: v.shape for k, v in state.items()} for state in (rebuilt.state_dict(), weights))
+    wrong = sorted(key for key in shapes.keys() | expected.keys() if shapes.get(key) != expected.get(key))
+    if wrong:
+        raise ValueError(
+            _rebuild_message(description, f"{len(wrong)} weights differ in name or shape, such as {wrong[0]!r}")
+        )
+    if on_meta:
+        return
+    reference = next(module.parameters())
+    rebuilt.load_state_dict(weights)
+    rebuilt.to(device=reference.device, dtype=reference.dtype)
+    images = probe_images(description, 1, module)
+    before = module.training
+    with torch.no_grad():
+        found, wanted = (_last_features(network.eval(), images) for network in (rebuilt, module))
+    module.train(before)
+    if found.shape != wanted.shape or not torch.allclose(
+        found, wanted, rtol=1e-3, atol=1e-4 * wanted.abs().max().item()
+    ):
+        raise ValueError(_rebuild_message(description, "its features differ"))
+
+
+def _rebuild_message(description: dict[str, Any], found: str) -> str:
+    name = description.get("architecture") or description["model_class"]
+    return (
+        f"the given module is not what {name!r} with {description['kwargs']} builds: {found}; pass the arguments that "
+        "it was created with as backbone_kwargs, such as backbone_kwargs={'pad_type': 'same'}"
+    )
+
+
+def _last_features(module: nn.Module, images: Tensor) -> Tensor:
+    """What the network says about images, as much of it as every kind of network has."""
+    if hasattr(module, "forward_features"):
+        return cast(Tensor, first_tensor(module.forward_features(images)))
+    return cast(Tensor, first_tensor(run(module, images)))

@@ -1,0 +1,128 @@
+"""Results in a notebook: data frames, and views as HTML, of what the public calls of a model and a processor return."""
+
+import base64
+from collections.abc import Sequence
+from html import escape
+from io import BytesIO
+from itertools import product
+from typing import Any
+
+from PIL import Image
+from transformers.utils import requires_backends
+
+from devil_hf.model.outputs_devil import AttributionOutput, ScoreOutput
+from devil_hf.model.processing_devil import AttributionOverlays
+
+WARM, COOL = (240, 130, 40), (63, 142, 206)  # of the maps' own colour scale
+FULL_TINT = 2.0  # nats at which a word has its full colour
+
+
+def to_pandas(result: Any, phrases: Sequence[str] = ()) -> Any:
+    """A `pandas.DataFrame` of descriptions, scores or attribution maps.
+
+    Args:
+        result: rows of `processor.post_process_descriptions`, one row each; what `model.score` returned, one row per question
+            and phrase (question, phrase, log_prob, evidence); or what `model.attribute` returned, one row per place (layer,
+            image, phrase, row, column, and the value in nats under the name of the measure).
+        phrases: those that were scored or mapped, in the same order.
+
+    Raises:
+        ImportError: when pandas is not installed.
+        ValueError: for another number of phrases than were asked for.
+    """
+    requires_backends(to_pandas, "pandas")
+    import pandas
+
+    if isinstance(result, ScoreOutput):
+        return pandas.DataFrame(_score_rows(result, phrases), columns=["question", "phrase", "log_prob", "evidence"])
+    if isinstance(result, AttributionOutput):
+        columns = ["layer", "image", "phrase", "row", "column", result.measure]
+        return pandas.DataFrame(_map_rows(result, phrases), columns=columns)
+    return pandas.DataFrame(list(result))
+
+
+def _score_rows(output: ScoreOutput, phrases: Sequence[str]) -> list[tuple]:
+    _check_phrases(phrases, output.log_probs.shape[1])
+    return [
+        (question, phrase, float(output.log_probs[question, k]), float(output.evidence[question, k]))
+        for question in range(len(output.log_probs))
+        for k, phrase in enumerate(phrases)
+    ]
+
+
+def _map_rows(output: AttributionOutput, phrases: Sequence[str]) -> list[tuple]:
+    rows = []
+    for layer, values in output.maps.items():
+        _check_phrases(phrases, values.shape[1])
+        places = product(*(range(edge) for edge in values.shape))
+        for (image, k, row, column), value in zip(places, values.flatten().tolist(), strict=True):
+            rows.append((layer, image, phrases[k], row, column, value))
+    return rows
+
+
+def _check_phrases(phrases: Sequence[str], expected: int) -> None:
+    if len(phrases) != expected:
+        raise ValueError(
+            f"{len(phrases)} phrases were given, but {expected} were asked for: name them in the same order"
+        )
+
+
+class Html:
+    """Something that a notebook shows by itself."""
+
+    def __init__(self, html: str):
+        self.html = html
+
+    def _repr_html_(self) -> str:
+        return self.html
+
+
+def show(result: Sequence[dict] | AttributionOverlays) -> Html:
+    """What a notebook shows: descriptions as a table, words tinted by their evidence, or pictures under their maps."""
+    rows = _overlay_rows(result) if isinstance(result, AttributionOverlays) else map(_description_row, result)
+    return Html(f"<table>{''.join(rows)}</table>")
+
+
+def _description_row(row: dict) -> str:
+    left = 'style="text-align:left"'
+    return f"<tr><th {left}>{escape(place_name(row))}</th><td {left}>{_sentence(row)}</td></tr>"
+
+
+def place_name(row: dict) -> str:
+    """Image, layer and location of a description, as text."""
+    place = "" if row["location"] is None else f" {row['location']}"
+    image = f"{row['image']}  " if "image" in row else ""
+    return f"{image}{row['layer']}{place}"
+
+
+def _sentence(row: dict) -> str:
+    if "words" not in row:
+        return escape(row["description"])
+    return " ".join(
+        f'<span title="{nats:+.2f} nats" style="background:{tint(nats)};border-radius:3px;padding:0 2px">{escape(word)}</span>'
+        for word, nats in row["words"]
+    )
+
+
+def tint(nats: float) -> str:
+    """CSS colour behind a word: warm for evidence of the features, cool for words that they speak against."""
+    red, green, blue = WARM if nats > 0 else COOL
+    return f"rgba({red}, {green}, {blue}, {0.65 * min(abs(nats) / FULL_TINT, 1.0):.2f})"
+
+
+def _overlay_rows(overlays: AttributionOverlays) -> list[str]:
+    return [
+        f"<tr><th>{escape(layer)}</th>{''.join(f'<td>{_thumbnail(one)}</td>' for per in rows for one in per)}</tr>"
+        for layer, rows in (overlays.pictures or {}).items()
+    ]
+
+
+def _thumbnail(picture: Image.Image, longest: int = 180) -> str:
+    """An `<img>` that needs no file."""
+    small, buffer = picture.copy(), BytesIO()
+    small.thumbnail((longest, longest))
+    small.save(buffer, "PNG")
+    return f'<img src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
+
+
+__all__ = ["Html", "place_name", "show", "tint", "to_pandas"]
