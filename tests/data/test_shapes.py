@@ -1,4 +1,4 @@
-"""Promises of the embedded world: exact ground truth, the same scene everywhere, true captions, parts that train."""
+"""Promises of the embedded world: exact ground truth, the same scene everywhere, true captions."""
 
 import time
 
@@ -11,8 +11,6 @@ from devil_hf.data.shapes import ATTRIBUTE_WORDS, COLOURS, RELATIONS, VOCABULARY
 from devil_hf.data.worlds import World
 from devil_hf.evaluation.maps.pointing import chance_pointing, hit_cells, pointing
 from devil_hf.evaluation.text.words import WordCounts, words_of
-from devil_hf.training import small_models as embedded
-from devil_hf.training.caption_language_model import IGNORED_INDEX
 
 
 def plain_object(shape: str = "square", centre: tuple[float, float] = (64.0, 64.0), **changes) -> SceneObject:
@@ -242,81 +240,3 @@ def test_word_counts_are_of_sets_of_words_over_all_texts():
             counts = WordCounts(words)
             counts.add(caption, scene.words[attribute])
             assert counts.f1 == 1.0
-
-
-# ------------------------------------------------------------------------------------------------------- the frozen
-# parts
-
-
-def test_labels_tell_all_objects_apart_and_targets_lie_on_them():
-    labels = embedded.AttributeLabels()
-    assert (labels.singles, labels.pairs, labels.count) == (18, 122, 314)
-    scene = make_scene(0, 9)
-    rows = [labels.of(item) for item in scene.objects]
-    assert all(len(set(row)) == 7 and max(row) < 314 for row in rows) and len({row[-1] for row in rows}) == len(rows)
-    targets = embedded.scene_targets([scene], labels)[0]
-    for row, mask in zip(rows, scene.masks, strict=True):
-        assert targets[row[-1]].mean().item() == pytest.approx(mask.mean(), abs=1e-6)
-
-
-def test_the_tokenizer_knows_every_word_and_marks_others():
-    tokenizer = embedded.build_embedded_tokenizer()
-    text = "a striped red circle left of an orange star that is plain"
-    ids = tokenizer(text)["input_ids"]
-    assert tokenizer.unk_token_id not in ids and tokenizer.decode(ids) == text
-    assert tokenizer("a dog")["input_ids"][-1] == tokenizer.unk_token_id
-
-
-def test_documents_are_labelled_on_the_caption_only():
-    tokenizer = embedded.build_embedded_tokenizer()
-    documents = embedded.KeywordDocuments(
-        tokenizer, embedded.EmbeddedLanguageModelArguments(bare_share=0.0, partial_share=0.0, packed_share=1.0)
-    )
-    input_ids, labels = documents.batch(40, np.random.default_rng(0))
-    assert input_ids.shape[:2] == labels.shape
-    for ids, wanted in zip(input_ids, labels, strict=True):
-        separator = int((ids[:, 0] == tokenizer.sep_token_id).nonzero()[0])
-        end = int((ids[:, 0] == tokenizer.eos_token_id).nonzero()[0])
-        assert (wanted[: separator + 1] == IGNORED_INDEX).all() and (wanted[end + 1 :] == IGNORED_INDEX).all()
-        assert torch.equal(wanted[separator + 1 : end + 1], ids[separator + 1 : end + 1, 0])
-
-
-def test_unbound_documents_group_words_by_attribute():
-    tokenizer = embedded.build_embedded_tokenizer()
-    arguments = embedded.EmbeddedLanguageModelArguments(unbound_share=1.0, partial_share=0.0)
-    documents, rng = embedded.KeywordDocuments(tokenizer, arguments), np.random.default_rng(0)
-    for index in range(10):
-        scene = make_scene(0, index)
-        groups = documents.keywords(scene, rng)
-        expected = [sorted(item.attributes[name] for item in scene.objects) for name in ATTRIBUTE_WORDS]
-        assert sorted(map(sorted, groups)) == sorted(expected)
-
-
-def test_frozen_parts_train_reproducibly(tmp_path):
-    settings = embedded.EmbeddedBackboneArguments(max_steps=2, batch_size=4, warmup_steps=1)
-    backbone, history = embedded.train_embedded_backbone(settings)
-    again, _ = embedded.train_embedded_backbone(settings)
-    assert all(
-        torch.equal(a, b) for a, b in zip(backbone.state_dict().values(), again.state_dict().values(), strict=True)
-    )
-    assert history[-1]["step"] == 2 and not backbone.training
-    scenes = [make_scene(0, index) for index in range(3)]
-    assert [feature.shape for feature in embedded.pooled_features(backbone, scenes).values()] == [
-        (3, 32),
-        (3, 64),
-        (3, 128),
-        (3, 256),
-    ]
-    settings = embedded.EmbeddedLanguageModelArguments(
-        max_steps=2, batch_size=4, warmup_steps=1, single_steps=1, width=32, layers=1, heads=2
-    )
-    model, tokenizer, _ = embedded.train_embedded_language_model(settings)
-    again, _, _ = embedded.train_embedded_language_model(settings)
-    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True))
-    assert set(embedded.held_out_document_losses(model, tokenizer, documents=8)) == {
-        "with_keywords",
-        "with_packed_keywords",
-        "without_keywords",
-    }
-    with pytest.raises(ValueError, match="not divisible"):
-        embedded.EmbeddedLanguageModelArguments(width=33)

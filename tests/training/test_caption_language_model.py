@@ -6,16 +6,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from devil_hf.training.caption_language_model import (
-    IGNORED_INDEX,
-    CaptionLanguageModelArguments,
+from devil_hf.training.small_models.caption_language_model import (
+    CaptionLanguageModelSettings,
     KeywordCaptions,
-    caption_loss,
     content_words,
     held_out_loss,
     train_caption_language_model,
     train_caption_tokenizer,
 )
+from devil_hf.training.small_models.documents import IGNORED_INDEX, caption_loss
 
 COLOURS, ANIMALS, PLACES = (
     ["black", "white", "brown", "red"],
@@ -42,8 +41,14 @@ TINY = {
 @pytest.fixture(scope="session")
 def trained():
     torch.set_num_threads(1)
-    arguments = CaptionLanguageModelArguments(
-        **TINY, max_steps=240, batch_size=32, learning_rate=5e-3, eval_steps=120, max_words=4, own_words_probability=0.5
+    arguments = CaptionLanguageModelSettings(
+        **TINY,
+        max_steps=240,
+        batch_size=32,
+        learning_rate=5e-3,
+        logging_steps=120,
+        max_words=4,
+        own_words_probability=0.5,
     )
     random.Random(0).shuffle(groups := list(GROUPS))
     return train_caption_language_model(groups[8:], arguments, groups[:8])
@@ -52,7 +57,7 @@ def trained():
 @pytest.fixture(scope="module")
 def documents():
     tokenizer = train_caption_tokenizer((caption for group in GROUPS for caption in group), 400)
-    return KeywordCaptions(GROUPS, tokenizer, CaptionLanguageModelArguments(**TINY))
+    return KeywordCaptions(GROUPS, tokenizer, CaptionLanguageModelSettings(**TINY))
 
 
 def test_content_words_leave_out_function_words_and_punctuation():
@@ -85,7 +90,7 @@ def test_words_of_one_group_share_a_position(documents):
 def test_the_packed_share_decides_whether_positions_are_shared(documents):
     widths = {}
     for share in (0.0, 1.0):
-        arguments = CaptionLanguageModelArguments(**TINY, packed_share=share)
+        arguments = CaptionLanguageModelSettings(**TINY, packed_share=share)
         packed = KeywordCaptions(GROUPS, documents.tokenizer, arguments)
         widths[share] = next(packed.batches(random.Random(1), 64))[0].shape[2]
     assert widths[0.0] == 1 < widths[1.0], "most tokens in one position"
@@ -98,7 +103,7 @@ def test_a_long_document_keeps_its_caption_and_fits_the_context(documents):
 
 
 def test_words_come_from_other_captions_unless_asked(documents):
-    documents.arguments.own_words_probability = 0.0
+    documents.settings.own_words_probability = 0.0
     drawn = {word for seed in range(20) for word in documents.draw_words(0, 0, random.Random(seed))}
     assert drawn == {"black", "dog", "plays", "grass"} and "runs" not in drawn
 
@@ -120,7 +125,7 @@ def test_batches_label_captions_only_and_repeat_with_the_seed(documents):
 
 def test_caption_loss_equals_the_library_loss_over_all_positions(trained):
     model, tokenizer, _ = trained
-    documents = KeywordCaptions(GROUPS, tokenizer, CaptionLanguageModelArguments(**TINY, packed_share=1.0))
+    documents = KeywordCaptions(GROUPS, tokenizer, CaptionLanguageModelSettings(**TINY, packed_share=1.0))
     input_ids, labels = next(documents.batches(random.Random(0), 8))
     table = model.get_input_embeddings().weight
     embeds = torch.zeros(*labels.shape, table.shape[1])
@@ -140,7 +145,7 @@ def test_the_trained_model_listens_to_the_words(trained):
 
 
 def test_training_repeats_with_its_seed_and_leaves_the_held_out_measure_alone():
-    arguments = CaptionLanguageModelArguments(**TINY, max_steps=4, batch_size=8, eval_steps=2)
+    arguments = CaptionLanguageModelSettings(**TINY, max_steps=4, batch_size=8, logging_steps=2)
     measured, _, _ = train_caption_language_model(GROUPS, arguments, GROUPS[:2])
     plain, _, _ = train_caption_language_model(GROUPS, arguments)
     assert all(torch.equal(a, b) for a, b in zip(measured.parameters(), plain.parameters(), strict=True))
@@ -152,12 +157,12 @@ def test_model_and_tokenizer_load_through_the_auto_classes(trained, tmp_path):
     tokenizer.save_pretrained(tmp_path)
     loaded, again = AutoModelForCausalLM.from_pretrained(tmp_path).eval(), AutoTokenizer.from_pretrained(tmp_path)
     assert again("A red dog .")["input_ids"] == tokenizer("A red dog .")["input_ids"] and again.sep_token == "<sep>"
-    documents = KeywordCaptions(GROUPS[:4], again, CaptionLanguageModelArguments(**TINY))
+    documents = KeywordCaptions(GROUPS[:4], again, CaptionLanguageModelSettings(**TINY))
     assert held_out_loss(loaded, documents, True) == pytest.approx(held_out_loss(model, documents, True), abs=1e-6)
 
 
 def test_impossible_arguments_are_refused():
     with pytest.raises(ValueError, match="width 30"):
-        CaptionLanguageModelArguments(width=30, heads=4)
+        CaptionLanguageModelSettings(width=30, heads=4)
     with pytest.raises(ValueError, match="null_probability"):
-        CaptionLanguageModelArguments(null_probability=1.0)
+        CaptionLanguageModelSettings(null_probability=1.0)
