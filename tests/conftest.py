@@ -10,8 +10,10 @@ import torch
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers.utils import logging
 
 torch.set_num_threads(2)
+logging.enable_propagation()  # pytest listens at the root of all loggers
 
 WORDS = [
     "a",

@@ -22,7 +22,7 @@ from devil_hf.build.layers import choose_layers, offered_layers, probe_images, s
 from devil_hf.model.backbone_devil import FeatureBackbone, build_module, first_tensor, load_source, run, weights_hash
 from devil_hf.model.pooling_devil import resolve_layers
 
-logger = logging.get_logger(__name__)
+logger = logging.get_logger(f"transformers.{__name__}")
 
 PIL_FILTERS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
 # What the weights of an architecture decide about its layers; the rest of timm's pretrained_cfg is about preprocessing.

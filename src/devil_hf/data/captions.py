@@ -15,7 +15,7 @@ from typing import IO
 from datasets import Dataset, Image
 from transformers.utils import logging
 
-logger = logging.get_logger(__name__)
+logger = logging.get_logger(f"transformers.{__name__}")
 
 CAPTION_FILES = ("captions.jsonl", "metadata.jsonl")
 

@@ -32,7 +32,7 @@ from transformers.utils import logging
 
 from devil_hf.model.image_processing_devil import load_images
 
-logger = logging.get_logger(__name__)
+logger = logging.get_logger(f"transformers.{__name__}")
 
 WORKER_SLOTS = 256
 LOGGED_SAMPLES = 100  # per process; further bad samples are only counted

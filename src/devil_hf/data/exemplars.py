@@ -47,7 +47,7 @@ from devil_hf.model.backbone_devil import FeatureBackbone, weights_hash
 from devil_hf.model.image_processing_devil import DevilImageProcessor
 from devil_hf.model.pooling_devil import resolve_layers
 
-logger = logging.get_logger(__name__)
+logger = logging.get_logger(f"transformers.{__name__}")
 
 # Locations of each image that the quantile sketch sees; all of them on grids up to 16 x 16.
 SKETCHED_LOCATIONS = 256

@@ -28,7 +28,7 @@ from transformers.utils import logging
 
 from devil_hf.data.exemplars import Unit
 
-logger = logging.get_logger(__name__)
+logger = logging.get_logger(f"transformers.{__name__}")
 
 ANNOTATIONS = "annotations.csv"
 LAYOUTS = ("per_unit", "per_layer")

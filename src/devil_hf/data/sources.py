@@ -42,7 +42,7 @@ from devil_hf.data.shards import check_shards, expand_urls, shard_rows
 from devil_hf.data.worlds import SHAPES, USUAL_COUNT, World, parse_world
 from devil_hf.model.image_processing_devil import load_images
 
-logger = logging.get_logger(__name__)
+logger = logging.get_logger(f"transformers.{__name__}")
 
 PAIR_FEATURES = Features(
     {

@@ -1,7 +1,6 @@
 """The page: how it is laid out, and what a click asks of the explorer."""
 
 import functools
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from html import escape
@@ -10,6 +9,7 @@ from typing import Any
 
 import gradio as gr
 from PIL import Image
+from transformers.utils import logging
 
 from devil_hf.data.shapes import make_scene
 from devil_hf.demo.checkpoints import Checkpoints
@@ -19,7 +19,7 @@ from devil_hf.report import html
 from devil_hf.report.features import feature_picture
 from devil_hf.report.figures import attribution_figure
 
-logger = logging.getLogger(__name__)
+logger = logging.get_logger(f"transformers.{__name__}")
 
 EXAMPLE_SEED, EXAMPLES = 123, (0, 1, 2, 3, 4, 5)
 # All answers share one queue: more at once would only make each slower.

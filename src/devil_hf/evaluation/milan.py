@@ -30,7 +30,7 @@ from devil_hf.model.processing_devil import DevilProcessor
 
 LABELS = "labels.jsonl"
 UNITS = 64  # labelled before they are written down
-logger = logging.get_logger(__name__)
+logger = logging.get_logger(f"transformers.{__name__}")
 
 COLUMNS = ("bert_score", "bleu_1", "bleu_4", "rouge_l", "cider")
 CONSTANTS = 20  # candidates for the constant label

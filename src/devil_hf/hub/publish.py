@@ -35,7 +35,7 @@ from devil_hf.model.image_processing_devil import ImageSource, load_images
 from devil_hf.model.modeling_devil import DevilModel
 from devil_hf.model.processing_devil import DevilProcessor
 
-logger = logging.get_logger(__name__)
+logger = logging.get_logger(f"transformers.{__name__}")
 
 
 def push(

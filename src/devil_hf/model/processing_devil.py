@@ -21,7 +21,7 @@ from transformers.utils import ModelOutput, logging
 from .image_processing_devil import CropGeometry, ImageSource, load_images
 from .outputs_devil import DescribeOutput, describe_rows
 
-logger = logging.get_logger(__name__)
+logger = logging.get_logger(f"transformers.{__name__}")
 
 # Anchors of the two colour scales, evenly spaced; the diverging one is transparent at its middle when overlaid.
 DIVERGING = ((5, 68, 140), (63, 142, 206), (222, 226, 230), (240, 130, 40), (176, 30, 20))

@@ -35,7 +35,7 @@ from devil_hf.training.features import as_stored
 from devil_hf.training.recipe import CHECKPOINT_FOLDER, Recipe
 from devil_hf.training.run import train
 
-logger = logging.get_logger(__name__)
+logger = logging.get_logger(f"transformers.{__name__}")
 
 METRICS = ("bleu", "rouge_l", "cider")
 NEW_TOKENS = 40

@@ -34,7 +34,7 @@ from devil_hf.training.feed import CaptionStream, ImageTable, sees_with
 from devil_hf.training.recipe import CHECKPOINT_FOLDER, EMBEDDED, RECIPE_FILE, Recipe
 from devil_hf.training.trainer import DevilTrainer, longest_caption
 
-logger = logging.get_logger(__name__)
+logger = logging.get_logger(f"transformers.{__name__}")
 
 ADAM_COPIES = 3  # the trained weights and two moments of each
 

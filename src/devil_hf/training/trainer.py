@@ -36,7 +36,7 @@ from devil_hf.training.feed import (
     table_loader,
 )
 
-logger = logging.get_logger(__name__)
+logger = logging.get_logger(f"transformers.{__name__}")
 
 STAGING_FOLDER = ".unfinished"
 SAMPLES_FILE = "descriptions.jsonl"

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers.utils import logging
 
-logger = logging.get_logger(__name__)
+logger = logging.get_logger(f"transformers.{__name__}")
 
 BERT_MODEL = "roberta-large"  # bert_score's choice for English
 BERT_LAYERS = 17

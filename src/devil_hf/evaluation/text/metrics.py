@@ -19,7 +19,7 @@ from devil_hf.evaluation.text.bertscore import MILAN, BertScore, BertScoreSettin
 from devil_hf.evaluation.text.ngrams import CiderD, bleu, rouge_l
 from devil_hf.evaluation.text.tokens import ptb_tokens
 
-logger = logging.get_logger(__name__)
+logger = logging.get_logger(f"transformers.{__name__}")
 
 METRICS = ("bleu", "rouge_l", "cider")  # need nothing but this package
 ALL_METRICS = ("bleu", "meteor", "rouge_l", "cider", "spice", "bertscore")

@@ -19,7 +19,7 @@ from transformers.utils import logging
 
 from devil_hf.settings import option
 
-logger = logging.get_logger(__name__)
+logger = logging.get_logger(f"transformers.{__name__}")
 
 BETAS = (0.9, 0.98)
 GRADIENT_NORM = 1.0

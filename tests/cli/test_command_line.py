@@ -1,0 +1,144 @@
+"""The command line as such: verbs, their settings, exit codes, and what is imported when."""
+
+import logging
+import subprocess
+import sys
+from dataclasses import dataclass
+
+import pytest
+
+from devil_hf.cli.main import main
+from devil_hf.cli.verb import VERBS, JsonSettings, Verb, read_layers, show
+from devil_hf.settings import option
+
+LIGHT = """
+import sys
+import devil_hf
+from devil_hf.cli.main import build_parser
+assert "describe" in build_parser().format_help() and "DevilModel" in dir(devil_hf)
+heavy = {"torch", "transformers", "timm", "numpy", "PIL"} & set(sys.modules)
+assert not heavy, heavy
+"""
+FIRST = "import devil_hf\nfrom transformers import AutoModel, AutoProcessor"
+SECOND = "from transformers import AutoModel, AutoProcessor\nimport devil_hf"
+LOADED = """
+import sys
+from devil_hf.checkpoints import CHECKPOINT
+processor, model = AutoProcessor.from_pretrained(CHECKPOINT), AutoModel.from_pretrained(CHECKPOINT)
+assert type(model) is devil_hf.DevilModel and type(processor) is devil_hf.DevilProcessor
+assert not [finder for finder in sys.meta_path if type(finder).__module__ == "devil_hf.registration"]
+"""
+
+
+def python(code: str) -> None:
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
+def test_importing_the_package_and_asking_for_help_imports_nothing_heavy():
+    python(LIGHT)
+
+
+@pytest.mark.parametrize("order", [FIRST, SECOND], ids=["devil_hf first", "transformers first"])
+def test_with_the_package_imported_checkpoints_load_without_trust(order):
+    python(order + LOADED)
+
+
+@dataclass(kw_only=True)
+class GreetSettings(JsonSettings):
+    name: str = option("whom", positional=True)
+    often: int = option("how often", 1)
+    loud: bool = option("in capitals", False)
+
+    def validate(self) -> None:
+        if self.often < 1:
+            raise ValueError("nobody is greeted less than once")
+
+
+def greet(settings: GreetSettings) -> int:
+    text = " ".join([f"hello {settings.name}"] * settings.often)
+    show(settings, {"text": text}, text.upper() if settings.loud else text)
+    return 3 if settings.loud else 0
+
+
+@pytest.fixture
+def greeting(monkeypatch):
+    """A verb that another package registers."""
+    list(VERBS)
+    monkeypatch.setattr(VERBS, "_entries", dict(VERBS._entries))
+    VERBS.register("greet", Verb("greet", "say hello", "devil greet you", lambda: GreetSettings, greet))
+
+
+def test_a_verb_from_outside_is_one_registration(greeting, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["--help"])
+    assert "say hello" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="0"):
+        main(["greet", "--help"])
+    assert "how often (default: 1)" in (told := capsys.readouterr().out) and "example:\n  devil greet you" in told
+
+
+def test_exit_codes_and_where_is_printed_what(greeting, capsys, tmp_path):
+    assert main(["greet", "you", "--often", "2", "--json"]) == 0
+    assert capsys.readouterr().out == '{"text": "hello you hello you"}\n'
+    assert main(["greet", "you", "--loud"]) == 3, "a verb may have an exit code of its own"
+    capsys.readouterr()
+    assert main(["greet", "you", "--often", "0"]) == 1
+    assert capsys.readouterr() == ("", "devil greet: nobody is greeted less than once\n")
+    with pytest.raises(ValueError, match="nobody"):
+        main(["--debug", "greet", "you", "--often", "0"])
+    with pytest.raises(ValueError, match="nobody"):
+        main(["greet", "you", "--often", "0", "--debug"])
+    for wrong in ([], ["great", "you"], ["greet"], ["greet", "you", "--often", "many"], ["greet", "you", "--quietly"]):
+        with pytest.raises(SystemExit, match="2"):
+            main(wrong)
+    (tmp_path / "greeting.yaml").write_text("name: all\noften: 2\n")
+    capsys.readouterr()
+    assert main(["greet", "--config", str(tmp_path / "greeting.yaml"), "--often", "1"]) == 0
+    assert capsys.readouterr().out == "hello all\n"
+
+
+@pytest.mark.parametrize("verb", ["attribute", "demo", "describe", "neurons", "push", "quickstart", "space", "train"])
+def test_every_verb_helps_with_an_example(verb, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main([verb, "--help"])
+    assert f"example:\n  devil {verb}" in capsys.readouterr().out
+
+
+def test_the_evaluations_are_listed_and_each_helps_with_an_example(capsys):
+    subjects = VERBS["evaluate"].subjects()
+    with pytest.raises(SystemExit, match="0"):
+        main(["evaluate", "--help"])
+    told = capsys.readouterr().out
+    assert subjects and all(f"    {name} " in told for name in subjects)
+    for name in subjects:
+        with pytest.raises(SystemExit, match="0"):
+            main(["evaluate", name, "--help"])
+        assert f"example:\n  devil evaluate {name}" in capsys.readouterr().out
+
+
+def test_what_excludes_each_other_is_said(capsys):
+    assert main(["push", "checkpoint", "user/repo", "--slim", "--self-contained"]) == 1
+    assert "exclude each other" in capsys.readouterr().err
+
+
+def test_names_of_layers_win_over_indices():
+    assert read_layers(["-1", "3", "layer1"], ["layer1", "3"]) == [-1, "3", "layer1"]
+    assert read_layers(None, ["layer1"]) is None
+
+
+def test_the_loggers_answer_to_the_verbosity_of_transformers():
+    from transformers.utils import logging as verbosity
+
+    import devil_hf.checkpoints.loading  # noqa: F401 - brings files that log
+
+    loggers = [name for name in logging.root.manager.loggerDict if "devil_hf" in name]
+    assert loggers and all(name.startswith("transformers.devil_hf") for name in loggers), loggers
+    before = verbosity.get_verbosity()
+    logger = logging.getLogger("transformers.devil_hf.data.decoding")
+    logging.getLogger("transformers.devil_hf").setLevel(logging.NOTSET)
+    verbosity.set_verbosity_info()
+    assert logger.isEnabledFor(logging.INFO)
+    verbosity.set_verbosity_error()
+    assert not logger.isEnabledFor(logging.WARNING)
+    verbosity.set_verbosity(before)
