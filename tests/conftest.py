@@ -106,9 +106,10 @@ def model(sources, tokenizer):
 
 @pytest.fixture(scope="session")
 def processor(model, tokenizer):
-    from devil_hf import DevilImageProcessor, DevilProcessor
+    from devil_hf import DevilProcessor
+    from devil_hf.build import image_processor_of
 
-    return DevilProcessor(DevilImageProcessor.from_data_config(model.config.backbone_config["data_config"]), tokenizer)
+    return DevilProcessor(image_processor_of(model.config.backbone_config["data_config"]), tokenizer)
 
 
 @pytest.fixture(scope="session")

@@ -15,12 +15,11 @@ from PIL import Image
 from torch import nn
 from transformers import ViTConfig, ViTModel
 
-from devil_hf.build import backbone_from_source
+from devil_hf.build import backbone_from_source, image_processor_of
 from devil_hf.data import exemplars as exemplars_module
 from devil_hf.data.exemplars import ExemplarSet, UnitReader, find_exemplars, open_network, to_uint8
 from devil_hf.data.images import StreamedImages, open_images
 from devil_hf.data.quantiles import QuantileSketch
-from devil_hf.model.image_processing_devil import DevilImageProcessor
 
 COUNT = 23
 
@@ -43,7 +42,7 @@ def network():
     backbone = backbone_from_source(
         Colours(), ["first", "second"], backbone_kwargs={"data_config": {"input_size": (3, 32, 32), "crop_pct": 1.0}}
     )
-    return backbone, DevilImageProcessor.from_data_config(backbone.config["data_config"])
+    return backbone, image_processor_of(backbone.config["data_config"])
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +149,7 @@ from tests.data.test_exemplars import Colours, FeatureBackbone, DevilImageProces
 backbone = backbone_from_source(
     Colours(), ["first", "second"], backbone_kwargs={"data_config": {"input_size": (3, 32, 32), "crop_pct": 1.0}}
 )
-processor = DevilImageProcessor.from_data_config(backbone.config["data_config"])
+processor = image_processor_of(backbone.config["data_config"])
 state = PartialState(cpu=True)
 assert state.num_processes == 2, state
 find_exemplars(UnitReader(backbone), processor, open_images(sys.argv[1]), sys.argv[2], k=4, batch_size=5)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from devil_hf.build import image_processor_of
 from devil_hf.data.captions import load_caption_folder, read_caption_records
 from devil_hf.report.quickstart import quickstart
 
@@ -48,8 +49,6 @@ def test_a_real_backbone_recognises_photographs_through_our_preprocessing(shared
     import timm
     import torch
 
-    from devil_hf import DevilImageProcessor
-
     weights = shared_data / "weights"
     data_config = '{"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5], "interpolation": "bilinear", "crop_pct": 0.875}'
     command = [sys.executable, "scripts/prepare_backbone.py"]
@@ -57,7 +56,7 @@ def test_a_real_backbone_recognises_photographs_through_our_preprocessing(shared
     command += [str(tmp_path / "backbone"), "--model_args", '{"pad_type": "same"}', "--data_config", data_config]
     subprocess.run(command, check=True, cwd=Path(__file__).parents[2])
     model = timm.create_model(f"local-dir:{tmp_path / 'backbone'}", pretrained=True).eval()
-    processor = DevilImageProcessor.from_data_config(timm.data.resolve_model_data_config(model))
+    processor = image_processor_of(timm.data.resolve_model_data_config(model))
     with (weights / "imagenet_sample1000" / "labels.csv").open() as file:
         rows = list(csv.DictReader(file))[::20]
     images = [Image.open(weights / "imagenet_sample1000" / row["file"]) for row in rows]

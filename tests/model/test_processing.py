@@ -18,10 +18,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn import functional as F
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
+from devil_hf.build import image_processor_of
 from devil_hf.model.image_processing_devil import DevilImageProcessor, load_images
 from devil_hf.model.outputs_devil import AttributionOutput, DescribeOutput
 from devil_hf.model.pipeline_devil import CUSTOM_PIPELINES, VisionFeatureDescriptionPipeline
 from devil_hf.model.processing_devil import DevilProcessor
+from devil_hf.report.places import location_to_box, pixel_to_location
 
 DATA_CONFIG = {
     "input_size": (3, 224, 224),
@@ -54,7 +56,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 @pytest.fixture
 def processor(tokenizer: PreTrainedTokenizerFast) -> DevilProcessor:
-    return DevilProcessor(DevilImageProcessor.from_data_config(DATA_CONFIG), tokenizer)
+    return DevilProcessor(image_processor_of(DATA_CONFIG), tokenizer)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -71,7 +73,7 @@ def test_pixels_equal_timms_evaluation_transform_exactly(crop_mode, interpolatio
             "crop_pct": crop_pct,
             "input_size": input_size,
         }
-        transform, image_processor = create_transform(**config), DevilImageProcessor.from_data_config(config)
+        transform, image_processor = create_transform(**config), image_processor_of(config)
         for size in SIZES:
             image = picture(*size)
             expected = transform(image)
@@ -89,19 +91,19 @@ def test_pixels_equal_timms_for_the_data_configs_of_all_its_pretrained_models():
     assert len(configs) > 30
     image = picture(211, 157)
     for config in configs.values():
-        pixel_values = DevilImageProcessor.from_data_config(config)(image, return_tensors="pt")["pixel_values"][0]
+        pixel_values = image_processor_of(config)(image, return_tensors="pt")["pixel_values"][0]
         assert torch.equal(pixel_values, create_transform(**config)(image)), config
 
 
 def test_the_papers_resize_takes_the_short_side_to_the_crop_size():
-    image_processor = DevilImageProcessor.from_data_config(DATA_CONFIG | {"crop_mode": "squash"}, resize="paper")
+    image_processor = image_processor_of(DATA_CONFIG | {"crop_mode": "squash"}, resize="paper")
     expected = create_transform(**DATA_CONFIG | {"crop_pct": 1.0})(picture(640, 480))
     assert torch.equal(image_processor(picture(640, 480), return_tensors="pt")["pixel_values"][0], expected)
     assert image_processor.geometry((480, 640)).resized_size == (224, 298)
 
 
 def test_a_very_long_strip_costs_little_memory_and_gives_the_same_pixels(monkeypatch):
-    image_processor = DevilImageProcessor.from_data_config(DATA_CONFIG)
+    image_processor = image_processor_of(DATA_CONFIG)
     strip = picture(3, 200)
     whole = image_processor(strip, return_tensors="pt")["pixel_values"]
     monkeypatch.setattr(sys.modules[DevilImageProcessor.__module__], "MAX_RESIZED_PIXELS", 1000)
@@ -261,7 +263,7 @@ def test_urls_are_fetched(monkeypatch):
 )
 def test_what_is_not_an_image_is_refused_with_its_value_and_a_remedy(image, error, message):
     with pytest.raises(error, match=message):
-        DevilImageProcessor.from_data_config(DATA_CONFIG)(image)
+        image_processor_of(DATA_CONFIG)(image)
 
 
 def test_broken_files_are_refused_by_name(tmp_path):
@@ -274,7 +276,7 @@ def test_broken_files_are_refused_by_name(tmp_path):
     with pytest.raises(ValueError, match="cannot read"):
         load_images(tmp_path)
     with pytest.raises(ValueError, match="no images given"):
-        DevilImageProcessor.from_data_config(DATA_CONFIG)([])
+        image_processor_of(DATA_CONFIG)([])
 
 
 @pytest.mark.parametrize(
@@ -288,9 +290,9 @@ def test_broken_files_are_refused_by_name(tmp_path):
 )
 def test_wrong_settings_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
-        DevilImageProcessor.from_data_config(DATA_CONFIG | change)
+        image_processor_of(DATA_CONFIG | change)
     with pytest.raises(ValueError, match="resize must be 'backbone' or 'paper'"):
-        DevilImageProcessor.from_data_config(DATA_CONFIG, resize="papre")
+        image_processor_of(DATA_CONFIG, resize="papre")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -367,7 +369,7 @@ def geometry_configs():
 @pytest.mark.parametrize("size", [(480, 640), (517, 333), (61, 50)])
 def test_a_peak_in_the_map_lands_where_the_pixels_came_from(tokenizer, config, size):
     """A white spot in the image, found in the pixel values, put into a map there, comes back at the spot."""
-    processor = DevilProcessor(DevilImageProcessor.from_data_config(config), tokenizer)
+    processor = DevilProcessor(image_processor_of(config), tokenizer)
     height, width = size
     y, x = int(height * 0.42), int(width * 0.55)
     image = np.zeros((height, width, 3), dtype=np.uint8)
@@ -388,7 +390,7 @@ def test_a_peak_in_the_map_lands_where_the_pixels_came_from(tokenizer, config, s
 
 def test_without_crop_maps_are_torchs_bilinear_up_sampling(tokenizer):
     config = DATA_CONFIG | {"crop_pct": 1.0, "input_size": (3, 64, 64)}
-    processor = DevilProcessor(DevilImageProcessor.from_data_config(config), tokenizer)
+    processor = DevilProcessor(image_processor_of(config), tokenizer)
     maps = torch.randn(2, 3, 7, 7)
     for size in [(64, 64), (128, 128)]:
         placed = processor.post_process_attribution(
@@ -425,13 +427,16 @@ def test_locations_and_pixels_are_inverse(processor):
     size, grid = (200, 400), (7, 5)
     for row in range(7):
         for column in range(5):
-            left, top, right, bottom = processor.location_to_box((row, column), grid, size)
-            assert processor.pixel_to_location((left + right) / 2, (top + bottom) / 2, grid, size) == (row, column)
-    assert processor.pixel_to_location(0, 0, grid, size) is None
+            left, top, right, bottom = location_to_box(processor.image_processor, (row, column), grid, size)
+            assert pixel_to_location(processor.image_processor, (left + right) / 2, (top + bottom) / 2, grid, size) == (
+                row,
+                column,
+            )
+    assert pixel_to_location(processor.image_processor, 0, 0, grid, size) is None
     with pytest.raises(ValueError, match=r"location \(7, 0\) is outside the 7 x 5 grid"):
-        processor.location_to_box((7, 0), grid, size)
+        location_to_box(processor.image_processor, (7, 0), grid, size)
     with pytest.raises(ValueError, match="x=400, y=0 is outside the image of width 400 and height 200"):
-        processor.pixel_to_location(400, 0, grid, size)
+        pixel_to_location(processor.image_processor, 400, 0, grid, size)
 
 
 def test_overlays_share_one_colour_scale(processor):
@@ -490,7 +495,7 @@ def test_the_processor_loads_where_the_package_is_not_installed(tmp_path, tokeni
         "interpolation": "bilinear",
         "input_size": (3, 64, 96),
     }
-    processor = DevilProcessor(DevilImageProcessor.from_data_config(config), tokenizer)
+    processor = DevilProcessor(image_processor_of(config), tokenizer)
     processor.save_pretrained(tmp_path)
     image = np.asarray(picture(70, 40))
     np.save(tmp_path / "image.npy", image)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from devil_hf.model.image_processing_devil import DevilImageProcessor
+from devil_hf.build import image_processor_of
 from devil_hf.model.outputs_devil import AttributionOutput
 from devil_hf.model.processing_devil import DevilProcessor
 from devil_hf.report import figures
@@ -16,7 +16,7 @@ GREY = (128, 128, 128)
 @pytest.fixture
 def processor(tokenizer) -> DevilProcessor:
     config = {"input_size": (3, 64, 64), "crop_pct": 0.875, "crop_mode": "center", "interpolation": "bilinear"}
-    return DevilProcessor(DevilImageProcessor.from_data_config(config), tokenizer)
+    return DevilProcessor(image_processor_of(config), tokenizer)
 
 
 @pytest.fixture

@@ -40,7 +40,7 @@ from torchvision.transforms.functional import pil_to_tensor
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from devil_hf.build import backbone_from_source
+from devil_hf.build import backbone_from_source, image_processor_of
 from devil_hf.data.images import ImageStream, NumberedImages
 from devil_hf.data.quantiles import QuantileSketch
 from devil_hf.model.backbone_devil import FeatureBackbone, weights_hash
@@ -127,7 +127,7 @@ def open_network(
 ) -> tuple[FeatureBackbone, DevilImageProcessor]:
     """Any network and its own preprocessing; the arguments are those of `devil_hf.build.backbone_from_source`."""
     backbone = backbone_from_source(network, layers, **kwargs)
-    return backbone.to(device), DevilImageProcessor.from_data_config(backbone.config["data_config"])
+    return backbone.to(device), image_processor_of(backbone.config["data_config"])
 
 
 def pixel_batches(

@@ -11,6 +11,7 @@ from torch import Tensor
 from devil_hf.model.modeling_devil import DevilModel
 from devil_hf.model.outputs_devil import AttributionOutput
 from devil_hf.model.processing_devil import DevilProcessor
+from devil_hf.report.places import location_to_box, pixel_to_location
 
 MAX_PHRASES, MAX_PHRASE_LENGTH = 6, 60
 MAX_CARRIER_LENGTH = 40
@@ -67,7 +68,7 @@ class Explorer:
         size = (look.image.height, look.image.width)
         places = {}
         for layer in layers or self.layers:
-            place = self.processor.pixel_to_location(x, y, self.grid(look, layer), size)
+            place = pixel_to_location(self.processor.image_processor, x, y, self.grid(look, layer), size)
             if place is None:
                 raise ValueError("The network does not see this part: its crop ends before. Choose a place inside.")
             places[layer] = [place]
@@ -84,7 +85,7 @@ class Explorer:
                 f"{layer} has rows 0 to {rows - 1} and columns 0 to {columns - 1}; row {row}, column {column} is outside."
             )
         size = (look.image.height, look.image.width)
-        left, top, right, bottom = self.processor.location_to_box((row, column), (rows, columns), size)
+        left, top, right, bottom = location_to_box(self.processor.image_processor, (row, column), (rows, columns), size)
         return (left + right) / 2, (top + bottom) / 2
 
     def map_phrases(self, look: Look, phrases: Sequence[str], carrier: str | None = "") -> AttributionOutput:

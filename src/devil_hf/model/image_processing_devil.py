@@ -27,7 +27,6 @@ from transformers.image_utils import SizeDict
 ImageSource = str | os.PathLike | Image.Image | np.ndarray | torch.Tensor | Sequence[Any]
 
 CROP_MODES = ("center", "squash", "border")
-RESAMPLING = {mode.name.lower(): mode for mode in Image.Resampling}
 # Above this, only the part that the crop keeps is computed: resizing a 1 x 10,000 strip must not fill the memory.
 MAX_RESIZED_PIXELS = 2**26
 URL_TIMEOUT = 30.0  # seconds
@@ -58,17 +57,13 @@ class CropGeometry:
 
     def crop_to_image(self, y: float, x: float) -> tuple[float, float]:
         """Continuous (y, x) in the crop -> (y, x) in the image; pixel i covers [i, i + 1)."""
-        scale_y, scale_x = (
-            original / resized for original, resized in zip(self.image_size, self.resized_size, strict=True)
-        )
-        return (y + self.offset[0]) * scale_y, (x + self.offset[1]) * scale_x
+        (height, width), (resized_height, resized_width), (top, left) = self.image_size, self.resized_size, self.offset
+        return (y + top) * (height / resized_height), (x + left) * (width / resized_width)
 
     def image_to_crop(self, y: float, x: float) -> tuple[float, float]:
         """Continuous (y, x) in the image -> (y, x) in the crop; beyond [0, crop_size] outside the crop."""
-        scale_y, scale_x = (
-            resized / original for original, resized in zip(self.image_size, self.resized_size, strict=True)
-        )
-        return y * scale_y - self.offset[0], x * scale_x - self.offset[1]
+        (height, width), (resized_height, resized_width), (top, left) = self.image_size, self.resized_size, self.offset
+        return y * (resized_height / height) - top, x * (resized_width / width) - left
 
 
 def _resized_size(
@@ -171,24 +166,6 @@ def _open(source: str) -> Image.Image:
         raise FileNotFoundError(f"no such file, and not a URL or base64 text: {source[:200]!r}") from None
 
 
-def _load(image: Any, data_format: str | None) -> Image.Image:
-    if isinstance(image, (str, os.PathLike)):
-        source = os.fspath(image)
-        try:
-            return _to_rgb(_open(source))
-        except FileNotFoundError:
-            raise
-        except Exception as error:  # the client and the decoders have dozens of their own
-            raise ValueError(f"cannot read {source[:200]!r} as an image: {error}") from error
-    if isinstance(image, torch.Tensor):
-        image = image.detach().cpu()
-        array = (image.float() if image.is_floating_point() else image).numpy()  # numpy has no bfloat16
-        return _array_to_image(array, data_format or "channels_first")
-    if isinstance(image, np.ndarray):
-        return _array_to_image(image, data_format or "channels_last")
-    return _to_rgb(image)
-
-
 def load_images(images: ImageSource, data_format: str | None = None) -> list[Image.Image]:
     """Upright RGB pictures of whatever holds images.
 
@@ -208,14 +185,30 @@ def load_images(images: ImageSource, data_format: str | None = None) -> list[Ima
     """
     if isinstance(images, (list, tuple)):
         return [image for entry in images for image in load_images(entry, data_format)]
-    if not isinstance(images, (str, os.PathLike, Image.Image, np.ndarray, torch.Tensor)):
+    if isinstance(images, (str, os.PathLike)):
+        return [_load_file(os.fspath(images))]
+    if isinstance(images, Image.Image):
+        return [_to_rgb(images)]
+    if isinstance(images, torch.Tensor):
+        images = images.detach().cpu()
+        images = (images.float() if images.is_floating_point() else images).numpy()  # numpy has no bfloat16
+        data_format = data_format or "channels_first"
+    if not isinstance(images, np.ndarray):
         raise TypeError(
             "an image must be a PIL image, an array, a tensor, a path, a URL or a list of these, got "
             f"{images!r:.100} of type {type(images).__name__}"
         )
-    if isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim == 4:
-        return [_load(image, data_format) for image in images]
-    return [_load(images, data_format)]
+    arrays = images if images.ndim == 4 else [images]
+    return [_array_to_image(array, data_format or "channels_last") for array in arrays]
+
+
+def _load_file(source: str) -> Image.Image:
+    try:
+        return _to_rgb(_open(source))
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # the client and the decoders have dozens of their own
+        raise ValueError(f"cannot read {source[:200]!r} as an image: {error}") from error
 
 
 class DevilImageProcessorKwargs(TypedDict, total=False):
@@ -258,34 +251,6 @@ class DevilImageProcessor(PilBackend):
             crop_size=self.crop_size, crop_pct=self.crop_pct, crop_mode=self.crop_mode, resample=self.resample
         )
 
-    @classmethod
-    def from_data_config(cls, data_config: dict[str, Any], resize: str = "backbone") -> "DevilImageProcessor":
-        """The processor of a backbone.
-
-        Args:
-            data_config: timm's data configuration (`timm.data.resolve_model_data_config(model)`); missing keys take
-                timm's defaults.
-            resize: `"backbone"` for the backbone's own resize, `"paper"` for the short side at the crop size itself,
-                then a centre crop.
-        """
-        if resize not in ("backbone", "paper"):
-            raise ValueError(f"resize must be 'backbone' or 'paper', got {resize!r}")
-        channels, height, width = data_config.get("input_size", (3, 224, 224))
-        if channels != 3:
-            raise ValueError(f"the backbone takes {channels} channels (input_size), only 3 (RGB) are supported")
-        interpolation = data_config.get("interpolation", "bicubic")
-        if interpolation not in RESAMPLING:
-            raise ValueError(f"interpolation {interpolation!r} is not one of {sorted(RESAMPLING)}")
-        paper = resize == "paper"
-        return cls(
-            crop_size={"height": height, "width": width},
-            crop_pct=1.0 if paper else data_config.get("crop_pct") or cls.crop_pct,
-            crop_mode="center" if paper else data_config.get("crop_mode") or cls.crop_mode,
-            resample=int(RESAMPLING[interpolation]),
-            image_mean=tuple(data_config.get("mean", cls.image_mean)),
-            image_std=tuple(data_config.get("std", cls.image_std)),
-        )
-
     def _validate_preprocess_kwargs(  # type: ignore[override]
         self, crop_size: SizeDict, crop_pct: float, crop_mode: str, resample: int, **kwargs: Any
     ) -> None:
@@ -295,26 +260,27 @@ class DevilImageProcessor(PilBackend):
             raise ValueError(f"crop_pct must be positive, usually in (0, 1], got {crop_pct}")
         if crop_mode not in CROP_MODES:
             raise ValueError(f"crop_mode {crop_mode!r} is not one of {CROP_MODES}")
-        if resample not in list(RESAMPLING.values()):
-            raise ValueError(
-                f"resample {resample!r} is not a PIL.Image.Resampling: {[int(m) for m in Image.Resampling]}"
-            )
+        if resample not in (known := [int(mode) for mode in Image.Resampling]):
+            raise ValueError(f"resample {resample!r} is not a PIL.Image.Resampling: {known}")
 
     def fetch_images(self, image_url_or_urls: ImageSource) -> list[Image.Image]:  # type: ignore[override]
         """Upright RGB pictures of anything that `load_images` accepts."""
         return load_images(image_url_or_urls)
 
-    def geometry(self, image_size: Sequence[int]) -> CropGeometry:
-        """Where the crop lies in an upright image of `image_size` (height, width)."""
+    def geometry(
+        self,
+        image_size: Sequence[int],
+        crop_size: Any = None,
+        crop_pct: float | None = None,
+        crop_mode: str | None = None,
+    ) -> CropGeometry:
+        """Where the crop lies in an upright image of `image_size` (height, width); None takes the processor's own settings."""
+        size = crop_size or self.crop_size
         height, width = (int(edge) for edge in image_size)
-        return self._geometry((height, width), self.crop_size, self.crop_pct, self.crop_mode)
-
-    @staticmethod
-    def _geometry(image_size: tuple[int, int], crop_size: SizeDict, crop_pct: float, crop_mode: str) -> CropGeometry:
-        crop = (int(crop_size["height"]), int(crop_size["width"]))
-        resized = _resized_size(image_size, crop, crop_pct, crop_mode)
+        crop = (int(size["height"]), int(size["width"]))
+        resized = _resized_size((height, width), crop, crop_pct or self.crop_pct, crop_mode or self.crop_mode)
         top, left = (_crop_offset(*edges) for edges in zip(resized, crop, strict=True))
-        return CropGeometry(image_size=image_size, resized_size=resized, offset=(top, left), crop_size=crop)
+        return CropGeometry(image_size=(height, width), resized_size=resized, offset=(top, left), crop_size=crop)
 
     def _preprocess_image_like_inputs(
         self, images: ImageSource, *args: Any, input_data_format: str | None = None, **kwargs: Any
@@ -340,7 +306,7 @@ class DevilImageProcessor(PilBackend):
         fill = tuple(round(255 * value) for value in image_mean) if crop_mode == "border" else (0, 0, 0)
         pixel_values = []
         for image in images:
-            geometry = self._geometry((image.height, image.width), crop_size, crop_pct, crop_mode)
+            geometry = self.geometry((image.height, image.width), crop_size, crop_pct, crop_mode)
             pixels = np.asarray(self._resize_and_crop(image, geometry, resample, fill), dtype=np.float32)  # (H, W, 3)
             normalised = (pixels / np.float32(255) - mean) / std
             pixel_values.append(np.ascontiguousarray(normalised.transpose(2, 0, 1)))

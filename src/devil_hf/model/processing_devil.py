@@ -21,9 +21,9 @@ from transformers.utils import ModelOutput, logging
 from .image_processing_devil import CropGeometry, ImageSource, load_images
 from .outputs_devil import DescribeOutput, describe_rows
 
-logger = logging.get_logger(f"transformers.{__name__}")
+logger = logging.get_logger(f"transformers.{__name__}")  # answers to the verbosity of transformers
 
-# Anchors of the two colour scales, evenly spaced; the diverging one is transparent at its middle when overlaid.
+# Anchors of the two colour scales, evenly spaced.
 DIVERGING = ((5, 68, 140), (63, 142, 206), (222, 226, 230), (240, 130, 40), (176, 30, 20))
 SEQUENTIAL = ((30, 14, 76), (113, 31, 129), (205, 64, 113), (248, 142, 92), (252, 236, 170))
 
@@ -43,66 +43,6 @@ class AttributionOverlays(ModelOutput):
     def __repr__(self) -> str:
         counts = {layer: f"{len(rows)} x {len(rows[0])}" for layer, rows in (self.pictures or {}).items()}
         return f"AttributionOverlays(images x phrases {counts}, value_range={self.value_range})"
-
-
-def shared_value_range(
-    maps: Mapping[str, torch.Tensor | Sequence[torch.Tensor]], symmetric: bool = True
-) -> tuple[float, float]:
-    """Lowest and highest finite value of all maps; with `symmetric`, widened to lie symmetrically around zero."""
-    finite = [values[values.isfinite()] for layer in maps.values() for values in layer]
-    finite = [values for values in finite if values.numel()]
-    if not finite:
-        raise ValueError("no map holds a finite value, so there is no colour scale; check the features for NaN")
-    low, high = min(float(v.min()) for v in finite), max(float(v.max()) for v in finite)
-    if symmetric:
-        high = max(abs(low), abs(high))
-        low = -high
-    return (low, high) if high > low else (low - 1.0, high + 1.0)
-
-
-def _scale_position(values: np.ndarray, value_range: tuple[float, float]) -> np.ndarray:
-    low, high = value_range
-    return np.clip((np.nan_to_num(values, nan=low) - low) / (high - low), 0.0, 1.0)
-
-
-def colorize(values: np.ndarray, value_range: tuple[float, float], symmetric: bool = True) -> np.ndarray:
-    """Colours of `values` (any shape) on the shared scale -> uint8 (..., 3); blue to red, or dark to light."""
-    anchors = np.array(DIVERGING if symmetric else SEQUENTIAL, dtype=np.float64)
-    position = _scale_position(values, value_range) * (len(anchors) - 1)
-    lower = np.minimum(position.astype(int), len(anchors) - 2)
-    share = (position - lower)[..., None]
-    return np.round(anchors[lower] * (1 - share) + anchors[lower + 1] * share).astype(np.uint8)
-
-
-def overlay_map(
-    image: Image.Image,
-    values: np.ndarray,
-    value_range: tuple[float, float],
-    *,
-    symmetric: bool = True,
-    opacity: float = 0.8,
-) -> Image.Image:
-    """One image under one map.
-
-    The image fades to grey; colour grows with the distance from zero (`symmetric`) or from the lowest value, so that
-    what says nothing stays readable as a photograph. Where the map is NaN (outside the crop) the image is dark.
-
-    Args:
-        image: RGB picture of size (W, H).
-        values: map of shape (H, W), NaN outside the crop.
-        value_range: (lowest, highest) value of the colour scale.
-        symmetric: whether zero is the neutral middle of the scale.
-        opacity: weight of the colour at the ends of the scale.
-    """
-    grey = np.asarray(image.convert("L"), dtype=np.float64)[..., None].repeat(3, axis=-1)
-    base = 0.25 * np.asarray(image, dtype=np.float64) + 0.75 * (40 + grey * 0.84)
-    position = _scale_position(values, value_range)
-    strength = np.abs(2 * position - 1) if symmetric else 0.35 + 0.65 * position
-    weight = (opacity * np.sqrt(strength))[..., None]
-    picture = (1 - weight) * base + weight * colorize(values, value_range, symmetric)
-    unseen = np.isnan(values)
-    picture[unseen] = 0.45 * base[unseen]
-    return Image.fromarray(np.round(picture).clip(0, 255).astype(np.uint8))
 
 
 class DevilProcessor(ProcessorMixin):
@@ -176,26 +116,25 @@ class DevilProcessor(ProcessorMixin):
         rows, scored = [], []
         for phrase in phrases:
             ids = self._token_ids(phrase, carrier)
-            shared = 0
-            while shared < min(len(context), len(ids)) and context[shared] == ids[shared]:
-                shared += 1
-            if len(ids) == shared:
-                raise ValueError(f"phrase {phrase!r} has no token of its own in the vocabulary of the language model")
-            unknown = [token == self.tokenizer.unk_token_id for token in ids[shared:]]
-            if self.tokenizer.unk_token_id is not None and any(unknown):
-                if all(unknown):
-                    raise ValueError(f"phrase {phrase!r} has no word that the language model knows: choose another")
-                logger.warning(f"phrase {phrase!r} holds words that the language model does not know, read as unknown")
+            pairs = zip(context, ids, strict=False)
+            shared = next((n for n, (ours, theirs) in enumerate(pairs) if ours != theirs), min(len(context), len(ids)))
+            self._check_words(phrase, ids[shared:])
             rows.append(ids[:max_length])
             scored.append([position >= shared for position in range(len(ids))][:max_length])
-        limit, longest = self.tokenizer.model_max_length, max(rows, key=len)
-        if len(longest) > limit:
-            phrase = phrases[rows.index(longest)]
+        limit, width = self.tokenizer.model_max_length, max(map(len, rows))
+        if width > limit:
+            phrase = phrases[[len(ids) for ids in rows].index(width)]
             raise ValueError(
-                f"phrase {phrase[:80]!r} has {len(longest)} tokens, but the language model reads at most {limit}; "
+                f"phrase {phrase[:80]!r} has {width} tokens, but the language model reads at most {limit}; "
                 "shorten it or pass `max_length`"
             )
-        return self._pad(rows, scored if carrier else None, return_tensors)
+        data: dict[str, list] = {
+            "input_ids": [ids + [self.tokenizer.pad_token_id] * (width - len(ids)) for ids in rows],
+            "attention_mask": [[1] * len(ids) + [0] * (width - len(ids)) for ids in rows],
+        }
+        if carrier:
+            data["scored_mask"] = [mask + [False] * (width - len(mask)) for mask in scored]
+        return BatchFeature(data, tensor_type=return_tensors)
 
     def _token_ids(self, phrase: str, carrier: str | None) -> list[int]:
         if not isinstance(phrase, str):
@@ -205,27 +144,25 @@ class DevilProcessor(ProcessorMixin):
         text = f"{carrier.rstrip()} {phrase.lstrip()}" if carrier else phrase
         return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
-    def _pad(self, rows: list[list[int]], scored: list[list[bool]] | None, return_tensors: str | None) -> BatchFeature:
-        width = max(map(len, rows))
-        data: dict[str, list] = {
-            "input_ids": [ids + [self.tokenizer.pad_token_id] * (width - len(ids)) for ids in rows],
-            "attention_mask": [[1] * len(ids) + [0] * (width - len(ids)) for ids in rows],
-        }
-        if scored is not None:
-            data["scored_mask"] = [mask + [False] * (width - len(mask)) for mask in scored]
-        return BatchFeature(data, tensor_type=return_tensors)
+    def _check_words(self, phrase: str, ids: list[int]) -> None:
+        if not ids:
+            raise ValueError(f"phrase {phrase!r} has no token of its own in the vocabulary of the language model")
+        unknown = self.tokenizer.unk_token_id
+        if unknown is not None and unknown in ids:
+            if set(ids) == {unknown}:
+                raise ValueError(f"phrase {phrase!r} has no word that the language model knows: choose another")
+            logger.warning(f"phrase {phrase!r} holds words that the language model does not know, read as unknown")
 
     def post_process_descriptions(
         self, output: DescribeOutput, images: Sequence[str] | None = None
     ) -> list[dict[str, Any]]:
-        """The words of what `model.describe` returned, one row per description.
+        """The words of what `model.describe` or `model.describe_directions` returned, a dict per description.
 
         Args:
-            output: what `model.describe` or `model.describe_directions` returned.
             images: names of the images, to stand in the rows instead of their indices.
 
         Returns:
-            One dict per description, see `describe_rows`.
+            See `describe_rows`.
         """
         return describe_rows(output, self.tokenizer, images)
 
@@ -254,50 +191,32 @@ class DevilProcessor(ProcessorMixin):
             raise ValueError("pass either `images` or `target_sizes`: the maps are placed into images of that size")
         if images is not None:
             target_sizes = [(image.height, image.width) for image in load_images(images)]
-        sizes = [(int(height), int(width)) for height, width in target_sizes or ()]
+        geometries = [self.image_processor.geometry(size) for size in target_sizes or ()]
         for layer, values in maps.items():
-            if values.shape[0] != len(sizes):
+            if len(values) != len(geometries):
                 raise ValueError(
-                    f"layer {layer!r} has maps of {values.shape[0]} images, but {len(sizes)} images were given"
+                    f"layer {layer!r} has maps of {len(values)} images, but {len(geometries)} images were given"
                 )
-        geometries = [self.image_processor.geometry(size) for size in sizes]
-        return {
-            layer: [_place_maps(single.detach(), geometry) for single, geometry in zip(values, geometries, strict=True)]
-            for layer, values in maps.items()
-        }
+        return {layer: list(map(_place_maps, values.detach(), geometries)) for layer, values in maps.items()}
 
-    def overlay(
-        self,
-        outputs: Any,
-        images: ImageSource,
-        *,
-        symmetric: bool | None = None,
-        value_range: tuple[float, float] | None = None,
-        opacity: float = 0.8,
-    ) -> AttributionOverlays:
+    def overlay(self, outputs: Any, images: ImageSource) -> AttributionOverlays:
         """Pictures of the images under their maps, with one colour scale across all layers, images and phrases.
+
+        Zero is neutral, warm colours speak for a phrase and cool ones against it, unless `outputs` says that it holds another
+        measure than evidence: log-probabilities, which are all negative, run from the lowest to the highest value.
 
         Args:
             outputs: as in `post_process_attribution`.
             images: the images that were given to the processor.
-            symmetric: zero is neutral, warm colours speak for a phrase and cool ones against it: right for evidence,
-                and the default unless `outputs` says that it holds another measure. False runs from the lowest to the
-                highest value: right for log-probabilities, which are all negative.
-            value_range: (lowest, highest) value of the scale; by default that of all maps.
-            opacity: weight of the colour at the ends of the scale.
         """
         pictures = load_images(images)
         maps = self.post_process_attribution(outputs, target_sizes=[(image.height, image.width) for image in pictures])
-        if symmetric is None:
-            symmetric = getattr(outputs, "measure", "evidence") in (None, "evidence")
-        value_range = value_range or shared_value_range(attribution_maps(outputs), symmetric)
+        symmetric = getattr(outputs, "measure", "evidence") in (None, "evidence")
+        value_range = shared_value_range(attribution_maps(outputs), symmetric)
         layers = {
             layer: [
-                [
-                    overlay_map(image, one.numpy(), value_range, symmetric=symmetric, opacity=opacity)
-                    for one in per_phrase
-                ]
-                for image, per_phrase in zip(pictures, placed, strict=True)
+                [overlay_map(image, one.numpy(), value_range, symmetric=symmetric) for one in values]
+                for image, values in zip(pictures, placed, strict=True)
             ]
             for layer, placed in maps.items()
         }
@@ -334,53 +253,6 @@ class DevilProcessor(ProcessorMixin):
             raise ValueError(f"every image needs the same number of regions, at least one; got {counts}")
         return torch.stack(regions)
 
-    def location_to_box(
-        self, location: tuple[int, int], grid_size: tuple[int, int], image_size: tuple[int, int]
-    ) -> tuple[float, float, float, float]:
-        """The part of an image that a location stands for: its cell of the grid that a layer lays over the crop.
-
-        Args:
-            location: (row, column) in the grid of a layer.
-            grid_size: (H_l, W_l) of that layer.
-            image_size: (height, width) of the upright image.
-
-        Returns:
-            (left, top, right, bottom) in pixels of the image, clipped to the image.
-        """
-        (row, column), (rows, columns) = location, grid_size
-        if not (0 <= row < rows and 0 <= column < columns):
-            raise ValueError(
-                f"location {tuple(location)} is outside the {rows} x {columns} grid; rows and columns start at 0"
-            )
-        geometry = self.image_processor.geometry(image_size)
-        crop_height, crop_width = geometry.crop_size
-        top, left = geometry.crop_to_image(row * crop_height / rows, column * crop_width / columns)
-        bottom, right = geometry.crop_to_image((row + 1) * crop_height / rows, (column + 1) * crop_width / columns)
-        height, width = geometry.image_size
-        x0, x1 = (min(max(x, 0.0), float(width)) for x in (left, right))
-        y0, y1 = (min(max(y, 0.0), float(height)) for y in (top, bottom))
-        return x0, y0, x1, y1
-
-    def pixel_to_location(
-        self, x: float, y: float, grid_size: tuple[int, int], image_size: tuple[int, int]
-    ) -> tuple[int, int] | None:
-        """The (row, column) of a layer's grid under pixel (x, y) of an image; None where the crop does not reach.
-
-        Args:
-            x, y: pixel of the upright image, counted from its top left corner, as a click gives them.
-            grid_size: (H_l, W_l) of the layer.
-            image_size: (height, width) of the upright image.
-        """
-        height, width = image_size
-        if not (0 <= x < width and 0 <= y < height):
-            raise ValueError(f"pixel x={x}, y={y} is outside the image of width {width} and height {height}")
-        geometry = self.image_processor.geometry(image_size)
-        crop_y, crop_x = geometry.image_to_crop(int(y) + 0.5, int(x) + 0.5)
-        row, column = (
-            int(v * n // edge) for v, n, edge in zip((crop_y, crop_x), grid_size, geometry.crop_size, strict=True)
-        )
-        return (row, column) if 0 <= row < grid_size[0] and 0 <= column < grid_size[1] else None
-
 
 def attribution_maps(outputs: Any) -> dict[str, torch.Tensor]:
     """The maps per layer, (batch_size, K, H_l, W_l), of what `model.attribute` returned or of its `maps`."""
@@ -400,13 +272,62 @@ def _place_maps(maps: torch.Tensor, geometry: CropGeometry) -> torch.Tensor:
     height, width = geometry.image_size
     ys = torch.tensor([geometry.image_to_crop(y + 0.5, 0.5)[0] for y in range(height)]) / geometry.crop_size[0]
     xs = torch.tensor([geometry.image_to_crop(0.5, x + 0.5)[1] for x in range(width)]) / geometry.crop_size[1]
-    grid = torch.stack(
-        torch.meshgrid(2 * xs - 1, 2 * ys - 1, indexing="xy"), dim=-1
-    )  # (H, W, 2), ends of the crop at -1 and 1
+    # (H, W, 2), ends of the crop at -1 and 1
+    grid = torch.stack(torch.meshgrid(2 * xs - 1, 2 * ys - 1, indexing="xy"), dim=-1)
     values = maps.float().cpu()[None]
     placed = F.grid_sample(values, grid[None], mode="bilinear", padding_mode="border", align_corners=False)[0]
     seen = ((ys >= 0) & (ys < 1))[:, None] & ((xs >= 0) & (xs < 1))[None, :]
     return placed.masked_fill(~seen, float("nan"))
+
+
+def shared_value_range(maps: Mapping[str, Any], symmetric: bool = True) -> tuple[float, float]:
+    """Lowest and highest finite value of all maps; with `symmetric`, widened to lie symmetrically around zero."""
+    finite = [values[values.isfinite()] for layer in maps.values() for values in layer]
+    finite = [values for values in finite if values.numel()]
+    if not finite:
+        raise ValueError("no map holds a finite value, so there is no colour scale; check the features for NaN")
+    low, high = min(float(v.min()) for v in finite), max(float(v.max()) for v in finite)
+    if symmetric:
+        low, high = -max(abs(low), abs(high)), max(abs(low), abs(high))
+    return (low, high) if high > low else (low - 1.0, high + 1.0)
+
+
+def _scale_position(values: np.ndarray, value_range: tuple[float, float]) -> np.ndarray:
+    low, high = value_range
+    return np.clip((np.nan_to_num(values, nan=low) - low) / (high - low), 0.0, 1.0)
+
+
+def colorize(values: np.ndarray, value_range: tuple[float, float], symmetric: bool = True) -> np.ndarray:
+    """Colours of `values` (any shape) on the shared scale -> uint8 (..., 3); blue to red, or dark to light."""
+    anchors = np.array(DIVERGING if symmetric else SEQUENTIAL, dtype=np.float64)
+    position = _scale_position(values, value_range) * (len(anchors) - 1)
+    lower = np.minimum(position.astype(int), len(anchors) - 2)
+    share = (position - lower)[..., None]
+    return np.round(anchors[lower] * (1 - share) + anchors[lower + 1] * share).astype(np.uint8)
+
+
+def overlay_map(
+    image: Image.Image,
+    values: np.ndarray,
+    value_range: tuple[float, float],
+    *,
+    symmetric: bool = True,
+    opacity: float = 0.8,
+) -> Image.Image:
+    """One RGB image under one map (H, W), NaN outside the crop, where the image is dark.
+
+    The image fades to grey; colour grows with the distance from zero (`symmetric`) or from the lowest value, so that what says
+    nothing stays readable as a photograph; `opacity` is the weight of the colour at the ends of the scale.
+    """
+    grey = np.asarray(image.convert("L"), dtype=np.float64)[..., None].repeat(3, axis=-1)
+    base = 0.25 * np.asarray(image, dtype=np.float64) + 0.75 * (40 + grey * 0.84)
+    position = _scale_position(values, value_range)
+    strength = np.abs(2 * position - 1) if symmetric else 0.35 + 0.65 * position
+    weight = (opacity * np.sqrt(strength))[..., None]
+    picture = (1 - weight) * base + weight * colorize(values, value_range, symmetric)
+    unseen = np.isnan(values)
+    picture[unseen] = 0.45 * base[unseen]
+    return Image.fromarray(np.round(picture).clip(0, 255).astype(np.uint8))
 
 
 DevilProcessor.register_for_auto_class("AutoProcessor")

@@ -13,6 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from devil_hf.model.image_processing_devil import load_images
 from devil_hf.model.processing_devil import DevilProcessor, attribution_maps, colorize, overlay_map, shared_value_range
+from devil_hf.report.places import location_to_box
 
 PAPER, INK, MUTED, RULE = (255, 255, 255), (24, 27, 33), (104, 111, 122), (222, 225, 230)
 MARGIN, GAP = 32, 14
@@ -214,10 +215,13 @@ def locations_figure(
     """
     picture = _one(image)
     boxes = {
-        place: processor.location_to_box(place, grid_size, (picture.height, picture.width)) for place in descriptions
+        place: location_to_box(processor.image_processor, place, grid_size, (picture.height, picture.width))
+        for place in descriptions
     }
-    first = processor.location_to_box((0, 0), grid_size, (picture.height, picture.width))
-    last = processor.location_to_box((grid_size[0] - 1, grid_size[1] - 1), grid_size, (picture.height, picture.width))
+    first = location_to_box(processor.image_processor, (0, 0), grid_size, (picture.height, picture.width))
+    last = location_to_box(
+        processor.image_processor, (grid_size[0] - 1, grid_size[1] - 1), grid_size, (picture.height, picture.width)
+    )
     seen = (*first[:2], *last[2:])  # the crop, as far as it lies on the image
     scale = cell * max(grid_size) / max(seen[2] - seen[0], seen[3] - seen[1])
     size = (round((seen[2] - seen[0]) * scale), round((seen[3] - seen[1]) * scale))

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, EarlyStoppingCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
-from devil_hf.build import from_backbone_and_language_model, merge_lora
+from devil_hf.build import from_backbone_and_language_model, image_processor_of, merge_lora
 from devil_hf.build.sources import select_layers
 from devil_hf.checkpoints.loading import load
 from devil_hf.data.decoding import BadSamples, PairDecoder, PairTable
@@ -24,7 +24,6 @@ from devil_hf.data.pairs import open_pairs
 from devil_hf.hub.checks import check_parts, check_repo_id
 from devil_hf.hub.publish import push
 from devil_hf.model.configuration_devil import LORA_DEFAULTS
-from devil_hf.model.image_processing_devil import DevilImageProcessor
 from devil_hf.model.modeling_devil import DevilModel
 from devil_hf.model.processing_devil import DevilProcessor
 from devil_hf.settings import make, read_yaml
@@ -155,7 +154,7 @@ def build(recipe: Recipe) -> tuple[DevilModel, DevilProcessor]:
         **recipe.model,
     )
     data_config = model.config.backbone_config["data_config"]
-    image_processor = DevilImageProcessor.from_data_config(data_config, resize=recipe.resize)
+    image_processor = image_processor_of(data_config, resize=recipe.resize)
     return model, DevilProcessor(image_processor, tokenizer)
 
 
