@@ -16,7 +16,7 @@ from devil_hf.evaluation import shapes as truth
 from devil_hf.evaluation.evaluator import evaluate
 from devil_hf.evaluation.maps.pointing import pointing
 from devil_hf.evaluation.results import read_evaluations
-from devil_hf.report.figures import knowledge_figure
+from devil_hf.report.knowledge import knowledge_figure
 
 SCENES = 8
 

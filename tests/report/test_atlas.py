@@ -68,8 +68,10 @@ def rows(units: int) -> tuple[list[dict], list[dict]]:
 def test_parquet_json_and_pictures_agree(tmp_path):
     exemplars = exemplar_set(tmp_path / "exemplars", 12)
     labels, checks = rows(12)
-    page = write_atlas(exemplars, labels, tmp_path / "atlas", checks, {"title": "blocks.6 of a network"})
+    page = write_atlas(exemplars, labels, tmp_path / "atlas", checks, {"title": "blocks.6 of <a> network"})
     folder = page.parent
+    head = page.read_text(encoding="utf-8")
+    assert "<title>blocks.6 of &lt;a&gt; network</title>" in head and "12 units, exemplars from 1,000 images" in head
     table = datasets.load_dataset("parquet", data_files=str(folder / "atlas.parquet"), split="train")
     plain = json.loads((folder / "atlas.json").read_text())["units"]
     assert len(table) == len(plain) == 12

@@ -8,7 +8,7 @@ from PIL import Image, ImageDraw
 from devil_hf.build import image_processor_of
 from devil_hf.model.outputs_devil import AttributionOutput
 from devil_hf.model.processing_devil import DevilProcessor
-from devil_hf.report import figures
+from devil_hf.report import drawing, figures
 
 GREY = (128, 128, 128)
 
@@ -86,16 +86,16 @@ def test_long_descriptions_are_cut_with_an_ellipsis_not_drawn_over_their_neighbo
     figures.locations_figure(processor, Image.new("RGB", (64, 64)), {(1, 1): text}, (4, 4), "stage3")
     lines = [line for line in written if line in text or line.endswith("…")]
     assert lines[-1].endswith("…") and 3 < len(lines) < 12
-    font = figures._font(12)
+    font = drawing.font(12)
     assert max(font.getlength(line) for line in lines) <= 132
 
 
 @pytest.mark.parametrize("width", [40, 90, 400])
 def test_wrapping_keeps_every_character_and_the_width(width):
     text = "a dog with averyveryverylongwordindeed runs"
-    lines = figures._wrap(text, 15, width)
+    lines = drawing.wrap(text, 15, width)
     assert "".join(lines).replace(" ", "") == text.replace(" ", "")
-    assert all(figures._font(15).getlength(line) <= width for line in lines)
+    assert all(drawing.font(15).getlength(line) <= width for line in lines)
 
 
 def test_each_layer_stands_beside_its_image(written):

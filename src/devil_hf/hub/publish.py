@@ -165,8 +165,10 @@ def _check_scores(evaluations: Sequence[Evaluation], checkpoint: str | PathLike 
     """Raise a ValueError for scores of other weights."""
     if any(evaluation.weights for evaluation in evaluations):
         # As evaluations load it, in fp32: frozen parts of a slim checkpoint would be rounded to its own precision otherwise.
-        on_disk = isinstance(checkpoint, str | PathLike)
-        model = DevilModel.from_pretrained(checkpoint, dtype=torch.float32) if on_disk else checkpoint
+        if isinstance(checkpoint, str | PathLike):
+            model = DevilModel.from_pretrained(checkpoint, dtype=torch.float32)
+        else:
+            model = checkpoint
         check_measured(evaluations, model)
 
 

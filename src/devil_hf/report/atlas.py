@@ -23,8 +23,9 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from devil_hf.data.exemplars import ExemplarSet, layer_file, write_rows
+from devil_hf.report.templates import render
 
-TEMPLATE = Path(__file__).with_name("atlas.html")
+TEMPLATE = "report/templates/atlas.html"
 THUMBNAIL = 128  # pixels
 MASK = 64
 INSIDE, OUTSIDE, OUTLINE = 0, 1, 2
@@ -85,8 +86,10 @@ def write_atlas(
     (output_dir / "atlas.json").write_text(
         json.dumps({"summary": dict(summary or {}), "units": plain}, indent=1) + "\n"
     )
-    (output_dir / "data.js").write_text(_data(exemplars, rows, checks is not None, summary or {}))
-    shutil.copyfile(TEMPLATE, output_dir / "index.html")
+    (output_dir / "data.js").write_text(_data(exemplars, rows, checks is not None))
+    title = (summary or {}).get("title", "Atlas of units")
+    page = render(TEMPLATE, title=title, about=_about(exemplars, rows, checks is not None))
+    (output_dir / "index.html").write_text(page, encoding="utf-8")
     return output_dir / "index.html"
 
 
@@ -153,23 +156,21 @@ def mask_colours(masks: Tensor) -> Tensor:
     return colours.to(torch.uint8)
 
 
-def _data(exemplars: ExemplarSet, rows: list[dict], checked: bool, summary: Mapping[str, Any]) -> str:
+def _about(exemplars: ExemplarSet, rows: list[dict], checked: bool) -> str:
+    about = f"{len(rows):,} units, exemplars from {exemplars.summary['images']:,} images"
+    if checked:
+        passed = sum(row["passed"] for row in rows)
+        about += f"; {passed:,} labels passed the check ({passed / len(rows):.0%})"
+    return about
+
+
+def _data(exemplars: ExemplarSet, rows: list[dict], checked: bool) -> str:
     shown = [
         {name: _rounded(row[name]) for name in (*COLUMNS, "words", "images", "peaks")}
         | {"folder": Path(layer_file(row["layer"])).stem}
         for row in rows
     ]
-    passed = sum(row["passed"] for row in rows)
-    about = f"{len(rows):,} units, exemplars from {exemplars.summary['images']:,} images"
-    if checked:
-        about += f"; {passed:,} labels passed the check ({passed / len(rows):.0%})"
-    meta = {
-        "title": summary.get("title", "Atlas of units"),
-        "about": about,
-        "layers": exemplars.layers,
-        "checked": checked,
-        "keys": exemplars.keys,
-    }
+    meta = {"layers": exemplars.layers, "checked": checked, "keys": exemplars.keys}
     return f"window.ATLAS = {json.dumps({'meta': meta, 'units': shown}, separators=(',', ':'))};\n"
 
 

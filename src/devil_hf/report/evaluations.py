@@ -5,7 +5,7 @@ from pathlib import Path
 from devil_hf.evaluation.evaluator import FIGURES
 from devil_hf.evaluation.results import Evaluation
 from devil_hf.evaluation.shapes import QUESTIONS, ShapesEvaluator, knowledge_panels
-from devil_hf.report.figures import knowledge_figure
+from devil_hf.report.knowledge import knowledge_figure
 
 
 @FIGURES.register("shapes")

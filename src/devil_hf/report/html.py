@@ -1,23 +1,24 @@
 """Pieces of a page: the image with its grid, tinted sentences, maps and feature grids.
 
 Plain HTML with class names and `data-` attributes; a page brings the style and says what a click does. Everything that can be
-clicked is a button, so that the keyboard reaches it. Texts of models and users are escaped.
+clicked is a button, so that the keyboard reaches it. What stands in `templates/` is filled here.
 """
 
 import base64
 from collections.abc import Mapping, Sequence
-from html import escape
 from io import BytesIO
 from typing import Any
 
+from markupsafe import Markup
 from PIL import Image
 
 from devil_hf.model.outputs_devil import AttributionOutput
 from devil_hf.model.processing_devil import DIVERGING, DevilProcessor, shared_value_range
-from devil_hf.report.figures import map_tile, signed
-from devil_hf.report.notebook import tint
+from devil_hf.report.colours import tint
+from devil_hf.report.drawing import map_tile, scaled, signed
+from devil_hf.report.templates import render
 
-ALL_TOGETHER = "all layers together"
+TEMPLATES = "report/templates"
 
 
 def data_uri(image: Image.Image, lossless: bool = False) -> str:
@@ -33,7 +34,7 @@ def stage_html(
     grid: tuple[int, int],
     place: tuple[int, int] | None,
     layer: str,
-) -> str:
+) -> Markup:
     """The image under the grid of one layer, with one place marked.
 
     Args:
@@ -44,21 +45,20 @@ def stage_html(
         layer: its name.
     """
     left, top, right, bottom = crop
-    frame = _box(left, top, right - left, bottom - top)
-    cell = ""
-    if place is not None:
-        height, width = (bottom - top) / grid[0], (right - left) / grid[1]
-        cell = (
-            f'<i class="dv-cell" style="{_box(left + place[1] * width, top + place[0] * height, width, height)}"></i>'
-        )
+    rows, columns = grid
     row, column = place or (-1, -1)
-    label = f"Image under the {grid[0]} by {grid[1]} grid of {layer}. Arrow keys move the place that is read."
-    grid_lines = f"background-size:{100 / grid[1]:.4f}% {100 / grid[0]:.4f}%"
-    return (
-        f'<div class="dv-stage" tabindex="0" role="application" aria-label="{escape(label)}" data-row="{row}" '
-        f'data-column="{column}" data-rows="{grid[0]}" data-columns="{grid[1]}" data-crop="{left},{top},{right},{bottom}">'
-        f'<img src="{data_uri(image)}" alt="the chosen image" draggable="false">'
-        f'<i class="dv-crop" style="{frame};{grid_lines}"></i><i class="dv-hover"></i>{cell}</div>'
+    height, width = (bottom - top) / rows, (right - left) / columns
+    return render(
+        f"{TEMPLATES}/stage.html",
+        source=data_uri(image),
+        crop=f"{left},{top},{right},{bottom}",
+        frame=_box(left, top, right - left, bottom - top),
+        cell=_box(left + column * width, top + row * height, width, height) if place else None,
+        layer=layer,
+        rows=rows,
+        columns=columns,
+        row=row,
+        column=column,
     )
 
 
@@ -66,55 +66,36 @@ def _box(left: float, top: float, width: float, height: float) -> str:
     return f"left:{100 * left:.3f}%;top:{100 * top:.3f}%;width:{100 * width:.3f}%;height:{100 * height:.3f}%"
 
 
-def words_html(words: Sequence[tuple[str, float]]) -> str:
+def words_html(words: Sequence[tuple[str, float]]) -> Markup:
     """Words as buttons, tinted by evidence; `data-word` holds the word."""
-    if not words:
-        return '<span class="dv-nothing">(no words)</span>'
-    return " ".join(
-        f'<button class="dv-word" data-word="{escape(word)}" style="--tint:{tint(nats)}" '
-        f'title="{nats:+.2f} nats from the features; click for its map" '
-        f'aria-label="{escape(word)}, {nats:+.1f} nats; show its map">{escape(word)}</button>'
-        for word, nats in words
-    )
+    return render(f"{TEMPLATES}/words.html", words=_tinted(words))
 
 
-def place_html(rows: Sequence[dict], layer: str, where: str) -> str:
+def place_html(rows: Sequence[Mapping[str, Any]], layer: str, where: str) -> Markup:
     """What one place says: large at `layer`, and small at the others, whose names are buttons (`data-layer`)."""
-    chosen = next(row for row in rows if row["layer"] == layer)
-    row, column = chosen["location"]
-    others = "".join(_layer_line(other, current=other["layer"] == layer) for other in rows)
-    return (
-        f'<p class="dv-where"><b>{escape(layer)}</b> at row {row}, column {column}{escape(where)}</p>'
-        f'<p class="dv-said">{words_html(chosen["words"])}</p><p class="dv-note">{_evidence(chosen)}</p>'
-        f'<h4>The same point through the layers</h4><ul class="dv-lines">{others}</ul>'
-    )
+    shown = _shown(rows)
+    chosen = next(row for row in shown if row["layer"] == layer)
+    return render(f"{TEMPLATES}/place.html", chosen=chosen, rows=shown, where=where)
 
 
-def image_html(rows: Sequence[dict]) -> str:
+def image_html(rows: Sequence[Mapping[str, Any]]) -> Markup:
     """What the whole image says: all layers together large, then each alone."""
-    whole = next(row for row in rows if row["layer"] == "all")
-    lines = "".join(_layer_line(row) for row in rows if row["layer"] != "all")
-    return (
-        f'<p class="dv-where"><b>{ALL_TOGETHER}</b></p><p class="dv-said">{words_html(whole["words"])}</p>'
-        f'<p class="dv-note">{_evidence(whole)}</p><h4>Each layer alone</h4><ul class="dv-lines">{lines}</ul>'
-    )
+    shown = _shown(rows)
+    whole = next(row for row in shown if row["layer"] == "all")
+    return render(f"{TEMPLATES}/image.html", whole=whole, rows=[row for row in shown if row["layer"] != "all"])
 
 
-def _layer_line(row: dict, current: bool = False) -> str:
-    name = escape(row["layer"])
-    return (
-        f'<li><button class="dv-layer" data-layer="{name}" aria-pressed="{str(current).lower()}" '
-        f'title="read at {name}">{name}</button><span>{words_html(row["words"])}</span></li>'
-    )
+def _shown(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    return [{**row, "words": _tinted(row["words"])} for row in rows]
 
 
-def _evidence(row: dict) -> str:
-    return f"evidence {row['evidence']:+.2f} nats per token"
+def _tinted(words: Sequence[tuple[str, float]]) -> list[dict[str, Any]]:
+    return [{"text": word, "nats": nats, "tint": tint(nats)} for word, nats in words]
 
 
 def maps_html(
     processor: DevilProcessor, image: Image.Image, outputs: AttributionOutput, phrases: Sequence[str], tile: int = 320
-) -> str:
+) -> Markup:
     """Maps of phrases (rows) on every layer side by side, all on one colour scale.
 
     Args:
@@ -124,40 +105,36 @@ def maps_html(
         phrases: the K phrases.
         tile: longest side of a map in pixels.
     """
-    picture = image.copy()
-    scale = tile / max(picture.size)
-    picture = picture.resize((max(round(picture.width * scale), 1), max(round(picture.height * scale), 1)))
+    picture = scaled(image, tile)
     value_range = shared_value_range(outputs.maps)
     placed = processor.post_process_attribution(outputs, target_sizes=[(picture.height, picture.width)])
-    rows = []
-    for number, phrase in enumerate(phrases):
-        figures = []
-        for layer, values in placed.items():
-            grid = outputs.maps[layer][0, number]
-            row, column = divmod(int(grid.argmax()), grid.shape[1])
-            alt = f"map of {phrase} at {layer}: highest {float(grid.max()):+.2f} nats at row {row}, column {column}"
-            source = data_uri(map_tile(picture, values[0][number].numpy(), value_range, symmetric=True))
-            figures.append(
-                f'<figure><img src="{source}" alt="{escape(alt)}"><figcaption>{escape(layer)}</figcaption></figure>'
-            )
-        rows.append(f'<section><h4>{escape(phrase)}</h4><div class="dv-tiles">{"".join(figures)}</div></section>')
-    return f"{scale_html(value_range)}{''.join(rows)}"
-
-
-def scale_html(value_range: tuple[float, float]) -> str:
-    """The diverging colour scale with its ends in numbers."""
+    sections = [
+        {
+            "phrase": phrase,
+            "tiles": [
+                _map_tile(picture, layer, outputs.maps[layer][0, number], values[0][number].numpy(), value_range)
+                for layer, values in placed.items()
+            ],
+        }
+        for number, phrase in enumerate(phrases)
+    ]
+    low, high = map(signed, value_range)
     stops = ", ".join(f"rgb{anchor}" for anchor in DIVERGING)
-    low, high = value_range
-    return (
-        f'<div class="dv-scale"><span>against {signed(low)}</span>'
-        f'<i style="background:linear-gradient(90deg, {stops})"></i><span>{signed(high)} for it</span>'
-        "<small>nats per token over the null prefix; ring: the highest place</small></div>"
-    )
+    return render(f"{TEMPLATES}/maps.html", low=low, high=high, stops=stops, sections=sections)
+
+
+def _map_tile(picture: Image.Image, layer: str, grid: Any, values: Any, value_range: tuple[float, float]) -> dict:
+    row, column = divmod(int(grid.argmax()), grid.shape[1])
+    source = data_uri(map_tile(picture, values, value_range, symmetric=True))
+    return {"layer": layer, "source": source, "highest": float(grid.max()), "row": row, "column": column}
 
 
 def features_html(
-    pictures: Mapping[str, Image.Image], rows: Sequence[dict], grids: Mapping[str, Any], layer: str
-) -> str:
+    pictures: Mapping[str, Image.Image],
+    rows: Sequence[Mapping[str, Any]],
+    grids: Mapping[str, tuple[int, int]],
+    layer: str,
+) -> Markup:
     """The feature grid of each layer in colours, with what the layer says; a tile is a button (`data-layer`, clicked at a place).
 
     Args:
@@ -167,26 +144,17 @@ def features_html(
         layer: the one that is chosen.
     """
     said = {row["layer"]: row["description"] for row in rows}
-    tiles = []
-    for name, picture in pictures.items():
-        height, width = grids[name]
-        source, current = data_uri(picture, lossless=True), str(name == layer).lower()
-        tiles.append(
-            f'<figure><button class="dv-features" data-layer="{escape(name)}" aria-pressed="{current}" '
-            f'aria-label="read {escape(name)}, {height} by {width} places" style="aspect-ratio:{width}/{height}">'
-            f'<img src="{source}" alt="" draggable="false"></button><figcaption><b>{escape(name)}</b> '
-            f"<small>{height} × {width}</small><span>{escape(said.get(name, ''))}</span></figcaption></figure>"
-        )
-    return f'<div class="dv-tiles">{"".join(tiles)}</div>'
+    tiles = [
+        {
+            "layer": name,
+            "rows": grids[name][0],
+            "columns": grids[name][1],
+            "source": data_uri(picture, lossless=True),
+            "said": said.get(name, ""),
+        }
+        for name, picture in pictures.items()
+    ]
+    return render(f"{TEMPLATES}/features.html", tiles=tiles, chosen=layer)
 
 
-__all__ = [
-    "data_uri",
-    "features_html",
-    "image_html",
-    "maps_html",
-    "place_html",
-    "scale_html",
-    "stage_html",
-    "words_html",
-]
+__all__ = ["data_uri", "features_html", "image_html", "maps_html", "place_html", "stage_html", "words_html"]

@@ -12,9 +12,9 @@ from devil_hf.evaluation.maps.collecting import DEFAULT_COMBINATION, GRADCAM, re
 from devil_hf.evaluation.maps.measures import enlarge
 from devil_hf.model.image_processing_devil import load_images
 from devil_hf.model.processing_devil import DevilProcessor
-from devil_hf.report.figures import GAP, INK, MARGIN, MUTED, PAPER, _fit, _write, color_bar, map_tile
-
-TRUTH = (0, 150, 90)
+from devil_hf.report.colours import INK, MUTED, PAPER, TRUTH
+from devil_hf.report.drawing import GAP, MARGIN, color_bar, fit, map_tile, write
+from devil_hf.report.figures import UNITS
 
 
 def localisation_figure(
@@ -50,20 +50,18 @@ def localisation_figure(
     figure = Image.new("RGB", (width, 2 * MARGIN + heading + len(lines) * (tile + 30) + 50), PAPER)
     draw = ImageDraw.Draw(figure)
     for column, name in enumerate(["truth", *names]):
-        size, words = _fit(name, tile, 20, (15, 13, 11))
-        _write(draw, (MARGIN + column * step, MARGIN), words, size, MUTED)
+        size, words = fit(name, tile, 20, (15, 13, 11))
+        write(draw, (MARGIN + column * step, MARGIN), words, size, MUTED)
     for number, (phrase, crop, maps, mask) in enumerate(lines):
         top = MARGIN + heading + number * (tile + 30)
-        size, words = _fit(phrase, width - 2 * MARGIN, 22, (15, 13))
-        _write(draw, (MARGIN, top), words, size, INK)
+        size, words = fit(phrase, width - 2 * MARGIN, 22, (15, 13))
+        write(draw, (MARGIN, top), words, size, INK)
         edge = _outline(mask)
         figure.paste(_outlined(crop, edge), (MARGIN, top + 22))
         for column, name in enumerate(names, 1):
             one = map_tile(crop, enlarge(maps[name], mask.shape), (-limit, limit), True)
             figure.paste(_outlined(one, edge), (MARGIN + column * step, top + 22))
-    bar = color_bar(
-        (-limit, limit), "evidence: nats per token over the null prefix", width=min(320, width - 2 * MARGIN)
-    )
+    bar = color_bar((-limit, limit), UNITS["evidence"], width=min(320, width - 2 * MARGIN))
     figure.paste(bar, (MARGIN, figure.height - MARGIN - 50))
     return figure
 

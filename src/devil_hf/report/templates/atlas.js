@@ -1,77 +1,3 @@
-<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Atlas of units</title>
-<style>
-:root {
-  color-scheme: light dark;
-  --paper: light-dark(#f6f5f2, #14161a); --card: light-dark(#ffffff, #1d2026); --ink: light-dark(#1a1d23, #e9e7e2);
-  --muted: light-dark(#69707c, #979da8); --rule: light-dark(#e1dfd9, #2d313a); --accent: light-dark(#0f6b5c, #5fd0b6);
-  --accent-soft: light-dark(#dff1ec, #17352f); --warn: light-dark(#8a6a1f, #d9b765); --warn-soft: light-dark(#f6edd6, #322a17);
-  --shade: light-dark(rgba(20, 22, 26, .06), rgba(0, 0, 0, .35));
-}
-:root[data-theme=light] { color-scheme: light; }
-:root[data-theme=dark] { color-scheme: dark; }
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--paper); color: var(--ink); font: 14px/1.45 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
-header { position: sticky; top: 0; z-index: 2; background: var(--paper); border-bottom: 1px solid var(--rule); }
-.wide { max-width: 1560px; margin: 0 auto; padding: 0 24px; }
-.titles { display: flex; align-items: baseline; gap: 14px; flex-wrap: wrap; padding-top: 16px; }
-h1 { font-size: 19px; margin: 0; letter-spacing: -.01em; font-weight: 650; }
-#about { color: var(--muted); flex: 1; min-width: 240px; }
-.tools { display: flex; gap: 8px; flex-wrap: wrap; padding: 12px 0 14px; align-items: center; }
-input, select, button { font: inherit; color: inherit; background: var(--card); border: 1px solid var(--rule); border-radius: 8px; padding: 7px 11px; height: 36px; }
-input[type=search] { flex: 1 1 240px; min-width: 180px; }
-:is(input, select, button, .card):focus-visible { outline: 2px solid var(--accent); outline-offset: 1px; }
-button { cursor: pointer; } button[aria-pressed=true] { background: var(--accent-soft); border-color: var(--accent); color: var(--accent); }
-#count { color: var(--muted); margin-left: auto; font-variant-numeric: tabular-nums; }
-main.wide { padding-top: 18px; padding-bottom: 40px; } #space { position: relative; }
-.card { position: absolute; background: var(--card); border: 1px solid var(--rule); border-radius: 12px; padding: 12px 14px 14px; cursor: pointer; text-align: left; overflow: hidden; height: auto; display: block; }
-.card:hover { border-color: var(--muted); box-shadow: 0 4px 18px var(--shade); }
-.top { display: flex; justify-content: space-between; gap: 8px; color: var(--muted); font-size: 12px; }
-.badge { border-radius: 99px; padding: 0 8px; font-size: 11px; line-height: 18px; white-space: nowrap; }
-.badge.passed { background: var(--accent-soft); color: var(--accent); }
-.badge.failed { background: var(--warn-soft); color: var(--warn); }
-.label { font-size: 16px; font-weight: 600; line-height: 1.3; height: 42px; margin: 3px 0 2px; display: -webkit-box; -webkit-line-clamp: 2; -webkit-box-orient: vertical; overflow: hidden; }
-.numbers { display: flex; gap: 14px; font-size: 12px; color: var(--muted); margin-bottom: 10px; font-variant-numeric: tabular-nums; white-space: nowrap; }
-.numbers b { color: var(--ink); font-weight: 600; }
-.strip { display: grid; grid-template-columns: repeat(5, 1fr); gap: 4px; }
-.shot { position: relative; aspect-ratio: 1; border-radius: 5px; overflow: hidden; background: var(--rule); margin: 0; }
-.shot img { width: 100%; height: 100%; display: block; object-fit: cover; }
-.shot i { position: absolute; inset: 0; background-repeat: no-repeat; }
-body.plain .shot i { display: none; }
-dialog { border: 1px solid var(--rule); border-radius: 16px; background: var(--card); color: var(--ink); padding: 0; width: min(980px, calc(100vw - 32px)); max-height: calc(100vh - 40px); }
-dialog::backdrop { background: rgba(10, 12, 15, .55); }
-.inside { padding: 20px 24px 24px; }
-.inside .label { font-size: 24px; height: auto; -webkit-line-clamp: 4; margin: 4px 0 10px; letter-spacing: -.01em; }
-.bar { display: flex; gap: 8px; align-items: center; color: var(--muted); } .bar span:first-child { flex: 1; } .bar button { width: 36px; padding: 0; }
-.words { display: flex; flex-wrap: wrap; gap: 4px; margin: 0 0 14px; } .words span { padding: 2px 8px; border-radius: 6px; font-size: 13px; border: 1px solid var(--rule); }
-.words small { color: var(--muted); font-variant-numeric: tabular-nums; margin-left: 4px; }
-table { border-collapse: collapse; margin-bottom: 16px; font-variant-numeric: tabular-nums; width: 100%; } td, th { text-align: left; padding: 5px 12px 5px 0; border-top: 1px solid var(--rule); font-weight: 400; vertical-align: top; } th { color: var(--muted); width: 190px; }
-.inside .strip { gap: 8px; } figcaption { position: absolute; right: 4px; bottom: 4px; font-size: 11px; background: rgba(0, 0, 0, .62); color: #fff; padding: 0 5px; border-radius: 4px; font-variant-numeric: tabular-nums; }
-.nothing { color: var(--muted); text-align: center; padding: 80px 0; }
-@media (max-width: 640px) { .wide { padding: 0 12px; } header { position: static; } .inside .strip { grid-template-columns: repeat(3, 1fr); } }
-</style>
-</head>
-<body>
-<header><div class="wide">
-  <div class="titles"><h1 id="title"></h1><div id="about"></div></div>
-  <div class="tools">
-    <input type="search" id="query" placeholder="Search labels, or a unit number" aria-label="Search">
-    <select id="layer" aria-label="Layer"></select>
-    <select id="status" aria-label="Check"><option value="">any label</option><option value="passed">label passed the check</option><option value="failed">label did not pass</option><option value="silent">silent units</option></select>
-    <select id="sort" aria-label="Sort by"><option value="evidence">by evidence</option><option value="pearson">by correlation</option><option value="auprc">by AUPRC</option><option value="unit">by unit</option><option value="label">by label</option></select>
-    <button id="masks" aria-pressed="true" title="Dim where the unit does not exceed its threshold">masks</button>
-    <button id="theme" title="Light or dark" aria-label="Light or dark">◐</button>
-    <span id="count" role="status"></span>
-  </div>
-</div></header>
-<main class="wide"><div id="space"></div></main>
-<dialog id="detail"><div class="inside"></div></dialog>
-<script src="data.js"></script>
-<script>
 "use strict";
 const { meta, units } = window.ATLAS, $ = id => document.getElementById(id);
 const GAP = 14, HEIGHT_WITHOUT_STRIP = 122;
@@ -79,7 +5,6 @@ const number = (value, digits = 2) => value == null ? "–" : value.toFixed(digi
 const element = (tag, className, text) => { const e = document.createElement(tag); if (className) e.className = className; if (text != null) e.textContent = text; return e; };
 let found = [], shown = new Map(), opened = -1;
 
-$("title").textContent = meta.title; document.title = meta.title; $("about").textContent = meta.about;
 $("layer").append(new Option(meta.layers.length > 1 ? "all layers" : meta.layers[0], ""));
 if (meta.layers.length > 1) meta.layers.forEach(name => $("layer").append(new Option(name, name)));
 else $("layer").hidden = true;
@@ -183,6 +108,3 @@ units.forEach(unit => { unit.text = `${unit.label} ${unit.runner_up} ${unit.name
 choose();
 const link = decodeURIComponent(location.hash.slice(1)), linked = found.findIndex(unit => `${unit.layer}/${unit.unit}` === link);
 if (linked >= 0) show(linked);
-</script>
-</body>
-</html>
