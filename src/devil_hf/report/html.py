@@ -68,7 +68,7 @@ def _box(left: float, top: float, width: float, height: float) -> str:
 
 def words_html(words: Sequence[tuple[str, float]]) -> Markup:
     """Words as buttons, tinted by evidence; `data-word` holds the word."""
-    return render(f"{TEMPLATES}/words.html", words=_tinted(words))
+    return render(f"{TEMPLATES}/words.html", words=tinted(words))
 
 
 def place_html(rows: Sequence[Mapping[str, Any]], layer: str, where: str) -> Markup:
@@ -86,10 +86,11 @@ def image_html(rows: Sequence[Mapping[str, Any]]) -> Markup:
 
 
 def _shown(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    return [{**row, "words": _tinted(row["words"])} for row in rows]
+    return [{**row, "words": tinted(row["words"])} for row in rows]
 
 
-def _tinted(words: Sequence[tuple[str, float]]) -> list[dict[str, Any]]:
+def tinted(words: Sequence[tuple[str, float]]) -> list[dict[str, Any]]:
+    """(word, nats) pairs as templates show them: `text`, `nats` and the CSS colour `tint`."""
     return [{"text": word, "nats": nats, "tint": tint(nats)} for word, nats in words]
 
 
@@ -157,4 +158,4 @@ def features_html(
     return render(f"{TEMPLATES}/features.html", tiles=tiles, chosen=layer)
 
 
-__all__ = ["data_uri", "features_html", "image_html", "maps_html", "place_html", "stage_html", "words_html"]
+__all__ = ["data_uri", "features_html", "image_html", "maps_html", "place_html", "stage_html", "tinted", "words_html"]

@@ -1,9 +1,6 @@
 """Results in a notebook: data frames, and views as HTML, of what the public calls of a model and a processor return."""
 
-import base64
 from collections.abc import Sequence
-from html import escape
-from io import BytesIO
 from itertools import product
 from typing import Any
 
@@ -12,9 +9,11 @@ from transformers.utils import requires_backends
 
 from devil_hf.model.outputs_devil import AttributionOutput, ScoreOutput
 from devil_hf.model.processing_devil import AttributionOverlays
+from devil_hf.report.html import data_uri, tinted
+from devil_hf.report.templates import render
 
-WARM, COOL = (240, 130, 40), (63, 142, 206)  # of the maps' own colour scale
-FULL_TINT = 2.0  # nats at which a word has its full colour
+TEMPLATE = "report/templates/notebook.html"
+THUMBNAIL = 180  # pixels of the longer side
 
 
 def to_pandas(result: Any, phrases: Sequence[str] = ()) -> Any:
@@ -80,12 +79,25 @@ class Html:
 def show(result: Sequence[dict] | AttributionOverlays) -> Html:
     """What a notebook shows: descriptions as a table, words tinted by their evidence, or pictures under their maps."""
     rows = _overlay_rows(result) if isinstance(result, AttributionOverlays) else map(_description_row, result)
-    return Html(f"<table>{''.join(rows)}</table>")
+    return Html(render(TEMPLATE, rows=list(rows)))
 
 
-def _description_row(row: dict) -> str:
-    left = 'style="text-align:left"'
-    return f"<tr><th {left}>{escape(place_name(row))}</th><td {left}>{_sentence(row)}</td></tr>"
+def _description_row(row: dict) -> dict[str, Any]:
+    words = {"words": tinted(row["words"])} if "words" in row else {}
+    return {"name": place_name(row), "pictures": [], "description": row["description"]} | words
+
+
+def _overlay_rows(overlays: AttributionOverlays) -> list[dict[str, Any]]:
+    return [
+        {"name": layer, "pictures": [_thumbnail(picture) for phrases in rows for picture in phrases]}
+        for layer, rows in (overlays.pictures or {}).items()
+    ]
+
+
+def _thumbnail(picture: Image.Image) -> str:
+    small = picture.copy()
+    small.thumbnail((THUMBNAIL, THUMBNAIL))
+    return data_uri(small, lossless=True)
 
 
 def place_name(row: dict) -> str:
@@ -95,34 +107,4 @@ def place_name(row: dict) -> str:
     return f"{image}{row['layer']}{place}"
 
 
-def _sentence(row: dict) -> str:
-    if "words" not in row:
-        return escape(row["description"])
-    return " ".join(
-        f'<span title="{nats:+.2f} nats" style="background:{tint(nats)};border-radius:3px;padding:0 2px">{escape(word)}</span>'
-        for word, nats in row["words"]
-    )
-
-
-def tint(nats: float) -> str:
-    """CSS colour behind a word: warm for evidence of the features, cool for words that they speak against."""
-    red, green, blue = WARM if nats > 0 else COOL
-    return f"rgba({red}, {green}, {blue}, {0.65 * min(abs(nats) / FULL_TINT, 1.0):.2f})"
-
-
-def _overlay_rows(overlays: AttributionOverlays) -> list[str]:
-    return [
-        f"<tr><th>{escape(layer)}</th>{''.join(f'<td>{_thumbnail(one)}</td>' for per in rows for one in per)}</tr>"
-        for layer, rows in (overlays.pictures or {}).items()
-    ]
-
-
-def _thumbnail(picture: Image.Image, longest: int = 180) -> str:
-    """An `<img>` that needs no file."""
-    small, buffer = picture.copy(), BytesIO()
-    small.thumbnail((longest, longest))
-    small.save(buffer, "PNG")
-    return f'<img src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
-
-
-__all__ = ["Html", "place_name", "show", "tint", "to_pandas"]
+__all__ = ["Html", "place_name", "show", "to_pandas"]
