@@ -1,0 +1,126 @@
+"""Images whose objects have names and places: what attribution maps are measured against, and what regions are learned from.
+
+Whatever the format, an image gives one mask per phrase: the union of all its objects of that class, in the pixels of the upright
+image. A source is a file of this folder (or of another package) that registers an `ObjectSource`; where an object is, it says as
+data (see `masks.py`), so that a mask is drawn when somebody asks for it, in any process.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from devil_hf.data.objects.masks import Part, draw_region
+from devil_hf.registry import Registry
+
+CLASS = "class"  # the group of phrases that are class names
+
+
+@dataclass(frozen=True)
+class LocalisedImage:
+    """One image, and where its phrases are.
+
+    Args:
+        key: name of the image, unique in its source.
+        read: gives the image, as anything that holds one, such as a path.
+        groups: phrase -> group that scores are reported for ("colour", or `CLASS`).
+        present: everything that is known to be in the image, phrases or not.
+        parts: phrase -> its objects, as `masks.py` has them.
+        size: (height, width) of the upright image that the parts were drawn on; None where they do not say it.
+    """
+
+    key: str
+    read: Callable[[], Any]
+    groups: dict[str, str]
+    present: frozenset[str]
+    parts: dict[str, list[Part]]
+    size: tuple[int, int] | None = None
+
+    def region(self, phrase: str) -> dict[str, Any]:
+        """Where a phrase is, as JSON can hold it; `draw_region` draws it."""
+        return {"parts": self.parts[phrase], "size": None if self.size is None else list(self.size)}
+
+    def draw(self, size: tuple[int, int]) -> dict[str, np.ndarray]:
+        """Phrase -> bool mask of `size`, the (height, width) of the upright image.
+
+        Raises:
+            ValueError: if the objects were drawn on an image of another size.
+        """
+        try:
+            return {phrase: draw_region(self.region(phrase), size) for phrase in self.parts}
+        except ValueError as error:
+            raise ValueError(f"{self.key}: {error}") from error
+
+
+@dataclass(frozen=True)
+class ObjectSource:
+    """A format of images with objects.
+
+    Args:
+        what: what it is called in messages.
+        recognises: whether a text of the command line names such a source.
+        read: (source, folder of the images or None, class names or None) -> its images that hold an object, none of them opened.
+    """
+
+    what: str
+    recognises: Callable[[str], bool]
+    read: Callable[[str, str | PathLike | None, str | PathLike | None], list[LocalisedImage]]
+
+
+OBJECT_SOURCES: Registry[ObjectSource] = Registry("object source", "devil_hf.data.objects")
+
+
+def open_localised(
+    source: str | PathLike, images: str | PathLike | None = None, names: str | PathLike | None = None
+) -> list[LocalisedImage]:
+    """The images of a source, without opening any.
+
+    Args:
+        source: `shapes:COUNT` or `shapes:COUNT:SEED` (words that one object of several has); a COCO instances `.json`; a VOC
+            folder (`Annotations`, `JPEGImages`, and `SegmentationClass` where there are masks); or a folder of YOLO `.txt`
+            labels, boxes or polygons; or what another entry of `OBJECT_SOURCES` reads.
+        images: folder of the images, where it is not the usual one.
+        names: class names for YOLO labels: a `data.yaml`, a text file with one name a line, or JSON or YAML that maps ids to
+            names; `FILE#KEY` for a table inside the file.
+
+    Raises:
+        FileNotFoundError: if something named is not there.
+        ValueError: for a source that is none of these, or holds no object.
+    """
+    text = str(source)
+    for kind in OBJECT_SOURCES.values():
+        if kind.recognises(text):
+            found = kind.read(text, images, names)
+            if not found:
+                raise ValueError(f"{text} names no object of any image")
+            return found
+    known = " or ".join(kind.what for kind in OBJECT_SOURCES.values())
+    if not Path(text).exists():
+        raise FileNotFoundError(f"{text} does not exist; name {known}")
+    raise ValueError(f"{text} is no {known}")
+
+
+def of_file(
+    path: Path,
+    parts: dict[str, list[Part]],
+    key: str | None = None,
+    present: Iterable[str] = (),
+    size: tuple[int, int] | None = None,
+) -> LocalisedImage:
+    """An image in a file, whose phrases are names of classes.
+
+    Args:
+        path: of the image.
+        parts: class -> its objects.
+        key: by default the file's name.
+        present: classes that are in the image beside those that are asked.
+        size: (height, width) that the parts were drawn on.
+    """
+    groups = dict.fromkeys(parts, CLASS)
+    return LocalisedImage(key or path.name, lambda: path, groups, frozenset(parts) | frozenset(present), parts, size)
+
+
+__all__ = ["CLASS", "OBJECT_SOURCES", "LocalisedImage", "ObjectSource", "of_file", "open_localised"]

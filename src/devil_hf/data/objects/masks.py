@@ -1,0 +1,156 @@
+"""Where an object is, as data, and its mask, drawn when it is needed.
+
+A part is a dictionary that JSON can hold:
+
+    {"box": [left, top, right, bottom]}                      in continuous pixels, or with "shares": true in shares of the image
+    {"polygons": [[x, y, x, y, ...], ...]}                   the same
+    {"runs": [...] or "...", "size": [height, width]}        COCO's run-length codes, down the columns, plain or packed
+    {"classes": "file.png", "index": 12}                     pixels of this value
+    {"scene": [seed, index], "object": 0}                    an object of the shapes world
+
+A region is `{"parts": [...], "size": [height, width] or None}`: the union of its parts. pycocotools fills polygons, with its
+convention (a pixel belongs to a polygon that holds its centre, to a tenth of a pixel), so that figures compare with COCO's own.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from devil_hf.data.shapes import Scene, make_scene
+from devil_hf.extras import needs
+
+Part = Mapping[str, Any]
+
+
+def draw_region(region: Mapping[str, Any], size: tuple[int, int]) -> np.ndarray:
+    """The mask of a region, bool of `size` (height, width).
+
+    Raises:
+        ValueError: if the parts were drawn on an image of another size, or are of an unknown kind.
+        MissingExtraError: for polygons and packed run-length codes without pycocotools.
+    """
+    drawn = region.get("size")
+    if drawn is not None and tuple(drawn) != size:
+        raise ValueError(f"the image is {size} pixels (height, width), but its objects were drawn on {tuple(drawn)}")
+    union = np.zeros(size, dtype=bool)
+    for part in region["parts"]:
+        union |= _draw(part, size)
+    return union
+
+
+def _draw(part: Part, size: tuple[int, int]) -> np.ndarray:
+    scale = np.array(size[::-1]) if part.get("shares") else 1
+    if "box" in part:
+        return box_mask((np.reshape(part["box"], (2, 2)) * scale).ravel().tolist(), size)
+    if "polygons" in part:
+        return polygon_mask([np.reshape(outline, (-1, 2)) * scale for outline in part["polygons"]], size)
+    if "runs" in part:
+        return _runs_mask(part, size)
+    if "classes" in part:
+        return _class_mask(part, size)
+    if "scene" in part:
+        return _scene(*part["scene"]).masks[part["object"]]
+    raise ValueError(f"a part of an object is one of box, polygons, runs, classes and scene, not {dict(part)!s:.80}")
+
+
+def box_mask(box: Sequence[float], size: tuple[int, int]) -> np.ndarray:
+    """The pixels whose centres lie in a box (left, top, right, bottom), bool of `size` (height, width)."""
+    left, top, right, bottom = box
+    rows, columns = (np.arange(edge) + 0.5 for edge in size)
+    return ((rows >= top) & (rows < bottom))[:, None] & ((columns >= left) & (columns < right))[None]
+
+
+def polygon_mask(outlines: Sequence[np.ndarray], size: tuple[int, int]) -> np.ndarray:
+    """The union of polygons (points, 2) of (x, y) in continuous pixels, bool of `size` (height, width)."""
+    needs("pycocotools", "evaluate")
+    from pycocotools import mask as coco
+
+    # Of fewer than three points nothing is inside; pycocotools would read two of them as a box.
+    flat = [np.asarray(outline, dtype=float).ravel().tolist() for outline in outlines if len(outline) > 2]
+    if not flat:
+        return np.zeros(size, dtype=bool)
+    return coco.decode(coco.merge(coco.frPyObjects(flat, *size))).view(bool)
+
+
+def _runs_mask(code: Part, size: tuple[int, int]) -> np.ndarray:
+    if tuple(code["size"]) != size:
+        raise ValueError(f"a run-length code of size {code['size']} does not fit an image of {size} (height, width)")
+    runs = code["runs"]
+    if isinstance(runs, str):
+        needs("pycocotools", "evaluate")
+        from pycocotools import mask as coco
+
+        return coco.decode({"size": list(size), "counts": runs}).view(bool)
+    values = np.arange(len(runs)) % 2 == 1  # a run of background comes first
+    return np.repeat(values, runs).reshape(size[::-1]).T
+
+
+def runs_of(mask: np.ndarray) -> dict[str, Any]:
+    """The part that draws a mask (height, width) again."""
+    flat = np.asarray(mask, dtype=bool).T.ravel()
+    edges = np.flatnonzero(np.diff(flat, prepend=False))
+    return {"runs": np.diff(edges, prepend=0, append=flat.size).tolist(), "size": list(mask.shape)}
+
+
+def _class_mask(part: Part, size: tuple[int, int]) -> np.ndarray:
+    with Image.open(part["classes"]) as picture:
+        classes = np.asarray(picture)
+    if classes.shape != size:
+        raise ValueError(f"{part['classes']} is {classes.shape} pixels, its image {size} (height, width)")
+    return classes == part["index"]
+
+
+@lru_cache(maxsize=4)  # the phrases of a scene are drawn one after the other
+def _scene(seed: int, index: int) -> Scene:
+    return make_scene(seed, index)
+
+
+def covers_nothing(parts: Sequence[Part]) -> bool:
+    """Whether it is plain without drawing that parts cover no pixel: boxes without an area, and polygons of two points."""
+    return all(
+        ("box" in part and (part["box"][2] <= part["box"][0] or part["box"][3] <= part["box"][1]))
+        or ("polygons" in part and all(len(outline) < 6 for outline in part["polygons"]))
+        for part in parts
+    )
+
+
+def pack_region(region: Mapping[str, Any]) -> bytes:
+    """A region as the bytes of a row; `unpack_region` reads them."""
+    return json.dumps(region, separators=(",", ":")).encode()
+
+
+def unpack_region(content: bytes) -> dict[str, Any]:
+    """The region of a row's bytes."""
+    return json.loads(content)
+
+
+def region_digest(content: bytes) -> bytes:
+    """A hash of what a row's region shows: its outlines, and the content of mask files, wherever those lie."""
+    digest = sha256()
+    region = unpack_region(content)
+    for part in region["parts"]:
+        if "classes" in part:
+            digest.update(Path(part["classes"]).read_bytes())
+            part = dict(part) | {"classes": ""}
+        digest.update(json.dumps(part, sort_keys=True).encode())
+    digest.update(json.dumps(region["size"]).encode())
+    return digest.digest()
+
+
+__all__ = [
+    "Part",
+    "box_mask",
+    "covers_nothing",
+    "draw_region",
+    "pack_region",
+    "polygon_mask",
+    "region_digest",
+    "runs_of",
+    "unpack_region",
+]
