@@ -2,6 +2,8 @@
 
 import ast
 import re
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -37,3 +39,9 @@ def test_all_holds_every_extra_of_users():
     extras = PYPROJECT["optional-dependencies"]
     assert set(extras) == {"train", "evaluate", "demo", "all", "test", "docs"}
     assert extras["all"] == ["devil-hf[train,evaluate,demo]"]
+
+
+@pytest.mark.parametrize("first", ["peft", "transformers.trainer"])
+def test_other_packages_can_be_imported_after_this_one(first):
+    """Registering waits until nothing that the model imports is half imported."""
+    subprocess.run([sys.executable, "-c", f"import devil_hf, {first}; devil_hf.DevilModel"], check=True)
