@@ -19,7 +19,7 @@ from transformers import OPTConfig
 
 from devil_hf.build import backbone_from_source
 from devil_hf.checkpoints import CHECKPOINT
-from devil_hf.data import rendering, shapes, worlds
+from devil_hf.data import rendering, shapes, world_dataset, worlds
 from devil_hf.hub.cards import dataset_card, model_card
 from devil_hf.hub.facts import Facts, Layer, readable_recipe
 from devil_hf.hub.publish import prepare
@@ -90,7 +90,7 @@ def shapes_card() -> str:
         title="Shapes world",
         training_seed=worlds.TRAINING_WORLD,
         held_out_seed=worlds.HELD_OUT_WORLD,
-        columns={name: COLUMNS[name] for name in worlds.SCENE_FEATURES},
+        columns={name: COLUMNS[name] for name in world_dataset.SCENE_FEATURES},
         size=rendering.SCENE_SIZE,
         count_shares=shapes.COUNT_SHARES,
         attributes=shapes.ATTRIBUTE_WORDS,

@@ -17,7 +17,8 @@ from pathlib import Path
 import torch
 from transformers.utils import logging
 
-from devil_hf.data.captions import read_caption_records, read_coco_captions, read_flickr_captions, without_images
+from devil_hf.data.pairs.files import read_coco_captions, read_flickr_captions, without_images
+from devil_hf.data.pairs.folder import read_caption_folder
 from devil_hf.settings import option, parse
 from devil_hf.training.small_models.caption_language_model import (
     CaptionLanguageModelSettings,
@@ -42,8 +43,7 @@ def read_text(settings: TextSettings) -> tuple[list[list[str]], list[list[str]] 
     lists = [path.read_text(encoding="utf-8").split() for path in settings.held_out_images]
     excluded = {name for names in lists for name in names}
     for folder in settings.caption_folders:
-        records = read_caption_records(folder)
-        excluded |= {Path(record["image"]).name for record in records if record["split"] != "train"}
+        excluded |= {one.path.name for one in read_caption_folder(folder) if one.split != "train"}
     captions: dict[str, list[str]] = {}
     for path in settings.flickr_tokens:
         captions |= read_flickr_captions(path)

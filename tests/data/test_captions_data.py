@@ -6,13 +6,10 @@ import json
 import pytest
 from PIL import Image
 
-from devil_hf.data.captions import (
-    load_caption_folder,
-    read_caption_records,
-    read_coco_captions,
-    read_flickr_captions,
-    without_images,
-)
+from devil_hf.data.decoding import BadSamples, PairDecoder
+from devil_hf.data.pairs import open_pairs
+from devil_hf.data.pairs.files import read_coco_captions, read_flickr_captions, without_images
+from devil_hf.data.pairs.folder import read_caption_folder
 
 ROWS = [
     {"image": "images/a.jpg", "captions": ["A red dog .", " A dog "], "split": "train"},
@@ -29,57 +26,54 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_a_caption_folder_gives_images_captions_and_keys(folder):
-    dataset = load_caption_folder(folder)
-    assert dataset[0]["image"].size == (5, 4)
-    assert dataset[0]["captions"] == ["A red dog .", "A dog"]
-    assert dataset["key"][:] == ["a.jpg", "b.jpg"]
+def test_a_caption_folder_gives_names_paths_captions_and_splits(folder):
+    first, second = read_caption_folder(folder)
+    assert (first.name, first.path, first.split) == ("images/a.jpg", folder / "images/a.jpg", "train")
+    assert first.captions == ["A red dog .", " A dog "] and second.captions == ["Grass .", ""]
 
 
-def test_images_are_decoded_only_when_a_row_is_read(folder):
+def test_images_are_not_opened(folder):
     (folder / "images/b.jpg").write_bytes(b"no image")
-    dataset = load_caption_folder(folder)
-    assert dataset[0]["image"].size == (5, 4)
-    with pytest.raises(Exception, match="identify"):
-        dataset[1]
+    rows = open_pairs([{"kind": "folder", "path": str(folder)}], 0, False)
+    assert rows[1]["image"] == {"path": str(folder / "images/b.jpg"), "bytes": None}
 
 
 def test_a_split_is_chosen_and_an_unknown_one_names_the_known(folder):
-    assert load_caption_folder(folder, "val")["captions"][:] == [["Grass ."]]
+    assert [one.name for one in read_caption_folder(folder, "val")] == ["images/b.jpg"]
     with pytest.raises(ValueError, match=r"'test'.*\['train', 'val'\]"):
-        read_caption_records(folder, "test")
+        read_caption_folder(folder, "test")
 
 
 def test_metadata_jsonl_with_file_name_is_read_too(folder):
     (folder / "captions.jsonl").rename(folder / "metadata.jsonl")
     (folder / "metadata.jsonl").write_text(json.dumps({"file_name": "images/a.jpg", "captions": ["A dog"]}))
-    assert read_caption_records(folder) == [{"image": "images/a.jpg", "captions": ["A dog"], "split": None}]
+    (one,) = read_caption_folder(folder)
+    assert (one.name, one.captions, one.split) == ("images/a.jpg", ["A dog"], None)
 
 
 def test_missing_files_are_named_before_any_work(folder, tmp_path):
     (folder / "images/b.jpg").unlink()
     with pytest.raises(FileNotFoundError, match=r"1 of 2 images .*b\.jpg"):
-        load_caption_folder(folder)
+        open_pairs([{"kind": "folder", "path": str(folder)}], 0, False)
     with pytest.raises(FileNotFoundError, match=r"captions\.jsonl"):
-        load_caption_folder(tmp_path / "images")
+        read_caption_folder(tmp_path / "images")
 
 
-@pytest.mark.parametrize(
-    "line",
-    [
-        "{",
-        '{"image": "a.jpg"}',
-        '{"image": "a.jpg", "captions": [" "]}',
-        '{"captions": ["a dog"]}',
-        '"text"',
-        '{"image": "a.jpg", "captions": "a dog"}',
-    ],
-)
+@pytest.mark.parametrize("line", ["{", '{"captions": ["a dog"]}', '{"image": 3}', '"text"'])
 def test_a_malformed_line_is_named_with_its_number(folder, line):
     with (folder / "captions.jsonl").open("a") as file:
         file.write(line)
     with pytest.raises(ValueError, match=r"captions\.jsonl:3"):
-        read_caption_records(folder)
+        read_caption_folder(folder)
+
+
+@pytest.mark.parametrize("line", ['{"image": "images/a.jpg"}', '{"image": "images/a.jpg", "captions": [" "]}'])
+def test_a_line_without_captions_is_a_bad_sample_and_not_the_end(folder, line):
+    with (folder / "captions.jsonl").open("a") as file:
+        file.write(line)
+    bad_samples = BadSamples(limit=1)
+    rows = open_pairs([{"kind": "folder", "path": str(folder)}], 0, False)
+    assert [PairDecoder(bad_samples)(row) is None for row in rows] == [False, False, True]
 
 
 def test_flickr_and_coco_files_give_captions_by_image_name(tmp_path):

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 
 from devil_hf.data.decoding import BadSamples, PairDecoder, PairStream, PairTable, TooManyBadSamples
 from devil_hf.data.pairs import open_pairs
-from devil_hf.data.shards import expand_urls, shard_rows
+from devil_hf.data.pairs.shards import expand_urls, shard_rows
 
 datasets.disable_progress_bars()
 

@@ -12,7 +12,8 @@ from devil_hf.data.images import open_images
 from devil_hf.data.objects import open_localised
 from devil_hf.data.pairs import open_pairs
 from devil_hf.data.shapes import make_scene
-from devil_hf.data.sources import named_sources
+from devil_hf.data.specifications import caption_sources
+from devil_hf.data.world_dataset import world_dataset
 from devil_hf.data.worlds import USUAL_COUNT, World, parse_world
 from devil_hf.evaluation.results import read_evaluations
 
@@ -38,7 +39,7 @@ def test_every_room_reads_the_same_scenes(text):
     assert captioned.name == world.label and np.array_equal([scene.image for scene in captioned.scenes], scenes)
     for one in open_localised(text):
         assert (one.read() == scenes[int(one.key.split("-")[1])]).all()
-    rows = list(open_pairs(named_sources(text), 0, False))
+    rows = list(open_pairs(caption_sources(text), 0, False))
     assert [row["key"] for row in rows] == [f"shapes {world.seed} {n}" for n in range(4)]
     assert [row["captions"] for row in rows] == captioned.captions
 
@@ -86,7 +87,7 @@ def test_scenes_are_the_same_in_any_order_and_process():
 def test_data_set_rows_carry_the_whole_ground_truth(tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path))
     world = World(5, seed=4)
-    stored, streamed = world.dataset(), world.dataset(streaming=True)
+    stored, streamed = world_dataset(world), world_dataset(world, streaming=True)
     assert isinstance(streamed, IterableDataset) and streamed.num_shards == 5 and len(stored) == 5
     for index, (row, other) in enumerate(zip(stored, streamed, strict=True)):
         scene, captions = world.captioned(index, 5)
@@ -100,4 +101,4 @@ def test_data_set_rows_carry_the_whole_ground_truth(tmp_path, monkeypatch):
         assert row["caption"] == other["caption"] == captions[0] and row["captions"] == captions
         assert row["background"] == scene.background
     with pytest.raises(ValueError, match="positive"):
-        world.dataset(captions=0)
+        world_dataset(world, captions=0)

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from devil_hf.cli.main import main
-from devil_hf.data.sources import named_sources
+from devil_hf.data.specifications import caption_sources
 from devil_hf.evaluation.captions import caption_table, evaluate_captions, score_descriptions
 from devil_hf.evaluation.results import read_evaluations
 
@@ -47,7 +47,7 @@ def checkpoint(tmp_path_factory, model, processor):
 def whole(model, processor, folder, tmp_path_factory):
     """A pass that was not stopped."""
     output = tmp_path_factory.mktemp("whole")
-    return output, evaluate_captions(model, processor, named_sources(str(folder)), output, **OPTIONS)
+    return output, evaluate_captions(model, processor, caption_sources(str(folder)), output, **OPTIONS)
 
 
 def _predictions(output):
@@ -85,7 +85,7 @@ def test_a_later_metric_needs_no_inference_and_no_data(model, processor, folder,
     output, content = whole
     monkeypatch.setattr(type(model), "describe", None)
     monkeypatch.setattr("devil_hf.evaluation.captions.open_pairs", None)
-    sources = named_sources(str(folder))
+    sources = caption_sources(str(folder))
     again = evaluate_captions(model, processor, sources, output, metrics=["rouge_l"], **OPTIONS)
     assert again["scores"]["all"] == {"rouge_l": content["scores"]["all"]["rouge_l"]}
     fewer = evaluate_captions(model, processor, sources, output, limit=3, **OPTIONS)
@@ -94,7 +94,7 @@ def test_a_later_metric_needs_no_inference_and_no_data(model, processor, folder,
 
 def test_another_question_does_not_mix_with_recorded_answers(model, processor, folder, whole):
     with pytest.raises(ValueError, match=r"max_new_tokens.*another output folder"):
-        evaluate_captions(model, processor, named_sources(str(folder)), whole[0], batch_size=2, max_new_tokens=5)
+        evaluate_captions(model, processor, caption_sources(str(folder)), whole[0], batch_size=2, max_new_tokens=5)
 
 
 SCRIPT = """
@@ -105,7 +105,7 @@ import sys
 from accelerate import PartialState
 
 from devil_hf import DevilModel
-from devil_hf.data.sources import named_sources
+from devil_hf.data.specifications import caption_sources
 from devil_hf.evaluation.captions import evaluate_captions
 from devil_hf.checkpoints.loading import load
 
@@ -123,7 +123,7 @@ def describe_or_die(self, *args, **kwargs):
 
 
 type(model).describe = describe_or_die
-evaluate_captions(model, processor, named_sources(folder), output, batch_size=2, max_new_tokens=4)
+evaluate_captions(model, processor, caption_sources(folder), output, batch_size=2, max_new_tokens=4)
 """
 
 
@@ -148,7 +148,7 @@ def test_a_pair_that_cannot_be_used_is_left_out_and_counted(model, processor, fo
     for file in folder.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     (tmp_path / "1.png").write_bytes(b"no picture")
-    content = evaluate_captions(model, processor, named_sources(str(tmp_path)), tmp_path / "out", limit=3, **OPTIONS)
+    content = evaluate_captions(model, processor, caption_sources(str(tmp_path)), tmp_path / "out", limit=3, **OPTIONS)
     assert content["dataset"]["size"] == 2 and content["settings"]["left_out"] == 1
 
 

@@ -8,7 +8,8 @@ import pytest
 from PIL import Image
 
 from devil_hf.build import image_processor_of
-from devil_hf.data.captions import load_caption_folder, read_caption_records
+from devil_hf.data.pairs import open_pairs
+from devil_hf.data.pairs.folder import read_caption_folder
 from devil_hf.report.quickstart import quickstart
 
 
@@ -33,11 +34,11 @@ def shared_data():
 @pytest.mark.shared_data
 def test_real_caption_folders_open_with_disjoint_splits(shared_data):
     folder = shared_data / "captions" / "flickr8k"
-    splits = {split: {r["image"] for r in read_caption_records(folder, split)} for split in ("train", "val", "test")}
+    splits = {split: {one.name for one in read_caption_folder(folder, split)} for split in ("train", "val", "test")}
     assert [len(splits[name]) for name in ("train", "val", "test")] == [896, 120, 132]
     assert not splits["train"] & splits["test"] and not splits["train"] & splits["val"]
-    row = load_caption_folder(folder, "val")[0]
-    assert isinstance(row["image"], Image.Image) and len(row["captions"]) == 5
+    row = open_pairs([{"kind": "folder", "path": str(folder), "split": "val"}], 0, False)[0]
+    assert row["image"]["path"] and len(row["captions"]) == 5
 
 
 @pytest.mark.shared_data

@@ -118,7 +118,7 @@ def run_evaluate_captions(arguments: Any) -> None:
     from accelerate import PartialState
 
     from devil_hf.checkpoints.loading import load
-    from devil_hf.data.sources import named_sources
+    from devil_hf.data.specifications import caption_sources
     from devil_hf.evaluation.captions import caption_table, evaluate_captions
     from devil_hf.evaluation.text.bertscore import BertScoreSettings
     from devil_hf.evaluation.text.metrics import ALL_METRICS, check_metrics
@@ -126,7 +126,7 @@ def run_evaluate_captions(arguments: Any) -> None:
     metrics = arguments.metrics or ALL_METRICS
     check_metrics(metrics)
     bert = BertScoreSettings(arguments.bert_model, arguments.bert_layers, arguments.bert_baseline)
-    sources = named_sources(arguments.source, arguments.split)
+    sources = caption_sources(arguments.source, arguments.split)
     PartialState(cpu=arguments.device == "cpu")
     model, processor = load(None if arguments.checkpoint == "embedded" else arguments.checkpoint, arguments.device)
     state_scope(model)

@@ -5,13 +5,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
 
-import yaml
 from PIL import Image as PILImage
 
 from devil_hf.data.decoding import BadSamples, PairDecoder
-from devil_hf.data.pairs import open_pairs
+from devil_hf.data.pairs import REGIONS, open_pairs
 from devil_hf.data.shapes import Scene
-from devil_hf.data.sources import REGIONS, named_sources
+from devil_hf.data.specifications import caption_sources
 from devil_hf.data.worlds import SHAPES, World
 
 
@@ -55,12 +54,7 @@ def open_captioned(data: str = SHAPES, split: str | None = None, limit: int = 20
     """
     if limit < 2:
         raise ValueError(f"limit {limit}: at least 2 images are needed, to tell what belongs to which")
-    if data.lstrip().startswith("{"):
-        if split:
-            raise ValueError(f"split={split!r} is of a caption folder; write it into the source {data}")
-        sources = [yaml.safe_load(data)]
-    else:
-        sources = named_sources(data, split, limit)
+    sources = caption_sources(data, split, limit)
     if any(source.get("kind") == REGIONS for source in sources):
         raise ValueError(f"{data} names regions, but whole images are described here: name captioned images")
     if [source.get("kind") for source in sources] == [SHAPES]:
@@ -90,7 +84,7 @@ def open_captioned(data: str = SHAPES, split: str | None = None, limit: int = 20
 
 
 def captioned_scenes(world: World, captions: int = 5) -> CaptionedImages:
-    """The scenes of a world, each with some captions; those of `World.dataset`."""
+    """The scenes of a world, each with some captions; those of `world_dataset`."""
     scenes, texts = zip(*(world.captioned(index, captions) for index in range(len(world))), strict=True)
     keys = [f"scene {world.seed} {index}" for index in range(len(world))]
 

@@ -30,6 +30,7 @@ from PIL import Image
 from torch.utils.data import get_worker_info
 from transformers.utils import logging
 
+from devil_hf.data.objects.masks import draw_region, unpack_region
 from devil_hf.model.image_processing_devil import load_images
 
 logger = logging.get_logger(f"transformers.{__name__}")
@@ -48,8 +49,8 @@ class BadSamples:
     """Counts the samples that were read, and those that were bad or out of sight, over all workers of a process.
 
     Args:
-        limit (`float`): Share of bad samples above which the run stops.
-        minimum (`int`): Samples to read before the share is judged while reading.
+        limit: share of bad samples above which the run stops.
+        minimum: samples to read before the share is judged while reading.
     """
 
     def __init__(self, limit: float = 0.05, minimum: int = 1000):
@@ -120,8 +121,8 @@ class PairDecoder:
     """Decodes a row of `open_pairs`, or counts it as bad.
 
     Args:
-        bad_samples ([`BadSamples`]): Where samples are counted.
-        seed (`int`): Seed of the choice among several captions.
+        bad_samples: where samples are counted.
+        seed: seed of the choice among several captions.
         sees (callable, *optional*): Whether enough of a mask (height, width) is in what the model gets to see; rows with other
             regions are left out and counted, and are not bad.
     """
@@ -147,9 +148,12 @@ class PairDecoder:
                 image = _decode(row["image"])
             except Exception as error:  # damaged files make Pillow's plugins raise almost anything
                 problem = f"broken image ({type(error).__name__}: {error})"
-        if problem is None and row["region"] is not None:
-            region = np.asarray(Image.open(BytesIO(row["region"])).convert("L")) > 127
-        seen = region is None or self.sees is None or self.sees(region)
+        if image is not None and row["region"] is not None:
+            try:
+                region = draw_region(unpack_region(row["region"]), (image.height, image.width))
+            except (OSError, ValueError) as error:
+                problem = f"broken region ({type(error).__name__}: {error})"
+        seen = region is None or (bool(region.any()) and (self.sees is None or self.sees(region)))
         self.bad_samples.add(row["key"], problem, seen)
         if problem is not None or not seen:
             return None
@@ -163,8 +167,8 @@ class PairTable:
     """Decoded samples of a map-style data set, of its length: a bad row is replaced by another one.
 
     Args:
-        dataset (`datasets.Dataset`): From `open_pairs`.
-        decoder ([`PairDecoder`]): Decodes its rows.
+        dataset: from `open_pairs`.
+        decoder: decodes its rows.
     """
 
     def __init__(self, dataset: Dataset, decoder: PairDecoder):
@@ -201,9 +205,9 @@ class PairStream(torch.utils.data.IterableDataset):
     sample that was used goes on with exactly the samples that would have followed. Rows before it are read but not decoded.
 
     Args:
-        dataset (`datasets.IterableDataset`): From `open_pairs`, already split by node where there are several.
-        decoder ([`PairDecoder`]): Decodes its rows.
-        places (sequence of (`int`, `int`)): Epoch and rows read at which each worker begins; none for the start.
+        dataset: from `open_pairs`, already split by node where there are several.
+        decoder: decodes its rows.
+        places: epoch and rows read at which each worker begins; none for the start.
     """
 
     def __init__(self, dataset: IterableDataset, decoder: PairDecoder, places: Sequence[tuple[int, int]] = ()):

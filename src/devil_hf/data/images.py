@@ -13,8 +13,9 @@ from typing import Any
 from datasets import Dataset, IterableDataset, load_dataset, load_from_disk
 from PIL import Image
 
-from devil_hf.data.captions import CAPTION_FILES, read_caption_records
-from devil_hf.data.worlds import SHAPES, World, parse_world
+from devil_hf.data.pairs.folder import METADATA_FILES, read_caption_folder
+from devil_hf.data.specifications import Sources, read_specification
+from devil_hf.data.worlds import SHAPES, World
 
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
 
@@ -130,19 +131,7 @@ def open_images(
         ValueError: for a source that is none of these, or holds no such column.
     """
     if isinstance(source, str | PathLike):
-        source = str(source)
-        if world := parse_world(source):
-            return _first(_scenes(world), limit)
-        path = Path(source)
-        if path.is_dir():
-            return _first(_folder(path, split, column), limit)
-        if path.exists() or source.count("/") != 1:
-            raise ValueError(
-                f"{source!r} is neither a folder of images, nor {SHAPES}:COUNT, nor the id of a Hub data set"
-            )
-        split = split or "train"
-        rows = load_dataset(source, split=split, streaming=True)
-        return StreamedImages(_named(f"{source}, split {split}", limit), lambda: rows, column, limit=limit)
+        return _named_images(read_specification(source), split, column, limit)
     if isinstance(source, IterableDataset):
         stream = source
         return StreamedImages(_named(_stream_name(stream), limit), lambda: stream, column, limit=limit)
@@ -151,6 +140,22 @@ def open_images(
     images = source
     name = f"list of {len(images)} images"
     return _first(NumberedImages(name, range(len(images)), lambda number: images[number], str), limit)
+
+
+def _named_images(
+    named: World | Sources | Path | str, split: str | None, column: str, limit: int | None
+) -> ImageStream:
+    if isinstance(named, World):
+        return _first(_scenes(named), limit)
+    if isinstance(named, Path) and named.is_dir():
+        return _first(_folder(named, split, column), limit)
+    if not isinstance(named, str) or named.count("/") != 1:
+        raise ValueError(
+            f"{named!s:.200} is neither a folder of images, nor {SHAPES}:COUNT, nor the id of a Hub data set"
+        )
+    split = split or "train"
+    rows = load_dataset(named, split=split, streaming=True)
+    return StreamedImages(_named(f"{named}, split {split}", limit), lambda: rows, column, limit=limit)
 
 
 def _first(images: NumberedImages, limit: int | None) -> NumberedImages:
@@ -185,8 +190,8 @@ def _folder(folder: Path, split: str | None, column: str) -> NumberedImages:
         part = split or "train"
         return _dataset(dataset[part], column, f"{folder}, split {part}")
     name = str(folder)
-    if any((folder / file).is_file() for file in CAPTION_FILES):
-        paths = [folder / record["image"] for record in read_caption_records(folder, split)]
+    if any((folder / file).is_file() for file in METADATA_FILES):
+        paths = [one.path for one in read_caption_folder(folder, split)]
         name = name if split is None else f"{folder}, split {split}"
     else:
         paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in EXTENSIONS)

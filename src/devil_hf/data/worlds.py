@@ -5,14 +5,11 @@ Recipes of this package train on world 0, and what is measured without a seed is
 trained on. The label says which one was read, so that no result can claim held-out scenes of a world that it was trained on.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
-from datasets import Dataset, Features, Image, IterableDataset, List, Value
-from PIL import Image as PILImage
 
 from devil_hf.data.shapes import Scene, make_scene, sample_scene
 
@@ -20,24 +17,6 @@ SHAPES = "shapes"
 TRAINING_WORLD, HELD_OUT_WORLD = 0, 1
 USUAL_COUNT = 200  # scenes of `shapes` without a number
 MAX_SHARDS = 64  # of a stream of scenes
-
-SCENE_FEATURES = Features(
-    {
-        "image": Image(),
-        "caption": Value("string"),
-        "captions": List(Value("string")),
-        "objects": List(
-            {
-                **{name: Value("string") for name in ("colour", "texture", "shape", "size")},
-                "centre": List(Value("float32")),
-                "box": List(Value("int32")),
-            }
-        ),
-        "masks": List(Image()),
-        "relations": List({"subject": Value("int32"), "relation": Value("string"), "object": Value("int32")}),
-        "background": Value("string"),
-    }
-)
 
 
 @dataclass(frozen=True)
@@ -93,23 +72,6 @@ class World:
         shards = min(self.count, MAX_SHARDS)
         return list(pairwise(self.count * shard // shards for shard in range(shards + 1)))
 
-    def dataset(self, captions: int = 5, streaming: bool = False) -> Dataset | IterableDataset:
-        """The scenes as a `datasets` data set with the columns of `SCENE_FEATURES`.
-
-        Args:
-            captions: texts of each scene in `captions`; `caption` is the first of them.
-            streaming: give an `IterableDataset` that makes rows when they are read; otherwise a `Dataset`, written once to the
-                cache of `datasets`.
-
-        Raises:
-            ValueError: if `captions` is not positive.
-        """
-        if captions < 1:
-            raise ValueError(f"captions={captions} must be positive")
-        cls = IterableDataset if streaming else Dataset
-        arguments = {"ranges": self.ranges(), "count": self.count, "seed": self.seed, "captions": captions}
-        return cls.from_generator(_scene_rows, features=SCENE_FEATURES, gen_kwargs=arguments)
-
 
 def world_label(seed: int) -> str:
     """What the world with this seed is called in results."""
@@ -135,28 +97,8 @@ def parse_world(text: str, count: int = USUAL_COUNT) -> World | None:
     return World(*[int(number) for number in numbers] or [count])
 
 
-def _scene_rows(ranges: Sequence[tuple[int, int]], count: int, seed: int, captions: int) -> Iterator[dict[str, Any]]:
-    world = World(count, seed)
-    for start, stop in ranges:
-        for index in range(start, stop):
-            scene, texts = world.captioned(index, captions)
-            yield {
-                "image": PILImage.fromarray(scene.image),
-                "caption": texts[0],
-                "captions": texts,
-                "objects": [
-                    {**item.attributes, "size": item.size, "centre": list(item.centre), "box": list(box)}
-                    for item, box in zip(scene.objects, scene.boxes, strict=True)
-                ],
-                "masks": [PILImage.fromarray(mask) for mask in scene.masks],
-                "relations": [{"subject": i, "relation": relation, "object": j} for i, relation, j in scene.relations],
-                "background": scene.background,
-            }
-
-
 __all__ = [
     "HELD_OUT_WORLD",
-    "SCENE_FEATURES",
     "SHAPES",
     "TRAINING_WORLD",
     "USUAL_COUNT",

@@ -54,7 +54,7 @@ def evaluate_captions(
     """Describe all pairs of `sources` by all layers together and by each alone, and score the descriptions.
 
     Args:
-        sources: as in a recipe, see `devil_hf.data.sources`.
+        sources: as in a recipe, see `devil_hf.data.pairs`.
         output_dir: where `predictions.jsonl` and `scores.json` are written; a pass that was stopped there goes on. Rows are told
             apart by their place in `sources`: data that change need another folder.
         metrics: see `caption_scores`.

@@ -23,8 +23,7 @@ from transformers.utils import logging
 
 from devil_hf.checkpoints.loading import load
 from devil_hf.data.decoding import BadSamples, PairDecoder
-from devil_hf.data.pairs import open_pairs
-from devil_hf.data.sources import REGIONS
+from devil_hf.data.pairs import REGIONS, open_pairs
 from devil_hf.evaluation.text.metrics import caption_scores
 from devil_hf.model.modeling_devil import DevilModel
 from devil_hf.model.pooling_devil import pool, region_weights

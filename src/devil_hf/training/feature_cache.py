@@ -26,9 +26,9 @@ from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 from devil_hf.data.decoding import PairDecoder
-from devil_hf.data.pairs import open_pairs
-from devil_hf.data.shards import expand_urls
-from devil_hf.data.sources import REGIONS
+from devil_hf.data.objects.masks import region_digest
+from devil_hf.data.pairs import REGIONS, open_pairs
+from devil_hf.data.pairs.shards import expand_urls
 from devil_hf.model.modeling_devil import DevilModel
 from devil_hf.model.processing_devil import DevilProcessor
 from devil_hf.training.features import pool_draws
@@ -53,7 +53,8 @@ def data_fingerprint(sources: Sequence[dict], dataset: Dataset | IterableDataset
         for table in dataset.with_format("arrow").iter(1000):
             columns = [table["key"], table["captions"], pc.struct_field(table["image"], "path"), table["region"]]
             for key, captions, path, region in zip(*(column.to_pylist() for column in columns), strict=True):
-                digest.update(json.dumps([key, captions, _file_state(path)]).encode() + (region or b""))
+                digest.update(json.dumps([key, captions, _file_state(path)]).encode())
+                digest.update(b"" if region is None else region_digest(region))
     else:
         digest.update(json.dumps(list(sources), sort_keys=True).encode())
         for source in sources:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import yaml
 
-from devil_hf.data.sources import REGIONS
+from devil_hf.data.pairs import REGIONS
 from devil_hf.model.configuration_devil import DevilConfig, check_lora
 from devil_hf.settings import option
 
@@ -52,7 +52,7 @@ class Recipe:
         "LoRA on the language model: rank, alpha, dropout, target_modules; {} for the defaults", None
     )
 
-    train_data: list = option("sources of captioned images, each with a `kind`; see devil_hf/data/sources.py", [])
+    train_data: list = option("sources of captioned images, each with a `kind`; see devil_hf/data/pairs", [])
     validation_data: list = option("sources whose loss chooses the checkpoint; never the test split", [])
     validation_images: int = option("validate on the first so many images", 2_000)
     bad_samples: float = option("share of broken images or empty captions above which the run stops", 0.05)

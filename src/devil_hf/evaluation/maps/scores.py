@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
-from devil_hf.data.captions import read_caption_records
+from devil_hf.data.pairs.folder import read_caption_folder
 from devil_hf.evaluation.maps.collecting import CENTRE, DEFAULT_COMBINATION, GRADCAM, RANDOM, read_arrays
 from devil_hf.evaluation.maps.measures import (
     FIXED_LEVEL,
@@ -136,7 +136,7 @@ def named_in_captions(names: Collection[str], sources: Sequence[str], least: int
         folder, split = (source, None) if Path(source).is_dir() else source.rpartition(":")[::2]
         if not folder:
             raise ValueError(f"--captions {source!r} is no folder: give FOLDER or FOLDER:SPLIT, such as flickr8k:train")
-        texts += [" ".join(record["captions"]).lower() for record in read_caption_records(folder, split)]
+        texts += [" ".join(one.captions).lower() for one in read_caption_folder(folder, split)]
     counted = {name: re.compile(rf"\b{re.escape(name.lower())}(s|es)?\b") for name in names}
     return {name for name, pattern in counted.items() if sum(bool(pattern.search(text)) for text in texts) >= least}
 

@@ -1,6 +1,18 @@
 """Image-text pairs of every source, as one `datasets` data set of undecoded rows.
 
-A source is a dictionary of a recipe: `kind` and the keyword arguments of that kind's function in `SOURCE_KINDS`.
+A source is a dictionary of a recipe, its `kind` and the keyword arguments of that kind's function in `PAIR_SOURCES`:
+
+    {"kind": "folder", "path": "flickr8k", "split": "train"}
+    {"kind": "coco", "annotations": "captions_val2017.json", "images": "val2017"}
+    {"kind": "flickr", "captions": "Flickr8k.token.txt", "images": "Images", "names": "Flickr_8k.trainImages.txt"}
+    {"kind": "webdataset", "urls": "https://host/cc3m/{00000..00331}.tar"}
+    {"kind": "hub", "path": "user/pairs", "split": "train", "image_column": "image", "caption_column": "caption"}
+    {"kind": "shapes", "size": 100000, "seed": 0}
+    {"kind": "regions", "path": "instances_train2017.json", "images": "train2017"}
+
+A kind is a function of a file of this folder (or of another package) that registers itself and returns rows with the columns of
+`PAIR_FEATURES`. A source is opened completely checked: what is missing is an error here, not in the middle of a run. The one
+thing that is left to the decoding of rows is whether each image, caption and region is any good.
 
 What a trainer may rely on, and what not:
 
@@ -15,14 +27,27 @@ What a trainer may rely on, and what not:
 """
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, get_type_hints
 
-from datasets import Dataset, IterableDataset, concatenate_datasets
+from datasets import Dataset, Features, Image, IterableDataset, List, Value, concatenate_datasets
 
-from devil_hf.data.sources import SOURCE_KINDS
+from devil_hf.registry import Registry
 
+PAIR_FEATURES = Features(
+    {
+        "key": Value("string"),
+        "image": Image(decode=False),
+        "captions": List(Value("string")),
+        "region": Value("binary"),  # what the captions speak of, see `objects/masks.py`; None for the whole image
+        "problem": Value("string"),  # why the row cannot be used, where its source knows it
+    }
+)
+REGIONS = "regions"
 MAX_SHARDS = 64  # of a map-style source that joins a stream
+
+
+PAIR_SOURCES: Registry[Callable[..., Dataset | IterableDataset]] = Registry("kind of source", "devil_hf.data.pairs")
 
 
 def open_pairs(
@@ -30,22 +55,21 @@ def open_pairs(
 ) -> Dataset | IterableDataset:
     """Open all `sources` as one data set.
 
-    Its columns are `key` (str), `image` (`datasets.Image(decode=False)`: `{"bytes", "path"}`, read lazily), `captions`
-    (list of str, as they were found) and `problem` (why the row is known to be unusable, else `None`). Several
-    sources are concatenated; where one streams, all do, and their shards are shuffled together.
+    Its columns are those of `PAIR_FEATURES`; images (`{"bytes", "path"}`) and captions are as they were found. Several sources
+    are concatenated; where one streams, all do, and their shards are shuffled together.
 
     Args:
-        sources (sequence of `dict`): Sources as written in a recipe.
-        seed (`int`): Seed of the order.
-        shuffle (`bool`): Shuffle; a stream shuffles the order of its shards and rows in a buffer.
-        shuffle_buffer (`int`): Rows held in the buffer of a stream, per worker.
+        sources: sources as written in a recipe.
+        seed: seed of the order.
+        shuffle: shuffle; a stream shuffles the order of its shards and rows in a buffer.
+        shuffle_buffer: rows held in the buffer of a stream, per worker.
 
     Raises:
         FileNotFoundError: if a file, folder or shard is missing.
         ValueError: if a source is malformed or empty, or lacks a column or split.
     """
     if not sources:
-        raise ValueError(f"no source of image-text pairs is given; kinds are {sorted(SOURCE_KINDS)}")
+        raise ValueError(f"no source of image-text pairs is given; kinds are {sorted(PAIR_SOURCES)}")
     if shuffle_buffer < 1:
         raise ValueError(f"shuffle_buffer={shuffle_buffer} must be at least 1")
     for position, source in enumerate(sources):
@@ -54,7 +78,7 @@ def open_pairs(
     for position, source in enumerate(sources):
         arguments = {name: value for name, value in source.items() if name != "kind"}
         try:
-            opened.append(SOURCE_KINDS[source["kind"]](**arguments))
+            opened.append(PAIR_SOURCES[source["kind"]](**arguments))
         except (ValueError, FileNotFoundError) as error:
             kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
             raise kind(f"sources[{position}] ({source['kind']}): {error}") from error
@@ -66,9 +90,9 @@ def open_pairs(
 
 
 def _check_source(source: dict[str, Any], where: str) -> None:
-    if not isinstance(source, dict) or source.get("kind") not in SOURCE_KINDS:
-        raise ValueError(f"{where} needs a `kind`, one of {sorted(SOURCE_KINDS)}; it is {source!r}")
-    function = SOURCE_KINDS[source["kind"]]
+    if not isinstance(source, dict) or source.get("kind") not in PAIR_SOURCES:
+        raise ValueError(f"{where} needs a `kind`, one of {sorted(PAIR_SOURCES)}; it is {source!r}")
+    function = PAIR_SOURCES[source["kind"]]
     fields, hints = inspect.signature(function).parameters, get_type_hints(function)
     for name, value in source.items():
         if name == "kind":
@@ -87,3 +111,6 @@ def _as_stream(dataset: Dataset | IterableDataset) -> IterableDataset:
     if isinstance(dataset, Dataset):
         return dataset.to_iterable_dataset(num_shards=min(len(dataset), MAX_SHARDS))
     return dataset
+
+
+__all__ = ["PAIR_FEATURES", "PAIR_SOURCES", "REGIONS", "open_pairs"]

@@ -6,18 +6,35 @@ and logged as a bad sample.
 """
 
 import json
-import re
 import tarfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from glob import glob, has_magic
-from itertools import islice, product
+from itertools import islice
 
+from datasets import IterableDataset
 from datasets.utils.file_utils import is_local_path, xexists, xopen
+
+from devil_hf.data.pairs import PAIR_FEATURES, PAIR_SOURCES
+from devil_hf.extras import needs
 
 IMAGE_FIELDS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 MAX_MEMBER_SIZE = 2**28  # bytes; a damaged header may claim anything
 PEEK = 100  # samples that are read to see whether a source has images and captions
+
+
+@PAIR_SOURCES.register("webdataset")
+def open_webdataset(urls: str | list, caption_field: str = "txt") -> IterableDataset:
+    """Tar shards in the layout of img2dataset, streamed.
+
+    Args:
+        urls: paths or URLs, with `{00000..00331}` for numbered shards.
+        caption_field: file ending of the caption, or `json.NAME` for a field of the json member.
+    """
+    shards = expand_urls(urls)
+    check_shards(shards, caption_field)
+    arguments = {"urls": shards, "caption_field": caption_field}
+    return IterableDataset.from_generator(shard_rows, features=PAIR_FEATURES, gen_kwargs=arguments)
 
 
 class _TarInfo(tarfile.TarInfo):
@@ -38,9 +55,12 @@ def expand_urls(urls: str | Sequence[str]) -> list[str]:
     Raises:
         FileNotFoundError: if no local file matches a pattern.
     """
+    needs("braceexpand", "train")
+    from braceexpand import braceexpand
+
     expanded = []
     for pattern in [urls] if isinstance(urls, str) else urls:
-        for url in _expand_braces(pattern):
+        for url in braceexpand(pattern):
             if is_local_path(url) and has_magic(url):
                 found = sorted(glob(url))
                 if not found:
@@ -78,8 +98,8 @@ def shard_rows(urls: Sequence[str], caption_field: str) -> Iterator[dict]:
     """Yield the rows of the shards in `urls`, in order; a damaged shard ends with a row that has only a `problem`.
 
     Args:
-        urls (sequence of `str`): Paths or URLs.
-        caption_field (`str`): File ending of the caption, such as `txt`, or `json.NAME` for a field of the json member.
+        urls: paths or URLs.
+        caption_field: file ending of the caption, such as `txt`, or `json.NAME` for a field of the json member.
     """
     for url in urls:
         samples = 0
@@ -148,17 +168,3 @@ def _row(name: str, fields: dict[str, bytes], caption_field: str) -> dict:
             problem = problem or f"no field {field!r} in its {ending} member ({error!r})"
     picture = {"bytes": fields[image], "path": f"{key}.{image}"} if image else None
     return {"key": key, "image": picture, "captions": captions, "region": None, "problem": problem}
-
-
-def _expand_braces(pattern: str) -> list[str]:
-    pieces = re.split(r"\{([^{}]*)\}", pattern)  # text and contents of braces in turn
-    choices = [_choices(piece) if position % 2 else [piece] for position, piece in enumerate(pieces)]
-    return ["".join(parts) for parts in product(*choices)]
-
-
-def _choices(content: str) -> list[str]:
-    numbers = re.fullmatch(r"(\d+)\.\.(\d+)", content)
-    if numbers is None:
-        return content.split(",")
-    first, last = numbers.groups()
-    return [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
