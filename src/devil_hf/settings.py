@@ -193,6 +193,38 @@ def _reader(hint: Any) -> Callable[[str], Any]:
     return hint if hint in (str, int, float, Path) else _json
 
 
+# --------------------------------------------------------------------------------------------- what many verbs have
+
+
+@dataclasses.dataclass(kw_only=True)
+class JsonSettings:
+    """What a verb has that prints something."""
+
+    json: bool = option("print JSON", False)
+
+
+@dataclasses.dataclass(kw_only=True)
+class ModelSettings(JsonSettings):
+    """What a verb has that asks a checkpoint."""
+
+    checkpoint: str | None = option("directory or Hub id (default: the shapes-world checkpoint of the package)", None)
+    device: str | None = option("default: cuda where there is one", None)
+
+
+@dataclasses.dataclass(kw_only=True)
+class LayerSettings(ModelSettings):
+    """What a verb has that asks some layers of a checkpoint."""
+
+    layers: list[str] | None = option("names or indices of layers (default: every one)", None)
+
+
+def read_layers(names: Sequence[str] | None, known: Sequence[str]) -> list[str | int] | None:
+    """Layers as typed: a name wins over an index, since some networks name their layers by numbers."""
+    if names is None:
+        return None
+    return [int(name) if name not in known and name.lstrip("-").isdigit() else name for name in names]
+
+
 # ------------------------------------------------------------------------------------------------------- documentation
 
 
@@ -201,24 +233,20 @@ def markdown_table(cls: type) -> str:
     hints = typing.get_type_hints(cls)
     lines = ["| option | type | default | |", "| --- | --- | --- | --- |"]
     for field in _in_order_of_help(cls):
-        default = default_of(field)
-        name = (
-            field.metadata.get("metavar") or field.name.upper()
-            if field.metadata.get("positional")
-            else _flag(field.name)
-        )
+        default, (inner, several) = default_of(field), _element(_without_none(hints[field.name]))
+        word = field.metadata.get("metavar") or _metavar(field.name.rstrip("s") if several else field.name, str)
+        name = word if field.metadata.get("positional") else _flag(field.name)
         shown = "" if default is False or default in NOTHING else f"`{_shown(default)}`"
         told = "**required**" if default is dataclasses.MISSING else shown
-        cells = [f"`{name}`", _told_type(field, hints[field.name]), told, field.metadata.get("help", "")]
+        kind = _told_type(field, inner)
+        cells = [f"`{name}`", f"several: {kind}" if several else kind, told, field.metadata.get("help", "")]
         lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
     return "\n".join(lines)
 
 
 def _told_type(field: dataclasses.Field, hint: Any) -> str:
-    inner, several = _element(_without_none(hint))
     names = {bool: "flag", str: "text", int: "whole number", float: "number", Path: "path"}
-    kind = " or ".join(f"`{one}`" for one in allowed_values(field, inner)) or names.get(inner, "JSON")
-    return f"several: {kind}" if several else kind
+    return " or ".join(f"`{one}`" for one in allowed_values(field, hint)) or names.get(hint, "JSON")
 
 
 # --------------------------------------------------------------------------------------------------------- types of fields
@@ -274,6 +302,11 @@ def make(cls: type[Settings], values: Mapping[str, Any], where: str = "") -> Set
     if validate := getattr(settings, "validate", None):
         validate()
     return settings
+
+
+def checked(settings: Settings) -> Settings:
+    """Settings made in Python, checked as `make` checks them."""
+    return make(type(settings), {one.name: getattr(settings, one.name) for one in dataclasses.fields(settings)})  # type: ignore[arg-type]
 
 
 def check_names(cls: type, values: Mapping[str, Any], where: str = "") -> None:
@@ -360,9 +393,13 @@ def _plain(value: Any) -> Any:
 
 
 __all__ = [
+    "JsonSettings",
+    "LayerSettings",
+    "ModelSettings",
     "add_options",
     "as_record",
     "check_names",
+    "checked",
     "from_namespace",
     "given",
     "hyphenated",
@@ -370,6 +407,7 @@ __all__ = [
     "markdown_table",
     "option",
     "parse",
+    "read_layers",
     "read_yaml",
     "understood",
 ]

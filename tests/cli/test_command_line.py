@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import pytest
 
 from devil_hf.cli.main import main
-from devil_hf.cli.verb import VERBS, JsonSettings, Verb, read_layers, show
-from devil_hf.settings import option
+from devil_hf.cli.verb import VERBS, Verb, show
+from devil_hf.settings import JsonSettings, option, read_layers
 
 LIGHT = """
 import sys

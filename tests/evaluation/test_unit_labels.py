@@ -28,7 +28,7 @@ from devil_hf.evaluation.units.simulation import (
     shuffled_labels,
 )
 from devil_hf.model.pooling_devil import region_weights
-from devil_hf.report.neurons import NeuronsArguments, neurons
+from devil_hf.report.neurons import NeuronsSettings, neurons
 
 
 @pytest.fixture(scope="module")
@@ -286,24 +286,32 @@ def test_natural_units_have_a_measurable_selectivity():
 
 def test_all_stages_leave_an_atlas(model, processor, images, tmp_path):
     pictures = [image.rotate(angle) for image in images for angle in range(0, 360, 24)]
-    arguments = NeuronsArguments(
-        tmp_path, pictures, layers=-1, k=3, held_out=2, candidates=2, permutations=100, limit=44, batch_size=22
+    settings = NeuronsSettings(
+        output_dir=tmp_path,
+        layers=["-1"],
+        exemplars=3,
+        held_out=2,
+        candidates=2,
+        permutations=100,
+        limit=44,
+        batch_size=22,
     )
-    summary = neurons(arguments, model, processor)
+    summary = neurons(settings, model, processor, images=pictures)
     assert summary["labels"]["mode"] == "features" and summary["checks"]["images"] == 22
     assert set(summary["checks"]) >= {"labels", "constant label", "shuffled labels"}
     assert summary["images"] == 22 and (tmp_path / "atlas" / "index.html").is_file()
     atlas = json.loads((tmp_path / "atlas" / "atlas.json").read_text())
     assert len(atlas["units"]) == summary["units"] == model.backbone.channels[-1]
     # A check on images among which exemplars were found, or of other units, would be worth nothing.
-    for changes, what in (({"held_out": 3}, "source"), ({"limit": 40}, "source"), ({"layers": 0}, "layers")):
+    for changes, what in (({"held_out": 3}, "source"), ({"limit": 40}, "source"), ({"layers": ["0"]}, "layers")):
         with pytest.raises(ValueError, match=f"cannot be checked like this: {what}"):
-            neurons(dataclasses.replace(arguments, stage="check", **changes), model, processor)
+            neurons(dataclasses.replace(settings, stage="check", **changes), model, processor, images=pictures)
     before = (tmp_path / "labels.json").read_text()
-    neurons(NeuronsArguments(tmp_path, stage="describe", strategy="greedy", candidates=2), model, processor)
+    again = NeuronsSettings(output_dir=tmp_path, stage="describe", strategy="greedy", candidates=2)
+    neurons(again, model, processor)
     assert (tmp_path / "labels.json").read_text() != before
     with pytest.raises(ValueError, match="run the check again"):
-        neurons(NeuronsArguments(tmp_path, stage="atlas"), model, processor)
+        neurons(NeuronsSettings(output_dir=tmp_path, stage="atlas"), model, processor)
 
 
 @pytest.mark.parametrize(

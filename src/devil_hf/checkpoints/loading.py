@@ -1,5 +1,6 @@
 """Models and processors by name, for the command line and the demo."""
 
+import sys
 from os import PathLike
 
 import torch
@@ -23,3 +24,13 @@ def load(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     model = AutoModel.from_pretrained(source, dtype=dtype).to(device).eval()
     return model, AutoProcessor.from_pretrained(source)
+
+
+def open_checkpoint(
+    checkpoint: str | PathLike | None = None, device: str | None = None
+) -> tuple[DevilModel, DevilProcessor]:
+    """Load a model and its processor, see `load`, and say on stderr what the checkpoint knows, where it says so."""
+    model, processor = load(checkpoint, device)
+    if model.config.scope:
+        print(f"note: {model.config.scope}", file=sys.stderr)
+    return model, processor

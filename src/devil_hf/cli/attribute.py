@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from devil_hf.cli.verb import VERBS, LayerSettings, Verb, open_checkpoint, read_layers, show
-from devil_hf.settings import option
+from devil_hf.cli.verb import VERBS, Verb, show
+from devil_hf.settings import LayerSettings, option, read_layers
 
 UNITS = {"evidence": "nats per token over the null prefix", "per_token": "nats per token", "sum": "nats"}
 
@@ -25,6 +25,7 @@ class AttributeSettings(LayerSettings):
 
 def attribute(settings: AttributeSettings) -> None:
     """Map, draw and print."""
+    from devil_hf.checkpoints.loading import open_checkpoint
     from devil_hf.model.image_processing_devil import load_images
     from devil_hf.report.figures import attribution_figure
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from devil_hf.cli.verb import VERBS, LayerSettings, Verb, open_checkpoint, read_layers, show
-from devil_hf.settings import option
+from devil_hf.cli.verb import VERBS, Verb, show
+from devil_hf.settings import LayerSettings, option, read_layers
 
 
 @dataclass(kw_only=True)
@@ -49,6 +49,7 @@ class DescribeSettings(LayerSettings):
 
 def describe(settings: DescribeSettings) -> None:
     """Describe, draw and print."""
+    from devil_hf.checkpoints.loading import open_checkpoint
     from devil_hf.model.image_processing_devil import load_images
 
     images = [image for path in settings.images for image in load_images(path)]

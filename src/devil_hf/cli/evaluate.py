@@ -4,11 +4,12 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from devil_hf.cli.verb import VERBS, JsonSettings, Verb, read_layers, state_scope
-from devil_hf.settings import option
+from devil_hf.cli.verb import VERBS, Verb
+from devil_hf.settings import JsonSettings, option, read_layers
 
 
 @dataclass(kw_only=True)
@@ -117,7 +118,7 @@ class MilanSettings(EvaluateSettings):
 def run_evaluate_captions(arguments: Any) -> None:
     from accelerate import PartialState
 
-    from devil_hf.checkpoints.loading import load
+    from devil_hf.checkpoints.loading import open_checkpoint
     from devil_hf.data.specifications import caption_sources
     from devil_hf.evaluation.captions import caption_table, evaluate_captions
     from devil_hf.evaluation.text.bertscore import BertScoreSettings
@@ -128,8 +129,7 @@ def run_evaluate_captions(arguments: Any) -> None:
     bert = BertScoreSettings(arguments.bert_model, arguments.bert_layers, arguments.bert_baseline)
     sources = caption_sources(arguments.source, arguments.split)
     PartialState(cpu=arguments.device == "cpu")
-    model, processor = load(None if arguments.checkpoint == "embedded" else arguments.checkpoint, arguments.device)
-    state_scope(model)
+    model, processor = open_checkpoint(None if arguments.checkpoint == "embedded" else arguments.checkpoint, arguments.device)
     content = evaluate_captions(
         model,
         processor,
@@ -149,7 +149,7 @@ def run_evaluate_captions(arguments: Any) -> None:
 
 
 def run_evaluate_maps(arguments: Any) -> None:
-    from devil_hf.checkpoints.loading import load
+    from devil_hf.checkpoints.loading import open_checkpoint
     from devil_hf.data.objects import open_localised
     from devil_hf.data.worlds import parse_world
     from devil_hf.evaluation.maps.collecting import MapSettings, collect_maps
@@ -168,8 +168,7 @@ def run_evaluate_maps(arguments: Any) -> None:
         seen = named_in_captions(
             {phrase for one in examples for phrase in one.groups}, arguments.captions, arguments.seen
         )
-    model, processor = load(arguments.checkpoint, arguments.device)
-    state_scope(model)
+    model, processor = open_checkpoint(arguments.checkpoint, arguments.device)
     layers = tuple(read_layers(arguments.layers, model.layer_names) or ())
     windows = read_windows(arguments.windows, layers, model.layer_names)
     settings = MapSettings(
@@ -196,13 +195,12 @@ def run_evaluate_maps(arguments: Any) -> None:
 
 
 def run_evaluate_controls(arguments: Any) -> int:
-    from devil_hf.checkpoints.loading import load
+    from devil_hf.checkpoints.loading import open_checkpoint
     from devil_hf.data.captioned import open_captioned
     from devil_hf.evaluation.controls import UNTRUSTED, control_table, run_controls
 
     data = open_captioned(arguments.data, arguments.split, arguments.limit)
-    model, processor = load(arguments.checkpoint, arguments.device)
-    state_scope(model)
+    model, processor = open_checkpoint(arguments.checkpoint, arguments.device)
     result = run_controls(
         model,
         processor,
@@ -220,7 +218,7 @@ def run_evaluate_controls(arguments: Any) -> int:
 
 
 def run_evaluate_neurons(arguments: Any) -> None:
-    from devil_hf.checkpoints.loading import load
+    from devil_hf.checkpoints.loading import open_checkpoint
     from devil_hf.data.milan import open_milan
     from devil_hf.evaluation.milan import label_annotated_units, neuron_table, null_label, table_text
     from devil_hf.evaluation.results import fingerprint
@@ -228,8 +226,7 @@ def run_evaluate_neurons(arguments: Any) -> None:
     if arguments.limit is not None and arguments.limit < 1:
         raise ValueError(f"--limit {arguments.limit} leaves nothing to label; give at least 1, or none")
     train, test = open_milan(arguments.milan, arguments.split)
-    model, processor = load(arguments.checkpoint, arguments.device)
-    state_scope(model)
+    model, processor = open_checkpoint(arguments.checkpoint, arguments.device)
     folder = arguments.output_dir
     if arguments.train_steps:
         from transformers import TrainingArguments
@@ -342,8 +339,8 @@ def subjects() -> Mapping[str, Verb]:
             name,
             one.summary,
             one.example,
-            lambda one=one: one.Settings,
-            lambda settings, name=name: run_and_print(name, settings),
+            partial(getattr, one, "Settings"),
+            partial(run_and_print, name),
         )
         for name, one in EVALUATORS.items()
     }

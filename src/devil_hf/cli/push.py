@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from devil_hf.cli.verb import VERBS, JsonSettings, Verb, show
-from devil_hf.settings import option
+from devil_hf.cli.verb import VERBS, Verb, show
+from devil_hf.settings import JsonSettings, option
 
 
 @dataclass(kw_only=True)
@@ -66,7 +66,7 @@ def push(settings: PushSettings) -> None:
         if not settings.json:
             print("\n".join(f"note: {note}" for note in draft.notes), file=sys.stderr)
         return
-    sent = {"private": settings.private, "commit_message": settings.commit_message}
+    sent: dict[str, Any] = {"private": settings.private, "commit_message": settings.commit_message}
     urls = {"commit": push_checkpoint(settings.checkpoint, repo_id, **settings.contents(), **sent)}
     if space:
         urls["space"] = push_space(space, repo_id, **sent)

@@ -2,10 +2,11 @@
 
 import tempfile
 from dataclasses import dataclass
+from typing import Any
 
 from devil_hf.cli.push import listing
-from devil_hf.cli.verb import VERBS, JsonSettings, Verb, show
-from devil_hf.settings import option
+from devil_hf.cli.verb import VERBS, Verb, show
+from devil_hf.settings import JsonSettings, option
 
 
 @dataclass(kw_only=True)
@@ -29,7 +30,7 @@ def space(settings: SpaceSettings) -> None:
             tree, card = draft.tree(), str(draft.card)
         show(settings, {"files": tree, "card": card}, listing(tree, card))
         return
-    sent = {"private": settings.private, "commit_message": settings.commit_message}
+    sent: dict[str, Any] = {"private": settings.private, "commit_message": settings.commit_message}
     url = push_space(settings.space_id, settings.checkpoint, **sent)
     show(settings, {"space_id": settings.space_id, "url": url}, url)
 

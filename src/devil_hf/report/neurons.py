@@ -7,18 +7,19 @@ Four stages, each of which leaves its result in the output folder, where the nex
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from accelerate import PartialState
 from safetensors.torch import save_file
 from torch import Tensor
 
+from devil_hf.checkpoints.loading import open_checkpoint
+from devil_hf.data.directions import read_directions
 from devil_hf.data.exemplars import ExemplarSet, UnitReader, find_exemplars, open_network
 from devil_hf.data.images import ImageStream, open_images
-from devil_hf.data.unit_features import MODES, pool_units
-from devil_hf.evaluation.units.labels import STRATEGIES, label_units
+from devil_hf.data.unit_features import pool_units
+from devil_hf.evaluation.units.labels import LabelSettings, label_units
 from devil_hf.evaluation.units.simulation import (
     check_constant,
     check_labels,
@@ -29,244 +30,260 @@ from devil_hf.evaluation.units.simulation import (
 )
 from devil_hf.model.image_processing_devil import DevilImageProcessor
 from devil_hf.model.modeling_devil import DevilModel
+from devil_hf.model.pooling_devil import resolve_layer
 from devil_hf.model.processing_devil import DevilProcessor
 from devil_hf.report.atlas import write_atlas
+from devil_hf.settings import LayerSettings, checked, option, read_layers
 
-STAGES = ("exemplars", "describe", "check", "atlas", "all")
+Stage = Literal["exemplars", "describe", "check", "atlas", "all"]
+STAGES = get_args(Stage)
 
 
-@dataclass
-class NeuronsArguments:
-    """What `devil neurons` does.
+@dataclass(kw_only=True)
+class NeuronsSettings(LayerSettings, LabelSettings):
+    """Which units, and how they are named and checked."""
 
-    Args:
-        output_dir: folder of all results.
-        images: where exemplars are looked for, see `open_images`.
-        stage: one of `STAGES`.
-        network: timm or transformers id, local directory or module whose units are named; None for the translator's backbone.
-        layers: of the network; None for the translator's, or the network's stages.
-        directions: linear read-outs (M, C) by layer, which become units.
-        direction_biases: (M,) by layer.
-        direction_names: M names by layer, for the atlas.
-        channels: whether channels are units, too.
-        split, column, limit: of the images.
-        k, quantile: exemplars per unit, and the quantile of the masks.
-        held_out: every n-th image is kept from the exemplars, for the check; 0 where `check_images` are other images.
-        check_images: images for the check.
-        mode: "pixels" or "features"; None takes "features" where it is possible.
-        strategy, candidates, prior_weight, words: see `label_units`.
-        carrier: neutral word before words and labels that are scored.
-        permutations, alpha, seed: of the check.
-    """
-
-    output_dir: str | PathLike
-    images: Any = None
-    stage: str = "all"
-    network: Any = None
-    layers: str | int | Sequence[str | int] | None = None
-    directions: Mapping[str, Tensor] | None = None
-    direction_biases: Mapping[str, Tensor] | None = None
-    direction_names: Mapping[str, Sequence[str]] | None = None
-    channels: bool = True
-    split: str | None = None
-    column: str = "image"
-    limit: int | None = None
-    k: int = 15
-    quantile: float = 0.99
-    held_out: int = 5
-    check_images: Any = None
-    mode: str | None = None
-    strategy: str = "rerank"
-    candidates: int = 5
-    prior_weight: float = 0.2
-    words: Sequence[str] | None = None
-    carrier: str | None = None
-    permutations: int = 2_000
-    alpha: float = 0.05
-    batch_size: int = 32
-    workers: int = 0
-    seed: int = 0
+    images: str | None = option(
+        "folder of images, caption folder, Hub data set, or shapes:COUNT; not needed to describe or for the atlas alone",
+        None,
+        positional=True,
+    )
+    output_dir: Path = option("of exemplars, labels, checks and atlas", Path("devil-neurons"))
+    stage: Stage = option("what to do; each stage goes on from the folder of the one before", "all")
+    network: str | None = option("id or directory of the network (default: the checkpoint's own backbone)", None)
+    directions: Path | None = option("safetensors or npy file of directions of one layer, as units", None)
+    tensor: str | None = option("name of the tensor in that file, such as W_dec", None)
+    direction_names: Path | None = option("file of names of the directions, one a line, for the atlas", None)
+    channels: bool = option("beside directions, channels are units, too", False)
+    split: str | None = option("of a caption folder or data set", None)
+    column: str = option("of a data set, which holds the images", "image")
+    limit: int | None = option("only this many images", None)
+    exemplars: int = option("per unit", 15, metavar="K")
+    quantile: float = option("of the masks", 0.99)
+    held_out: int = option("check on every N-th image, which is kept from the exemplars", 5)
+    check_images: str | None = option("check on these images instead", None)
+    mode: Literal["pixels", "features"] | None = option(
+        "re-encode the exemplars by the checkpoint's backbone, or take the unit's own features (default, where possible)",
+        None,
+    )
+    permutations: int = option("of the check", 2_000)
+    alpha: float = option("false discovery rate of the check", 0.05)
+    seed: int = option("of the permutations", 0)
+    batch_size: int = option("images at once", 32)
+    workers: int = option("processes that read images ahead", 0)
 
     def validate(self) -> None:
-        """Raise a clear error for what can be seen to be wrong before anything is computed."""
-        for value, name, known in (
-            (self.stage, "stage", STAGES),
-            (self.mode or MODES[0], "mode", MODES),
-            (self.strategy, "strategy", STRATEGIES),
-        ):
-            if value not in known:
-                raise ValueError(f"{name}={value!r} is not one of {known}")
-        if self.stage in ("exemplars", "check", "all") and self.images is None:
-            raise ValueError("there are no images: name a folder, a data set, or shapes:COUNT for scenes")
+        """Raise a ValueError for what can be seen to be wrong before anything is computed."""
+        super().validate()
         if self.held_out == 1 or self.held_out < 0:
             raise ValueError(
                 f"held_out={self.held_out}: keep every n-th image from the exemplars, n of 2 or more, or 0"
             )
-        if self.stage in ("check", "all") and not self.held_out and self.check_images is None:
-            raise ValueError("labels are checked on images without exemplars: set held_out, or name check_images")
-        if (self.strategy == "words") != bool(self.words):
-            raise ValueError('the strategy "words", and it alone, needs words to choose from')
+        if self.directions and (self.network or len(self.layers or ()) != 1):
+            raise ValueError("directions belong to one layer of the checkpoint's backbone: name it by --layers")
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """What there is to do, in its order."""
+        return STAGES[:-1] if self.stage == "all" else (self.stage,)
 
 
-def neurons(arguments: NeuronsArguments, model: DevilModel, processor: DevilProcessor) -> dict:
+@dataclass
+class Objects:
+    """What a Python user has at hand instead of naming it in the settings.
+
+    Args:
+        images, check_images: PIL images, or whatever `open_images` takes.
+        network: module whose units are named.
+        directions: linear read-outs (M, C) by layer, which become units; with `channels` of the settings, beside them.
+        direction_biases: (M,) by layer.
+        direction_names: M names by layer, for the atlas.
+    """
+
+    images: Any = None
+    check_images: Any = None
+    network: Any = None
+    directions: Mapping[str, Tensor] | None = None
+    direction_biases: Mapping[str, Tensor] | None = None
+    direction_names: Mapping[str, Sequence[str]] | None = None
+
+
+def neurons(
+    settings: NeuronsSettings,
+    model: DevilModel | None = None,
+    processor: DevilProcessor | None = None,
+    **objects: Any,
+) -> dict[str, Any]:
     """Run a stage, or all of them.
+
+    Args:
+        model, processor: instead of loading `settings.checkpoint`.
+        objects: what `Objects` holds, instead of the settings of the same names.
 
     Returns:
         A summary: the folders, numbers of units and images, and the summary of the check beside its two controls.
     """
-    arguments.validate()
-    folder = Path(arguments.output_dir)
-    stages = STAGES[:-1] if arguments.stage == "all" else (arguments.stage,)
-    summary: dict[str, Any] = {"output": str(folder)}
-    if PartialState().num_processes > 1:
-        model.to(PartialState().device)
-    reader, reading = None, None
-    if {"exemplars", "check"} & set(stages):
-        reader, reading = _reader(arguments, model, processor)
-    if "exemplars" in stages:
-        images, _ = _images(arguments)
-        find_exemplars(
-            reader,  # type: ignore[arg-type]
-            reading,  # type: ignore[arg-type]
-            images,
-            folder / "exemplars",
-            arguments.k,
-            arguments.quantile,
-            arguments.batch_size,
-            workers=arguments.workers,
-        )
-    exemplars = ExemplarSet(folder / "exemplars")
+    run = _Run(checked(settings), Objects(**objects), model, processor)
+    if {"exemplars", "check"} & set(run.settings.stages):
+        run.open_reader()
+    summary: dict[str, Any] = {"output": str(run.folder)}
+    if "exemplars" in run.settings.stages:
+        run.find_exemplars()
+    exemplars = ExemplarSet(run.folder / "exemplars")
     if not PartialState().is_main_process:  # several processes share the pass over the images alone
         return summary
     summary |= {"units": len(exemplars), "images": exemplars.summary["images"], "layers": exemplars.layers}
-    if "describe" in stages:
-        _describe(arguments, model, processor, exemplars, folder)
-    if "check" in stages:
-        _check(arguments, model, processor, reader, reading, folder)
-    if "atlas" in stages:
-        labels = _read(folder / "labels.json", "describe")
-        checks = json.loads((folder / "checks.json").read_text()) if (folder / "checks.json").is_file() else None
-        if checks is not None and checks["labels"] != [row["label"] for row in labels["units"]]:
-            raise ValueError(
-                f"{folder / 'checks.json'} checks other labels than labels.json holds: run the check again"
-            )
-        network = Path(str(exemplars.summary["network"])).name
-        title = f"{', '.join(exemplars.layers)} of {network if network != 'None' else 'the network'}"
-        page = write_atlas(
-            exemplars,
-            labels["units"],
-            folder / "atlas",
-            None if checks is None else checks["units"],
-            {"title": title, "labels": labels["settings"], **({} if checks is None else {"check": checks["summary"]})},
-            arguments.direction_names,
-        )
-        summary["atlas"] = str(page)
+    if "describe" in run.settings.stages:
+        run.describe(exemplars)
+    if "check" in run.settings.stages:
+        run.check()
+    if "atlas" in run.settings.stages:
+        summary["atlas"] = str(run.write_atlas(exemplars))
     for name in ("labels", "checks"):
-        if (folder / f"{name}.json").is_file():
-            content = json.loads((folder / f"{name}.json").read_text())
+        if (run.folder / f"{name}.json").is_file():
+            content = json.loads((run.folder / f"{name}.json").read_text())
             summary[name] = content["settings"] if name == "labels" else content["summary"]
     return summary
 
 
-def _images(arguments: NeuronsArguments) -> tuple[ImageStream, ImageStream]:
-    """Images for exemplars, and others for the check."""
-    images = open_images(arguments.images, arguments.split, arguments.column, arguments.limit)
-    kept, held = images.split(arguments.held_out) if arguments.held_out else (images, images)
-    if arguments.check_images is not None:
-        held = open_images(arguments.check_images, arguments.split, arguments.column)
-    return kept, held
+class _Run:
+    """The stages, and what they share: the model, the units' reader and the preprocessing of their network."""
 
+    reader: UnitReader
+    reading: DevilImageProcessor
 
-def _reader(arguments: NeuronsArguments, model: DevilModel, processor: DevilProcessor):
-    """The network's units, and its preprocessing."""
-    backbone, reading = model.backbone, processor.image_processor
-    layers = arguments.layers
-    if arguments.network is not None:
-        device = next(model.backbone.parameters()).device
-        backbone, reading = open_network(arguments.network, arguments.layers, device)
-        layers = None
-    return UnitReader(backbone, arguments.directions, arguments.direction_biases, arguments.channels, layers), reading
+    def __init__(
+        self, settings: NeuronsSettings, objects: Objects, model: DevilModel | None, processor: DevilProcessor | None
+    ):
+        self.settings, self.objects, self.folder = settings, objects, settings.output_dir
+        self.source = settings.images if objects.images is None else objects.images
+        self.check_source = settings.check_images if objects.check_images is None else objects.check_images
+        self.held_out = settings.held_out if self.check_source is None else 0
+        if self.source is None and settings.stage in ("exemplars", "check", "all"):
+            raise ValueError("there are no images: name a folder, a data set, or shapes:COUNT for scenes")
+        if self.check_source is None and not self.held_out and settings.stage in ("check", "all"):
+            raise ValueError("labels are checked on images without exemplars: set held_out, or name check_images")
+        if model is None or processor is None:
+            model, processor = open_checkpoint(settings.checkpoint, settings.device)
+        if PartialState().num_processes > 1:
+            model.to(PartialState().device)
+        self.model, self.processor = model, processor
 
+    def images(self) -> tuple[ImageStream, ImageStream]:
+        """Images for exemplars, and others for the check."""
+        settings = self.settings
+        images = open_images(self.source, settings.split, settings.column, settings.limit)
+        kept, held = images.split(self.held_out) if self.held_out else (images, images)
+        if self.check_source is not None:
+            held = open_images(self.check_source, settings.split, settings.column)
+        return kept, held
 
-def _describe(
-    arguments: NeuronsArguments, model: DevilModel, processor: DevilProcessor, exemplars, folder: Path
-) -> None:
-    mode = arguments.mode
-    if mode is None:
-        same = exemplars.summary["weights_sha256"].partition("+")[0] == model.backbone.config["sha256"]
-        mode = "features" if same and set(exemplars.layers) <= set(model.layer_names) else "pixels"
-    settings = {"mode": mode, "strategy": arguments.strategy}
-    if arguments.strategy == "rerank":
-        settings |= {"prior_weight": arguments.prior_weight}  # type: ignore[dict-item]
-    rows = label_units(
-        model,
-        processor,
-        pool_units(model, processor, exemplars, mode),
-        arguments.strategy,
-        arguments.candidates,
-        arguments.prior_weight,
-        arguments.words,
-        arguments.carrier,
-    )
-    _write({"settings": settings, "units": rows}, folder / "labels.json")
+    def open_reader(self) -> None:
+        """The network's units, and its preprocessing."""
+        network = self.settings.network if self.objects.network is None else self.objects.network
+        layers = read_layers(self.settings.layers, [] if network is not None else self.model.layer_names)
+        backbone, self.reading = self.model.backbone, self.processor.image_processor
+        if network is not None:
+            backbone, self.reading = open_network(network, layers, next(self.model.backbone.parameters()).device)
+            layers = None
+        directions = self.objects.directions
+        if self.settings.directions:
+            at = resolve_layer(layers[0], self.model.layer_names)  # type: ignore[index]
+            read = read_directions(self.settings.directions, backbone.channels[at], self.settings.tensor)
+            directions = {self.model.layer_names[at]: read}
+        channels = self.settings.channels or not directions
+        self.reader = UnitReader(backbone, directions, self.objects.direction_biases, channels, layers)
 
-
-def _check(
-    arguments: NeuronsArguments,
-    model: DevilModel,
-    processor: DevilProcessor,
-    reader: UnitReader | None,
-    reading: DevilImageProcessor | None,
-    folder: Path,
-) -> None:
-    rows = _read(folder / "labels.json", "describe")["units"]
-    kept, images = _images(arguments)
-    _check_origin(arguments, reader, kept, folder)  # type: ignore[arg-type]
-    unit_labels = [row["label"] for row in rows]
-    labels = sorted({label for label in unit_labels if label})
-    activations = held_out_activations(reader, reading, images, arguments.batch_size)  # type: ignore[arg-type]
-    evidence = held_out_evidence(model, processor, images, labels, arguments.batch_size, arguments.carrier)
-    if activations.shape[1] != evidence.shape[1] or len(activations) != len(rows):
-        raise ValueError(
-            f"{tuple(activations.shape)} activations do not fit {evidence.shape[1]} images and {len(rows)} labels: "
-            "some images cannot be read, or layers differ from those of the exemplars"
+    def find_exemplars(self) -> None:
+        """The stage "exemplars"."""
+        settings = self.settings
+        find_exemplars(
+            self.reader,
+            self.reading,
+            self.images()[0],
+            self.folder / "exemplars",
+            settings.exemplars,
+            settings.quantile,
+            settings.batch_size,
+            workers=settings.workers,
         )
-    save_file(
-        {"activations": activations, "evidence": evidence},
-        folder / "held_out.safetensors",
-        {"labels": json.dumps(labels)},
-    )
-    options: dict[str, Any] = {
-        "permutations": arguments.permutations,
-        "alpha": arguments.alpha,
-        "seed": arguments.seed,
-    }
-    checks = check_labels(activations, evidence, labels, unit_labels, **options)
-    summary = {
-        "images": activations.shape[1],
-        "alpha": arguments.alpha,
-        "permutations": arguments.permutations,
-        "labels": check_summary(checks),
-        "constant label": check_constant(activations, evidence, labels, unit_labels, **options),
-        "shuffled labels": check_shuffled(activations, evidence, labels, unit_labels, **options),
-    }
-    _write({"summary": summary, "labels": unit_labels, "units": checks}, folder / "checks.json")
 
+    def describe(self, exemplars: ExemplarSet) -> None:
+        """The stage "describe": labels.json."""
+        mode = self.settings.mode
+        if mode is None:
+            same = exemplars.summary["weights_sha256"].partition("+")[0] == self.model.backbone.config["sha256"]
+            mode = "features" if same and set(exemplars.layers) <= set(self.model.layer_names) else "pixels"
+        noted: dict[str, Any] = {"mode": mode, "strategy": self.settings.strategy}
+        if self.settings.strategy == "rerank":
+            noted |= {"prior_weight": self.settings.prior_weight}
+        pooled = pool_units(self.model, self.processor, exemplars, mode)
+        rows = label_units(self.model, self.processor, pooled, **self.settings.choice())
+        _write({"settings": noted, "units": rows}, self.folder / "labels.json")
 
-def _check_origin(arguments: NeuronsArguments, reader: UnitReader, kept: ImageStream, folder: Path) -> None:
-    """Make sure that the exemplars are of the same units, and not of images that the check sees."""
-    found = ExemplarSet(folder / "exemplars").summary
-    asked = {"weights_sha256": reader.fingerprint, "layers": reader.layers}
-    if arguments.check_images is None:
-        asked["source"] = kept.name  # holds limit and split, and which images are held out
-    different = [
-        f"{name} is {found[name]!r}, asked for {value!r}" for name, value in asked.items() if found[name] != value
-    ]
-    if different:
-        raise ValueError(
-            f"the exemplars in {folder} cannot be checked like this: {'; '.join(different)}. Name the same images, held_out, "
-            "limit, split, network and layers as for the exemplars, or check on other images (check_images)"
+    def check(self) -> None:
+        """The stage "check": checks.json, and the numbers that it comes from."""
+        settings = self.settings
+        rows = _read(self.folder / "labels.json", "describe")["units"]
+        kept, images = self.images()
+        self.check_origin(kept)
+        unit_labels = [row["label"] for row in rows]
+        labels = sorted({label for label in unit_labels if label})
+        activations = held_out_activations(self.reader, self.reading, images, settings.batch_size)
+        evidence = held_out_evidence(self.model, self.processor, images, labels, settings.batch_size, settings.carrier)
+        if activations.shape[1] != evidence.shape[1] or len(activations) != len(rows):
+            raise ValueError(
+                f"{tuple(activations.shape)} activations do not fit {evidence.shape[1]} images and {len(rows)} labels: "
+                "some images cannot be read, or layers differ from those of the exemplars"
+            )
+        content = {"activations": activations, "evidence": evidence}
+        save_file(content, self.folder / "held_out.safetensors", {"labels": json.dumps(labels)})
+        options: dict[str, Any] = {name: getattr(settings, name) for name in ("permutations", "alpha", "seed")}
+        checks = check_labels(activations, evidence, labels, unit_labels, **options)
+        summary = {
+            "images": activations.shape[1],
+            "alpha": settings.alpha,
+            "permutations": settings.permutations,
+            "labels": check_summary(checks),
+            "constant label": check_constant(activations, evidence, labels, unit_labels, **options),
+            "shuffled labels": check_shuffled(activations, evidence, labels, unit_labels, **options),
+        }
+        _write({"summary": summary, "labels": unit_labels, "units": checks}, self.folder / "checks.json")
+
+    def check_origin(self, kept: ImageStream) -> None:
+        """Make sure that the exemplars are of the same units, and not of images that the check sees."""
+        found = ExemplarSet(self.folder / "exemplars").summary
+        asked = {"weights_sha256": self.reader.fingerprint, "layers": self.reader.layers}
+        if self.check_source is None:
+            asked["source"] = kept.name  # holds limit and split, and which images are held out
+        different = [
+            f"{name} is {found[name]!r}, asked for {value!r}" for name, value in asked.items() if found[name] != value
+        ]
+        if different:
+            raise ValueError(
+                f"the exemplars in {self.folder} cannot be checked like this: {'; '.join(different)}. Name the same images, "
+                "held_out, limit, split, network and layers as for the exemplars, or check on other images (check_images)"
+            )
+
+    def write_atlas(self, exemplars: ExemplarSet) -> Path:
+        """The stage "atlas"; returns its page."""
+        labels = _read(self.folder / "labels.json", "describe")
+        checks = _read(self.folder / "checks.json", "check") if (self.folder / "checks.json").is_file() else None
+        if checks is not None and checks["labels"] != [row["label"] for row in labels["units"]]:
+            raise ValueError(
+                f"{self.folder / 'checks.json'} checks other labels than labels.json holds: run the check again"
+            )
+        names = self.objects.direction_names
+        if self.settings.direction_names:
+            lines = self.settings.direction_names.read_text().splitlines()
+            names = {exemplars.layers[0]: [line.strip() for line in lines]}
+        network = Path(str(exemplars.summary["network"])).name
+        title = f"{', '.join(exemplars.layers)} of {network if network != 'None' else 'the network'}"
+        about = {"title": title, "labels": labels["settings"]} | (
+            {} if checks is None else {"check": checks["summary"]}
         )
+        checked_units = None if checks is None else checks["units"]
+        return write_atlas(exemplars, labels["units"], self.folder / "atlas", checked_units, about, names)
 
 
 def _read(file: Path, stage: str) -> dict:
@@ -277,3 +294,6 @@ def _read(file: Path, stage: str) -> dict:
 
 def _write(content: dict, file: Path) -> None:
     file.write_text(json.dumps(content, indent=1) + "\n")
+
+
+__all__ = ["NeuronsSettings", "Objects", "neurons"]

@@ -6,8 +6,10 @@ given words ("words"), by evidence.
 """
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -17,9 +19,36 @@ from tqdm.auto import tqdm
 from devil_hf.data.unit_features import PooledUnits
 from devil_hf.model.modeling_devil import DevilModel
 from devil_hf.model.processing_devil import DevilProcessor
+from devil_hf.settings import option
 
 STRATEGIES = ("greedy", "beam", "rerank", "words")
 ROWS = 256  # units decoded at once
+
+
+@dataclass(kw_only=True)
+class LabelSettings:
+    """How labels of units are chosen: what `devil neurons` and `devil evaluate neurons` have in common."""
+
+    strategy: Literal["greedy", "beam", "rerank", "words"] = option("how a label is chosen", "rerank")
+    candidates: int = option("beams to choose from", 5)
+    prior_weight: float = option("of the null prefix in rerank", 0.2)
+    words: Path | None = option('file of words, one a line, that --strategy "words" chooses from', None)
+    carrier: str | None = option('a neutral word read before each of the words, such as "the"', None)
+
+    def validate(self) -> None:
+        """Raise a ValueError for what can be seen to be wrong before anything is computed."""
+        if (self.strategy == "words") != bool(self.words):
+            raise ValueError('the strategy "words", and it alone, needs words to choose from')
+        if self.candidates < 2:
+            raise ValueError(f"candidates={self.candidates} must be at least 2: one is the label, one the runner-up")
+
+    def choice(self) -> dict[str, Any]:
+        """The arguments of `label_units`."""
+        words = None
+        if self.words is not None:
+            words = [line.strip() for line in self.words.read_text().splitlines() if line.strip()]
+        names = ("strategy", "candidates", "prior_weight", "carrier")
+        return {name: getattr(self, name) for name in names} | {"words": words}
 
 
 @torch.no_grad()
