@@ -129,7 +129,9 @@ def run_evaluate_captions(arguments: Any) -> None:
     bert = BertScoreSettings(arguments.bert_model, arguments.bert_layers, arguments.bert_baseline)
     sources = caption_sources(arguments.source, arguments.split)
     PartialState(cpu=arguments.device == "cpu")
-    model, processor = open_checkpoint(None if arguments.checkpoint == "embedded" else arguments.checkpoint, arguments.device)
+    model, processor = open_checkpoint(
+        None if arguments.checkpoint == "embedded" else arguments.checkpoint, arguments.device
+    )
     content = evaluate_captions(
         model,
         processor,
