@@ -12,28 +12,17 @@ device computes faster in bf16 than in fp32, else plain fp32 once more.
 """
 
 import argparse
+import copy
 import json
 import statistics
-import time
 
-import timm
 import torch
-from benchmark_training import bf16_pays, training
-from transformers import AutoModelForCausalLM, OPTConfig, logging
+from benchmark_training import bf16_pays, build, timed, training
+from transformers.utils import logging
 
 from devil_hf import DevilModel
 
 PHRASES = torch.tensor([[5, 120, 9], [5, 77, 2201], [8, 19, 31], [40, 1200, 7], [40, 11, 3]])  # five of three tokens
-
-
-def paper_model(device: str) -> DevilModel:
-    """ResNet-50, a 12 x 768 translator and OPT-125M's shape, with random weights."""
-    torch.manual_seed(0)
-    backbone = timm.create_model("resnet50", num_classes=0)
-    # The defaults are OPT-125M's sizes; without an EOS every description has the length asked for.
-    config = OPTConfig(bos_token_id=2, eos_token_id=None, pad_token_id=1)
-    language_model = AutoModelForCausalLM.from_config(config)
-    return DevilModel.from_backbone_and_language_model(backbone, language_model).to(device).eval()
 
 
 # ------------------------------------------------------------------------------------------------------ the naive loop
@@ -86,16 +75,6 @@ def naive_describe(model: DevilModel, pixel_values: torch.Tensor, words: int) ->
 
 
 # ---------------------------------------------------------------------------------------------------------- measuring
-
-
-def timed(function, *arguments) -> tuple[float, torch.Tensor]:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    began = time.perf_counter()
-    result = function(*arguments)
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - began, result
 
 
 def our_attribution(model: DevilModel, pixel_values: torch.Tensor, phrases: torch.Tensor) -> torch.Tensor:
@@ -184,9 +163,10 @@ def main():
     if "training" in subjects:
         report |= training(arguments.device, arguments.threads, arguments.repeats)
     if {"attribution", "describe"} & set(subjects):
-        model = paper_model(arguments.device)
+        # Without an EOS every description has the length asked for.
+        model = build("paper", arguments.device, eos_token_id=None).eval()
         pays = bf16_pays(arguments.device)
-        fast_model = paper_model(arguments.device).to(torch.bfloat16) if pays else model
+        fast_model = copy.deepcopy(model).to(torch.bfloat16) if pays else model
         report["fast"] = "bf16 weights" if pays else "plain fp32: bf16 is slower on this device"
         pixel_values = torch.randn(1, 3, 224, 224, device=arguments.device)
     if "attribution" in subjects:

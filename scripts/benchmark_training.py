@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -24,6 +25,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, GPT2Config, OPTConfig
 
 from devil_hf import DevilModel
+from devil_hf.build import from_backbone_and_language_model
 from devil_hf.model.pooling_devil import layer_dropout
 
 CAPTION_TOKENS = 20
@@ -39,18 +41,20 @@ SMALL_TRANSLATOR = {
 }
 
 
-def build(shape: str, device: str) -> DevilModel:
+def build(shape: str, device: str, eos_token_id: int | None = 2) -> DevilModel:
     """The paper's shape (ResNet-50, 12 x 768, OPT-125M) or the small one of the recipe flickr8k_small, with random weights."""
     torch.manual_seed(0)
     if shape == "paper":
         backbone, fields = timm.create_model("resnet50", num_classes=0), {}
-        config = OPTConfig(bos_token_id=2, eos_token_id=2, pad_token_id=1)  # the defaults are OPT-125M's sizes
+        config = OPTConfig(
+            bos_token_id=2, eos_token_id=eos_token_id, pad_token_id=1
+        )  # its defaults are OPT-125M's sizes
     else:
         backbone, fields = timm.create_model("mobilenetv2_100", num_classes=0), SMALL_TRANSLATOR
         config = GPT2Config(vocab_size=4000, n_embd=256, n_layer=4, n_head=4, n_positions=128, bos_token_id=1)
-        config.eos_token_id = 2
+        config.eos_token_id = eos_token_id
     language_model = AutoModelForCausalLM.from_config(config)
-    return DevilModel.from_backbone_and_language_model(backbone, language_model, **fields).to(device)
+    return from_backbone_and_language_model(backbone, language_model, **fields).to(device)
 
 
 # ------------------------------------------------------------------------------------------------------ the naive step
@@ -126,14 +130,15 @@ def make_steps(model: DevilModel, variants: list[str], batch: int, device: str) 
     return {name: steps[name] for name in variants}
 
 
-def seconds_of(step: Callable[[], None]) -> float:
+def timed(function: Callable, *arguments) -> tuple[float, Any]:
+    """Seconds, and what the function returns."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     began = time.perf_counter()
-    step()
+    result = function(*arguments)
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return time.perf_counter() - began
+    return time.perf_counter() - began, result
 
 
 def bf16_pays(device: str) -> bool:
@@ -142,7 +147,7 @@ def bf16_pays(device: str) -> bool:
     for dtype in (torch.float32, torch.bfloat16):
         inputs = torch.randn(512, 768, dtype=dtype, device=device)
         weight = torch.randn(3072, 768, dtype=dtype, device=device)
-        fastest[dtype] = min(seconds_of(partial(F.linear, inputs, weight)) for _ in range(5))
+        fastest[dtype] = min(timed(F.linear, inputs, weight)[0] for _ in range(5))
     return fastest[torch.bfloat16] < fastest[torch.float32]
 
 
@@ -151,7 +156,7 @@ def matmul_peak(device: str, dtype: torch.dtype) -> float:
     size = 8192 if device != "cpu" else 1024
     left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     torch.mm(left, right)
-    return 2 * size**3 / min(seconds_of(lambda: torch.mm(left, right)) for _ in range(5))
+    return 2 * size**3 / min(timed(torch.mm, left, right)[0] for _ in range(5))
 
 
 def same_loss(model: DevilModel, device: str) -> float:
@@ -179,7 +184,7 @@ def measure(shape: str, device: str, threads: int, repeats: int, batch: int) -> 
     turns = [name for _ in range(repeats + 1) for name in VARIANTS if name not in slow] + sorted(slow)
     times: dict[str, list[float]] = {name: [] for name in steps}
     for name in tqdm(turns, desc=f"steps of the {shape} shape", unit="step"):
-        times[name].append(seconds_of(steps[name]))
+        times[name].append(timed(steps[name])[0])
     times = {name: values if name in slow else values[1:] for name, values in times.items()}
     seconds = {name: statistics.median(values) for name, values in times.items()}
     report["seconds"] = seconds

@@ -12,7 +12,7 @@ import json
 import sys
 from pathlib import Path
 
-from devil_hf.settings import add_options, given, hyphenated
+from devil_hf.settings import add_options, given, understood
 from devil_hf.training.comparison import compare, comparison_table, read_comparison, summarise
 from devil_hf.training.recipe import Recipe
 
@@ -30,7 +30,7 @@ def main() -> None:
     )
     parser.add_argument("--output", type=Path, help="JSON file for the summary and every run's scores")
     add_options(parser, Recipe)
-    arguments = parser.parse_args(hyphenated(sys.argv[1:]))
+    arguments = parser.parse_args(understood(Recipe, sys.argv[1:]))
     fields = given(Recipe, arguments)
     output_dir = Path(fields.pop("output_dir", f"runs/compare_{arguments.comparison.stem}"))
     comparison = read_comparison(arguments.comparison, arguments.config, fields)

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-import yaml
 from torch import Tensor
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
@@ -24,12 +23,13 @@ from transformers.utils import logging
 from devil_hf.checkpoints.loading import load
 from devil_hf.data.decoding import BadSamples, PairDecoder
 from devil_hf.data.pairs import REGIONS, open_pairs
+from devil_hf.evaluation.tables import table
 from devil_hf.evaluation.text.metrics import caption_scores
 from devil_hf.model.modeling_devil import DevilModel
 from devil_hf.model.pooling_devil import pool, region_weights
 from devil_hf.model.processing_devil import DevilProcessor
 from devil_hf.questions.grounding import CANDIDATES, PLACES_TO_A_SIDE, choose_grounded, tile_regions
-from devil_hf.settings import check_names, make, read_yaml
+from devil_hf.settings import make, option, read_yaml
 from devil_hf.training.features import as_stored
 from devil_hf.training.recipe import CHECKPOINT_FOLDER, Recipe
 from devil_hf.training.run import train
@@ -39,6 +39,16 @@ logger = logging.get_logger(f"transformers.{__name__}")
 METRICS = ("bleu", "rouge_l", "cider")
 NEW_TOKENS = 40
 ALL_LAYERS = "all"
+
+
+@dataclass
+class ComparisonFile:
+    """What a comparison file says."""
+
+    recipe: str = option("recipe file as seen from this one, or the name of one that comes with the package")
+    translators: dict = option("by name, the fields of the recipe that each changes; `model` is merged field by field")
+    evaluation_data: list = option("sources of the captioned images that are scored")
+    decodings: dict = option("arguments of `generate` by the name of a column", {"greedy": {}})
 
 
 @dataclass
@@ -58,10 +68,7 @@ class Comparison:
 
 
 def read_comparison(path: Path, recipe: Path | None = None, fields: Mapping[str, Any] | None = None) -> Comparison:
-    """Read a comparison file.
-
-    It has `recipe` (a recipe file as seen from this one, or the name of one that comes with the package), `translators` (by name,
-    the fields of the recipe that each changes; `model` is merged field by field), `evaluation_data`, and optionally `decodings`.
+    """Read a comparison file, which has the fields of `ComparisonFile`.
 
     Args:
         recipe: another recipe than the file's.
@@ -71,23 +78,14 @@ def read_comparison(path: Path, recipe: Path | None = None, fields: Mapping[str,
         FileNotFoundError: when the file or its recipe is not there.
         ValueError: for a file with other parts, and for whatever is wrong with a recipe.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no comparison {path}")
-    content = yaml.safe_load(path.read_text()) or {}
-    needed, optional = {"recipe", "translators", "evaluation_data"}, {"decodings"}
-    if missing := sorted(needed - set(content)):
-        raise ValueError(f"{path} lacks {missing}; a comparison has {sorted(needed | optional)}")
-    if unknown := sorted(set(content) - needed - optional):
-        raise ValueError(f"{path} has {unknown}; a comparison has {sorted(needed | optional)}")
-    own = path.parent / content["recipe"]
-    shared = read_yaml(Recipe, recipe or (own if own.exists() else Path(content["recipe"])))
-    if not isinstance(content["translators"], dict):
-        raise ValueError(f"translators of {path} must be fields of a recipe by name, not {content['translators']!r}")
+    file = make(ComparisonFile, read_yaml(ComparisonFile, path), str(path))
+    beside = path.parent / file.recipe
+    shared = read_yaml(Recipe, recipe or (beside if beside.exists() else Path(file.recipe)))
     recipes = {}
-    for name, own in content["translators"].items():
-        check_names(Recipe, own or {}, f"translator {name!r} of {path}")
-        recipes[name] = make(Recipe, _merged(_merged(shared, own or {}), fields or {}))
-    return Comparison(recipes, content["evaluation_data"], content.get("decodings") or {"greedy": {}})
+    for name, own in file.translators.items():
+        changed = _merged(_merged(shared, own or {}), fields or {})
+        recipes[name] = make(Recipe, changed, f"translator {name!r} of {path}")
+    return Comparison(recipes, file.evaluation_data, file.decodings)
 
 
 def _merged(fields: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -281,15 +279,17 @@ def _mean_and_spread(values: Sequence[float]) -> dict[str, Any]:
 
 def comparison_table(summary: Sequence[Mapping[str, Any]], metric: str = "cider") -> str:
     """A summary as text; each figure with its standard deviation over the seeds."""
-    columns = list(summary[0][metric])
-    head = f"{'translator':24}{'layers':10}{'parameters':>12}{'validation loss':>18}"
-    lines = [head + "".join(f"{f'{metric}, {column}':>18}" for column in columns)]
+    rows = {}
     for entry in summary:
-        loss = "" if entry["validation_loss"] is None else _shown(entry["validation_loss"], 3)
-        line = f"{entry['name']:24}{entry['layers']:10}{entry['trained_parameters']:12,}{loss:>18}"
-        lines.append(line + "".join(f"{_shown(entry[metric][column], 1):>18}" for column in columns))
+        row = {"parameters": f"{entry['trained_parameters']:,}"}
+        if entry["validation_loss"] is not None:
+            row["validation loss"] = _shown(entry["validation_loss"], 3)
+        row |= {f"{metric}, {name}": _shown(value, 1) for name, value in entry[metric].items()}
+        rows[f"{entry['name']}, {entry['layers']}"] = row
+    columns = dict.fromkeys(column for row in rows.values() for column in row)
     seeds = sorted({seed for entry in summary for seed in entry["seeds"]})
-    return "\n".join([*lines, f"mean ± standard deviation over seeds {', '.join(map(str, seeds))}"])
+    end = f"mean ± standard deviation over seeds {', '.join(map(str, seeds))}"
+    return f"{table(rows, list(columns), cell=str)}\n{end}"
 
 
 def _shown(value: Mapping[str, Any], digits: int) -> str:
