@@ -1,4 +1,4 @@
-"""What the site makes from the code: the start page from the README, one API page per room, every verb's options, what is registered.
+"""What the site makes from the code: the start page, one API page per room, the options of every verb, what is registered.
 
 Two comments in a page are replaced:
 

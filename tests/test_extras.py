@@ -9,11 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from devil_hf.extras import MissingExtraError, is_installed, needs
+from devil_hf.extras import DISTRIBUTIONS, MissingExtraError, explain, is_installed, needs
 
 ROOT = Path(__file__).parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-DISTRIBUTIONS = {"sklearn": "scikit-learn", "pytorch_grad_cam": "grad-cam", "bert_score": "bert-score"}
 
 
 def test_a_missing_package_is_named_with_its_remedy():
@@ -45,3 +44,16 @@ def test_all_holds_every_extra_of_users():
 def test_other_packages_can_be_imported_after_this_one(first):
     """Registering waits until nothing that the model imports is half imported."""
     subprocess.run([sys.executable, "-c", f"import devil_hf, {first}; devil_hf.DevilModel"], check=True)
+
+
+def test_a_failed_import_of_an_extras_package_says_how_to_install_it(monkeypatch):
+    lines = [
+        "torch>=2.11",
+        "scikit-learn>=1.5; extra == 'all'",
+        "scikit-learn>=1.5; extra == 'evaluate'",
+        "scikit-learn-more; extra == 'x'",
+    ]
+    monkeypatch.setattr("devil_hf.extras.requires", lambda name: lines)
+    missing = ModuleNotFoundError("No module named 'sklearn'", name="sklearn.metrics")
+    assert explain(missing).endswith("pip install 'devil-hf[evaluate]'")
+    assert explain(ModuleNotFoundError("No module named 'other'", name="other")) == "No module named 'other'"

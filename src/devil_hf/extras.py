@@ -8,10 +8,21 @@ needs("pycocotools", "evaluate")
 from pycocotools import mask
 ```
 
+Where neither happened, `explain` says the same of the error that Python raises; the command line uses it.
+
 `model/` travels without this package and does not use this file.
 """
 
+import re
+from importlib.metadata import PackageNotFoundError, requires
 from importlib.util import find_spec
+
+EXTRAS = ("train", "evaluate", "demo")
+DISTRIBUTIONS = {
+    "sklearn": "scikit-learn",
+    "pytorch_grad_cam": "grad-cam",
+    "bert_score": "bert-score",
+}  # by imported name
 
 
 class MissingExtraError(ImportError):
@@ -42,4 +53,23 @@ def needs(module: str, extra: str) -> None:
         raise MissingExtraError(f"{module} is not installed, which this needs: {remedy(extra)}", name=module)
 
 
-__all__ = ["MissingExtraError", "is_installed", "needs", "remedy"]
+def explain(error: ImportError) -> str:
+    """What to say of a failed import: for a package of an extra, the command that installs it, too."""
+    if isinstance(error, MissingExtraError) or not isinstance(error, ModuleNotFoundError) or error.name is None:
+        return str(error)
+    extra = extra_of(error.name.partition(".")[0])
+    return str(error) if extra is None else f"{error.name} is not installed, which this needs: {remedy(extra)}"
+
+
+def extra_of(module: str) -> str | None:
+    """The extra that brings a module, by the name that it is imported by; of several the first by name."""
+    try:
+        requirements = requires("devil-hf") or []
+    except PackageNotFoundError:  # run from a checkout that nobody installed
+        return None
+    name = re.escape(DISTRIBUTIONS.get(module, module))
+    found = [re.search(r"extra == ['\"](\w+)", line) for line in requirements if re.match(rf"{name}(?![\w-])", line)]
+    return next((match[1] for match in found if match and match[1] in EXTRAS), None)
+
+
+__all__ = ["MissingExtraError", "explain", "extra_of", "is_installed", "needs", "remedy"]

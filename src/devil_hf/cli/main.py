@@ -8,6 +8,7 @@ from subprocess import CalledProcessError
 from typing import Any
 
 from devil_hf.cli.verb import VERBS, Verb
+from devil_hf.extras import explain
 from devil_hf.settings import add_options, from_namespace, understood
 
 EPILOG = "Checkpoints are directories or Hub ids; without one, the shapes-world checkpoint of the package answers."
@@ -32,7 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if debug or not isinstance(error, _expected()):
             raise
-        print(f"{name.strip()}: {error}", file=sys.stderr)
+        said = explain(error) if isinstance(error, ImportError) else error
+        print(f"{name.strip()}: {said}", file=sys.stderr)
         return 1
 
 

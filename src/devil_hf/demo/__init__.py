@@ -2,3 +2,7 @@
 
 It stands in the package, not in `space/`, so that an installed `devil demo` has it; `space/app.py` only starts it.
 """
+
+from devil_hf.extras import needs
+
+needs("gradio", "demo")
