@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, OPTConfig
 
 from devil_hf import DevilModel
 from devil_hf.build import from_backbone_and_language_model
-from devil_hf.model.pooling_devil import layer_dropout
+from devil_hf.training.draws import layer_dropout
 
 CAPTION_TOKENS = 20
 VARIANTS = ("naive", "fp32", "fp32_cached", "bf16", "bf16_cached")

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 from transformers.utils import logging
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # tiny matrices: threads that wait for each other cost more than they do
 logging.enable_propagation()  # pytest listens at the root of all loggers
 
 WORDS = [

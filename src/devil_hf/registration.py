@@ -20,7 +20,8 @@ def register() -> None:
     """Register configuration, model, translators and processors, and how models are made."""
     from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageTextToText, AutoProcessor
 
-    import devil_hf.baselines.baselines_devil  # noqa: F401 - registers its translators
+    import devil_hf.baselines.baselines_devil  # registers its translators
+    import devil_hf.training.draws  # noqa: F401 - registers what training hides
     from devil_hf.build import from_backbone_and_language_model
     from devil_hf.model.configuration_devil import DevilConfig
     from devil_hf.model.image_processing_devil import DevilImageProcessor

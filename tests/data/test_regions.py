@@ -11,7 +11,8 @@ from devil_hf.data.captioned import open_captioned
 from devil_hf.data.decoding import BadSamples, PairDecoder, PairTable, TooManyBadSamples
 from devil_hf.data.objects.masks import draw_region, unpack_region
 from devil_hf.data.pairs import open_pairs
-from devil_hf.model.pooling_devil import location_dropout, region_weights
+from devil_hf.model.pooling_devil import region_weights
+from devil_hf.training.draws import location_dropout
 from devil_hf.training.feature_cache import _draw, data_fingerprint
 from devil_hf.training.feed import CaptionCollator, ImageTable, batch_regions, sees_with, view_of
 from devil_hf.training.recipe import Recipe

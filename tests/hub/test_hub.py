@@ -309,8 +309,6 @@ def test_a_download_that_is_cut_leaves_no_broken_file(hub, published, model, tmp
 def test_a_source_that_is_cut_is_named(part, hub, slim_model, slim_repository, tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setitem(hub.cut_downloads, "model.safetensors", 1_000)
-    trained = slim_model.trainable_state_dict()
-    monkeypatch.setattr("devil_hf.model.checkpoint_devil._trained_weights", lambda *_: trained)
     if part == "language_model":
         module = timm.create_model("test_resnet.r160_in1k", num_classes=0)
         module.load_state_dict(slim_model.backbone.module.state_dict())

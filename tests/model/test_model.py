@@ -6,15 +6,9 @@ from torch.nn import functional as F
 from transformers import GenerationConfig, TextIteratorStreamer
 
 from devil_hf import DevilConfig
-from devil_hf.model.pooling_devil import (
-    layer_dropout,
-    location_dropout,
-    pool,
-    pool_every_location,
-    region_weights,
-    window_weights,
-)
+from devil_hf.model.pooling_devil import pool, pool_every_location, region_weights, window_weights
 from devil_hf.model.translator_devil import Translator
+from devil_hf.training.draws import layer_dropout, location_dropout
 from tests.conftest import SMALL_TRANSLATOR
 
 

@@ -14,7 +14,7 @@ from transformers.utils.hub import extract_commit_hash
 
 from devil_hf.build.sources import backbone_from_source
 from devil_hf.model.backbone_devil import FeatureBackbone, weights_hash
-from devil_hf.model.checkpoint_devil import check_language_model, load_language_model, lora_layers
+from devil_hf.model.checkpoint_devil import load_language_model, lora_layers
 from devil_hf.model.configuration_devil import DevilConfig
 from devil_hf.model.modeling_devil import DevilModel
 
@@ -79,7 +79,7 @@ def from_backbone_and_language_model(
         source["revision"] = _commit_of(source, token) or language_model_revision
         source["sha256"] = weights_hash(language_model)
         nn.Module.to(language_model, dtype)
-    check_language_model(language_model)
+    _check_language_model(language_model)
     text_config = language_model.config
     special = {
         name: config_fields.pop(name, _special_token(name, tokenizer, text_config))
@@ -98,6 +98,24 @@ def from_backbone_and_language_model(
     table: Any = language_model.get_input_embeddings().weight
     model.translator.to(device=table.device, dtype=dtype)
     return model.eval()
+
+
+def _check_language_model(language_model: Any) -> None:
+    """Raise an error for what is no causal language model of transformers that reads embeddings."""
+    name = type(language_model).__name__
+    if not isinstance(language_model, PreTrainedModel):
+        raise TypeError(f"{name} is no language model of transformers: give an id, a directory, or one that it loaded.")
+    if getattr(language_model.config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"{name} is an encoder-decoder: DeViL needs a causal language model, such as OPT, GPT-2 or Llama."
+        )
+    if language_model.get_output_embeddings() is None:
+        raise ValueError(f"{name} has no language-model head: load it with AutoModelForCausalLM.")
+    embedding = language_model.get_input_embeddings()
+    if not isinstance(embedding, nn.Module) or not hasattr(embedding, "weight"):
+        raise ValueError(
+            f"{name} has no input embedding table, so it cannot read a prefix: choose another language model."
+        )
 
 
 def _special_token(name: str, tokenizer, text_config) -> int | None:

@@ -4,7 +4,9 @@ Each way ends in the whole network and a JSON-serialisable description from whic
 architecture again, on any device (transformers builds models on the meta device before it loads their weights).
 """
 
+import difflib
 import json
+import os
 from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import Any, cast
 
 import timm
 import torch
+from huggingface_hub import try_to_load_from_cache
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, resolve_model_data_config
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -19,7 +22,16 @@ from transformers.image_processing_base import ImageProcessingMixin
 from transformers.utils import logging
 
 from devil_hf.build.layers import choose_layers, offered_layers, probe_images, stage_module
-from devil_hf.model.backbone_devil import FeatureBackbone, build_module, first_tensor, load_source, run, weights_hash
+from devil_hf.model.backbone_devil import (
+    FeatureBackbone,
+    build_module,
+    first_tensor,
+    is_timm_name,
+    load_network,
+    run,
+    source_folder,
+    weights_hash,
+)
 from devil_hf.model.pooling_devil import resolve_layers
 
 logger = logging.get_logger(f"transformers.{__name__}")
@@ -60,8 +72,7 @@ def backbone_from_source(
     if isinstance(backbone, nn.Module):
         module, config = backbone, describe_module(backbone, kwargs)
     else:
-        module, origin = load_source(backbone, kwargs, revision, token)
-        config = _describe_source(module, origin)
+        module, config = load_source(backbone, kwargs, revision, token)
     config["data_config"] |= data_config
     config["input_size"] = list(config["data_config"]["input_size"])
     module.eval()
@@ -87,14 +98,83 @@ def select_layers(backbone: FeatureBackbone, layers: str | int | Sequence[str | 
     return FeatureBackbone(backbone.module, backbone.config | chosen)
 
 
-def _describe_source(module: Any, origin: dict[str, Any]) -> dict[str, Any]:
-    """Description of a network that `load_source` has loaded."""
-    place = {"source": origin["source"], "revision": origin["revision"]}
-    if isinstance(module, PreTrainedModel):
-        data_config = _processor_data_config(origin["folder"], module)
-        return _transformers_description(module, origin["kwargs"]) | {"data_config": data_config} | place
-    kwargs = {name: value for name, value in origin["kwargs"].items() if name != "pretrained_cfg_overlay"}
-    return _timm_description(module, kwargs) | place
+def load_source(
+    source: str | PathLike, kwargs: dict[str, Any], revision: str | None = None, token: str | None = None
+) -> tuple[nn.Module, dict[str, Any]]:
+    """The pretrained network of a timm or transformers id or local directory, with its description.
+
+    Args:
+        source: `resnet50.a1_in1k`, a Hub id (`timm/resnet50.a1_in1k`, `facebook/dinov2-small`, also with `hf-hub:` in
+            front), or a directory written by `timm.models.save_for_hf` or by `save_pretrained` of transformers.
+        kwargs: further arguments of the architecture; for transformers, changes of its configuration.
+        revision: branch, tag or commit of a Hub repository.
+        token: access token for private Hub repositories.
+
+    Raises:
+        OSError: if there is no such source, or it cannot be reached.
+    """
+    name = os.fspath(source).removeprefix("local-dir:")
+    if name.startswith("hf-hub:"):
+        name, _, pinned = name.removeprefix("hf-hub:").partition("@")
+        revision = revision or pinned or None
+    if is_timm_name(name):
+        return _load_timm_name(name, {"num_classes": 0} | kwargs, revision)
+    folder = _existing_folder(name, revision, token)
+    settings = json.loads((folder / "config.json").read_text())
+    timms = "architecture" in settings
+    if timms:
+        kwargs = {"num_classes": 0} | settings.get("model_args", {}) | kwargs
+    module = load_network({"kind": "timm" if timms else "transformers", "kwargs": kwargs}, folder)
+    if timms:
+        description = _timm_description(module, kwargs)
+    else:
+        description = _transformers_description(module, kwargs) | {
+            "data_config": _processor_data_config(folder, module)
+        }
+    local = os.path.isdir(name)
+    place = os.path.abspath(name) if local else name
+    return module, description | {"source": place, "revision": None if local else folder.name}
+
+
+def _existing_folder(name: str, revision: str | None, token: str | None) -> Path:
+    """The local directory of a source, which must have a configuration."""
+    try:
+        folder = Path(source_folder(name, revision, token=token))
+    except Exception as error:
+        close = difflib.get_close_matches(name.rsplit("/")[-1].split(".")[0], timm.list_models(), n=3)
+        raise OSError(
+            f"backbone {name!r} is neither a timm architecture{f' (similar: {close})' if close else ''}, a local "
+            f"directory nor a Hub repository within reach ({type(error).__name__}); pass as `backbone=` where it lies"
+        ) from error
+    if not (folder / "config.json").is_file():
+        raise OSError(f"backbone {name!r} has no config.json; give a directory written by timm or transformers")
+    return folder
+
+
+def _load_timm_name(name: str, kwargs: dict[str, Any], revision: str | None) -> tuple[nn.Module, dict[str, Any]]:
+    try:
+        cfg = timm.models.get_pretrained_cfg(name, allow_unregistered=False)
+    except RuntimeError:  # the architecture has no such tag
+        cfg = None
+    if cfg is None or not cfg.has_weights:
+        known = timm.list_pretrained(f"{name.split('.')[0]}*")[:8]
+        raise OSError(
+            f"timm has no weights {name!r} (it has {known}); for a network without pretrained weights pass the module "
+            f"itself, `timm.create_model({name.split('.')[0]!r}, num_classes=0)`"
+        )
+    module = load_network({"kind": "timm", "kwargs": kwargs}, name, revision)
+    full_name = f"{cfg.architecture}.{cfg.tag}" if cfg.tag else name
+    return module, _timm_description(module, kwargs) | {"source": full_name, "revision": _cached_commit(cfg, revision)}
+
+
+def _cached_commit(cfg, revision: str | None) -> str | None:
+    """The commit from which timm took the weights, read off the Hub's cache."""
+    names = [cfg.hf_hub_filename, "model.safetensors", "open_clip_model.safetensors", "pytorch_model.bin"]
+    for name in filter(None, names if cfg.hf_hub_id else []):
+        path = try_to_load_from_cache(cfg.hf_hub_id, name, revision=revision)
+        if isinstance(path, str):
+            return Path(path).parent.name
+    return None
 
 
 def describe_module(module: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -121,6 +201,7 @@ def describe_module(module: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]
 
 def _timm_description(module: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
     cfg = module.pretrained_cfg
+    kwargs = {name: value for name, value in kwargs.items() if name != "pretrained_cfg_overlay"}
     overlay = {key: cfg[key] for key in TIMM_OVERLAY if cfg.get(key) is not None}
     data_config = {key: list(v) if isinstance(v, tuple) else v for key, v in resolve_model_data_config(module).items()}
     size = kwargs.get("img_size")

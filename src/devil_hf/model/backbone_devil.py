@@ -8,23 +8,20 @@ made from its recorded description and its weights are loaded from their source;
 `NAME:class` is the class token of layer NAME, a map of one location, as the paper uses CLIP-ViT's.
 """
 
-import difflib
 import hashlib
 import importlib
-import json
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 import timm
 import torch
 import transformers
-from huggingface_hub import snapshot_download, try_to_load_from_cache
+from huggingface_hub import snapshot_download
 from torch import Tensor, nn
-from transformers import MODEL_FOR_BACKBONE_MAPPING, AutoConfig, AutoModel, PreTrainedModel
+from transformers import MODEL_FOR_BACKBONE_MAPPING, AutoConfig, AutoModel
 
 
 def weights_hash(weights: nn.Module | Mapping[str, Tensor]) -> str:
@@ -117,29 +114,26 @@ def read_stages(module: Any, pixel_values: Tensor, readers: list[dict]) -> list[
     output = module(pixel_values, output_hidden_states=True) if wants_token else module(pixel_values)
     maps = []
     for reader in readers:
+        names, found = module.out_features, output.feature_maps
         if reader["token"]:
-            maps.append(to_token(output.hidden_states[module.stage_names.index(reader["stage"])], "NLC"))
-        else:
-            tensor = output.feature_maps[module.out_features.index(reader["stage"])]
-            maps.append(to_map(tensor, reader["layout"], reader["prefix"], *pixel_values.shape[-2:]))
+            names, found = module.stage_names, output.hidden_states
+        maps.append(_read(found[names.index(reader["stage"])], reader, pixel_values))
     return maps
 
 
 def read_hooks(module: Any, pixel_values: Tensor, readers: list[dict]) -> list[Tensor]:
     """Submodules of any network, which is left after the deepest of them."""
     outputs = capture(module, pixel_values, {reader["module"]: reader["call"] for reader in readers})
-    return [
-        to_token(outputs[reader["module"]], reader["layout"])
-        if reader["token"]
-        else to_map(outputs[reader["module"]], reader["layout"], reader["prefix"], *pixel_values.shape[-2:])
-        for reader in readers
-    ]
+    return [_read(outputs[reader["module"]], reader, pixel_values) for reader in readers]
+
+
+def _read(output: Tensor, reader: dict, pixel_values: Tensor) -> Tensor:
+    if reader["token"]:
+        return to_token(output, reader["layout"])
+    return to_map(output, reader["layout"], reader["prefix"], *pixel_values.shape[-2:])
 
 
 READERS = {"intermediates": read_intermediates, "stages": read_stages, "hook": read_hooks}
-
-
-# ------------------------------------------------------------------------------------------------ outputs of modules
 
 
 class _DeepestReached(Exception):
@@ -164,35 +158,25 @@ def run(module: nn.Module, pixel_values: Tensor):
 
 
 def capture(module: nn.Module, pixel_values: Tensor, calls: dict[str, int]) -> dict[str, Tensor]:
-    """Outputs of named submodules in one forward pass, which ends as soon as all are there.
+    """First tensor of the output of named submodules, in its own layout, in one pass that ends as soon as all are there.
 
-    Args:
-        module: the whole network.
-        pixel_values: images of shape `(batch_size, 3, height, width)`.
-        calls: which call of each submodule is meant, from 1 (shared modules are called several times in a pass).
-
-    Returns:
-        The first tensor of each output, in the module's own layout.
+    `calls` says which call of each submodule is meant, from 1: shared modules are called several times in a pass.
     """
     outputs, missing = {}, dict(calls)
 
-    def keep(name: str):
-        def hook(_module, _inputs, output):
-            if name not in missing:
-                return
-            missing[name] -= 1
-            if missing[name]:
-                return
-            del missing[name]
+    def keep(name: str, output: Any) -> None:
+        missing[name] = missing.get(name, 0) - 1
+        if missing[name] == 0:
             outputs[name] = first_tensor(output)
-            if not missing:
+            if len(outputs) == len(calls):
                 raise _DeepestReached
             # A later in-place operation (an activation, a residual sum) would change what was captured.
             outputs[name] = outputs[name].clone()
 
-        return hook
-
-    handles = [module.get_submodule(name).register_forward_hook(keep(name)) for name in calls]
+    handles = [
+        module.get_submodule(name).register_forward_hook(lambda _module, _inputs, output, name=name: keep(name, output))
+        for name in calls
+    ]
     try:
         run(module, pixel_values)
     except _DeepestReached:
@@ -200,8 +184,8 @@ def capture(module: nn.Module, pixel_values: Tensor, calls: dict[str, int]) -> d
     finally:
         for handle in handles:
             handle.remove()
-    if missing:
-        raise ValueError(f"layers {sorted(missing)} are not used in the backbone's forward pass; choose other layers")
+    if unused := sorted(calls.keys() - outputs.keys()):
+        raise ValueError(f"layers {unused} are not used in the backbone's forward pass; choose other layers")
     return outputs
 
 
@@ -262,174 +246,114 @@ def _tokens_to_map(tokens: Tensor, prefix: int, height: int, width: int) -> Tens
     return tokens.transpose(1, 2).unflatten(2, grid).contiguous()
 
 
-def to_token(tensor: Tensor, layout: str) -> Tensor:
-    """The first token of an output in layout `NLC` or `LNC` -> one location `(batch_size, channels, 1, 1)`."""
-    return (tensor[:, 0] if layout == "NLC" else tensor[0])[:, :, None, None]
-
-
-# ------------------------------------------------------------------------------------------ architectures and weights
+def to_token(output: Tensor, layout: str) -> Tensor:
+    """The first token of an output, (B, tokens, C) unless its layout is `LNC` -> one location `(batch_size, channels, 1, 1)`."""
+    return (output[0] if layout == "LNC" else output[:, 0])[:, :, None, None]
 
 
 def source_state_dict(
-    config: dict[str, Any], backbone_override: str | PathLike | nn.Module | None = None, *, token: str | None = None
+    config: Mapping[str, Any], backbone_override: str | PathLike | nn.Module | None = None, **download: Any
 ) -> dict[str, Tensor]:
-    """Weights of a backbone from where they were first loaded, checked against the recorded hash.
+    """Weights of a backbone from where they were first loaded, named as in `FeatureBackbone.state_dict()`.
 
     Args:
         config: `FeatureBackbone.config`.
         backbone_override: where the weights lie now, if not at `config["source"]`; or the module itself.
-        token: access token for private Hub repositories.
-
-    Returns:
-        Tensors named as in `FeatureBackbone.state_dict()`.
+        download: see `load_network`.
 
     Raises:
         OSError: if the source cannot be loaded.
         ValueError: if no source is recorded, or if its weights are not those that the hash was taken of.
     """
-    source = config["source"] if backbone_override is None else backbone_override
-    if source is None:
-        raise ValueError(
-            "the backbone was given as a module, so no source of its weights is known; pass `backbone=...`"
-        )
-    if isinstance(source, nn.Module):
-        module = source
-    else:
-        revision = config["revision"] if backbone_override is None else None
-        module = load_source(source, config.get("kwargs"), revision, token, config.get("model_config"))[0]
+    module: Any = backbone_override
+    if not isinstance(module, nn.Module):
+        source = module or config["source"]
+        if source is None:
+            raise ValueError(
+                "the backbone was given as a module, so no source of its weights is known; pass `backbone=...`"
+            )
+        module = load_network(config, source, None if module else config["revision"], **download)
     found = weights_hash(module)
     if found != config["sha256"]:
         raise ValueError(
-            f"the weights of backbone {type(source).__name__ if module is source else source!r} have SHA-256 {found}, "
+            f"the weights of backbone {backbone_override or config['source']!s:.80} have SHA-256 {found}, "
             f"but the checkpoint was made with {config['sha256']}; pass the original weights as `backbone=`"
         )
     return {f"module.{name}": tensor for name, tensor in module.state_dict().items()}
 
 
-def load_source(
-    source: str | PathLike,
-    kwargs: Mapping[str, Any] | None = None,
-    revision: str | None = None,
-    token: str | None = None,
-    model_config: Mapping[str, Any] | None = None,
-) -> tuple[nn.Module, dict[str, Any]]:
-    """The pretrained network of a timm or transformers id or local directory, and where exactly it came from.
+def load_network(
+    description: Mapping[str, Any], source: str | PathLike, revision: str | None = None, **download: Any
+) -> nn.Module:
+    """The network of a description with the pretrained weights of a source.
 
     Args:
-        source: `resnet50.a1_in1k`, a Hub id (`timm/resnet50.a1_in1k`, `facebook/dinov2-small`, also with `hf-hub:` in
-            front), or a directory written by `timm.models.save_for_hf` or by `save_pretrained` of transformers.
-        kwargs: further arguments of the architecture; for transformers, changes of its configuration.
+        description: `kind`, `kwargs` and, for transformers, the recorded `model_config`, as in `FeatureBackbone.config`.
+        source: a name of timm's (`resnet50.a1_in1k`), a Hub id (`timm/resnet50.a1_in1k`, `facebook/dinov2-small`), or a
+            directory written by `timm.models.save_for_hf` or by `save_pretrained` of transformers.
         revision: branch, tag or commit of a Hub repository.
-        token: access token for private Hub repositories.
-        model_config: for transformers, the recorded configuration, in place of the source's own.
-
-    Returns:
-        The network, and a dict of `source`, `revision` (commit, None for a directory), the `kwargs` that it was made with, and
-        the `folder` of its files (None for a timm name).
+        download: `token`, `cache_dir`, `local_files_only`, `force_download` for Hub repositories.
 
     Raises:
         OSError: if there is no such source, or it cannot be reached.
     """
-    name = os.fspath(source).removeprefix("local-dir:")
-    if name.startswith("hf-hub:"):
-        name, _, pinned = name.removeprefix("hf-hub:").partition("@")
-        revision = revision or pinned or None
-    kwargs = dict(kwargs or {})
-    if not os.path.isdir(name) and timm.is_model(name.split(".")[0]) and "/" not in name:
-        return _load_timm_name(name, {"num_classes": 0} | kwargs, revision)
-    folder, commit = _folder(name, revision, token)
-    source = os.path.abspath(folder) if commit is None else name
-    if not (folder / "config.json").is_file():
-        raise OSError(f"backbone {source!r} has no config.json; give a directory written by timm or transformers")
-    settings = json.loads((folder / "config.json").read_text())
-    if "architecture" in settings:
-        kwargs = {"num_classes": 0} | settings.get("model_args", {}) | kwargs
-        module = timm.create_model(f"local-dir:{folder}", pretrained=True, **kwargs)
-    else:
-        module = _load_transformers(folder, kwargs, model_config)
-    return module, {"source": source, "revision": commit, "kwargs": kwargs, "folder": folder}
-
-
-def _folder(name: str, revision: str | None, token: str | None) -> tuple[Path, str | None]:
-    """The local directory of a source, and the commit if it is a Hub repository."""
-    if os.path.isdir(name):
-        return Path(name), None
+    name, kwargs = os.fspath(source), dict(description.get("kwargs") or {})
     try:
-        patterns = ["*.json", "*.safetensors"]
-        folder = Path(snapshot_download(name, revision=revision, token=token, allow_patterns=patterns))
-        if not any(folder.glob("*.safetensors")):
-            folder = Path(snapshot_download(name, revision=revision, token=token, allow_patterns=["*.json", "*.bin"]))
-    except Exception as error:
-        similar = difflib.get_close_matches(name.rsplit("/")[-1].split(".")[0], timm.list_models(), n=3)
-        raise OSError(
-            f"backbone {name!r} is neither a timm architecture{f' (similar: {similar})' if similar else ''}, a local "
-            f"directory nor a Hub repository within reach ({type(error).__name__}); pass as `backbone=` where it lies"
-        ) from error
-    return folder, folder.name
-
-
-def _load_timm_name(name: str, kwargs: dict[str, Any], revision: str | None) -> tuple[nn.Module, dict[str, Any]]:
-    try:
-        cfg = timm.models.get_pretrained_cfg(name, allow_unregistered=False)
-    except RuntimeError:  # the architecture has no such tag
-        cfg = None
-    if cfg is None or not cfg.has_weights:
-        known = timm.list_pretrained(f"{name.split('.')[0]}*")[:8]
-        raise OSError(
-            f"timm has no weights {name!r} (it has {known}); for a network without pretrained weights pass the module "
-            f"itself, `timm.create_model({name.split('.')[0]!r}, num_classes=0)`"
-        )
-    overlay = dict(kwargs.get("pretrained_cfg_overlay") or {})
-    if revision and cfg.hf_hub_id:
-        overlay["hf_hub_id"] = f"{cfg.hf_hub_id}@{revision}"
-    try:
-        module = timm.create_model(name, pretrained=True, **kwargs | {"pretrained_cfg_overlay": overlay or None})
+        if description["kind"] == "timm" and is_timm_name(name):
+            overlay = dict(kwargs.pop("pretrained_cfg_overlay", None) or {})
+            repository = timm.models.get_pretrained_cfg(name, allow_unregistered=False).hf_hub_id
+            if revision and repository:
+                overlay["hf_hub_id"] = f"{repository}@{revision}"
+            cache = download.get("cache_dir")
+            return timm.create_model(
+                name, pretrained=True, pretrained_cfg_overlay=overlay or None, cache_dir=cache, **kwargs
+            )
+        folder = source_folder(name, revision, **download)
+        if description["kind"] == "timm":
+            return timm.create_model(f"local-dir:{folder}", pretrained=True, **kwargs)
+        config = AutoConfig.from_pretrained(folder, **kwargs)
+        if type(config) in MODEL_FOR_BACKBONE_MAPPING:
+            if "model_config" in description:
+                config.out_features = description["model_config"]["out_features"]
+            kind = MODEL_FOR_BACKBONE_MAPPING[type(config)]
+            return kind.from_pretrained(folder, config=config, dtype=torch.float32)
+        module = AutoModel.from_pretrained(folder, config=config, dtype=torch.float32)
+        return module.get_encoder(modality="image") if hasattr(config, "vision_config") else module
     except Exception as error:
         raise OSError(
             f"the weights of backbone {name!r} cannot be loaded ({error}); pass as `backbone=` where they lie"
         ) from error
-    full_name = f"{cfg.architecture}.{cfg.tag}" if cfg.tag else name
-    commit = _cached_commit(cfg, revision)
-    return module, {"source": full_name, "revision": commit, "kwargs": kwargs, "folder": None}
 
 
-def _cached_commit(cfg, revision: str | None) -> str | None:
-    """The commit from which timm took the weights, read off the Hub's cache."""
-    names = [cfg.hf_hub_filename, "model.safetensors", "open_clip_model.safetensors", "pytorch_model.bin"]
-    for name in filter(None, names if cfg.hf_hub_id else []):
-        path = try_to_load_from_cache(cfg.hf_hub_id, name, revision=revision)
-        if isinstance(path, str):
-            return Path(path).parent.name
-    return None
+def is_timm_name(source: str) -> bool:
+    """Whether a source is an architecture of timm's, with or without a tag of weights."""
+    return not os.path.isdir(source) and "/" not in source and timm.is_model(source.split(".")[0])
 
 
-def _load_transformers(folder: Path, kwargs: Mapping[str, Any], model_config: Mapping[str, Any] | None) -> nn.Module:
-    config = AutoConfig.from_pretrained(folder, **kwargs)
-    if type(config) in MODEL_FOR_BACKBONE_MAPPING:
-        if model_config is not None:
-            config.out_features = model_config["out_features"]
-        return MODEL_FOR_BACKBONE_MAPPING[type(config)].from_pretrained(folder, config=config, dtype=torch.float32)
-    module = AutoModel.from_pretrained(folder, config=config, dtype=torch.float32)
-    return module.get_encoder(modality="image") if hasattr(config, "vision_config") else module
+def source_folder(source: str, revision: str | None, **download: Any) -> str:
+    """The local directory of a source; a Hub repository is downloaded, pickled weights only where there are no others."""
+    if os.path.isdir(source):
+        return source
+    folder = snapshot_download(source, revision=revision, allow_patterns=["*.json", "*.safetensors"], **download)
+    if not any(name.endswith(".safetensors") for name in os.listdir(folder)):
+        folder = snapshot_download(source, revision=revision, allow_patterns=["*.json", "*.bin"], **download)
+    return folder
 
 
 def build_module(description: dict[str, Any]) -> nn.Module:
     """The architecture of a description, with random weights, on the current default device."""
     if description["kind"] == "timm":
         return timm.create_model(description["architecture"], pretrained=False, **description["kwargs"])
-    if description["kind"] == "transformers":
-        model_class = _transformers_class(description["model_class"])
-        return model_class(model_class.config_class.from_dict(description["model_config"]))
-    raise ValueError("a custom backbone cannot be built from its configuration; pass the module itself as `backbone=`")
-
-
-def _transformers_class(path: str) -> type[PreTrainedModel]:
-    module, _, name = path.rpartition(".")
-    if hasattr(transformers, name):
-        return getattr(transformers, name)
+    if description["kind"] == "custom":
+        raise ValueError(
+            "a custom backbone cannot be built from its configuration; pass the module itself as `backbone=`"
+        )
+    module, _, name = description["model_class"].rpartition(".")
     if not module.startswith("transformers."):
-        raise ValueError(f"backbone class {path!r} is not one of transformers; pass the module itself as `backbone=`")
-    return getattr(importlib.import_module(module), name)
+        raise ValueError(f"backbone class {name!r} is not one of transformers; pass the module itself as `backbone=`")
+    # By its own name first: modules of transformers move.
+    model_class = getattr(transformers, name, None) or getattr(importlib.import_module(module), name)
+    return model_class(model_class.config_class.from_dict(description["model_config"]))
 
 
 __all__ = ["FeatureBackbone", "source_state_dict", "weights_hash"]

@@ -66,13 +66,10 @@ class DevilPreTrainedModel(PreTrainedModel):
     def trainable_state_dict(self, state_dict: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """The weights that training changes (translator, LoRA), by their names in the whole model.
 
-        Args:
-            state_dict: where to take them from, when the model's own tensors are sharded over processes.
+        They are taken from `state_dict`, if given: the model's own tensors may be sharded over processes.
         """
-        state_dict = self.state_dict() if state_dict is None else state_dict
-        return {
-            name: tensor for name, tensor in state_dict.items() if name.startswith(TRAINED_PREFIX) or LORA_NAME in name
-        }
+        given = (self.state_dict() if state_dict is None else state_dict).items()
+        return {name: tensor for name, tensor in given if name.startswith(TRAINED_PREFIX) or LORA_NAME in name}
 
     def save_pretrained(  # type: ignore[override]
         self, save_directory: str | PathLike, *, slim: bool = False, state_dict=None, **kwargs
@@ -90,7 +87,7 @@ class DevilPreTrainedModel(PreTrainedModel):
 
         config = self.config
         if slim:
-            for part in self._parts_without_source():
+            for part in self.parts_without_source:
                 raise ValueError(
                     f"a slim checkpoint needs a source of the {part}, but it was given as a module: "
                     "build the model from an id or a directory, or save with slim=False."
@@ -110,14 +107,11 @@ class DevilPreTrainedModel(PreTrainedModel):
         finally:
             config.frozen_weights = before
 
-    def _parts_without_source(self) -> list[str]:
+    @property
+    def parts_without_source(self) -> list[str]:
+        """The frozen parts that cannot be loaded again from where they came: a slim checkpoint needs both."""
         parts = {"backbone": self.config.backbone_config, "language model": self.config.language_model_source}
         return [part for part, entry in parts.items() if not (entry or {}).get("source")]
-
-    @property
-    def has_sources(self) -> bool:
-        """Whether both frozen parts can be loaded again from where they came, so that a slim checkpoint is possible."""
-        return not self._parts_without_source()
 
     @classmethod
     def from_pretrained(
@@ -162,9 +156,13 @@ class DevilPreTrainedModel(PreTrainedModel):
             kwargs["backbone"] = module
         with _told_when_cut(path):
             if path is not None and state_dict is None and config.frozen_weights == "reference":
-                frozen = _frozen_weights(config, backbone, language_model, hub.get("token"))
+                download = {name: value for name, value in hub.items() if name not in ("revision", "subfolder")}
+                frozen = _frozen_weights(config, backbone, language_model, **download)
+                file = cached_file(path, WEIGHTS_FILE, _raise_exceptions_for_missing_entries=False, **hub)
+                if file is None:
+                    raise OSError(f"{path} has no {WEIGHTS_FILE}: a slim checkpoint keeps its translator there.")
                 # Trained weights come last: those of fresh adapters give way to them.
-                state_dict = frozen | _trained_weights(path, hub)
+                state_dict = frozen | load_file(file)
             source = None if state_dict is not None else path
             model, info = super().from_pretrained(
                 source, *args, config=config, state_dict=state_dict, output_loading_info=True, **kwargs
@@ -182,19 +180,19 @@ class DevilPreTrainedModel(PreTrainedModel):
 def add_lora(language_model: nn.Module, lora: Mapping[str, Any]) -> None:
     """Inject adapters into a language model, in place; one that has them already is left as it is.
 
+    Not by `add_adapter` of transformers, after which the language model saves its adapters alone.
+
     Args:
-        language_model: a causal language model of transformers.
         lora: `rank`, `alpha`, `dropout` and `target_modules` (names of linear layers, or peft's `"all-linear"`); what is
             left out is 8, 16, 0 and the attention projections that peft names for this family of language models, or every
             linear layer but the head for a family that it does not know.
 
     Raises:
         ImportError: when peft is not installed.
-        ValueError: when no module of the language model has one of the target names.
     """
     if not is_peft_available():
         raise ImportError("this model has LoRA adapters, which need peft: pip install peft")
-    if any(True for _ in lora_layers(language_model)):
+    if next(lora_layers(language_model), None) is not None:
         return
     full = LORA_DEFAULTS | dict(lora)
     family = getattr(language_model.config, "model_type", "")
@@ -216,34 +214,11 @@ def lora_layers(language_model: nn.Module) -> Iterator[tuple[str, Any]]:
         yield from ((name, part) for name, part in language_model.named_modules() if isinstance(part, LoraLayer))
 
 
-def check_language_model(language_model: Any) -> int:
-    """Width of the language model's input embeddings.
-
-    Raises:
-        TypeError: when it is no model of transformers.
-        ValueError: when it is not a causal language model that reads embeddings.
-    """
-    name = type(language_model).__name__
-    if not isinstance(language_model, PreTrainedModel):
-        raise TypeError(f"{name} is no language model of transformers: give an id, a directory, or one that it loaded.")
-    if getattr(language_model.config, "is_encoder_decoder", False):
-        raise ValueError(
-            f"{name} is an encoder-decoder: DeViL needs a causal language model, such as OPT, GPT-2 or Llama."
-        )
-    if language_model.get_output_embeddings() is None:
-        raise ValueError(f"{name} has no language-model head: load it with AutoModelForCausalLM.")
-    embedding = language_model.get_input_embeddings()
-    if not isinstance(embedding, nn.Module) or not hasattr(embedding, "weight"):
-        raise ValueError(
-            f"{name} has no input embedding table, so it cannot read a prefix: choose another language model."
-        )
-    return int(embedding.weight.shape[-1])
-
-
-def load_language_model(source: Mapping, token=None, **kwargs) -> PreTrainedModel:
+def load_language_model(source: Mapping, **kwargs) -> PreTrainedModel:
+    """The language model of `{"source", "revision"}`, in fp32; an OSError that names the remedy where it cannot be loaded."""
     try:
         return AutoModelForCausalLM.from_pretrained(
-            source["source"], revision=source.get("revision") or "main", token=token, dtype=torch.float32, **kwargs
+            source["source"], revision=source.get("revision") or "main", dtype=torch.float32, **kwargs
         )
     except OSError as error:
         raise OSError(
@@ -258,31 +233,22 @@ def _told_when_cut(path: Any) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        cause: BaseException | None = error
+        cause: Any = error
         # The client's transport errors are of httpx or httpx2, depending on its version.
-        while cause is not None and all(base.__name__ != "TransportError" for base in type(cause).__mro__):
+        while cause is not None and "TransportError" not in [base.__name__ for base in type(cause).__mro__]:
             cause = cause.__cause__ or cause.__context__
         if cause is None:
             raise
-        raise OSError(
-            f"loading {path} was cut off by the network ({cause}); load it again: what arrived completely is kept."
-        ) from error
+        raise OSError(f"loading {path} was cut off by the network ({cause}); load it again to go on.") from error
 
 
-def _trained_weights(path: str | PathLike, hub: Mapping) -> dict[str, Tensor]:
-    file = cached_file(path, WEIGHTS_FILE, _raise_exceptions_for_missing_entries=False, **hub)
-    if file is None:
-        raise OSError(f"{path} has no {WEIGHTS_FILE}: a slim checkpoint keeps its translator there.")
-    return load_file(file)
-
-
-def _frozen_weights(config, backbone, language_model, token) -> dict[str, Tensor]:
+def _frozen_weights(config, backbone, language_model, **download) -> dict[str, Tensor]:
     """Weights of the frozen parts from their sources, verified, by their names in the whole model."""
-    vision = source_state_dict(config.backbone_config, backbone, token=token)
+    vision = source_state_dict(config.backbone_config, backbone, **download)
     source = dict(config.language_model_source)
     if language_model is not None:
         source |= {"source": str(language_model), "revision": None}
-    model = load_language_model(source, token=token)
+    model = load_language_model(source, **download)
     found = weights_hash(model)
     if found != source["sha256"]:
         raise ValueError(
@@ -296,4 +262,4 @@ def _frozen_weights(config, backbone, language_model, token) -> dict[str, Tensor
     return named | {f"language_model.{name}": tensor for name, tensor in model.state_dict().items()}
 
 
-__all__ = ["DevilPreTrainedModel", "add_lora", "check_language_model", "load_language_model", "lora_layers"]
+__all__ = ["DevilPreTrainedModel", "add_lora", "load_language_model", "lora_layers"]

@@ -17,85 +17,57 @@ LORA_DEFAULTS: dict[str, Any] = {"rank": 8, "alpha": 16, "dropout": 0.0, "target
 
 @strict
 class DevilConfig(PreTrainedConfig):
-    """What a [`DevilModel`] is made of.
-
-    Args:
-        backbone_config: architecture, chosen layers, preprocessing and source of the frozen vision backbone,
-            as `FeatureBackbone.config` writes it.
-        text_config: configuration of the frozen causal language model.
-        language_model_source: `{"source", "revision", "sha256"}` of the language model's pretrained weights.
-        prefix_length: k, the number of prefix vectors that the language model reads (paper: 10).
-        translator_type: `"transformer"` is DeViL's; others are those that are registered, see `register_translator`
-            (devil_hf.baselines: `"clipcap"`, `"clipcap_mlp"`, `"limber"`): of the sizes below they use those that they have.
-        translator_width: D, the width of the translator (paper: 768).
-        translator_depth: its number of layers (paper: 12).
-        translator_heads: its number of attention heads (paper: 12).
-        translator_feed_forward: width of its feed-forward layers (paper: 3072).
-        translator_shortcut: also add a linear map of each visible layer's feature to the prefix (paper: no).
-        normalize_features: layer norm of each pooled feature before its projection (paper: no).
-        layer_dropout: probability that training hides a layer (paper: 0.5); one layer always stays visible.
-        location_dropout: probability that training drops a location (paper: 0.5); one location always stays.
-        location_schedule: `"constant"` drops every location with `location_dropout` (paper); `"log_uniform"` draws how many
-            locations are kept log-uniformly between one and all of them, which makes single places point better.
-        whole_probability: how often the log-uniform schedule shows the whole image in every layer.
-        all_layers_probability: how often training hides no layer, beyond what `layer_dropout` gives (paper: 0). With
-            `whole_probability` it says how much of the training goes into whole images by all layers together.
-        null_probability: how often training hides every layer, so that the null prefix is learned (paper: 0).
-        max_caption_tokens: training captions are cut to this many tokens (paper: 100).
-        lora: `rank`, `alpha`, `dropout` and `target_modules` of LoRA adapters in the language model, see `add_lora`
-            (paper: none).
-        bos_token_id: token in front of the prefix; None for a language model without one.
-        eos_token_id: token that ends a caption; None for a language model without one.
-        pad_token_id: token that fills finished rows of a generation.
-        scope: what the training data covered, in a sentence that the tools print beside their answers.
-        frozen_weights: `"embedded"` when the checkpoint holds the frozen weights, `"reference"` when it is slim.
-        format_version: layout of the checkpoint; newer ones than this code knows are refused.
-    """
+    """What a [`DevilModel`] is made of, each field with its meaning and the paper's choice beside it."""
 
     model_type = "devil"
     sub_configs = {"text_config": AutoConfig}
     has_no_defaults_at_init = True
 
-    backbone_config: dict[str, Any] | None = None
-    text_config: Any = None
-    language_model_source: dict[str, Any] | None = None
+    backbone_config: dict[str, Any] | None = None  # of the frozen vision backbone, as `FeatureBackbone.config` has it
+    text_config: Any = None  # configuration of the frozen causal language model
+    language_model_source: dict[str, Any] | None = None  # `source`, `revision` and `sha256` of its pretrained weights
 
-    prefix_length: int = 10
+    prefix_length: int = 10  # k, the number of prefix vectors that the language model reads (paper: 10)
+    # "transformer" is DeViL's; others are registered (`register_translator`) and use those of the sizes below that they have.
     translator_type: str = "transformer"
-    translator_width: int = 768
-    translator_depth: int = 12
-    translator_heads: int = 12
-    translator_feed_forward: int = 3072
-    translator_shortcut: bool = False
-    normalize_features: bool = False
+    translator_width: int = 768  # D (paper: 768)
+    translator_depth: int = 12  # layers (paper: 12)
+    translator_heads: int = 12  # attention heads (paper: 12)
+    translator_feed_forward: int = 3072  # width of the feed-forward layers (paper: 3072)
+    translator_shortcut: bool = False  # also add a linear map of each visible layer's feature to the prefix (paper: no)
+    normalize_features: bool = False  # layer norm of each pooled feature before its projection (paper: no)
 
-    layer_dropout: float = 0.5
-    location_dropout: float = 0.5
+    layer_dropout: float = 0.5  # probability that training hides a layer (paper: 0.5); one always stays visible
+    location_dropout: float = 0.5  # probability that training drops a location (paper: 0.5); one always stays
+    # "constant" drops every location with `location_dropout` (paper); "log_uniform" draws how many are kept log-uniformly
+    # between one and all of them, which makes single places point better, and with `whole_probability` shows the whole image.
     location_schedule: Literal["constant", "log_uniform"] = "constant"
     whole_probability: float = 0.25
+    # How often training hides no layer, beyond what `layer_dropout` gives (paper: 0). With `whole_probability` it says how
+    # much of the training goes into whole images by all layers together.
     all_layers_probability: float = 0.0
-    null_probability: float = 0.0
-    max_caption_tokens: int = 100
-    lora: dict[str, Any] | None = None
+    null_probability: float = 0.0  # how often training hides every layer, so that the null prefix is learned (paper: 0)
+    max_caption_tokens: int = 100  # training captions are cut to this many (paper: 100)
+    lora: dict[str, Any] | None = None  # settings of LoRA adapters in the language model, see `add_lora` (paper: none)
 
-    bos_token_id: int | None = None
-    eos_token_id: int | None = None
-    pad_token_id: int | None = None
+    bos_token_id: int | None = None  # in front of the prefix; None for a language model without one
+    eos_token_id: int | None = None  # ends a caption; None for a language model without one
+    pad_token_id: int | None = None  # fills finished rows of a generation
     tie_word_embeddings: bool = False
-    scope: str | None = None
-    frozen_weights: Literal["embedded", "reference"] = "embedded"
-    format_version: int = FORMAT_VERSION
+    scope: str | None = None  # what the training data covered, in a sentence that the tools print beside their answers
+    frozen_weights: Literal["embedded", "reference"] = "embedded"  # "reference" when the checkpoint is slim
+    format_version: int = FORMAT_VERSION  # layout of the checkpoint; newer ones than this code knows are refused
 
     def __post_init__(self, **kwargs):
         if isinstance(self.text_config, dict):
-            text_config = dict(self.text_config)
-            model_type = text_config.pop("model_type", None)
+            model_type = self.text_config.get("model_type")
             if model_type not in CONFIG_MAPPING:
                 raise ValueError(
                     f"text_config has model_type {model_type!r}, which this transformers does not know: "
                     "upgrade transformers, or name a causal language model that it has."
                 )
-            self.text_config = CONFIG_MAPPING[model_type](**text_config)
+            fields = {name: value for name, value in self.text_config.items() if name != "model_type"}
+            self.text_config = CONFIG_MAPPING[model_type](**fields)
         elif self.text_config is not None:
             # The base class resets the attention implementation of its sub-configurations: not that of a living model.
             self.text_config = copy.deepcopy(self.text_config)
@@ -134,24 +106,15 @@ class DevilConfig(PreTrainedConfig):
         for name in (
             "layer_dropout",
             "location_dropout",
-            "whole_probability",
-            "all_layers_probability",
-            "null_probability",
+            *(name for name in vars(self) if name.endswith("_probability")),
         ):
             value = getattr(self, name)
             if not 0.0 <= value <= 1.0:
                 raise ValueError(f"{name}={value} is not a probability: give a number between 0 and 1.")
 
     def validate_sizes(self):
-        for name in (
-            "prefix_length",
-            "translator_width",
-            "translator_depth",
-            "translator_heads",
-            "translator_feed_forward",
-        ):
-            value = getattr(self, name)
-            if value < 1:
+        for name in ("prefix_length", *(f"translator_{part}" for part in ("width", "depth", "heads", "feed_forward"))):
+            if (value := getattr(self, name)) < 1:
                 raise ValueError(f"{name}={value} must be at least 1.")
         if self.translator_width % self.translator_heads:
             raise ValueError(

@@ -6,8 +6,9 @@ Places are pooled without building one-hot location weights; layers that are not
 Maps of several layers become one by a rule of `COMBINATIONS` (beyond the paper, but for "joint"): see `register_combination`.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -16,42 +17,31 @@ from torch.nn import functional as F
 
 from .outputs_devil import AttributionOutput, DescribeOutput
 from .pooling_devil import Layers, check_window, pool_every_location, read_locations, resolve_layer, resolve_layers
-from .scoring_devil import gather_log_probs, rows_per_chunk, run_language_model
+from .scoring_devil import rows_per_chunk
 
 ALL_LAYERS = "all"
 MEASURES = ("sum", "per_token", "evidence")
 SMOOTHING = 1 / 32  # deviation of the Gaussian of "informed", in sides of the grid
 
 
-@dataclass(frozen=True)
-class Combination:
-    """How one map is made from several layers.
-
-    Args:
-        combine: (layer -> map (B, K, H_l, W_l), evidence of the whole layers (L, B, K)) -> (B, K, H, W); None asks the layers
-            together instead.
-        needs_evidence: whether the second argument is read; it is None otherwise.
-    """
-
-    combine: Callable[[Mapping[str, Tensor], Tensor | None], Tensor] | None
-    needs_evidence: bool = False
+# One map from several: (layer -> map (B, K, H_l, W_l), evidence) -> (B, K, H, W), where `evidence()` is that of
+# each phrase for each whole layer alone, (L, B, K) in nats per token. None asks the layers together instead.
+Combination = Callable[[Mapping[str, Tensor], Callable[[], Tensor]], Tensor]
+COMBINATIONS: dict[str, Combination | None] = {}
 
 
-COMBINATIONS: dict[str, Combination] = {}
-
-
-def register_combination(name: str, needs_evidence: bool = False) -> Callable:
+def register_combination(name: str) -> Callable[[Combination], Combination]:
     """Decorator of a rule that makes one map of those of several layers, for `attribute(combine=name)` and every evaluation.
 
     ```python
     @register_combination("highest")
-    def highest(maps, whole):
-        return torch.stack(resize_to_finest(maps)).amax(dim=0)
+    def highest(maps, evidence):
+        return torch.stack(resize_to_finest(maps.values())).amax(dim=0)
     ```
     """
 
-    def register(combine: Callable[[Mapping[str, Tensor], Tensor | None], Tensor]) -> Callable:
-        COMBINATIONS[name] = Combination(combine, needs_evidence)
+    def register(combine: Combination) -> Combination:
+        COMBINATIONS[name] = combine
         return combine
 
     return register
@@ -59,7 +49,7 @@ def register_combination(name: str, needs_evidence: bool = False) -> Callable:
 
 def map_combinations() -> list[str]:
     """The rules that need no more than the layers' maps and evidence; the first one points best."""
-    return [name for name, rule in COMBINATIONS.items() if rule.combine is not None]
+    return [name for name, combine in COMBINATIONS.items() if combine is not None]
 
 
 def combine_maps(maps: Mapping[str, Tensor], rule: str, whole: Tensor | None = None) -> Tensor:
@@ -70,16 +60,20 @@ def combine_maps(maps: Mapping[str, Tensor], rule: str, whole: Tensor | None = N
         rule: one of `map_combinations()`.
         whole: (L, B, K), evidence of each phrase for each layer's whole map in nats per token, for rules that need it.
     """
-    combination = COMBINATIONS[rule]
-    if combination.combine is None:
+    combine = COMBINATIONS[rule]
+    if combine is None:
         raise ValueError(f"the combination {rule!r} asks the layers together: it cannot be made from their maps.")
-    if combination.needs_evidence and whole is None:
-        raise ValueError(f"the combination {rule!r} needs the evidence of the whole layers: give `whole`.")
-    return combination.combine(maps, whole)
+
+    def evidence() -> Tensor:
+        if whole is None:
+            raise ValueError(f"the combination {rule!r} needs the evidence of the whole layers: give `whole`.")
+        return whole
+
+    return combine(maps, evidence)
 
 
-@register_combination("informed", needs_evidence=True)
-def combine_informed(maps: Mapping[str, Tensor], whole: Tensor | None) -> Tensor:
+@register_combination("informed")
+def combine_informed(maps: Mapping[str, Tensor], evidence: Callable[[], Tensor]) -> Tensor:
     """Average on the finest grid, weighted by what each layer knows of the phrase.
 
     Layers differ in what they know of a phrase, and one that does not know it has peaks, too. For each phrase of each image layer
@@ -89,7 +83,7 @@ def combine_informed(maps: Mapping[str, Tensor], whole: Tensor | None) -> Tensor
     grid's side, since the features of a fine layer speak for the edges of an object as much as for its middle. The rule was
     chosen among some eighty of its kind in the shapes world, on scenes that no reported figure is measured on.
     """
-    assert whole is not None
+    whole = evidence()
     spread = torch.stack([one.std(dim=(2, 3), correction=0) for one in maps.values()])  # (L, B, K)
     weights = (whole - whole.amax(dim=0)).exp() * spread + 1e-12  # maps that are flat everywhere count alike
     weights = weights / weights.sum(dim=0)
@@ -99,17 +93,17 @@ def combine_informed(maps: Mapping[str, Tensor], whole: Tensor | None) -> Tensor
 
 
 @register_combination("mean")
-def combine_mean(maps: Mapping[str, Tensor], whole: Tensor | None = None) -> Tensor:
+def combine_mean(maps: Mapping[str, Tensor], evidence: Callable[[], Tensor]) -> Tensor:
     """Average on the finest grid, every layer alike."""
     return torch.stack(resize_to_finest(maps.values())).mean(dim=0)
 
 
-COMBINATIONS["joint"] = Combination(None)
+COMBINATIONS["joint"] = None  # paper
 
 
-def resize_to_finest(maps: Mapping[str, Tensor] | Any) -> list[Tensor]:
+def resize_to_finest(maps: Iterable[Tensor]) -> list[Tensor]:
     """Maps (B, C, H_l, W_l), interpolated bilinearly to the grid of the one with the most locations."""
-    maps = list(maps.values() if isinstance(maps, Mapping) else maps)
+    maps = list(maps)
     finest = max((one.shape[-2:] for one in maps), key=lambda grid: grid[0] * grid[1])
     return [F.interpolate(one.float(), finest, mode="bilinear", align_corners=False) for one in maps]
 
@@ -158,18 +152,13 @@ class ExplainMixin:
         visible = resolve_layers(layers, self.layer_names)
         feature_maps = self.read_features(pixel_values, feature_maps, visible)
         windows = self._windows(window, visible)
-        rule = COMBINATIONS.get(combine or "")
-        null = None
-        if measure == "evidence" or (rule and rule.needs_evidence):
-            null = self.score_prefix(self.null_prefix(), checked).sum(dim=-1)
-        scorer = _MapScorer(self, checked, measure, null, chunk_size)
-        if rule and rule.combine is None:
-            resized = dict(zip(visible, resize_to_finest([feature_maps[i] for i in visible]), strict=True))
-            return AttributionOutput(maps={combine: scorer.map(resized, windows)}, measure=measure)
+        scorer = _MapScorer(self, checked, measure, chunk_size)
+        if combine is not None and COMBINATIONS[combine] is None:
+            joint = dict(zip(visible, resize_to_finest(feature_maps[i] for i in visible), strict=True))
+            return AttributionOutput(maps={combine: scorer.map(joint, windows)}, measure=measure)
         maps = {self.layer_names[i]: scorer.map({i: feature_maps[i]}, windows) for i in visible}
-        if rule:
-            whole = self._layer_evidence(feature_maps, checked, visible, null) if rule.needs_evidence else None
-            maps = {combine: combine_maps(maps, combine, whole)}
+        if combine is not None:
+            maps = {combine: COMBINATIONS[combine](maps, lambda: scorer.layer_evidence(feature_maps, visible))}
         return AttributionOutput(maps=maps, measure=measure)
 
     @torch.no_grad()
@@ -177,14 +166,8 @@ class ExplainMixin:
         self, feature_maps: Sequence[Tensor | None], phrases: Mapping[str, Tensor], layers: Layers = None
     ) -> Tensor:
         """(L, B, K) evidence of K phrases for the whole map of each layer alone, in nats per token over the null prefix."""
-        checked = self.check_phrases(phrases)
-        null = self.score_prefix(self.null_prefix(), checked).sum(dim=-1)
-        return self._layer_evidence(feature_maps, checked, resolve_layers(layers, self.layer_names), null)
-
-    def _layer_evidence(self, feature_maps, phrases, asked: Sequence[int], null: Tensor) -> Tensor:
-        prefixes = [self.ask(layers=index, feature_maps=feature_maps) for index in asked]
-        scores = torch.stack([self.score_prefix(prefix, phrases).sum(dim=-1) for prefix in prefixes])
-        return (scores - null) / phrases["scored_mask"].sum(dim=-1).to(scores.device)
+        scorer = _MapScorer(self, self.check_phrases(phrases))
+        return scorer.layer_evidence(feature_maps, resolve_layers(layers, self.layer_names))
 
     def _windows(self, window: int | Mapping[str, int], visible: Sequence[int]) -> dict[int, int]:
         """Sides of windows by layer index, 1 for layers that a mapping leaves out."""
@@ -317,8 +300,7 @@ class ExplainMixin:
         index, vectors = self._check_directions(vectors, layer)
         if length is not None:
             norms = vectors.norm(dim=1, keepdim=True)
-            if not norms.all():
-                zero = torch.nonzero(norms[:, 0] == 0)[:5, 0].tolist()
+            if zero := torch.nonzero(norms[:, 0] == 0)[:5, 0].tolist():
                 raise ValueError(f"vectors {zero} are zero: they have no direction.")
             vectors = vectors * (length / norms)
         if not strengths:
@@ -374,65 +356,46 @@ class ExplainMixin:
             )
         return index, vectors.float()
 
-    @torch.no_grad()
-    def sequence_log_probs(self, prefix: Tensor, sequences: Tensor) -> tuple[Tensor, Tensor]:
-        """Log-probabilities of generated tokens under the prefixes that they belong to, and under the null prefix.
-
-        Args:
-            prefix: (N, k, D_lm), as `ask` and `translate` give them.
-            sequences: (N, T) tokens, as `generate` gives them.
-
-        Returns:
-            Two tensors (N, T) in nats, the first EOS of a row included, 0 on the padding after it.
-        """
-        length = sequences.shape[1]
-        null = self.null_prefix()
-        pieces: tuple[list[Tensor], list[Tensor]] = ([], [])
-        chunk = rows_per_chunk(self.language_model, self.config.prefix_length + 1, 1, length, logit_positions=length)
-        for rows, tokens in zip(prefix.split(chunk), sequences.split(chunk), strict=True):
-            words = self.get_input_embeddings()(tokens[:, :-1])
-            starts = (self.embed_prefix(rows), self.embed_prefix(null).expand(len(rows), -1, -1))
-            for start, collected in zip(starts, pieces, strict=True):
-                embeds = torch.cat([start, words.to(start.dtype)], dim=1)
-                logits = run_language_model(self.language_model, embeds, keep=length).logits
-                collected.append(gather_log_probs(logits, tokens))
-        mask = self.word_mask(sequences).to(pieces[0][0].device)
-        return torch.cat(pieces[0]) * mask, torch.cat(pieces[1]) * mask
-
-    def word_mask(self, sequences: Tensor) -> Tensor:
-        """True on generated tokens (N, T) up to and including the first EOS."""
-        if self.config.eos_token_id is None:
-            return torch.ones_like(sequences, dtype=torch.bool)
-        ends = (sequences == self.config.eos_token_id).long()
-        return ends.cumsum(dim=1) - ends == 0
-
 
 @dataclass
 class _MapScorer:
-    """Scores of every location of feature maps, in chunks."""
+    """Scores of K phrases for many places or whole layers; the null prefix is scored once."""
 
     model: Any
     phrases: Mapping[str, Tensor]
-    measure: str
-    null: Tensor | None  # (1, K) log-probabilities under the null prefix
-    chunk_size: int | None
+    measure: str = "evidence"
+    chunk_size: int | None = None
+
+    @cached_property
+    def null(self) -> Tensor:
+        """(1, K) log-probabilities under the null prefix."""
+        return self.model.score_prefix(self.model.null_prefix(), self.phrases).sum(dim=-1)
+
+    def measured(self, scores: Tensor, measure: str) -> Tensor:
+        """Log-probabilities (..., K), as the measure has them."""
+        if measure == "evidence":
+            scores = scores - self.null
+        return scores if measure == "sum" else scores / self.phrases["scored_mask"].sum(dim=-1).to(scores.device)
 
     def map(self, feature_maps: Mapping[int, Any], windows: Mapping[int, int]) -> Tensor:
-        """One map per image and phrase, (B, K, H, W), with these layers (on one grid) asked together."""
+        """One map per image and phrase, (B, K, H, W), with these layers (on one grid) asked together, in chunks."""
         model, (K, T) = self.model, self.phrases["input_ids"].shape
         B, _, H, W = next(iter(feature_maps.values())).shape
-        pooled = {i: model.check_finite(pool_every_location(maps, windows[i]), i) for i, maps in feature_maps.items()}
+        pooled: list[Tensor | None] = [None] * len(model.layer_names)
+        for index, maps in feature_maps.items():
+            pooled[index] = model.check_finite(pool_every_location(maps, windows[index]), index)
         chunk = self.chunk_size or rows_per_chunk(model.language_model, model.config.prefix_length + 1, K, T)
         scores = []
         for begin in range(0, B * H * W, chunk):
-            rows = [pooled[i][begin : begin + chunk] if i in pooled else None for i in range(len(model.layer_names))]
-            scores.append(model.score_prefix(model.translate(rows), self.phrases, chunk).sum(dim=-1))
-        score = torch.cat(scores)  # (B * H * W, K)
-        if self.measure == "evidence":
-            score = score - self.null
-        if self.measure != "sum":
-            score = score / self.phrases["scored_mask"].sum(dim=-1).to(score.device)
-        return score.view(B, H, W, K).permute(0, 3, 1, 2)
+            prefix = model.translate([None if rows is None else rows[begin : begin + chunk] for rows in pooled])
+            scores.append(model.score_prefix(prefix, self.phrases, chunk).sum(dim=-1))
+        return self.measured(torch.cat(scores), self.measure).view(B, H, W, K).permute(0, 3, 1, 2)
+
+    def layer_evidence(self, feature_maps: Sequence[Tensor | None], visible: Sequence[int]) -> Tensor:
+        """(L, B, K), see `DevilModel.layer_evidence`."""
+        prefixes = [self.model.ask(layers=index, feature_maps=feature_maps) for index in visible]
+        scores = [self.model.score_prefix(prefix, self.phrases).sum(dim=-1) for prefix in prefixes]
+        return self.measured(torch.stack(scores), "evidence")
 
 
 __all__ = [

@@ -9,7 +9,7 @@ model stays in eval mode.
 
 import copy
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,27 +17,26 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, GenerationConfig, LogitsProcessorList, PreTrainedModel
 
 from .backbone_devil import FeatureBackbone
-from .checkpoint_devil import DevilPreTrainedModel, add_lora, check_language_model, lora_layers
+from .checkpoint_devil import DevilPreTrainedModel, add_lora, lora_layers
 from .explaining_devil import ExplainMixin
-from .outputs_devil import DevilOutput, ScoreOutput
+from .outputs_devil import DevilOutput
 from .pooling_devil import (
     Layers,
     check_weights,
-    draw_layer_mask,
-    draw_location_weights,
+    draw,
     pool,
     read_locations,
     region_weights,
     resolve_layers,
     window_weights,
 )
-from .scoring_devil import EvidenceGuidance, rows_per_chunk, run_language_model, score_phrases
+from .scoring_devil import EvidenceGuidance, ScoreMixin, rows_per_chunk, run_language_model
 from .translator_devil import translator_class
 
 DEFAULT_NEW_TOKENS = 40
 
 
-class DevilModel(ExplainMixin, DevilPreTrainedModel):
+class DevilModel(ExplainMixin, ScoreMixin, DevilPreTrainedModel):
     """A vision backbone that speaks.
 
     Shapes: B images, L layers with feature maps (B, C_l, H_l, W_l), N questions, K phrases of up to T tokens,
@@ -51,21 +50,22 @@ class DevilModel(ExplainMixin, DevilPreTrainedModel):
         else:
             self.backbone = FeatureBackbone.from_config(config.backbone_config, module=backbone)
         self.language_model = language_model or AutoModelForCausalLM.from_config(config.text_config)
-        embedding_width = check_language_model(self.language_model)
         self.language_model.get_output_embeddings().register_forward_pre_hook(_contiguous_input)
         # Descriptions follow the arguments of the call alone, not decoding habits that came with the language model.
         self.language_model.generation_config = GenerationConfig.from_model_config(self.language_model.config)
-        self.translator: Any = translator_class(config.translator_type)(self.backbone.channels, embedding_width, config)
-        self._no_split_modules = ["FeatureBackbone", type(self.translator).__name__]
-        for given in (backbone, language_model):
-            if given is not None:
-                _keep_weights(given)
+        embedding_width = int(self.get_input_embeddings().weight.shape[-1])
+        translator = translator_class(config.translator_type)
+        self.translator: Any = translator(self.backbone.channels, embedding_width, config)
+        self._no_split_modules = ["FeatureBackbone", translator.__name__]
+        built = [part for part in (backbone, language_model) if part is not None]
         if config.lora is not None:
             add_lora(self.language_model, config.lora)
             # The language model would initialise them as its own layers, and fresh adapters would say something.
-            for _, layer in lora_layers(self.language_model):
-                _keep_weights(layer.lora_A)
-                _keep_weights(layer.lora_B)
+            built += [part for _, layer in lora_layers(self.language_model) for part in (layer.lora_A, layer.lora_B)]
+        # What is already built is marked as initialised, so that `post_init` leaves it alone.
+        for part in built:
+            for one in (*part.modules(), *part.parameters(), *part.buffers()):
+                one._is_hf_initialized = True
         self.post_init()
         self.freeze()
 
@@ -120,14 +120,12 @@ class DevilModel(ExplainMixin, DevilPreTrainedModel):
             return self.extract_features(pixel_values, list(visible))
         names = self.layer_names
         if isinstance(feature_maps, Tensor) or len(feature_maps) != len(names):
-            raise ValueError(
-                f"feature_maps must be a list of one map for each of {names}, as `extract_features` gives them."
-            )
+            raise ValueError(f"feature_maps must be one map for each of {names}, as `extract_features` gives them.")
         for index in visible:
             found, channels = feature_maps[index], self.backbone.channels[index]
             if found is None:
                 raise ValueError(
-                    f"feature_maps hold nothing of layer {names[index]!r}: extract it as well, or leave it out of the layers."
+                    f"feature_maps hold nothing of layer {names[index]!r}: extract it, or do not ask for it."
                 )
             if found.ndim != 4 or found.shape[1] != channels:
                 raise ValueError(
@@ -184,49 +182,50 @@ class DevilModel(ExplainMixin, DevilPreTrainedModel):
         """
         visible = resolve_layers(layers, self.layer_names)
         feature_maps = self.read_features(pixel_values, feature_maps, visible)
-        weights, layer_mask = self._location_weights(
-            feature_maps, visible, locations, window, regions, location_weights, layer_mask
-        )
-        pooled: list[Tensor | None] = [None] * len(self.layer_names)
-        for index in visible:
-            pooled[index] = self.check_finite(pool(feature_maps[index], weights[index]), index)
-        if layer_mask is not None:
-            rows = len(cast(Tensor, pooled[visible[0]]))
-            layer_mask = self._rows_of_mask(layer_mask, rows, len(feature_maps[visible[0]]))
-        return self.translate(pooled, layer_mask)
-
-    def _location_weights(self, feature_maps, visible, locations, window, regions, location_weights, layer_mask):
-        """Location weights by layer index (None for uniform), and the layer mask, of the one way in which places are named."""
-        named = [
-            name
-            for name, given in (("locations", locations), ("regions", regions), ("location_weights", location_weights))
-            if given is not None
-        ]
-        if len(named) > 1:
-            raise ValueError(f"{' and '.join(named)} both say where to look: give one of them.")
-        images = feature_maps[visible[0]].shape[0]
-        grids = {index: tuple(feature_maps[index].shape[-2:]) for index in visible}
+        seen = {index: feature_maps[index] for index in visible}
+        _only_one(locations=locations, regions=regions, location_weights=location_weights)
+        weights: Mapping[int, Any] = dict.fromkeys(visible)
+        vanished = None
         if location_weights is not None:
-            for index, grid in grids.items():
-                check_weights(location_weights[index], images, grid, self.layer_names[index])
-            return {index: location_weights[index] for index in visible}, layer_mask
-        if regions is not None:
-            if regions.ndim not in (3, 4) or regions.shape[0] != images:
-                raise ValueError(
-                    f"regions of shape {tuple(regions.shape)} for {images} images: expected ({images}, height, width) or "
-                    f"({images}, regions, height, width), over the pixel values."
-                )
-            regions = regions[:, None] if regions.ndim == 3 else regions
-            return self._region_question(regions.to(feature_maps[visible[0]].device), grids, layer_mask)
-        if locations is not None:
-            if len(set(grids.values())) > 1:
-                shown = {self.layer_names[index]: grid for index, grid in grids.items()}
-                raise ValueError(
-                    f"locations need one grid, but the visible layers have {shown}: name one layer, or use regions."
-                )
-            places = read_locations(locations, grids[visible[0]], self.layer_names[visible[0]])
-            return dict.fromkeys(visible, window_weights(places, grids[visible[0]], window)), layer_mask
-        return dict.fromkeys(visible), layer_mask
+            weights = {index: location_weights[index] for index in visible}
+            for index, maps in seen.items():
+                check_weights(weights[index], len(maps), tuple(maps.shape[-2:]), self.layer_names[index])
+        elif regions is not None:
+            weights, vanished = self._region_weights(regions, seen)
+        elif locations is not None:
+            weights = dict.fromkeys(visible, self._window_weights(locations, window, seen))
+        pooled: list[Tensor | None] = [None] * len(self.layer_names)
+        for index, maps in seen.items():
+            pooled[index] = vectors = self.check_finite(pool(maps, weights[index]), index)
+        if layer_mask is not None:
+            layer_mask = self._rows_of_mask(layer_mask, len(vectors), len(maps))
+        return self.translate(pooled, _hidden(layer_mask, vanished))
+
+    def _window_weights(self, locations, window: int, feature_maps: Mapping[int, Tensor]) -> Tensor:
+        """Weights (R, H, W) of windows around places on the one grid of the feature maps."""
+        grids = {self.layer_names[index]: tuple(maps.shape[-2:]) for index, maps in feature_maps.items()}
+        name, grid = next(iter(grids.items()))
+        if len(set(grids.values())) > 1:
+            raise ValueError(
+                f"locations need one grid, but the visible layers have {grids}: name one layer, or use regions."
+            )
+        return window_weights(read_locations(locations, grid, name), grid, window)
+
+    def _region_weights(self, regions: Tensor, feature_maps: Mapping[int, Tensor]) -> tuple[dict[int, Tensor], Tensor]:
+        """Weights (B, R, H_l, W_l) of regions by layer index, and where they vanish and are hidden, (B * R, L) bool."""
+        like = next(iter(feature_maps.values()))
+        if regions.ndim not in (3, 4) or len(regions) != len(like):
+            raise ValueError(
+                f"regions of shape {tuple(regions.shape)} for {len(like)} images: expected ({len(like)}, height, width) or "
+                f"({len(like)}, regions, height, width), over the pixel values."
+            )
+        regions = (regions[:, None] if regions.ndim == 3 else regions).to(like.device)
+        vanished = torch.zeros(regions[:, :, 0, 0].numel(), len(self.layer_names), dtype=torch.bool, device=like.device)
+        weights = {}
+        for index, maps in feature_maps.items():
+            weights[index], empty = region_weights(regions, (maps.shape[-2], maps.shape[-1]))
+            vanished[:, index] = empty.flatten()
+        return weights, vanished
 
     def _rows_of_mask(self, layer_mask: Tensor, rows: int, images: int) -> Tensor:
         """A layer mask of (L,), (B, L) or (rows, L) as (rows, L)."""
@@ -240,17 +239,6 @@ class DevilModel(ExplainMixin, DevilPreTrainedModel):
         raise ValueError(
             f"layer_mask of shape {tuple(layer_mask.shape)}: expected ({layers},), ({images}, {layers}) or ({rows}, {layers})."
         )
-
-    def _region_question(self, regions, grids, layer_mask) -> tuple[dict[int, Tensor], Tensor]:
-        B, R = regions.shape[:2]
-        mask = torch.zeros(B * R, len(self.layer_names), dtype=torch.bool, device=regions.device)
-        if layer_mask is not None:
-            mask |= self._rows_of_mask(layer_mask.to(regions.device), B * R, B)
-        weights = {}
-        for index, grid in grids.items():
-            weights[index], empty = region_weights(regions, grid)
-            mask[:, index] |= empty.flatten()
-        return weights, mask
 
     def check_finite(self, vectors: Tensor, index: int) -> Tensor:
         """Pooled features (N, C_l) of the layer at position `index`, as they are; a ValueError if one is not finite."""
@@ -278,7 +266,7 @@ class DevilModel(ExplainMixin, DevilPreTrainedModel):
         """Caption loss of image-text pairs (paper, equation 3).
 
         In training mode, location and layer dropout are drawn as configured unless `location_weights` or `layer_mask` say
-        otherwise; in eval mode every location and layer is visible.
+        otherwise (by the package devil-hf: see `DRAWS`); in eval mode every location and layer is visible.
 
         Args:
             pixel_values: (B, 3, H, W); or `feature_maps`, one (B, C_l, H_l, W_l) per layer; or `pooled_features`, (B, C_l).
@@ -291,26 +279,23 @@ class DevilModel(ExplainMixin, DevilPreTrainedModel):
                 one vanishes is hidden from it.
 
         Raises:
-            ValueError: for regions beside weights or pooled features, which say already where to look.
+            ValueError: for more than one of regions, weights and pooled features, which all say where to look.
         """
-        vanished = None
-        if regions is not None and (location_weights is not None or pooled_features is not None):
-            raise ValueError(
-                "regions and location_weights or pooled_features both say where to look: give one of them."
-            )
+        _only_one(regions=regions, location_weights=location_weights, pooled_features=pooled_features)
+        layers, vanished = range(len(self.layer_names)), None
         if pooled_features is None:
-            feature_maps = self.read_features(pixel_values, feature_maps, range(len(self.layer_names)))
-            if location_weights is None:
-                location_weights, vanished = self._default_weights(feature_maps, regions)
-            pooled_features = [
-                self.check_finite(pool(maps, weights), index)
-                for index, (maps, weights) in enumerate(zip(feature_maps, location_weights, strict=True))
-            ]
-        rows = pooled_features[0].shape[0]
+            feature_maps = self.read_features(pixel_values, feature_maps, layers)
+            weights: Any = location_weights or [None] * len(layers)
+            if regions is not None:
+                weights, vanished = self._region_weights(regions, dict(enumerate(feature_maps)))
+            if self.training and location_weights is None:
+                drawn = draw("locations", self.config, len(feature_maps[0]), feature_maps, regions)
+                weights = [one[:, None] for one in drawn]
+            pooled_features = [self.check_finite(pool(feature_maps[i], weights[i]), i) for i in layers]
         if layer_mask is None and self.training:
-            layer_mask = draw_layer_mask(self.config, rows, len(pooled_features), pooled_features[0].device)
+            layer_mask = draw("layers", self.config, len(pooled_features[0]), len(layers), pooled_features[0].device)
         if vanished is not None and vanished.any():
-            layer_mask = vanished if layer_mask is None else layer_mask.to(vanished.device) | vanished
+            layer_mask = _hidden(layer_mask, vanished)
         prefix = self.translate(pooled_features, layer_mask)
         if input_ids is None:
             return DevilOutput(prefix=prefix)
@@ -320,27 +305,10 @@ class DevilModel(ExplainMixin, DevilPreTrainedModel):
         loss = F.cross_entropy(logits.float().flatten(0, 1), labels.to(logits.device).flatten())
         return DevilOutput(loss=loss, logits=logits, prefix=prefix)
 
-    def _default_weights(self, feature_maps: Sequence[Tensor], regions: Tensor | None):
-        """Per layer (B, 1, H_l, W_l): drawn in training mode, all of each region otherwise, None for whole images; and the
-        layers on which regions vanish, (B, L), or None.
-        """
-        weights: list[Any] = [None] * len(feature_maps)
-        vanished = None
-        if regions is not None:
-            regions = regions.to(feature_maps[0].device)
-            found = [region_weights(regions[:, None], tuple(maps.shape[-2:])) for maps in feature_maps]
-            weights, vanished = [drawn for drawn, _ in found], torch.cat([empty for _, empty in found], dim=1)
-        if self.training:
-            drawn = draw_location_weights(self.config, len(feature_maps[0]), feature_maps, regions)
-            weights = [one[:, None] for one in drawn]
-        return weights, vanished
-
     def caption_inputs(self, prefix: Tensor, input_ids: Tensor, attention_mask: Tensor | None):
         """Labels (B, T + 1), -100 on padding; input embeddings of BOS, prefix, caption, EOS; their attention mask."""
         input_ids = input_ids.to(prefix.device)
-        if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
-        attention_mask = attention_mask.to(prefix.device)
+        attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(prefix.device)
         tokens, labels = input_ids, input_ids.masked_fill(attention_mask == 0, -100)
         if self.config.eos_token_id is not None:
             # EOS stands right after the last caption token, in front of the padding.
@@ -350,7 +318,7 @@ class DevilModel(ExplainMixin, DevilPreTrainedModel):
             labels = F.pad(labels, (0, 1), value=-100).scatter(1, ends, self.config.eos_token_id)
         start = self.embed_prefix(prefix)
         words = self.get_input_embeddings()(tokens).to(start.dtype)
-        self._check_context(start.shape[1] + tokens.shape[1], "the prefix and the caption", "shorten the captions")
+        self.check_context(start.shape[1] + tokens.shape[1], "the prefix and the caption", "shorten the captions")
         mask = torch.cat([attention_mask.new_ones(start.shape[:2]), attention_mask], dim=1)
         return labels, torch.cat([start, words], dim=1), mask
 
@@ -365,7 +333,8 @@ class DevilModel(ExplainMixin, DevilPreTrainedModel):
         bos = embedding(torch.full((1, 1), self.config.bos_token_id, device=prefix.device))
         return torch.cat([bos.to(prefix).expand(prefix.shape[0], -1, -1), prefix], dim=1)
 
-    def _check_context(self, length: int, what: str, remedy: str) -> None:
+    def check_context(self, length: int, what: str, remedy: str) -> None:
+        """A ValueError where the language model cannot read that many tokens."""
         limit = self.config.context_length
         if limit is not None and length > limit:
             raise ValueError(f"{what} take {length} tokens, but the language model reads {limit}: {remedy}.")
@@ -403,9 +372,8 @@ class DevilModel(ExplainMixin, DevilPreTrainedModel):
         start = self.embed_prefix(prefix)
         options, config = self._generation_options(start.shape[1], generation_kwargs)
         if guidance != 1.0:
-            null = self.embed_prefix(self.null_prefix())
+            processor = EvidenceGuidance(self.language_model, self.embed_prefix(self.null_prefix()), guidance)
             processors = list(options.pop("logits_processor", None) or [])
-            processor = EvidenceGuidance(self.language_model, null, guidance)
             options["logits_processor"] = LogitsProcessorList([processor, *processors])
         rows = (config.num_beams or 1) * (config.num_return_sequences or 1)
         new_tokens = config.max_new_tokens or config.max_length or DEFAULT_NEW_TOKENS
@@ -414,14 +382,10 @@ class DevilModel(ExplainMixin, DevilPreTrainedModel):
             raise ValueError(
                 f"return_dict_in_generate works for up to {chunk} questions at once, not for {len(start)}: ask fewer."
             )
-        outputs = [
-            self.language_model.generate(
-                inputs_embeds=part,
-                attention_mask=torch.ones(part.shape[:2], dtype=torch.long, device=part.device),
-                **options,
-            )
-            for part in start.split(chunk)
-        ]
+        outputs = []
+        for part in start.split(chunk):
+            mask = torch.ones(part.shape[:2], dtype=torch.long, device=part.device)
+            outputs.append(self.language_model.generate(inputs_embeds=part, attention_mask=mask, **options))
         if len(outputs) == 1:
             return outputs[0]
         longest = max(part.shape[1] for part in outputs)
@@ -439,7 +403,7 @@ class DevilModel(ExplainMixin, DevilPreTrainedModel):
             options["max_new_tokens"] = config.max_new_tokens = max(room, 1)
         # A given length counts the prefix in the library's `max_length`, and not in `max_new_tokens`.
         length = start_length + config.max_new_tokens if config.max_new_tokens else config.max_length
-        self._check_context(length, "the prefix and the new tokens", "lower max_new_tokens")
+        self.check_context(length, "the prefix and the new tokens", "lower max_new_tokens")
         if config.pad_token_id is None:
             options["pad_token_id"] = self.padding_token_id
         if config.eos_token_id is None:
@@ -449,114 +413,25 @@ class DevilModel(ExplainMixin, DevilPreTrainedModel):
     @property
     def padding_token_id(self) -> int:
         """The token that fills finished rows of a generation."""
-        for token in (self.config.pad_token_id, self.config.eos_token_id):
-            if token is not None:
-                return token
-        return 0
+        tokens = (self.config.pad_token_id, self.config.eos_token_id, 0)
+        return next(token for token in tokens if token is not None)
 
-    @torch.no_grad()
-    def score(
-        self,
-        pixel_values: Tensor | None = None,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        scored_mask: Tensor | None = None,
-        **question,
-    ) -> ScoreOutput:
-        """Log-probability of given phrases: multiple choice, evidence, and one place of an attribution map.
 
-        Args:
-            pixel_values: (B, 3, H, W).
-            input_ids, attention_mask, scored_mask: (K, T), as the processor makes them of phrases; tokens outside of
-                `scored_mask` (a carrier such as "the") are read but not counted.
-            question: `layers`, `locations`, `window`, `regions`, `location_weights`, `layer_mask`, `feature_maps` of `ask`.
-        """
-        phrases = self.check_phrases(
-            {"input_ids": input_ids, "attention_mask": attention_mask, "scored_mask": scored_mask}
-        )
-        prefix = self.ask(pixel_values, **question)
-        token_log_probs = self.score_prefix(prefix, phrases)
-        null_token_log_probs = self.score_prefix(self.null_prefix(), phrases)
-        log_probs, null_log_probs = token_log_probs.sum(dim=-1), null_token_log_probs.sum(dim=-1)[0]
-        evidence = (log_probs - null_log_probs) / phrases["scored_mask"].sum(dim=-1).to(log_probs.device)
-        return ScoreOutput(
-            log_probs=log_probs, null_log_probs=null_log_probs, evidence=evidence, token_log_probs=token_log_probs
-        )
+def _only_one(**given: Any) -> None:
+    names = [name for name, value in given.items() if value is not None]
+    if len(names) > 1:
+        raise ValueError(f"{' and '.join(names)} both say where to look: give one of them.")
 
-    def check_phrases(self, phrases: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
-        """Phrase tensors `input_ids`, `attention_mask`, `scored_mask` (K, T), checked, on the language model's device.
 
-        Masks that are missing are those of phrases without padding and without a carrier.
-
-        Raises:
-            TypeError: for what is no mapping.
-            ValueError: for token ids of a wrong shape or of another vocabulary, phrases without a token to score, and phrases
-                that do not fit the context behind the prefix.
-        """
-        if not isinstance(phrases, Mapping):
-            raise TypeError(f"phrases must come from processor(text=[...], return_tensors='pt'), got {phrases!r:.80}")
-        input_ids = phrases.get("input_ids")
-        if input_ids is None or input_ids.ndim != 2 or 0 in input_ids.shape:
-            shape = None if input_ids is None else tuple(input_ids.shape)
-            raise ValueError(
-                f"phrases need input_ids of shape (phrases, tokens), got {shape}: make them with processor(text=[...])."
-            )
-        table = self.get_input_embeddings().weight
-        device = table.device
-        if not 0 <= int(input_ids.min()) <= int(input_ids.max()) < table.shape[0]:
-            raise ValueError(
-                f"phrases hold token {int(input_ids.max())}, but the language model knows {table.shape[0]}: "
-                "make them with the processor of this checkpoint."
-            )
-        input_ids = input_ids.to(device)
-        given = phrases.get("attention_mask")
-        attention_mask = torch.ones_like(input_ids) if given is None else given.to(device)
-        given = phrases.get("scored_mask")
-        scored_mask = attention_mask.bool() if given is None else given.to(device).bool() & attention_mask.bool()
-        empty = torch.nonzero(~scored_mask.any(dim=1)).flatten().tolist()
-        if empty:
-            raise ValueError(f"phrases {empty} have no token to score: leave empty phrases out.")
-        length = self.config.prefix_length + 1 + input_ids.shape[1]
-        self._check_context(length, "the prefix and the longest phrase", "shorten that phrase")
-        return {"input_ids": input_ids, "attention_mask": attention_mask, "scored_mask": scored_mask}
-
-    def score_prefix(
-        self, prefix: Tensor, phrases: Mapping[str, Tensor | None], chunk_size: int | None = None
-    ) -> Tensor:
-        """Log-probability of given phrases under prefixes, token by token; what `score` and `attribute` add up.
-
-        Args:
-            prefix: (N, k, D_lm), as `ask`, `translate` and `null_prefix` give them.
-            phrases: K phrases of up to T tokens, as `processor(text=[...])` makes them.
-            chunk_size: prefixes at once; chosen from the shapes when None.
-
-        Returns:
-            (N, K, T) in nats, fp32; 0 on padding and on tokens outside of `scored_mask`.
-
-        Raises:
-            TypeError, ValueError: for phrases that the language model cannot read, see `check_phrases`.
-        """
-        phrases = self.check_phrases(phrases)
-        input_ids = phrases["input_ids"]
-        chunk_size = chunk_size or rows_per_chunk(self.language_model, prefix.shape[1] + 1, *input_ids.shape)
-        log_probs = [
-            score_phrases(self.language_model, self.embed_prefix(rows), input_ids, phrases["attention_mask"])
-            for rows in prefix.split(chunk_size)
-        ]
-        return torch.cat(log_probs) * phrases["scored_mask"].to(log_probs[0].device)
+def _hidden(layer_mask: Tensor | None, vanished: Tensor | None) -> Tensor | None:
+    if layer_mask is None or vanished is None:
+        return vanished if layer_mask is None else layer_mask
+    return layer_mask.to(vanished.device) | vanished
 
 
 def _contiguous_input(head: nn.Module, arguments: tuple) -> tuple:
     # Logits of the last positions are asked of a slice, on which bf16 kernels of the CPU are hundreds of times slower.
     return (arguments[0].contiguous(), *arguments[1:])
-
-
-def _keep_weights(module: Any) -> None:
-    """Mark every weight of an already built part as initialised, so that `post_init` leaves it alone."""
-    for part in module.modules():
-        part._is_hf_initialized = True
-    for tensor in (*module.parameters(), *module.buffers()):
-        tensor._is_hf_initialized = True
 
 
 DevilModel.register_for_auto_class("AutoModel")

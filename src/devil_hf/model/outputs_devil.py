@@ -142,17 +142,15 @@ def describe_rows(output: DescribeOutput, tokenizer: Any, images: Sequence[str] 
 def word_evidence(tokenizer: Any, tokens: Sequence[tuple[int, float]]) -> list[tuple[str, float]]:
     """(token, nats) pairs of one text, joined to (word, nats) pairs."""
     words: list[tuple[str, float]] = []
-    before = ""
-    for end in range(1, len(tokens) + 1):
+    before = 0
+    for end, (_, nats) in enumerate(tokens, 1):
         # Decoded from the start each time: only the whole text shows where a tokenizer puts its spaces.
-        text = tokenizer.decode([token for token, _ in tokens[:end]], skip_special_tokens=True)
-        nats = tokens[end - 1][1]
-        pieces = text.split()
-        if len(pieces) > len(before.split()):
+        pieces = tokenizer.decode([token for token, _ in tokens[:end]], skip_special_tokens=True).split()
+        if len(pieces) > before:
             words.append((pieces[-1], nats))
         elif words:
             words[-1] = (pieces[-1], words[-1][1] + nats)
-        before = text
+        before = len(pieces)
     return words
 
 

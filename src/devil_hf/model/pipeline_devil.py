@@ -20,13 +20,8 @@ from .pooling_devil import resolve_layers
 
 TASK = "vision-feature-description"
 # What `config.custom_pipelines` of a checkpoint must hold for `pipeline` to find this file beside the weights.
-CUSTOM_PIPELINES = {
-    TASK: {
-        "impl": "pipeline_devil.VisionFeatureDescriptionPipeline",
-        "pt": ["AutoModel"],
-        "type": "multimodal",
-    }
-}
+IMPLEMENTATION = "pipeline_devil.VisionFeatureDescriptionPipeline"
+CUSTOM_PIPELINES = {TASK: {"impl": IMPLEMENTATION, "pt": ["AutoModel"], "type": "multimodal"}}
 _MAP_PREFIX = "map of "
 _COLUMNS = ("sequences", "layer_index", "locations", "token_evidence")  # of `DescribeOutput`, sorted by image
 
@@ -41,19 +36,13 @@ class VisionFeatureDescriptionPipeline(Pipeline):
     ```
 
     The first argument is one image or a list of images, each anything that `load_images` accepts. Named arguments, at
-    construction or in a call:
+    construction or in a call: `layers`, `window` as in `model.describe` and `model.attribute`; `phrases`, and with them
+    `measure`, `combine`, `carrier`, as in `model.attribute` and the processor; everything else goes to `model.describe`
+    (`locations`, `evidence`) and to generation (`max_new_tokens`, `num_beams`, ...).
 
-    * `layers`, `locations`, `window`, `evidence`: as in `model.describe`;
-    * `phrases`, and with them `measure`, `combine`, `carrier`: as in `model.attribute` and the processor;
-    * everything else goes to generation (`max_new_tokens`, `num_beams`, ...).
-
-    Returns, per image, a dict with
-
-    * `"descriptions"`: a list of dicts with `"layer"` (`"all"` where all layers were shown together),
-      `"location"` ((row, column), or None for the whole image), `"description"`, and with `evidence=True` also
-      `"evidence"`, the mean over the tokens in nats, and `"words"`, the (word, evidence) pairs;
-    * with phrases, `"phrases"` and `"maps"`: per layer a float tensor (phrases, height, width) in the coordinates of
-      the image, NaN where the backbone's crop does not reach.
+    Returns, per image, a dict with `"descriptions"`, a list of dicts as `describe_rows` makes them, without the image; and with
+    phrases, `"phrases"` and `"maps"`: per layer a float tensor (phrases, height, width) in the coordinates of the image, NaN
+    where the backbone's crop does not reach.
     """
 
     # The base class declares these without types.
@@ -65,36 +54,27 @@ class VisionFeatureDescriptionPipeline(Pipeline):
     processor: Any
 
     def _sanitize_parameters(
-        self,
-        phrases: str | Sequence[str] | None = None,
-        carrier: str | None = None,
-        **kwargs: Any,
+        self, phrases: str | Sequence[str] | None = None, carrier: str | None = None, **kwargs: Any
     ) -> tuple[dict, dict, dict]:
-        forward: dict[str, Any] = {}
-        postprocess: dict[str, Any] = {}
-        attribute = {name: kwargs.pop(name) for name in ("measure", "combine") if name in kwargs}
-        if phrases is not None:
-            phrases = [phrases] if isinstance(phrases, str) else list(phrases)
-            forward["phrases"] = self.processor(text=phrases, carrier=carrier)
-            postprocess["phrases"] = phrases
-        elif carrier is not None:
-            raise ValueError(f"carrier {carrier!r} needs phrases: pass `phrases` as well")
-        if attribute:
-            forward["attribute"] = attribute
         shared = {name: kwargs.pop(name) for name in ("layers", "window") if name in kwargs}
-        if shared:
-            forward["shared"] = shared
-        if kwargs:
-            forward["describe"] = kwargs
-        return {}, forward, postprocess
+        attribute = {name: kwargs.pop(name) for name in ("measure", "combine") if name in kwargs}
+        # Only what is given: settings of the construction stay where a call says nothing.
+        forward = {"shared": shared, "attribute": attribute, "describe": kwargs}
+        forward = {name: settings for name, settings in forward.items() if settings}
+        if phrases is None:
+            if carrier is not None:
+                raise ValueError(f"carrier {carrier!r} needs phrases: pass `phrases` as well")
+            return {}, forward, {}
+        phrases = [phrases] if isinstance(phrases, str) else list(phrases)
+        return {}, forward | {"phrases": self.processor(text=phrases, carrier=carrier)}, {"phrases": phrases}
 
     def __call__(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """Describe one image, or a list of images (`batch_size` at a time)."""
-        if isinstance(inputs, (np.ndarray, torch.Tensor)) and inputs.ndim == 4:
+        if isinstance(inputs, tuple) or (isinstance(inputs, (np.ndarray, torch.Tensor)) and inputs.ndim == 4):
             inputs = list(inputs)
-        if isinstance(inputs, (list, tuple)) and not inputs:
+        if isinstance(inputs, list) and not inputs:
             raise ValueError("no images given: pass at least one")
-        return super().__call__(list(inputs) if isinstance(inputs, tuple) else inputs, *args, **kwargs)
+        return super().__call__(inputs, *args, **kwargs)
 
     def preprocess(self, input_: ImageSource) -> dict[str, torch.Tensor]:  # type: ignore[override]
         pictures = load_images(input_)
@@ -104,30 +84,22 @@ class VisionFeatureDescriptionPipeline(Pipeline):
         return {**self.processor(images=pictures, return_tensors="pt"), "image_size": image_size}
 
     def _forward(  # type: ignore[override]
-        self,
-        model_inputs: dict[str, torch.Tensor],
-        phrases: Any = None,
-        shared: dict[str, Any] | None = None,
-        describe: dict[str, Any] | None = None,
-        attribute: dict[str, Any] | None = None,
+        self, model_inputs: dict[str, torch.Tensor], phrases=None, shared=None, describe=None, attribute=None
     ) -> dict[str, Any]:
+        shared = shared or {}
         feature_maps = self.model.extract_features(model_inputs["pixel_values"])
-        output = self.model.describe(feature_maps=feature_maps, **(shared or {}), **(describe or {}))
+        output = self.model.describe(feature_maps=feature_maps, **shared, **(describe or {}))
         # The base class cuts batches along the first axis: every entry has one row per image.
-        batch = len(model_inputs["pixel_values"])
         order = torch.argsort(output.image_index, stable=True)
-        columns = {name: getattr(output, name) for name in _COLUMNS}
-        rows = {
-            name: column[order.to(column.device)].unflatten(0, (batch, -1))
-            for name, column in columns.items()
-            if column is not None
-        }
+        columns = {name: output[name] for name in _COLUMNS if name in output}
+        batch = (len(model_inputs["pixel_values"]), -1)
+        rows = {name: column[order.to(column.device)].unflatten(0, batch) for name, column in columns.items()}
         rows["image_size"] = model_inputs["image_size"]
         if phrases is not None:
             # "all", which descriptions know as all layers together, means every layer here.
-            asked = resolve_layers((shared or {}).get("layers"), self.model.layer_names, whole=ALL_LAYERS)
-            mapped = {**(shared or {}), **(attribute or {}), "layers": [index for index in asked if index >= 0] or None}
-            attributed = self.model.attribute(feature_maps=feature_maps, phrases=phrases.to(self.device), **mapped)
+            asked = resolve_layers(shared.get("layers"), self.model.layer_names, whole=ALL_LAYERS)
+            settings = shared | (attribute or {}) | {"layers": [index for index in asked if index >= 0] or None}
+            attributed = self.model.attribute(feature_maps=feature_maps, phrases=phrases.to(self.device), **settings)
             rows |= {f"{_MAP_PREFIX}{layer}": values for layer, values in attributed.maps.items()}
         return rows
 
@@ -140,13 +112,12 @@ class VisionFeatureDescriptionPipeline(Pipeline):
         descriptions = self.processor.post_process_descriptions(output)
         for row in descriptions:
             del row["image"]  # there is one image in each result
-        result: dict[str, Any] = {"descriptions": descriptions}
-        if phrases is not None:
-            maps = {name: values for name, values in model_outputs.items() if name.startswith(_MAP_PREFIX)}
-            placed = self.processor.post_process_attribution(maps, target_sizes=model_outputs["image_size"].tolist())
-            result["phrases"] = phrases
-            result["maps"] = {name.removeprefix(_MAP_PREFIX): per_image[0] for name, per_image in placed.items()}
-        return result
+        if phrases is None:
+            return {"descriptions": descriptions}
+        maps = {name: values for name, values in model_outputs.items() if name.startswith(_MAP_PREFIX)}
+        placed = self.processor.post_process_attribution(maps, target_sizes=model_outputs["image_size"].tolist())
+        placed = {name.removeprefix(_MAP_PREFIX): per_image[0] for name, per_image in placed.items()}
+        return {"descriptions": descriptions, "phrases": phrases, "maps": placed}
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
         """Save model and processor; the base class would leave out the processor, which loading needs."""

@@ -23,9 +23,7 @@ from .outputs_devil import DescribeOutput, describe_rows
 
 logger = logging.get_logger(f"transformers.{__name__}")  # answers to the verbosity of transformers
 
-# Anchors of the two colour scales, evenly spaced.
-DIVERGING = ((5, 68, 140), (63, 142, 206), (222, 226, 230), (240, 130, 40), (176, 30, 20))
-SEQUENTIAL = ((30, 14, 76), (113, 31, 129), (205, 64, 113), (248, 142, 92), (252, 236, 170))
+WARM, COOL = (176, 30, 20), (5, 68, 140)  # for and against a phrase
 
 
 @dataclass(repr=False)
@@ -202,20 +200,20 @@ class DevilProcessor(ProcessorMixin):
     def overlay(self, outputs: Any, images: ImageSource) -> AttributionOverlays:
         """Pictures of the images under their maps, with one colour scale across all layers, images and phrases.
 
-        Zero is neutral, warm colours speak for a phrase and cool ones against it, unless `outputs` says that it holds another
-        measure than evidence: log-probabilities, which are all negative, run from the lowest to the highest value.
+        Warm colours lie above the middle of the scale and cool ones below: zero, unless `outputs` says that it holds another
+        measure than evidence.
 
         Args:
             outputs: as in `post_process_attribution`.
             images: the images that were given to the processor.
         """
         pictures = load_images(images)
-        maps = self.post_process_attribution(outputs, target_sizes=[(image.height, image.width) for image in pictures])
+        maps = self.post_process_attribution(outputs, images=pictures)
         symmetric = getattr(outputs, "measure", "evidence") in (None, "evidence")
         value_range = shared_value_range(attribution_maps(outputs), symmetric)
         layers = {
             layer: [
-                [overlay_map(image, one.numpy(), value_range, symmetric=symmetric) for one in values]
+                [_tinted(image, one.numpy(), value_range) for one in values]
                 for image, values in zip(pictures, placed, strict=True)
             ]
             for layer, placed in maps.items()
@@ -292,44 +290,15 @@ def shared_value_range(maps: Mapping[str, Any], symmetric: bool = True) -> tuple
     return (low, high) if high > low else (low - 1.0, high + 1.0)
 
 
-def _scale_position(values: np.ndarray, value_range: tuple[float, float]) -> np.ndarray:
+def _tinted(image: Image.Image, values: np.ndarray, value_range: tuple[float, float]) -> Image.Image:
+    """An RGB image (W, H) under a map (H, W): colour grows from the middle of the scale; dark where the map is NaN."""
     low, high = value_range
-    return np.clip((np.nan_to_num(values, nan=low) - low) / (high - low), 0.0, 1.0)
-
-
-def colorize(values: np.ndarray, value_range: tuple[float, float], symmetric: bool = True) -> np.ndarray:
-    """Colours of `values` (any shape) on the shared scale -> uint8 (..., 3); blue to red, or dark to light."""
-    anchors = np.array(DIVERGING if symmetric else SEQUENTIAL, dtype=np.float64)
-    position = _scale_position(values, value_range) * (len(anchors) - 1)
-    lower = np.minimum(position.astype(int), len(anchors) - 2)
-    share = (position - lower)[..., None]
-    return np.round(anchors[lower] * (1 - share) + anchors[lower + 1] * share).astype(np.uint8)
-
-
-def overlay_map(
-    image: Image.Image,
-    values: np.ndarray,
-    value_range: tuple[float, float],
-    *,
-    symmetric: bool = True,
-    opacity: float = 0.8,
-) -> Image.Image:
-    """One RGB image under one map (H, W), NaN outside the crop, where the image is dark.
-
-    The image fades to grey; colour grows with the distance from zero (`symmetric`) or from the lowest value, so that what says
-    nothing stays readable as a photograph; `opacity` is the weight of the colour at the ends of the scale.
-    """
-    grey = np.asarray(image.convert("L"), dtype=np.float64)[..., None].repeat(3, axis=-1)
-    base = 0.25 * np.asarray(image, dtype=np.float64) + 0.75 * (40 + grey * 0.84)
-    position = _scale_position(values, value_range)
-    strength = np.abs(2 * position - 1) if symmetric else 0.35 + 0.65 * position
-    weight = (opacity * np.sqrt(strength))[..., None]
-    picture = (1 - weight) * base + weight * colorize(values, value_range, symmetric)
-    unseen = np.isnan(values)
-    picture[unseen] = 0.45 * base[unseen]
-    return Image.fromarray(np.round(picture).clip(0, 255).astype(np.uint8))
+    position = np.clip((2 * values - low - high) / (high - low), -1, 1)[..., None]
+    grey = np.asarray(image.convert("L"), dtype=np.float64)[..., None]
+    picture = grey + 0.8 * np.sqrt(np.abs(position)) * (np.where(position > 0, WARM, COOL) - grey)
+    return Image.fromarray(np.where(np.isnan(position), 0.4 * grey, picture).round().astype(np.uint8))
 
 
 DevilProcessor.register_for_auto_class("AutoProcessor")
 
-__all__ = ["AttributionOverlays", "DevilProcessor", "attribution_maps", "colorize", "overlay_map", "shared_value_range"]
+__all__ = ["AttributionOverlays", "DevilProcessor", "attribution_maps", "shared_value_range"]

@@ -6,6 +6,7 @@ label is read. Language models whose cache cannot be shared (recurrent and hybri
 """
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,8 +14,128 @@ from torch import Tensor, nn
 from transformers import LogitsProcessor, PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
+from .outputs_devil import ScoreOutput
+
 # Rows are scored in chunks that need about this much memory beside the weights.
 CHUNK_BYTES = 1 << 30
+
+
+class ScoreMixin:
+    """`score` and what it is made of, for `DevilModel`."""
+
+    @torch.no_grad()
+    def score(
+        self,
+        pixel_values: Tensor | None = None,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        scored_mask: Tensor | None = None,
+        **question,
+    ) -> ScoreOutput:
+        """Log-probability of given phrases: multiple choice, evidence, and one place of an attribution map.
+
+        Args:
+            pixel_values: (B, 3, H, W).
+            input_ids, attention_mask, scored_mask: (K, T), as the processor makes them of phrases; tokens outside of
+                `scored_mask` (a carrier such as "the") are read but not counted.
+            question: `layers`, `locations`, `window`, `regions`, `location_weights`, `layer_mask`, `feature_maps` of `ask`.
+        """
+        given = {"input_ids": input_ids, "attention_mask": attention_mask, "scored_mask": scored_mask}
+        phrases = self.check_phrases(given)
+        token_log_probs = self.score_prefix(self.ask(pixel_values, **question), phrases)
+        log_probs = token_log_probs.sum(dim=-1)
+        null_log_probs = self.score_prefix(self.null_prefix(), phrases).sum(dim=-1)[0]
+        evidence = (log_probs - null_log_probs) / phrases["scored_mask"].sum(dim=-1).to(log_probs.device)
+        return ScoreOutput(
+            log_probs=log_probs, null_log_probs=null_log_probs, evidence=evidence, token_log_probs=token_log_probs
+        )
+
+    def check_phrases(self, phrases: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
+        """Phrase tensors `input_ids`, `attention_mask`, `scored_mask` (K, T), checked, on the language model's device.
+
+        Masks that are missing are those of phrases without padding and without a carrier.
+
+        Raises:
+            TypeError: for what is no mapping.
+            ValueError: for token ids of a wrong shape or of another vocabulary, phrases without a token to score, and phrases
+                that do not fit the context behind the prefix.
+        """
+        if not isinstance(phrases, Mapping):
+            raise TypeError(f"phrases must come from processor(text=[...], return_tensors='pt'), got {phrases!r:.80}")
+        ids = phrases.get("input_ids")
+        if ids is None or ids.ndim != 2 or 0 in ids.shape:
+            shape = None if ids is None else tuple(ids.shape)
+            raise ValueError(
+                f"phrases need input_ids of shape (phrases, tokens), got {shape}: make them with processor(text=[...])."
+            )
+        table = self.get_input_embeddings().weight
+        if not 0 <= int(ids.min()) <= int(ids.max()) < table.shape[0]:
+            raise ValueError(
+                f"phrases hold token {int(ids.max())}, but the language model knows {table.shape[0]}: "
+                "make them with the processor of this checkpoint."
+            )
+        ids = ids.to(table.device)
+        given = [phrases.get(name) for name in ("attention_mask", "scored_mask")]
+        read, scored = (torch.ones_like(ids) if mask is None else mask.to(ids.device) for mask in given)
+        scored = scored.bool() & read.bool()
+        if empty := torch.nonzero(~scored.any(dim=1)).flatten().tolist():
+            raise ValueError(f"phrases {empty} have no token to score: leave empty phrases out.")
+        length = self.config.prefix_length + 1 + ids.shape[1]
+        self.check_context(length, "the prefix and the longest phrase", "shorten that phrase")
+        return {"input_ids": ids, "attention_mask": read, "scored_mask": scored}
+
+    def score_prefix(
+        self, prefix: Tensor, phrases: Mapping[str, Tensor | None], chunk_size: int | None = None
+    ) -> Tensor:
+        """Log-probability of given phrases under prefixes, token by token; what `score` and `attribute` add up.
+
+        Args:
+            prefix: (N, k, D_lm), as `ask`, `translate` and `null_prefix` give them.
+            phrases: K phrases of up to T tokens, as `processor(text=[...])` makes them, see `check_phrases`.
+            chunk_size: prefixes at once; chosen from the shapes when None.
+
+        Returns:
+            (N, K, T) in nats, fp32; 0 on padding and on tokens outside of `scored_mask`.
+        """
+        phrases = self.check_phrases(phrases)
+        ids, mask = phrases["input_ids"], phrases["attention_mask"]
+        chunk_size = chunk_size or rows_per_chunk(self.language_model, prefix.shape[1] + 1, *ids.shape)
+        log_probs = [
+            score_phrases(self.language_model, self.embed_prefix(rows), ids, mask) for rows in prefix.split(chunk_size)
+        ]
+        return torch.cat(log_probs) * phrases["scored_mask"].to(log_probs[0].device)
+
+    @torch.no_grad()
+    def sequence_log_probs(self, prefix: Tensor, sequences: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-probabilities of generated tokens under the prefixes that they belong to, and under the null prefix.
+
+        Args:
+            prefix: (N, k, D_lm), as `ask` and `translate` give them.
+            sequences: (N, T) tokens, as `generate` gives them.
+
+        Returns:
+            Two tensors (N, T) in nats, the first EOS of a row included, 0 on the padding after it.
+        """
+        length = sequences.shape[1]
+        null = self.null_prefix()
+        pieces: tuple[list[Tensor], list[Tensor]] = ([], [])
+        chunk = rows_per_chunk(self.language_model, self.config.prefix_length + 1, 1, length, logit_positions=length)
+        for rows, tokens in zip(prefix.split(chunk), sequences.split(chunk), strict=True):
+            words = self.get_input_embeddings()(tokens[:, :-1])
+            starts = (self.embed_prefix(rows), self.embed_prefix(null).expand(len(rows), -1, -1))
+            for start, collected in zip(starts, pieces, strict=True):
+                embeds = torch.cat([start, words.to(start.dtype)], dim=1)
+                logits = run_language_model(self.language_model, embeds, keep=length).logits
+                collected.append(gather_log_probs(logits, tokens))
+        mask = self.word_mask(sequences).to(pieces[0][0].device)
+        return torch.cat(pieces[0]) * mask, torch.cat(pieces[1]) * mask
+
+    def word_mask(self, sequences: Tensor) -> Tensor:
+        """True on generated tokens (N, T) up to and including the first EOS."""
+        if self.config.eos_token_id is None:
+            return torch.ones_like(sequences, dtype=torch.bool)
+        ends = (sequences == self.config.eos_token_id).long()
+        return ends.cumsum(dim=1) - ends == 0
 
 
 def score_phrases(language_model: PreTrainedModel, embeds: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
@@ -183,6 +304,7 @@ class EvidenceGuidance(LogitsProcessor):
 
 __all__ = [
     "EvidenceGuidance",
+    "ScoreMixin",
     "gather_log_probs",
     "is_cache_shareable",
     "rows_per_chunk",

@@ -1,4 +1,4 @@
-"""The colours of figures and pages, in one place; the scale of the maps themselves travels with the model's overlay."""
+"""The colours of figures and pages, in one place; the scales of maps are in `overlays`."""
 
 Colour = tuple[int, int, int]
 

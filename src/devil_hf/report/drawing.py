@@ -8,8 +8,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from devil_hf.model.image_processing_devil import load_images
-from devil_hf.model.processing_devil import colorize, overlay_map
 from devil_hf.report.colours import INK, MUTED, PAPER, Colour
+from devil_hf.report.overlays import colorize, overlay_map
 
 MARGIN, GAP = 32, 14
 

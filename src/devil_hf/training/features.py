@@ -13,7 +13,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from devil_hf.model.modeling_devil import DevilModel
-from devil_hf.model.pooling_devil import draw_location_weights, pool
+from devil_hf.model.pooling_devil import pool
+from devil_hf.training.draws import draw_location_weights
 
 
 @torch.no_grad()

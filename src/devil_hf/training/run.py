@@ -288,12 +288,12 @@ def _check_launch(recipe: Recipe) -> None:
 
 def _is_slim(recipe: Recipe, model: DevilModel) -> bool:
     """Whether the final checkpoint leaves the frozen parts out."""
-    return recipe.save == "slim" or (recipe.save == "auto" and model.has_sources)
+    return recipe.save == "slim" or (recipe.save == "auto" and not model.parts_without_source)
 
 
 def _check_saving(recipe: Recipe, model: DevilModel) -> None:
     """Raise an error when the run could not be saved as it should be: no such kind of checkpoint, or no room on the disk."""
-    if recipe.save == "slim" and not model.has_sources:
+    if recipe.save == "slim" and model.parts_without_source:
         raise ValueError(
             "save='slim' needs sources of both frozen parts, which this model does not have: use save='full'"
         )
@@ -313,7 +313,7 @@ def _check_saving(recipe: Recipe, model: DevilModel) -> None:
 
     trained = size(model.trainable_state_dict().values())
     frozen = size(model.state_dict().values()) - trained
-    kept = 0 if model.has_sources else frozen
+    kept = frozen if model.parts_without_source else 0
     final = 0 if slim else frozen
     place = Path(recipe.output_dir)
     place.mkdir(parents=True, exist_ok=True)

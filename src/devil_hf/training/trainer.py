@@ -23,8 +23,8 @@ from transformers.utils import logging
 from devil_hf.data.decoding import BadSamples
 from devil_hf.evaluation.text.metrics import caption_scores
 from devil_hf.model.modeling_devil import DevilModel
-from devil_hf.model.pooling_devil import draw_layer_mask
 from devil_hf.model.processing_devil import DevilProcessor
+from devil_hf.training.draws import draw_layer_mask
 from devil_hf.training.features import PooledCaptions
 from devil_hf.training.feed import (
     CaptionCollator,
@@ -413,7 +413,7 @@ class DevilTrainer(Trainer):
         if not self.args.should_save:
             return
         model: DevilModel = self.accelerator.unwrap_model(self.model)
-        slim = model.has_sources
+        slim = not model.parts_without_source
         if state_dict is not None and slim:
             state_dict = model.trainable_state_dict(state_dict)
         model.save_pretrained(folder, slim=slim, state_dict=state_dict)

@@ -1,0 +1,104 @@
+"""What training hides: layers and locations at random, as the configuration wants it (paper, sections 3.1 and 3.2).
+
+Registered with the model, so that `model.train(); model(pixel_values, input_ids)` draws in anybody's own loop.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from devil_hf.model.pooling_devil import DRAWS, region_weights
+
+
+def location_dropout(
+    rows: int,
+    grids: Sequence[Sequence[int]],
+    probability: float,
+    schedule: str,
+    whole_probability: float,
+    device=None,
+    regions: Tensor | None = None,
+) -> list[Tensor]:
+    """Draw training weights, one (rows, H_l, W_l) per layer: uniform over a random, never empty subset of its locations.
+
+    `"constant"` drops each location with `probability` (paper). `"log_uniform"` draws the number of kept locations of each
+    layer log-uniformly between one and all, so that few places and many are both common, and with `whole_probability` shows
+    a row whole in every layer: what most questions will be.
+
+    With `regions` (rows, H_in, W_in), soft masks of which no row is empty, the subset is one of the locations that lie at least
+    half as much in the region as the one that lies in it most, weighted by how much they do (beyond the paper). Where a large
+    part of the region fills a location, small parts elsewhere are thereby left out.
+    """
+    whole = torch.rand(rows, 1, device=device) < whole_probability
+    weights = []
+    for H, W in grids:
+        share = torch.ones(rows, H * W, device=device)
+        if regions is not None:
+            share = region_weights(regions[:, None], (H, W))[0].flatten(1).to(share)
+        eligible = share >= 0.5 * share.amax(dim=1, keepdim=True)
+        draw = torch.rand(rows, H * W, device=device)
+        # A random order in which the eligible locations come first; `rank` 0 is the first.
+        rank = draw.masked_fill(~eligible, 2.0).argsort(dim=1).argsort(dim=1)  # (rows, H * W)
+        places = eligible.sum(dim=1, keepdim=True)
+        if schedule == "log_uniform":
+            kept = torch.exp(torch.rand(rows, 1, device=device) * places.log()).round()
+            keep = (rank < kept) | whole
+        else:
+            keep = (draw >= probability) | (rank == places - 1)
+        mass = keep * eligible * share
+        weights.append((mass / mass.sum(dim=1, keepdim=True)).view(rows, H, W))
+    return weights
+
+
+def layer_dropout(
+    rows: int,
+    layers: int,
+    probability: float,
+    null_probability: float,
+    all_layers_probability: float = 0.0,
+    device=None,
+) -> Tensor:
+    """Draw a training layer mask (rows, L), True = hidden: never all hidden unless the null prefix is drawn.
+
+    Args:
+        probability: that a layer is hidden.
+        null_probability: that every layer of a row is hidden.
+        all_layers_probability: that none is, of the other rows and beyond what `probability` gives.
+    """
+    draw = torch.rand(rows, layers, device=device)
+    hidden = draw < probability
+    hidden.scatter_(1, draw.argmax(dim=1, keepdim=True), False)
+    if all_layers_probability:
+        hidden &= torch.rand(rows, 1, device=device) >= all_layers_probability
+    null = torch.rand(rows, 1, device=device) < null_probability
+    return hidden | null
+
+
+def draw_location_weights(
+    config, rows: int, feature_maps: Sequence[Tensor], regions: Tensor | None = None
+) -> list[Tensor]:
+    """Training weights as `config` (a `DevilConfig`) wants them, one (rows, H_l, W_l) per layer; inside of `regions`."""
+    return location_dropout(
+        rows,
+        [maps.shape[-2:] for maps in feature_maps],
+        config.location_dropout,
+        config.location_schedule,
+        config.whole_probability,
+        feature_maps[0].device,
+        regions,
+    )
+
+
+def draw_layer_mask(config, rows: int, layers: int, device=None) -> Tensor:
+    """A training layer mask (rows, L) as `config` (a `DevilConfig`) wants it."""
+    return layer_dropout(
+        rows, layers, config.layer_dropout, config.null_probability, config.all_layers_probability, device
+    )
+
+
+DRAWS["locations"] = draw_location_weights
+DRAWS["layers"] = draw_layer_mask
+
+
+__all__ = ["draw_layer_mask", "draw_location_weights", "layer_dropout", "location_dropout"]
