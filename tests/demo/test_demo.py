@@ -22,9 +22,10 @@ from devil_hf.checkpoints import CHECKPOINT
 from devil_hf.data.shapes import make_scene
 from devil_hf.demo import checkpoints as checkpoints_module
 from devil_hf.demo import uploads
-from devil_hf.demo.app import build_demo, told
+from devil_hf.demo.app import build_demo
 from devil_hf.demo.checkpoints import EMBEDDED, Checkpoints
 from devil_hf.demo.explorer import Explorer, read_phrases
+from devil_hf.demo.messages import told
 from devil_hf.demo.uploads import read_upload
 from devil_hf.report import html
 from devil_hf.report.features import feature_picture

@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from io import BytesIO
 from typing import Any
 
-from markupsafe import Markup
 from PIL import Image
 
 from devil_hf.model.outputs_devil import AttributionOutput
@@ -35,7 +34,7 @@ def stage_html(
     grid: tuple[int, int],
     place: tuple[int, int] | None,
     layer: str,
-) -> Markup:
+) -> str:
     """The image under the grid of one layer, with one place marked.
 
     Args:
@@ -67,19 +66,19 @@ def _box(left: float, top: float, width: float, height: float) -> str:
     return f"left:{100 * left:.3f}%;top:{100 * top:.3f}%;width:{100 * width:.3f}%;height:{100 * height:.3f}%"
 
 
-def words_html(words: Sequence[tuple[str, float]]) -> Markup:
+def words_html(words: Sequence[tuple[str, float]]) -> str:
     """Words as buttons, tinted by evidence; `data-word` holds the word."""
     return render(f"{TEMPLATES}/words.html", words=tinted(words))
 
 
-def place_html(rows: Sequence[Mapping[str, Any]], layer: str, where: str) -> Markup:
+def place_html(rows: Sequence[Mapping[str, Any]], layer: str, where: str) -> str:
     """What one place says: large at `layer`, and small at the others, whose names are buttons (`data-layer`)."""
     shown = _shown(rows)
     chosen = next(row for row in shown if row["layer"] == layer)
     return render(f"{TEMPLATES}/place.html", chosen=chosen, rows=shown, where=where)
 
 
-def image_html(rows: Sequence[Mapping[str, Any]]) -> Markup:
+def image_html(rows: Sequence[Mapping[str, Any]]) -> str:
     """What the whole image says: all layers together large, then each alone."""
     shown = _shown(rows)
     whole = next(row for row in shown if row["layer"] == "all")
@@ -97,7 +96,7 @@ def tinted(words: Sequence[tuple[str, float]]) -> list[dict[str, Any]]:
 
 def maps_html(
     processor: DevilProcessor, image: Image.Image, outputs: AttributionOutput, phrases: Sequence[str], tile: int = 320
-) -> Markup:
+) -> str:
     """Maps of phrases (rows) on every layer side by side, all on one colour scale.
 
     Args:
@@ -136,7 +135,7 @@ def features_html(
     rows: Sequence[Mapping[str, Any]],
     grids: Mapping[str, tuple[int, int]],
     layer: str,
-) -> Markup:
+) -> str:
     """The feature grid of each layer in colours, with what the layer says; a tile is a button (`data-layer`, clicked at a place).
 
     Args:

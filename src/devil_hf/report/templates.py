@@ -17,7 +17,6 @@ from typing import Any
 from jinja2 import FileSystemLoader, StrictUndefined, pass_eval_context
 from jinja2.nodes import EvalContext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from markupsafe import Markup
 
 PACKAGE = Path(__file__).parents[1]
 MARKDOWN = ".md.jinja"
@@ -31,14 +30,14 @@ class Written(str):
     """Markdown that is finished: its values were escaped when it was written."""
 
 
-def render(name: str, **values: Any) -> Markup:
+def render(name: str, **values: Any) -> str:
     """A template of the package, filled.
 
     Args:
         name: its path in the package, such as `report/templates/maps.html`.
         values: what it names; a name that it uses and nobody gives is an error.
     """
-    return Markup(_environment().get_template(name).render(values))
+    return _environment().get_template(name).render(values)
 
 
 @cache

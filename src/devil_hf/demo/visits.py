@@ -1,0 +1,169 @@
+"""What one visitor looks at, and what a click changes of it: answers by the name of the piece of the page that shows them."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import gradio as gr
+from PIL import Image
+
+from devil_hf.demo.checkpoints import Checkpoints
+from devil_hf.demo.explorer import Explorer, Look, read_phrases
+from devil_hf.demo.uploads import read_upload
+from devil_hf.report import html
+from devil_hf.report.features import feature_picture
+from devil_hf.report.templates import render
+
+NO_MAPS = "demo/templates/no_maps.html"
+Answer = dict[str, Any]  # name of a piece of the page -> what it shows now
+
+
+@dataclass
+class Session:
+    """What one visitor looks at."""
+
+    checkpoint: str
+    trust: bool
+    look: Look
+    rows: list[dict[str, Any]]  # of the whole image
+    features: dict[str, Image.Image]  # per layer, one pixel per location
+    point: tuple[float, float] | None = None  # (x, y), in pixels of the image
+    place: list[dict[str, Any]] | None = None  # of the places under that point
+    example: int | None = None
+
+
+class Visits:
+    """Every answer of the page.
+
+    Args:
+        checkpoints: those that may be asked.
+        examples: images to choose from, RGB.
+    """
+
+    def __init__(self, checkpoints: Checkpoints, examples: list[Image.Image]):
+        self.checkpoints = checkpoints
+        self.examples = examples
+        self.thumbnails = [html.data_uri(example) for example in examples]
+
+    def start(self) -> Answer:
+        return self.open(self.examples[0], self.checkpoints.default, False, None, example=0)
+
+    def open_upload(self, path: str, session: Session | None, layer: str) -> Answer:
+        checkpoint, trust = (session.checkpoint, session.trust) if session else (self.checkpoints.default, False)
+        try:
+            return self.open(read_upload(path), checkpoint, trust, layer)
+        except ValueError as error:
+            # A message, and not an error: the drop zone must be empty again for the next try.
+            gr.Warning(str(error), title="This file was not read")
+            return {"upload": None}
+
+    def load(self, session: Session, layer: str, name: str, trust: bool) -> Answer:
+        look = _opened(session).look
+        return self.open(look.image, name, bool(trust), layer, session.example)
+
+    def open(
+        self, image: Image.Image, checkpoint: str, trust: bool, layer: str | None, example: int | None = None
+    ) -> Answer:
+        """Everything anew for one image and checkpoint."""
+        explorer = self.checkpoints.get(checkpoint, trust)
+        look = explorer.look(image)
+        features = {
+            name: feature_picture(maps[0]) for name, maps in zip(explorer.layers, look.feature_maps, strict=True)
+        }
+        session = Session(checkpoint, trust, look, explorer.describe(look), features, example=example)
+        if layer not in explorer.layers:
+            layer = explorer.layers[max(len(explorer.layers) - 2, 0)]
+        left, top, right, bottom = explorer.crop(look)
+        centre = (_middle(left, right) * image.width, _middle(top, bottom) * image.height)
+        choices = [(f"{name}  {'×'.join(map(str, explorer.grid(look, name)))}", name) for name in explorer.layers]
+        return {
+            **self.show_point(session, explorer, str(layer), *centre),
+            "layer": gr.Radio(choices, value=layer),
+            "sentence": html.image_html(session.rows),
+            "gallery": self.gallery(example),
+            "maps": render(NO_MAPS),
+            "upload": None,
+            "head": self.head(checkpoint, trust),
+        }
+
+    def show_point(self, session: Session, explorer: Explorer, layer: str, x: float, y: float) -> Answer:
+        session.place = explorer.describe_pixel(session.look, x, y)
+        session.point = (x, y)
+        return self.show_layer(session, explorer, layer)
+
+    def show_layer(self, session: Session, explorer: Explorer, layer: str) -> Answer:
+        """What changes with the layer or the point."""
+        look, rows = session.look, session.place or []
+        row, column = next(one["location"] for one in rows if one["layer"] == layer)
+        grids = {name: explorer.grid(look, name) for name in explorer.layers}
+        x, y = session.point or (0, 0)
+        return {
+            "session": session,
+            "stage": html.stage_html(look.image, explorer.crop(look), grids[layer], (row, column), layer),
+            "row": row,
+            "column": column,
+            "place": html.place_html(rows, layer, f" · pixel {x:.0f}, {y:.0f}"),
+            "features": html.features_html(session.features, session.rows, grids, layer),
+        }
+
+    def choose_layer(self, session: Session, layer: str) -> Answer:
+        session = _opened(session)
+        return self.show_layer(session, self.explorer(session), layer)
+
+    def read_numbers(self, session: Session, layer: str, row: float | None, column: float | None) -> Answer:
+        session = _opened(session)
+        explorer = self.explorer(session)
+        if row is None or column is None:
+            raise ValueError("Type a row and a column first; both start at 0.")
+        point = explorer.pixel_of(session.look, layer, int(row), int(column))
+        return self.show_point(session, explorer, layer, *point)
+
+    def show_maps(self, session: Session, text: str, carrier: str) -> Answer:
+        session = _opened(session)
+        explorer = self.explorer(session)
+        phrases = read_phrases(text)
+        outputs = explorer.map_phrases(session.look, phrases, carrier[:40])
+        return {"maps": html.maps_html(explorer.processor, session.look.image, outputs, phrases)}
+
+    def act(self, event: gr.EventData, session: Session, layer: str, carrier: str) -> Answer:
+        """A click on a word, a layer, an example, a tile of features or the stage."""
+        session = _opened(session)
+        example, word, chosen = (getattr(event, name, None) for name in ("example", "word", "layer"))
+        if example is not None:
+            index = int(example) % len(self.examples)
+            return self.open(self.examples[index], session.checkpoint, session.trust, layer, example=index)
+        if word is not None:
+            return {**self.show_maps(session, word, carrier), "phrases": word}
+        explorer, look = self.explorer(session), session.look
+        if chosen is None:
+            x, y = float(event.x) * look.image.width, float(event.y) * look.image.height
+            return self.show_point(session, explorer, layer, x, y)
+        if not event.at:  # a name, or a tile by keyboard
+            return {**self.show_layer(session, explorer, chosen), "layer": chosen}
+        rows, columns = explorer.grid(look, chosen)
+        x, y = (min(max(float(share), 0.0), 0.999999) for share in event.at)
+        point = explorer.pixel_of(look, chosen, int(y * rows), int(x * columns))
+        return {**self.show_point(session, explorer, chosen, *point), "layer": chosen}
+
+    def explorer(self, session: Session) -> Explorer:
+        return self.checkpoints.get(session.checkpoint, session.trust)
+
+    def gallery(self, chosen: int | None) -> str:
+        """The examples as buttons."""
+        return render("demo/templates/gallery.html", sources=self.thumbnails, chosen=chosen)
+
+    def head(self, checkpoint: str, trust: bool = False) -> str:
+        """The title of the page, with what the checkpoint says that it knows."""
+        return render("demo/templates/head.html", scope=self.checkpoints.get(checkpoint, trust).model.config.scope)
+
+
+def _middle(start: float, end: float) -> float:
+    return (max(start, 0.0) + min(end, 1.0)) / 2
+
+
+def _opened(session: Session | None) -> Session:
+    if session is None:
+        raise ValueError("This visit has expired: reload the page.")
+    return session
+
+
+__all__ = ["NO_MAPS", "Session", "Visits"]
