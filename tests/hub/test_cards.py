@@ -15,7 +15,8 @@ from transformers import GPT2Config
 from devil_hf import DevilConfig
 from devil_hf.evaluation.results import judge_controls, read_evaluations
 from devil_hf.hub.cards import model_card
-from devil_hf.hub.facts import Examples, Facts, Layer, hub_id, readable_recipe
+from devil_hf.hub.facts import Examples, Facts, Layer, readable_recipe
+from devil_hf.hub.sources import hub_id
 from devil_hf.report.templates import card_folder, fenced, markdown
 
 CAPTIONS = {
@@ -238,7 +239,7 @@ def test_text_of_files_and_names_is_shown_letter_by_letter_and_never_run(facts, 
     facts.config.language_model_source = {"source": text, "revision": text, "sha256": text}
     facts.layers = [Layer(text, 8, 4, 4, [3, 64, 64])]
     facts.revision = text
-    facts.examples = Examples(["pictures/example_1.png"], "pictures/layers.jpg", [], [text], False)
+    facts.examples = Examples(["pictures/example_1.png"], "pictures/layers.jpg", [], [text], world=text)
     facts.recipe = yaml.safe_dump({"backbone": text, "train_data": [text]})
     page = str(model_card(facts))
     card = ModelCard(page)  # the metadata end where they should, and hold what they were given
@@ -252,7 +253,7 @@ def test_text_of_files_and_names_is_shown_letter_by_letter_and_never_run(facts, 
     prose = re.sub(r"^(`{3,})(python|yaml)\n.*?\n\1$", "", card.text, flags=re.DOTALL | re.MULTILINE)
     shown, tags = seen(prose)
     assert (
-        shown.count(once) == 17 and not tags
+        shown.count(once) == 18 and not tags
     )  # scope, layer, title, settings, reason, names of rows and of sources, ...
     assert len({line.count("|") - line.count("\\|") for line in prose.splitlines() if line.startswith("| 0 |")}) == 1
     assert [line for line in prose.splitlines() if line.startswith("#")] == HEADINGS

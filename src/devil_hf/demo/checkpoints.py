@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModel, AutoProcessor, PreTrainedConfig
 
 from devil_hf.checkpoints import CHECKPOINT
 from devil_hf.demo.explorer import Explorer
-from devil_hf.hub.facts import HUB_ID, hub_id
+from devil_hf.hub.sources import HUB_ID, hub_id
 
 EMBEDDED = "shapes world (built in)"
 MAX_REPOSITORY_BYTES = 8 * 2**30

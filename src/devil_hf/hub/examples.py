@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from devil_hf.checkpoints import SCOPE
-from devil_hf.data.shapes import make_scene
+from devil_hf.data.worlds import HELD_OUT_WORLD, World
 from devil_hf.hub.facts import Examples, Layer
 from devil_hf.model.modeling_devil import DevilModel
 from devil_hf.model.processing_devil import DevilProcessor
@@ -16,7 +16,7 @@ from devil_hf.report.figures import attribution_figure, layers_figure
 
 LARGEST_PICTURE = 768  # pixels of an example image's longer side
 FIGURE: dict[str, Any] = {"quality": 90, "subsampling": 0}
-EXAMPLE_WORLD = 1  # of the shapes world: held out, as in the quickstart
+EXAMPLE_WORLD = World(20, HELD_OUT_WORLD)
 EXAMPLE_SCENES = 3
 MAX_NEW_TOKENS = 30
 
@@ -41,10 +41,10 @@ def draw_examples(
     phrases: Sequence[str] = (),
 ) -> Examples | None:
     """Let the checkpoint describe and map images, into `folder/pictures`; None where there is no image."""
-    held_out = not images and model.config.scope == SCOPE
+    world = EXAMPLE_WORLD if not images and model.config.scope == SCOPE else None
     asked = [list(phrases)] * len(images)
-    if held_out:
-        images, words = _scenes()
+    if world is not None:
+        images, words = _scenes(world)
         asked = [list(phrases) or one for one in words]
     if not images:
         return None
@@ -55,7 +55,7 @@ def draw_examples(
     # Without phrases of the publisher's: what the model itself says of the image.
     asked = [one or [dict(said)["all"] or "a"] for one, said in zip(asked, rows, strict=True)]
     (folder / "pictures").mkdir(exist_ok=True)
-    examples = Examples([], "pictures/layers.jpg", [], asked[0], held_out)
+    examples = Examples([], "pictures/layers.jpg", [], asked[0], world.label if world else None)
     layers_figure(images, rows).save(folder / examples.layers, **FIGURE)
     for number, (image, wanted) in enumerate(zip(images, asked, strict=True), 1):
         examples.images.append(f"pictures/example_{number}.png")
@@ -67,10 +67,9 @@ def draw_examples(
     return examples
 
 
-def _scenes() -> tuple[list[Image.Image], list[list[str]]]:
-    """Held-out scenes of several objects, and the words of their objects."""
-    scenes = [scene for scene in (make_scene(EXAMPLE_WORLD, index) for index in range(20)) if len(scene.objects) > 1]
-    scenes = scenes[:EXAMPLE_SCENES]
+def _scenes(world: World) -> tuple[list[Image.Image], list[list[str]]]:
+    """Scenes of several objects, and the words of their objects."""
+    scenes = [scene for scene in world.scenes() if len(scene.objects) > 1][:EXAMPLE_SCENES]
     words = [list(dict.fromkeys(w for item in scene.objects for w in item.attributes.values())) for scene in scenes]
     return [Image.fromarray(scene.image) for scene in scenes], words
 

@@ -1,16 +1,14 @@
-"""What a card is filled with: the facts of a checkpoint, and where its frozen parts come from.
+"""What a card is filled with: the facts of a checkpoint.
 
 Nothing of this is trusted: names, recipes and titles come from files that anybody may have written.
 """
 
 import os
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import timm
 import yaml
 
 from devil_hf.checkpoints import SCOPE
@@ -18,7 +16,6 @@ from devil_hf.evaluation.results import Evaluation
 from devil_hf.model.configuration_devil import DevilConfig
 
 UNKNOWN_LICENSE = "unknown"
-HUB_ID = re.compile(r"(?:[A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*", re.ASCII)  # old repositories belong to nobody: gpt2
 
 
 @dataclass(frozen=True)
@@ -47,14 +44,14 @@ class Examples:
         images, maps: paths in the repository.
         layers: path of the picture of what each layer says.
         phrases: phrases of the first image's maps.
-        held_out: whether they are known to be unseen in training.
+        world: the world of shapes that they were taken from; None for pictures of the publisher's.
     """
 
     images: list[str]
     layers: str
     maps: list[str]
     phrases: list[str]
-    held_out: bool
+    world: str | None = None
 
 
 @dataclass
@@ -101,42 +98,6 @@ class Facts:
         return self.config.scope == SCOPE
 
 
-def base_models(config: DevilConfig) -> list[str]:
-    """Hub ids of the backbone and the language model, as far as they came from the Hub."""
-    return [part["id"] for part in source_parts(config) if part["id"]]
-
-
-def source_parts(config: DevilConfig) -> list[dict[str, Any]]:
-    """Backbone and language model: `part`, Hub `id`, `name` and `width`, `revision` and `sha256`; None where unknown."""
-    vision, text = config.backbone_config or {}, config.language_model_source or {}
-    model_class = vision.get("model_class", "").rpartition(".")[-1]
-    architecture = vision.get("architecture") or model_class or vision.get("kind")
-    size = getattr(config.text_config, "hidden_size", None)
-    named = [
-        ("backbone", vision, str(architecture)),
-        ("language model", text, config.text_config.model_type),
-    ]
-    parts = [
-        {"part": part, "id": hub_id(entry.get("source")), "name": name, "width": None}
-        | {key: entry.get(key) for key in ("revision", "sha256")}
-        for part, entry, name in named
-    ]
-    parts[1]["width"] = size
-    return parts
-
-
-def hub_id(source: str | None) -> str | None:
-    """The Hub repository of a part's source; None for a directory, for a module as it was given, and for no such name."""
-    if not source or os.path.isabs(source) or os.path.isdir(source):
-        return None
-    source = source.removeprefix("hf-hub:").partition("@")[0]
-    if "/" not in source and timm.is_model(source.split(".")[0]):
-        known = timm.models.get_pretrained_cfg(source, allow_unregistered=False)
-        found = known.hf_hub_id if known is not None else None
-        return (found if found != "timm/" else f"timm/{source}") or None
-    return source if HUB_ID.fullmatch(source) and ".." not in source else None
-
-
 def readable_recipe(text: str) -> str:
     """A recipe's YAML with every absolute path cut to its last part: a card must not tell where someone's files lie."""
     return yaml.safe_dump(without_paths(yaml.safe_load(text)), sort_keys=False, allow_unicode=True).strip()
@@ -153,4 +114,4 @@ def without_paths(value: Any) -> Any:
     return value
 
 
-__all__ = ["Examples", "Facts", "Layer", "base_models", "hub_id", "readable_recipe", "source_parts", "without_paths"]
+__all__ = ["Examples", "Facts", "Layer", "readable_recipe", "without_paths"]
