@@ -4,123 +4,26 @@ import copy
 import hashlib
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
 import textwrap
-import time
-from types import SimpleNamespace
 
-import huggingface_hub
 import pytest
 import timm
 import torch
-import transformers
-from huggingface_hub import HfApi, ModelCard, constants, file_download
+from huggingface_hub import HfApi, ModelCard, constants
 from huggingface_hub.errors import HfHubHTTPError
-from huggingface_hub.utils import _http
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
 import devil_hf.hub.publish
 from devil_hf import DevilModel
-from devil_hf.cli.main import main
-from devil_hf.demo.checkpoints import Checkpoints
-from devil_hf.evaluation.results import fingerprint
-from devil_hf.hub.checks import check_code, check_weights
-from devil_hf.hub.publish import prepare, push, upload
+from devil_hf.hub.publish import push, upload
 from devil_hf.settings import make
 from devil_hf.training.recipe import Recipe
 from devil_hf.training.run import build
 from tests.conftest import SMALL_TRANSLATOR
-from tests.loopback_hub import LoopbackHub
-
-SCORES = {
-    "title": "Captions of features",
-    "dataset": {"name": "Flickr8k", "id": "jxie/flickr8k", "split": "test", "size": 132},
-    "scores": {"all": {"bleu_4": 0.125, "cider": 0.273}, "conv1": {"bleu_4": 0.072, "cider": 0.12}},
-    "controls": {"shuffled": {"bleu_4": 0.063, "cider": 0.094}},
-}
-
-
-@pytest.fixture(scope="module")
-def hub(tmp_path_factory):
-    """The Hub, and this process turned towards it: huggingface_hub reads the environment only when it is imported."""
-    home = tmp_path_factory.mktemp("home")
-    template = constants.HUGGINGFACE_CO_URL_TEMPLATE
-    with LoopbackHub() as hub, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template.replace(constants.ENDPOINT, hub.endpoint))
-        patch.setattr(constants, "ENDPOINT", hub.endpoint)
-        patch.setattr(constants, "HF_HUB_OFFLINE", False)
-        patch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        patch.setattr(constants, "HF_HUB_CACHE", str(home))
-        patch.setattr(huggingface_hub.hf_api.api, "endpoint", hub.endpoint)
-        patch.setattr(transformers.utils.hub, "_hf_api", None)
-        patch.setenv("HF_TOKEN", "hf_tester")
-        hurried = SimpleNamespace(**vars(time) | {"sleep": lambda seconds: None})  # between two tries
-        patch.setattr(_http, "time", hurried)
-        patch.setattr(file_download, "time", hurried)
-        yield hub
-
-
-@pytest.fixture(scope="module")
-def checkpoint(model, processor, tmp_path_factory):
-    """A checkpoint as training leaves it: with a recipe, and with files that are nobody else's business."""
-    folder = tmp_path_factory.mktemp("checkpoint")
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    (folder / "recipe.yaml").write_text(f"backbone: {folder}/somewhere/backbone\nmax_steps: 7\n")
-    torch.save({"secret": 1}, folder / "training_args.bin")
-    (folder / "trainer_state.json").write_text("{}")
-    (folder / ".notes.json").write_text("{}")
-    scores = SCORES | {"title": "Captions in training", "settings": {"data": f"{folder}/somewhere/flickr8k"}}
-    (folder / "scores.json").write_text(json.dumps(scores))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def draft(checkpoint, images, tmp_path_factory):
-    root = tmp_path_factory.mktemp("draft")
-    (root / "captions.json").write_text(json.dumps(SCORES))
-    options = {"images": images[:1], "phrases": ["a dog", "red"], "scores": [root / "captions.json"]}
-    return prepare(checkpoint, "tester/devil", root / "repository", license="apache-2.0", **options)
-
-
-@pytest.fixture(scope="module")
-def published(hub, draft):
-    """The commit of a pushed checkpoint; on the branch `other` lie the same with other weights."""
-    upload(draft, "tester/devil")
-    first = hub.repositories["model", "tester/devil"].refs["main"]
-    weights = load_file(draft.folder / "model.safetensors")
-    changed = copy.copy(draft)
-    changed.folder = draft.folder.parent / "changed"
-    shutil.copytree(draft.folder, changed.folder)
-    other = {name: -t if name == "translator.output.weight" else t for name, t in weights.items()}
-    save_file(other, changed.folder / "model.safetensors", metadata={"format": "pt"})
-    upload(changed, "tester/devil", commit_message="Other weights")
-    upload(draft, "tester/devil", revision="experiment")
-    upload(draft, "tester/secret", private=True)
-    return first
-
-
-@pytest.fixture(scope="module")
-def slim_model(hub, sources, tokenizer):
-    """A model whose frozen parts came from the Hub: the backbone by its timm name, the language model by its id."""
-    for token, name, part in (("hf_timm", "timm/test_resnet.r160_in1k", "backbone"), ("hf_tester", "tester/lm", None)):
-        api = HfApi(token=token)
-        api.create_repo(name)
-        api.upload_folder(repo_id=name, folder_path=sources[part or "language_model"])
-    torch.manual_seed(4)
-    return DevilModel.from_backbone_and_language_model(
-        "test_resnet.r160_in1k", "tester/lm", tokenizer=tokenizer, **SMALL_TRANSLATOR
-    )
-
-
-@pytest.fixture
-def unchecked(monkeypatch):
-    """Without the fresh process that imports the code, which other tests wait for."""
-    monkeypatch.setattr(devil_hf.hub.publish, "check_code", lambda folder: None)
 
 
 def test_the_pushed_repository_is_what_was_prepared(hub, draft, published):
@@ -331,231 +234,10 @@ def test_a_new_push_takes_what_is_outdated_away(hub, draft, tmp_path):
     assert hub.files("tester/again").keys() - fresh.tree().keys() == {".gitattributes", "notes.md"}
 
 
-def test_pushing_without_a_login_stops_before_any_work(hub, checkpoint, monkeypatch):
-    monkeypatch.setattr(devil_hf.hub.publish, "prepare", None)
-    with pytest.raises(OSError, match="hf auth login"):
-        push(checkpoint, "tester/nobody", token="hf_wrong")
-    with pytest.raises(ValueError, match="USER/REPO"):
-        push(checkpoint, "nobody")
-    assert ("model", "tester/nobody") not in hub.repositories
-
-
 def test_pushing_into_the_repository_of_others_is_refused(hub, draft):
     with pytest.raises(OSError, match="timm/devil") as raised:
         upload(draft, "timm/devil")
     assert isinstance(raised.value.__cause__, HfHubHTTPError)
-
-
-# ------------------------------------------------------------------------------------------------------------- refusals
-
-
-def broken_copy(checkpoint, tmp_path):
-    return shutil.copytree(checkpoint, tmp_path / "broken")
-
-
-def test_weights_must_be_there_complete_and_finite(checkpoint, tmp_path):
-    folder = broken_copy(checkpoint, tmp_path)
-    weights = load_file(folder / "model.safetensors")
-    weights["translator.queries"][0, 0] = float("nan")
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"translator\.queries holds 1 NaN"):
-        prepare(folder, "tester/broken", tmp_path / "out")
-    data = (folder / "model.safetensors").read_bytes()
-    (folder / "model.safetensors").write_bytes(data[: len(data) // 2])
-    with pytest.raises(ValueError, match="incomplete"):
-        check_weights(folder)
-    (folder / "model.safetensors").unlink()
-    with pytest.raises(ValueError, match="holds no weights"):
-        prepare(folder, "tester/broken", tmp_path / "out")
-
-
-def test_code_that_needs_the_package_is_refused(checkpoint, tmp_path):
-    folder = broken_copy(checkpoint, tmp_path)
-    file = folder / "outputs_devil.py"
-    file.write_text("import devil_hf.checkpoints.loading\n" + file.read_text())
-    with pytest.raises(ValueError, match=r"^outputs_devil\.py .* alone.*devil_hf"):
-        check_code(folder)
-    for path in folder.glob("*.py"):
-        path.unlink()
-    with pytest.raises(ValueError, match="holds no code"):
-        check_code(folder)
-
-
-def test_a_slim_checkpoint_of_local_parts_is_refused(checkpoint, sources, tmp_path):
-    with pytest.raises(ValueError, match=r"backbone comes from .*self-contained"):
-        prepare(checkpoint, "tester/slim", tmp_path, slim=True)
-
-
-def test_a_folder_with_other_files_is_refused(checkpoint, tmp_path):
-    (tmp_path / "diary.txt").write_text("private")
-    with pytest.raises(ValueError, match="not empty"):
-        prepare(checkpoint, "tester/devil", tmp_path)
-
-
-def test_a_model_without_a_processor_is_refused(model, tmp_path):
-    nameless = copy.copy(model)
-    nameless.name_or_path = ""
-    with pytest.raises(ValueError, match="processor="):
-        prepare(nameless, "tester/devil", tmp_path)
-
-
-def test_scores_of_other_weights_are_not_published(model, processor, checkpoint, unchecked, tmp_path):
-    (tmp_path / "own.json").write_text(json.dumps(SCORES | {"weights": fingerprint(model)}))
-    (tmp_path / "other.json").write_text(json.dumps([SCORES, SCORES | {"weights": "0" * 64}]))
-    half = copy.deepcopy(model).half()
-    assert fingerprint(half.float()) != fingerprint(model)  # rounding is a change
-    prepare(checkpoint, "tester/devil", tmp_path / "own", scores=[tmp_path / "own.json"])
-    full = tmp_path / "half"
-    half.half().save_pretrained(full)
-    processor.save_pretrained(full)
-    (tmp_path / "half.json").write_text(json.dumps(SCORES | {"weights": fingerprint(half)}))
-    prepare(full, "tester/devil", tmp_path / "published", scores=[tmp_path / "half.json"])
-    with pytest.raises(ValueError, match=f"other weights .00000000. than these .{fingerprint(model):.8}"):
-        prepare(checkpoint, "tester/devil", tmp_path / "refused", scores=[tmp_path / "other.json"])
-    # A verdict says nothing of the same translator before another language model.
-    other = copy.deepcopy(model)
-    with torch.no_grad():
-        next(other.language_model.parameters()).mul_(1.01)
-    with pytest.raises(ValueError, match="other weights"):
-        prepare(other, "tester/devil", tmp_path / "tuned", processor=processor, scores=[tmp_path / "own.json"])
-
-
-def test_scores_of_a_slim_checkpoint_in_half_precision_are_published(slim_model, processor, unchecked, tmp_path):
-    folder = tmp_path / "slim"
-    copy.deepcopy(slim_model).half().save_pretrained(folder, slim=True)
-    processor.save_pretrained(folder)
-    measured = DevilModel.from_pretrained(folder, dtype=torch.float32)  # as evaluations load it
-    (tmp_path / "scores.json").write_text(json.dumps(SCORES | {"weights": fingerprint(measured)}))
-    draft = prepare(folder, "tester/devil", tmp_path / "draft", scores=[tmp_path / "scores.json"])
-    assert "Captions" in str(draft.card)
-
-
-# --------------------------------------------------------------------------------------------------------- command line
-
-
-def test_a_dry_run_shows_files_and_card_and_sends_nothing(hub, checkpoint, unchecked, capsys, tmp_path):
-    asked = len(hub.requests)
-    (tmp_path / "captions.json").write_text(json.dumps(SCORES))
-    scores = ["--scores", str(tmp_path / "captions.json")]
-    assert main(["push", str(checkpoint), "tester/dry", "--dry-run", *scores]) == 0
-    output, notes = capsys.readouterr()
-    assert re.search(r"^ +[\d,]+  model\.safetensors$", output, re.MULTILINE) and "# dry" in output
-    assert "--license" in notes and "--scores" not in notes
-    folder = tmp_path / "kept"
-    assert main(["push", str(checkpoint), "tester/dry", "--dry-run", "--json", "--output-dir", str(folder)]) == 0
-    answer = json.loads(capsys.readouterr().out)
-    assert answer["card"] == (folder / "README.md").read_text()
-    assert answer["files"]["model.safetensors"] == (folder / "model.safetensors").stat().st_size
-    assert len(hub.requests) == asked
-
-
-def test_the_command_publishes(hub, checkpoint, unchecked, capsys):
-    arguments = ["--private", "--revision", "first", "--commit-message", "Hello", "--license", "mit", "--json"]
-    assert main(["push", str(checkpoint), "tester/command", *arguments]) == 0
-    answer = json.loads(capsys.readouterr().out)
-    repository = hub.repositories["model", "tester/command"]
-    commit = repository.refs["first"]
-    assert answer["commit"].endswith(commit) and repository.messages[commit] == "Hello" and repository.private
-    assert 'revision="first"' in hub.files("tester/command", "first")["README.md"].decode()
-    assert hub.files("tester/command").keys() == {".gitattributes"}
-
-
-RUN_SPACE = """
-import sys
-from pathlib import Path
-import devil_hf.demo.app as app
-assert Path(app.__file__).is_relative_to(Path.cwd()), app.__file__
-from devil_hf.demo.checkpoints import Checkpoints
-checkpoints = Checkpoints()
-demo = app.build_demo(checkpoints)
-print(checkpoints.default, checkpoints.public)
-if sys.argv[1:] == ["answer"]:
-    explorer = checkpoints.get(checkpoints.default)
-    print(explorer.model.layer_names)
-"""
-
-
-def test_a_space_runs_the_package_that_it_was_published_with(hub, tmp_path, capsys):
-    assert main(["space", "tester/demo", "--private"]) == 0
-    assert capsys.readouterr().out.strip() == f"{hub.endpoint}/spaces/tester/demo"
-    space = hub.repositories["space", "tester/demo"]
-    assert space.private and not space.variables
-    for path, data in hub.files("tester/demo", kind="space").items():
-        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / path).write_bytes(data)
-    needed = (tmp_path / "requirements.txt").read_text().split()
-    assert "devil-hf" not in needed and any(line.startswith("timm>=") for line in needed)
-    assert not any(path.suffix == ".pyc" or path.name == ".git" for path in tmp_path.rglob("*"))
-    environment = os.environ | {"SPACE_ID": "tester/demo", "PYTHONPATH": str(tmp_path), "HF_HUB_OFFLINE": "1"}
-    run = subprocess.run(
-        [sys.executable, "-c", RUN_SPACE, "answer"], cwd=tmp_path, env=environment, capture_output=True, text=True
-    )
-    assert run.returncode == 0, run.stderr
-    assert run.stdout.split("\n")[0] == "shapes world (built in) True"
-    assert "layer1" in run.stdout
-
-
-def test_a_space_of_a_checkpoint_names_it(hub, published, capsys):
-    arguments = ["space", "tester/other-demo", "--checkpoint", "tester/devil", "--json"]
-    assert main(arguments) == 0
-    space = hub.repositories["space", "tester/other-demo"]
-    assert space.variables == {"DEVIL_CHECKPOINT": "tester/devil"}
-    card = ModelCard(hub.files("tester/other-demo", kind="space")["README.md"].decode())
-    assert card.data.to_dict()["models"] == ["tester/devil"] and card.data.to_dict()["sdk"] == "gradio"
-    assert "shapes world only" not in card.text and 'Client("tester/other-demo")' in card.text
-    # Files of an older package go; what the owner has added stays.
-    HfApi().upload_file(
-        path_or_fileobj=b"x = 1", path_in_repo="devil_hf/old.py", repo_id="tester/other-demo", repo_type="space"
-    )
-    HfApi().upload_file(
-        path_or_fileobj=b"mine", path_in_repo="NOTES.md", repo_id="tester/other-demo", repo_type="space"
-    )
-    assert main(arguments[:2]) == 0
-    files = hub.files("tester/other-demo", kind="space")
-    assert "devil_hf/old.py" not in files and "devil_hf/cli/main.py" in files and files["NOTES.md"] == b"mine"
-    assert not space.variables  # back to the embedded one
-
-
-def test_checkpoint_and_space_are_published_together(hub, checkpoint, unchecked, capsys):
-    assert main(["push", str(checkpoint), "tester/both", "--space", "tester/both-demo", "--license", "mit"]) == 0
-    assert capsys.readouterr().out.split()[-1] == f"{hub.endpoint}/spaces/tester/both-demo"
-    assert "model.safetensors" in hub.files("tester/both")
-    assert hub.repositories["space", "tester/both-demo"].variables == {"DEVIL_CHECKPOINT": "tester/both"}
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["space", "demo"], "no USER/REPO"),
-        (["space", "tester/x", "--checkpoint", "."], "Hub id"),
-        (["push", "nowhere", "tester/x", "--space", "x"], "no USER/REPO"),
-        (["space", "somebody/demo"], "not published completely"),
-    ],
-)
-def test_a_space_that_cannot_be_published_is_refused(hub, arguments, message, capsys):
-    assert main(arguments) == 1
-    assert message in capsys.readouterr().err
-    assert not any(name in ("tester/x", "somebody/demo") for _, name in hub.repositories)
-
-
-def test_the_demo_loads_a_checkpoint_by_its_hub_id(hub, published, model, images, monkeypatch):
-    checkpoints = Checkpoints(public=True)
-    explorer = checkpoints.get("tester/devil")
-    assert explorer.layers == model.layer_names
-    texts = explorer.describe(explorer.look(images[0]))
-    assert len(texts) == 1 + len(model.layer_names)
-    with pytest.raises(ValueError, match="runs no code of repositories"):
-        checkpoints.get("tester/devil", trust=True)
-    # A visitor reads nothing that only the owner may read; the owner can name it.
-    with pytest.raises(ValueError, match="tester/secret cannot be found"):
-        checkpoints.get("tester/secret")
-    assert Checkpoints(models="tester/secret", public=True).get("tester/secret").layers == model.layer_names
-    with pytest.raises(ValueError, match="tester/nothing cannot be found"):
-        checkpoints.get("tester/nothing")
-    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-    monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", "http://127.0.0.1:9")
-    with pytest.raises(ValueError, match="the Hub cannot be reached"):
-        checkpoints.get("tester/unreachable")
 
 
 def test_a_recipe_pins_the_revisions_of_its_parts(hub, sources, tmp_path):
