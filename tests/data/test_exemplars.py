@@ -16,10 +16,11 @@ from torch import nn
 from transformers import ViTConfig, ViTModel
 
 from devil_hf.build import backbone_from_source, image_processor_of
-from devil_hf.data import exemplars as exemplars_module
-from devil_hf.data.exemplars import ExemplarSet, UnitReader, find_exemplars, open_network, to_uint8
+from devil_hf.data.exemplar_set import ExemplarSet, layer_file
+from devil_hf.data.exemplars import find_exemplars, to_uint8
 from devil_hf.data.images import StreamedImages, open_images
 from devil_hf.data.quantiles import QuantileSketch
+from devil_hf.data.unit_reader import UnitReader, open_network
 
 COUNT = 23
 
@@ -145,7 +146,9 @@ import sys
 from pathlib import Path
 from accelerate import PartialState
 from PIL import Image
-from tests.data.test_exemplars import Colours, FeatureBackbone, DevilImageProcessor, UnitReader, find_exemplars, open_images
+from tests.data.test_exemplars import (
+    Colours, UnitReader, backbone_from_source, find_exemplars, image_processor_of, open_images
+)
 backbone = backbone_from_source(
     Colours(), ["first", "second"], backbone_kwargs={"data_config": {"input_size": (3, 32, 32), "crop_pct": 1.0}}
 )
@@ -294,7 +297,7 @@ def test_names_of_sources_tell_which_images_they_are(pictures, tmp_path):
 def test_sources_that_are_none_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="holds no image"):
         open_images(tmp_path)
-    with pytest.raises(ValueError, match="shapes:2000"):
+    with pytest.raises(ValueError, match="shapes:COUNT"):
         open_images("shapes:many")
     with pytest.raises(ValueError, match="neither a folder"):
         open_images(str(tmp_path / "nowhere"))
@@ -334,7 +337,8 @@ def test_a_sketch_of_few_values_is_exact():
 MEMORY = """
 import sys, torch
 from pathlib import Path
-from devil_hf.data.exemplars import UnitReader, find_exemplars, open_network
+from devil_hf.data.exemplars import find_exemplars
+from devil_hf.data.unit_reader import UnitReader, open_network
 from devil_hf.data.images import open_images
 import timm
 torch.set_num_threads(1)
@@ -364,4 +368,4 @@ def test_memory_does_not_grow_with_the_number_of_images(tmp_path):
 def test_masks_of_a_pass_without_exemplars_say_so(tmp_path):
     with pytest.raises(FileNotFoundError, match="find exemplars first"):
         ExemplarSet(tmp_path)
-    assert exemplars_module.layer_file("blocks.1:class") == "blocks.1_class.safetensors"
+    assert layer_file("blocks.1:class") == "blocks.1_class.safetensors"

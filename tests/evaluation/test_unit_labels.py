@@ -10,10 +10,10 @@ from torch.nn import functional as F
 
 from devil_hf.checkpoints.loading import load
 from devil_hf.cli.main import main
-from devil_hf.data.exemplars import UnitReader, find_exemplars
+from devil_hf.data.exemplars import find_exemplars
 from devil_hf.data.images import open_images
-from devil_hf.data.planted import CONCEPTS, concept_locations, fit_probes, planted_probes, selectivity
 from devil_hf.data.unit_features import PooledUnits, encoded_features, own_features, pool_units
+from devil_hf.data.unit_reader import UnitReader
 from devil_hf.evaluation.units.labels import label_units
 from devil_hf.evaluation.units.simulation import (
     average_precision,
@@ -29,6 +29,7 @@ from devil_hf.evaluation.units.simulation import (
 )
 from devil_hf.model.pooling_devil import region_weights
 from devil_hf.report.neurons import NeuronsSettings, neurons
+from tests.evaluation.planted import CONCEPTS, concept_locations, fit_probes, planted_probes, selectivity
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from devil_hf.data.exemplars import IMAGES, SUMMARY, ExemplarSet, layer_file
+from devil_hf.data.exemplar_set import IMAGES, SUMMARY, ExemplarSet, layer_file
 from devil_hf.report.atlas import mask_colours, write_atlas
 
 WORDS = ("striped fur", "red circles", "water & sky <b>", "a dog's head", "grass")

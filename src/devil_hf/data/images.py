@@ -51,12 +51,11 @@ class NumberedImages:
 
     def split(self, every: int) -> tuple["NumberedImages", "NumberedImages"]:
         """Two disjoint parts: all but every `every`-th image, and those."""
-        held = self.numbers[every - 1 :: every]
-        kept = [number for position, number in enumerate(self.numbers) if position % every != every - 1]
-        return (
-            NumberedImages(f"{self.name}, without every {every}th", kept, self.load, self.key),
-            NumberedImages(f"{self.name}, every {every}th", held, self.load, self.key),
-        )
+        parts = []
+        for held_out, name in _part_names(self.name, every):
+            chosen = [n for position, n in enumerate(self.numbers) if _is_held_out(position, every) == held_out]
+            parts.append(NumberedImages(name, chosen, self.load, self.key))
+        return parts[0], parts[1]
 
 
 @dataclass
@@ -80,7 +79,7 @@ class StreamedImages:
 
     def _rows(self) -> Iterator[tuple[int, dict]]:
         for number, row in enumerate(islice(self.read(), self.limit)):
-            if not self.every or ((number % self.every == self.every - 1) == self.held_out):
+            if not self.every or (_is_held_out(number, self.every) == self.held_out):
                 yield number, row
 
     def stream(self, start: int = 0, step: int = 1) -> Iterator[tuple[int, Any]]:
@@ -100,11 +99,20 @@ class StreamedImages:
 
     def split(self, every: int) -> tuple["StreamedImages", "StreamedImages"]:
         """Two disjoint parts: all but every `every`-th image, and those."""
-        without, only = f"{self.name}, without every {every}th", f"{self.name}, every {every}th"
-        return (
-            StreamedImages(without, self.read, self.column, every, False, self.limit),
-            StreamedImages(only, self.read, self.column, every, True, self.limit),
-        )
+        parts = [
+            StreamedImages(name, self.read, self.column, every, held_out, self.limit)
+            for held_out, name in _part_names(self.name, every)
+        ]
+        return parts[0], parts[1]
+
+
+def _is_held_out(position: int, every: int) -> bool:
+    return position % every == every - 1
+
+
+def _part_names(name: str, every: int) -> list[tuple[bool, str]]:
+    """Whether a part is held out, and what it is called: all but every `every`-th image, and those."""
+    return [(False, f"{name}, without every {every}th"), (True, f"{name}, every {every}th")]
 
 
 ImageStream = NumberedImages | StreamedImages

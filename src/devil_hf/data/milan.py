@@ -1,6 +1,6 @@
 """MILANNOTATIONS: units of seven networks with their exemplars and what three people wrote about each (Hernandez et al., 2022).
 
-Two layouts are handed out, and both are read and written here, under `ROOT/NETWORK/DATASET/`:
+Two layouts are handed out, and both are read here, under `ROOT/NETWORK/DATASET/`:
 
     annotations.csv          columns layer, unit, summary; one line per annotator
     LAYER/images_UNIT.npy    (k, 3, H, W) uint8, LAYER/masks_UNIT.npy (k, 1, H, W)                     "per_unit"
@@ -26,12 +26,12 @@ import torch
 from torch import Tensor
 from transformers.utils import logging
 
-from devil_hf.data.exemplars import Unit
+from devil_hf.data.exemplar_set import Unit
 
 logger = logging.get_logger(f"transformers.{__name__}")
 
 ANNOTATIONS = "annotations.csv"
-LAYOUTS = ("per_unit", "per_layer")
+COLUMNS = ("layer", "unit", "summary")
 CLASSIFIERS = tuple((network, dataset) for network in ("alexnet", "resnet152") for dataset in ("imagenet", "places365"))
 GENERATORS = tuple(("biggan", dataset) for dataset in ("imagenet", "places365"))
 BASE = CLASSIFIERS + GENERATORS
@@ -86,46 +86,22 @@ def read_annotations(path: str | PathLike) -> dict[tuple[str, int], tuple[str, .
         FileNotFoundError: if there is no such file.
         ValueError: if a column is absent, or a unit is no number.
     """
-    columns = ("layer", "unit", "summary")
     summaries: dict[tuple[str, int], list[str]] = {}
-    for number, row in _rows(path, columns):
+    for number, row in _rows(path):
         summaries.setdefault((row["layer"], _unit(row["unit"], path, number)), []).append(row["summary"].strip())
     return {key: tuple(texts) for key, texts in summaries.items()}
 
 
-def read_labels(path: str | PathLike, layer: str | None = None) -> dict[tuple[str, int], str]:
-    """Labels by (layer, unit) from a table as MILAN, CLIP-Dissect, NetDissect and Describe-and-Dissect publish them.
-
-    The unit stands in the column `unit` or `Neuron ID`, the label in `description`, `label`, `Label 1` or `summary`; NetDissect
-    counts units from 1, which is undone.
-
-    Args:
-        layer: of a table without a column `layer`.
-    """
-    labels = {}
-    for number, row in _rows(path, ()):
-        unit = next((row[name] for name in ("unit", "Neuron ID") if name in row), None)
-        label = next((row[name] for name in ("description", "label", "Label 1", "summary") if name in row), None)
-        own_layer = row.get("layer", layer)
-        if unit is None or label is None or own_layer is None:
-            raise ValueError(
-                f"{path} has the columns {list(row)}: a unit, a label and a layer are needed (layer={layer!r})"
-            )
-        first = 1 if "category" in row and "score" in row else 0
-        labels[own_layer, _unit(unit, path, number) - first] = label.strip()
-    return labels
-
-
-def _rows(path: str | PathLike, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, str]]]:
+def _rows(path: str | PathLike) -> Iterator[tuple[int, dict[str, str]]]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no annotations at {path}")
     with path.open(newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
-        missing = [name for name in columns if name not in (reader.fieldnames or ())]
+        missing = [name for name in COLUMNS if name not in (reader.fieldnames or ())]
         if missing:
             raise ValueError(f"{path} has no column {missing}; it has {reader.fieldnames}")
-        yield from ((number, row) for number, row in enumerate(reader, 2))
+        yield from enumerate(reader, 2)
 
 
 def _unit(text: str, path: Any, line: int) -> int:
@@ -299,65 +275,3 @@ def _key(entry: Any, keys: Sequence[tuple[str, int]], file: Path) -> tuple[str, 
     raise ValueError(
         f"{file} names the unit {entry!r}: expected (layer, unit), 'layer-unit' or a position below {len(keys)}"
     )
-
-
-def write_milan(
-    units: Sequence[Unit],
-    labels: Sequence[str] | None,
-    folder: str | PathLike,
-    layout: str = "per_layer",
-) -> None:
-    """Write units in one of MILAN's layouts.
-
-    Args:
-        units: an `ExemplarSet` or any sequence of units; those of one layer follow each other and have equally many exemplars.
-        labels: one summary per unit; None takes the units' own summaries.
-        folder: `ROOT/NETWORK/DATASET`.
-        layout: "per_unit" or "per_layer".
-    """
-    if layout not in LAYOUTS:
-        raise ValueError(f"layout={layout!r} is not one of {LAYOUTS}")
-    if labels is not None and len(labels) != len(units):
-        raise ValueError(f"{len(labels)} labels for {len(units)} units")
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    sizes: dict[str, int] = {}
-    waiting: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-    if layout == "per_layer":
-        names = (
-            [units[at].layer for at in range(len(units))]
-            if not hasattr(units, "units")
-            else [n for n, _ in units.units]
-        )
-        sizes = {name: names.count(name) for name in dict.fromkeys(names)}
-    rows: dict[str, list[int]] = {}
-    with (folder / ANNOTATIONS).open("w", newline="", encoding="utf-8") as file:
-        table = csv.writer(file)
-        table.writerow(["layer", "unit", "summary"])
-        for at in range(len(units)):
-            unit = units[at]
-            into = folder / unit.layer
-            into.mkdir(exist_ok=True)
-            images, masks = unit.images.numpy(), unit.masks[:, None].numpy().astype(np.uint8)
-            if layout == "per_unit":
-                np.save(into / f"images_{unit.unit}.npy", images)
-                np.save(into / f"masks_{unit.unit}.npy", masks)
-            else:
-                if unit.layer not in waiting:
-                    arrays = [
-                        np.lib.format.open_memmap(
-                            into / name, "w+", dtype=np.uint8, shape=(sizes[unit.layer], *example.shape)
-                        )
-                        for name, example in (("images.npy", images), ("masks.npy", masks))
-                    ]
-                    waiting[unit.layer] = (arrays[0], arrays[1])
-                seen = rows.setdefault(unit.layer, [])
-                for array, value in zip(waiting[unit.layer], (images, masks), strict=True):
-                    array[len(seen)] = value
-                seen.append(unit.unit)
-            for summary in unit.summaries if labels is None else (labels[at],):
-                table.writerow([unit.layer, unit.unit, summary])
-    for layer, numbers in rows.items():
-        for array in waiting[layer]:
-            array.flush()  # type: ignore[attr-defined]
-        np.save(folder / layer / "units.npy", np.array(numbers))

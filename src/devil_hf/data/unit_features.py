@@ -5,7 +5,7 @@ resized to the layer's grid: the paper's way, for units of any network. `"featur
 layer, that the translator reads: what the exemplar pass pooled on the unit's own grid enters directly, that layer alone visible.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -14,14 +14,13 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from devil_hf.data.exemplars import ExemplarSet, Unit, exceeds
+from devil_hf.data.exemplar_set import ExemplarSet, Unit
 from devil_hf.model.backbone_devil import weights_hash
 from devil_hf.model.modeling_devil import DevilModel
 from devil_hf.model.pooling_devil import pool, region_weights
 from devil_hf.model.processing_devil import DevilProcessor
 
 MODES = ("pixels", "features")
-MASKS = 256  # masks resized at once
 
 
 @dataclass
@@ -164,30 +163,15 @@ def _encode_exemplars(
             images = [exemplars.image(number) for number in batch]
             maps = model.extract_features(processor(images=images, return_tensors="pt")["pixel_values"])
             for position, number in enumerate(batch):
-                for name, rows, masks in _masks_of_image(exemplars, number):
-                    masks = _mask_in_crop(masks, processor)
-                    expanded = [
-                        cast(Tensor, one)[position : position + 1].expand(len(masks), -1, -1, -1) for one in maps
-                    ]
-                    sums.add(starts[name] + rows, [pool_masked(one, masks) for one in expanded])
+                own = [cast(Tensor, one)[position : position + 1] for one in maps]
+                for name in exemplars.layers:
+                    for units, masks in exemplars.masks_of_image(name, number):
+                        masks = _mask_in_crop(masks, processor)
+                        pooled = [pool_masked(one.expand(len(masks), -1, -1, -1), masks) for one in own]
+                        sums.add(starts[name] + units, pooled)
             bar.update(len(batch))
     features, hidden = sums.means()
     return PooledUnits(exemplars.units, list(features), hidden)
-
-
-def _masks_of_image(exemplars: ExemplarSet, number: int) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """(layer, units, masks) of the units that an image is an exemplar of, a few at a time."""
-    for name in exemplars.layers:
-        own = exemplars.tensors[name]
-        unit, slot = torch.nonzero(own["images"] == number, as_tuple=True)
-        for rows, slots in zip(unit.split(MASKS), slot.split(MASKS), strict=True):
-            resized = F.interpolate(
-                own["activations"][rows, slots][:, None],
-                tuple(exemplars.summary["crop"]),
-                mode="bilinear",
-                align_corners=False,
-            )[:, 0]
-            yield name, rows, exceeds(resized, own["threshold"][rows, None, None])
 
 
 def pool_units(model: DevilModel, processor: DevilProcessor, units: ExemplarSet | Iterable[Unit], mode: str = "pixels"):

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from transformers.utils import logging
 
-from devil_hf.data.exemplars import Unit
+from devil_hf.data.exemplar_set import Unit
 from devil_hf.data.milan import SeveralUnits
 from devil_hf.data.unit_features import encoded_features
 from devil_hf.evaluation.records import Records

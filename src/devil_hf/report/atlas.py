@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from devil_hf.data.exemplars import ExemplarSet, layer_file, write_rows
+from devil_hf.data.exemplar_set import ExemplarSet, layer_file, write_rows
 from devil_hf.report.templates import render
 
 TEMPLATE = "report/templates/atlas.html"

@@ -16,9 +16,11 @@ from torch import Tensor
 
 from devil_hf.checkpoints.loading import open_checkpoint
 from devil_hf.data.directions import read_directions
-from devil_hf.data.exemplars import ExemplarSet, UnitReader, find_exemplars, open_network
+from devil_hf.data.exemplar_set import ExemplarSet
+from devil_hf.data.exemplars import find_exemplars
 from devil_hf.data.images import ImageStream, open_images
 from devil_hf.data.unit_features import pool_units
+from devil_hf.data.unit_reader import UnitReader, open_network
 from devil_hf.evaluation.units.labels import LabelSettings, label_units
 from devil_hf.evaluation.units.simulation import (
     check_constant,

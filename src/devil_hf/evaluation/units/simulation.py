@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from devil_hf.data.exemplars import UnitReader, pixel_batches
 from devil_hf.data.images import ImageStream
+from devil_hf.data.unit_reader import UnitReader, pixel_batches
 from devil_hf.evaluation.units.labels import most_frequent
 from devil_hf.model.image_processing_devil import DevilImageProcessor
 from devil_hf.model.modeling_devil import DevilModel
