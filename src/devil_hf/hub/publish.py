@@ -16,6 +16,7 @@ from huggingface_hub import HfApi
 from transformers.utils import logging
 
 from devil_hf.checkpoints import SCOPE
+from devil_hf.checkpoints.publishing import HUB, PUBLISHERS, Publisher
 from devil_hf.evaluation.results import Evaluation, check_measured, read_evaluations
 from devil_hf.hub.cards import model_card
 from devil_hf.hub.checks import CODE, check_code, check_parts, check_repo_id, check_weights
@@ -218,5 +219,7 @@ def _notes(facts: Facts) -> list[str]:
     }
     return [note for note, holds in said.items() if holds]
 
+
+PUBLISHERS.register(HUB, Publisher(check_repo_id, check_parts, push))
 
 __all__ = ["prepare", "push", "upload"]

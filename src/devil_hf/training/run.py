@@ -19,10 +19,9 @@ from transformers.utils import logging
 from devil_hf.build import from_backbone_and_language_model, image_processor_of, merge_lora
 from devil_hf.build.sources import select_layers
 from devil_hf.checkpoints.loading import load
+from devil_hf.checkpoints.publishing import HUB, PUBLISHERS
 from devil_hf.data.decoding import BadSamples, PairDecoder, PairTable
 from devil_hf.data.pairs import open_pairs
-from devil_hf.hub.checks import check_parts, check_repo_id
-from devil_hf.hub.publish import push
 from devil_hf.model.configuration_devil import LORA_DEFAULTS
 from devil_hf.model.modeling_devil import DevilModel
 from devil_hf.model.processing_devil import DevilProcessor
@@ -62,7 +61,7 @@ def train(recipe: Recipe) -> Path:
     logger.warning(f"training on {state.num_processes} process{'es' * (state.num_processes > 1)}, {device}")
     newest = _newest_checkpoint(recipe)
     if recipe.push_to_hub:
-        check_repo_id(recipe.push_to_hub)
+        PUBLISHERS[HUB].check_name(recipe.push_to_hub)
         HfApi().whoami()  # a missing or wrong token is an error now, not after the last step
     set_seed(recipe.seed)
     model, processor = build(recipe)
@@ -302,7 +301,7 @@ def _check_saving(recipe: Recipe, model: DevilModel) -> None:
     slim = _is_slim(recipe, model)
     if recipe.push_to_hub:
         try:
-            check_parts(model, slim)
+            PUBLISHERS[HUB].check_parts(model, slim)
         except ValueError as error:
             raise ValueError(
                 f"push_to_hub={recipe.push_to_hub!r}: {error}. In a recipe that is save='full'."
@@ -351,5 +350,5 @@ def _finish(recipe: Recipe, trainer: DevilTrainer) -> Path:
         os.replace(partial, checkpoint)
     trainer.accelerator.wait_for_everyone()  # the others need not wait for the push, which may take long
     if recipe.push_to_hub and trainer.is_world_process_zero():
-        push(checkpoint, recipe.push_to_hub, commit_message="Trained by devil-hf")
+        PUBLISHERS[HUB].push(checkpoint, recipe.push_to_hub, commit_message="Trained by devil-hf")
     return checkpoint
