@@ -441,7 +441,7 @@ def test_every_recipe_is_valid(file):
         ({"train_data": [{"kind": "folder", "path": "nowhere"}]}, "nowhere"),
         ({"processes": 3}, "3"),
         ({"save": "merged"}, "lora"),
-        ({"checkpoint": "embedded"}, "leave backbone"),
+        ({"checkpoint": "shapes"}, "leave backbone"),
     ],
 )
 def test_what_is_wrong_is_found_before_the_first_step(change, text, fields, monkeypatch):

@@ -1,13 +1,33 @@
-"""The checkpoint that ships with the package: a whole DeViL for the shapes world, in half precision.
+"""The checkpoints that ship with the package, each in a folder of its name.
 
-It is the default of `devil describe` and `devil attribute`, and the source of the frozen parts of `devil quickstart`.
-`scripts/build_embedded.py` makes it from nothing.
+`shapes` is a whole DeViL for the shapes world, in half precision. It is what every verb asks where no checkpoint is named, and
+the source of the frozen parts of `devil quickstart`; `scripts/build_embedded.py` makes it from nothing. A name, a directory or a
+Hub id: `locate` is the one place that tells them apart.
 """
 
+from os import PathLike
 from pathlib import Path
 
-CHECKPOINT = Path(__file__).parent / "shapes"
+FOLDER = Path(__file__).parent
+DEFAULT = "shapes"
+CHECKPOINT = FOLDER / DEFAULT
 SCOPE = (
     "This checkpoint has only ever seen rendered scenes of coloured, textured shapes. "
     "What it says about photographs or any other picture means nothing."
 )
+
+
+def shipped_checkpoints() -> list[str]:
+    """Names of the checkpoints that are in the package."""
+    return sorted(file.parent.name for file in FOLDER.glob("*/config.json"))
+
+
+def locate(checkpoint: str | PathLike | None = None) -> str | PathLike:
+    """Where `from_pretrained` finds a checkpoint.
+
+    Args:
+        checkpoint: name of a shipped one; a directory (one that has such a name is `./NAME`); or a Hub id. None is `DEFAULT`.
+    """
+    if checkpoint is None:
+        return CHECKPOINT
+    return FOLDER / checkpoint if str(checkpoint) in shipped_checkpoints() else checkpoint

@@ -6,7 +6,7 @@ from os import PathLike
 import torch
 from transformers import AutoModel, AutoProcessor
 
-from devil_hf.checkpoints import CHECKPOINT
+from devil_hf.checkpoints import locate
 from devil_hf.model.modeling_devil import DevilModel
 from devil_hf.model.processing_devil import DevilProcessor
 
@@ -17,10 +17,10 @@ def load(
     """Load a model and its processor.
 
     Args:
-        checkpoint: a directory or Hub id; None for the checkpoint of the shapes world that ships with the package.
+        checkpoint: a name, directory or Hub id, see `locate`; None for the checkpoint of the shapes world.
         device: None chooses CUDA where there is one.
     """
-    source = CHECKPOINT if checkpoint is None else checkpoint
+    source = locate(checkpoint)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     model = AutoModel.from_pretrained(source, dtype=dtype).to(device).eval()
     return model, AutoProcessor.from_pretrained(source)

@@ -17,7 +17,7 @@ class EvaluateSettings(JsonSettings):
     """What every evaluation has."""
 
     checkpoint: str | None = option(
-        "directory or Hub id; embedded, or nothing: the package's own checkpoint", None, positional=True
+        "directory, Hub id, or name of a shipped one (default: shapes)", None, positional=True
     )
     device: str | None = option("default: cuda where there is one", None)
 
@@ -26,7 +26,7 @@ class EvaluateSettings(JsonSettings):
 class CaptionsSettings(EvaluateSettings):
     """Captions of images, and how they are described and compared."""
 
-    checkpoint: str = option("directory or Hub id; embedded: the package's own", positional=True)
+    checkpoint: str = option("directory, Hub id, or shapes: the shipped one", positional=True)
     source: str = option("caption folder, shapes:COUNT, or YAML file of sources", positional=True)
     split: str | None = option("of a caption folder; look at a test split once", None)
     metrics: list[str] | None = option("bleu meteor rouge_l cider spice bertscore (default: all of them)", None)
@@ -129,9 +129,7 @@ def run_evaluate_captions(arguments: Any) -> None:
     bert = BertScoreSettings(arguments.bert_model, arguments.bert_layers, arguments.bert_baseline)
     sources = caption_sources(arguments.source, arguments.split)
     PartialState(cpu=arguments.device == "cpu")
-    model, processor = open_checkpoint(
-        None if arguments.checkpoint == "embedded" else arguments.checkpoint, arguments.device
-    )
+    model, processor = open_checkpoint(arguments.checkpoint, arguments.device)
     content = evaluate_captions(
         model,
         processor,

@@ -53,7 +53,6 @@ EVALUATORS: Registry[type["Evaluator"]] = Registry("evaluator", "devil_hf.evalua
 # Pictures of results, by the name of the evaluator, are drawn by a room above this one.
 FIGURES: Registry[Callable[["Evaluator", Evaluation], None]] = Registry("figure of results", "devil_hf.report")
 SCORES_FILE = "scores.json"
-EMBEDDED = "embedded"
 END = "end"  # key of the record that says how many rows a stream had
 
 
@@ -62,7 +61,7 @@ class EvaluationSettings:
     """What every evaluator can be told."""
 
     checkpoint: str | None = option(
-        "directory or Hub id; embedded, or nothing: the package's own checkpoint", None, positional=True
+        "directory, Hub id, or name of a shipped one (default: shapes)", None, positional=True
     )
     limit: int | None = option("only this many images from the beginning", None)
     batch_size: int = option("images at once, per process", 32)
@@ -215,8 +214,7 @@ def run_and_print(name: str, settings: Any) -> int:
 def _load(settings: EvaluationSettings, state: Any) -> tuple[DevilModel, DevilProcessor]:
     from devil_hf.checkpoints import loading
 
-    checkpoint = None if settings.checkpoint == EMBEDDED else settings.checkpoint
-    model, processor = loading.load(checkpoint, settings.device)
+    model, processor = loading.load(settings.checkpoint, settings.device)
     if model.config.scope and state.is_main_process:
         print(f"note: {model.config.scope}", file=sys.stderr)
     return model, processor

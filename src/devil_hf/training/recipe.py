@@ -19,7 +19,6 @@ from devil_hf.settings import option
 RECIPE_FILE = "recipe.yaml"
 SHIPPED = Path(__file__).parent / "recipes"  # recipes that come with the package, and are called by their names
 CHECKPOINT_FOLDER = "checkpoint"
-EMBEDDED = "embedded"
 TRACKERS = ("tensorboard", "trackio", "wandb")
 REVISIONS = ("backbone_revision", "language_model_revision", "tokenizer_revision")
 # What a run does, not what it is: left out when two recipes are compared.
@@ -37,7 +36,7 @@ class Recipe:
     language_model: str = option("id or local directory of the language model and its tokenizer", "")
     language_model_revision: str = option("commit, branch or tag of the language model's Hub repository", "")
     tokenizer_revision: str = option("that of the tokenizer; default: the language model's", "")
-    checkpoint: str = option("instead of both: a DeViL checkpoint to go on from; `embedded` is the shipped one", "")
+    checkpoint: str = option("instead of both: a DeViL checkpoint to go on from; `shapes` is the shipped one", "")
     new_translator: bool = option("with a checkpoint: keep its frozen parts only", False)
     backbone_kwargs: dict = option("further arguments of the backbone's architecture", {})
     layers: list | None = option(
@@ -225,4 +224,4 @@ class Recipe:
         return [name for name in mine if name not in OF_THE_CALL and name in other and other[name] != mine[name]]
 
 
-__all__ = ["CHECKPOINT_FOLDER", "EMBEDDED", "RECIPE_FILE", "Recipe"]
+__all__ = ["CHECKPOINT_FOLDER", "RECIPE_FILE", "Recipe"]

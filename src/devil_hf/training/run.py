@@ -29,7 +29,7 @@ from devil_hf.settings import make, read_yaml
 from devil_hf.training.feature_cache import CachedFeatures, cache_key, cached_features, data_fingerprint
 from devil_hf.training.features import PooledCaptions, pooled_feature_draws
 from devil_hf.training.feed import CaptionStream, ImageTable, sees_with
-from devil_hf.training.recipe import CHECKPOINT_FOLDER, EMBEDDED, RECIPE_FILE, Recipe
+from devil_hf.training.recipe import CHECKPOINT_FOLDER, RECIPE_FILE, Recipe
 from devil_hf.training.trainer import DevilTrainer, longest_caption
 
 logger = logging.get_logger(f"transformers.{__name__}")
@@ -158,7 +158,7 @@ def build(recipe: Recipe) -> tuple[DevilModel, DevilProcessor]:
 
 
 def _build_on_checkpoint(recipe: Recipe) -> tuple[DevilModel, DevilProcessor]:
-    loaded, processor = load(None if recipe.checkpoint == EMBEDDED else recipe.checkpoint, device="cpu")
+    loaded, processor = load(recipe.checkpoint, device="cpu")
     config = loaded.config
     if (
         recipe.lora is not None
