@@ -1,0 +1,124 @@
+"""What the code that travels with a checkpoint may do: the one list of its accesses to files and network, and a reader of code.
+
+A test holds the code against the list in both directions, and `docs/security.md` has the list as its table:
+`python -m devil_hf.hub.travelling docs/security.md` writes it there.
+"""
+
+import ast
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOM = Path(__file__).parents[1] / "model"
+BASELINES = Path(__file__).parents[1] / "baselines" / "baselines_devil.py"
+LIBRARIES = {"PIL", "huggingface_hub", "numpy", "peft", "safetensors", "timm", "torch", "transformers"}
+STANDARD = {
+    "base64", "binascii", "collections", "contextlib", "copy", "dataclasses", "functools", "hashlib", "importlib", "inspect",
+    "io", "math", "operator", "os", "pathlib", "typing",
+}  # fmt: skip
+OF_OS = {"PathLike", "fspath", "listdir", "path"}
+FORBIDDEN = {"__import__", "breakpoint", "compile", "eval", "exec", "globals", "input", "open"}
+# The last name of every call that touches files, the network, or code by name.
+TOUCHING = {
+    "cached_file", "create_model", "exists", "from_pretrained", "fromfile", "get_session", "import_module", "isdir", "listdir",
+    "load", "load_file", "load_state_dict", "makedirs", "memmap", "mkdir", "open", "popen", "push_to_hub", "read_bytes",
+    "read_text", "rename", "rmtree", "save", "save_file", "save_pretrained", "save_code", "savez",
+    "snapshot_download", "system", "tofile", "unlink", "urlopen", "urlretrieve", "write_bytes", "write_text",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Access:
+    """One call in a travelling file, and all that it may touch."""
+
+    file: str
+    call: str
+    when: str
+    touches: str
+
+
+ACCESSES = (
+    Access("backbone_devil.py", "timm.create_model", "building; loading a slim checkpoint",
+           "building: nothing. Slim: the weights of a timm backbone, from the Hub's cache or the Hub, at the recorded commit"),
+    Access("backbone_devil.py", "os.path.isdir", "loading a slim checkpoint", "whether the recorded source is a directory"),
+    Access("backbone_devil.py", "os.listdir", "loading a slim checkpoint", "names of files in the downloaded source"),
+    Access("backbone_devil.py", "snapshot_download", "loading a slim checkpoint",
+           "`*.json` and `*.safetensors` of the backbone's repository (`*.bin` where there are no others, read with "
+           "`weights_only`), at the recorded commit"),
+    Access("backbone_devil.py", "AutoConfig.from_pretrained", "loading a slim checkpoint", "the source's config.json"),
+    Access("backbone_devil.py", "AutoModel.from_pretrained", "loading a slim checkpoint", "the source's weights, without code"),
+    Access("backbone_devil.py", "kind.from_pretrained", "loading a slim checkpoint", "the source's weights, without code"),
+    Access("backbone_devil.py", "importlib.import_module", "building a transformers backbone",
+           "a module whose name begins with `transformers.`; anything else is refused"),
+    Access("checkpoint_devil.py", "cls.config_class.from_pretrained", "loading", "the checkpoint's config.json"),
+    Access("checkpoint_devil.py", "super().from_pretrained", "loading", "the checkpoint's safetensors files"),
+    Access("checkpoint_devil.py", "cached_file", "loading a slim checkpoint", "the checkpoint's model.safetensors"),
+    Access("checkpoint_devil.py", "load_file", "loading a slim checkpoint", "the same file, by safetensors"),
+    Access("checkpoint_devil.py", "AutoModelForCausalLM.from_pretrained", "loading a slim checkpoint",
+           "the language model at the recorded commit, without code; its hash must be the recorded one"),
+    Access("checkpoint_devil.py", "super().save_pretrained", "saving", "the directory that you name"),
+    Access("checkpoint_devil.py", "config.save_pretrained", "saving a baseline", "the directory that you name"),
+    Access("checkpoint_devil.py", "save_code", "saving a baseline", "the directory that you name: the baseline's own file"),
+    Access("pipeline_devil.py", "self.model.save_pretrained", "saving a pipeline", "the directory that you name"),
+    Access("pipeline_devil.py", "self.processor.save_pretrained", "saving a pipeline", "the directory that you name"),
+    Access("image_processing_devil.py", "Image.open", "giving a path, URL or base64 text as an image", "that file"),
+    Access("image_processing_devil.py", "os.path.exists", "giving a text as an image", "whether there is such a file"),
+    Access("image_processing_devil.py", "get_session", "giving an http or https URL as an image", "one GET of that URL"),
+    Access("baselines_devil.py", "Path(__file__).read_text", "saving a baseline", "its own file"),
+    Access("baselines_devil.py", "Path(folder, Path(__file__).name).write_text", "saving a baseline",
+           "its own file in the directory that you name"),
+)  # fmt: skip
+
+
+def travelling_files() -> list[Path]:
+    """The files that travel with every checkpoint: all of the room `model`."""
+    return sorted(ROOM.glob("*_devil.py"))
+
+
+def accesses(file: Path) -> set[str]:
+    """The calls of a file that touch files, the network, or code by name."""
+    calls = (node.func for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Call))
+    return {ast.unparse(call) for call in calls if ast.unparse(call).rpartition(".")[2] in TOUCHING}
+
+
+def violations(file: Path) -> Iterator[str]:
+    """What a travelling file must not have: other imports, code from text, its own ways to files and network."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            beside = node.level == 1 and (file.parent / f"{node.module}.py").exists()
+            names = [] if beside else ["." * node.level + (node.module or "")]
+        else:
+            names = []
+            of_os = isinstance(node, ast.Attribute) and ast.unparse(node.value) == "os" and node.attr not in OF_OS
+            if of_os or (isinstance(node, ast.Name) and node.id in FORBIDDEN):
+                yield f"{file.name}:{node.lineno} uses {ast.unparse(node)}"
+        for name in names:
+            if name.partition(".")[0] not in LIBRARIES | STANDARD and not (
+                file == BASELINES and name.startswith("devil_hf.model.")
+            ):
+                yield f"{file.name}:{node.lineno} imports {name}"
+    listed = {access.call for access in ACCESSES if access.file == file.name}
+    yield from (f"{file.name} calls {call}, which is not listed" for call in sorted(accesses(file) - listed))
+
+
+def table() -> str:
+    """The list of accesses, in Markdown."""
+    rows = [f"| `{one.file}` | `{one.call}` | {one.when} | {one.touches} |" for one in ACCESSES]
+    return "\n".join(["| file | call | when | what it may touch |", "|---|---|---|---|", *rows])
+
+
+def write_table(page: Path) -> None:
+    """Put the table into a page, in place of the one that it has."""
+    lines = page.read_text(encoding="utf-8").splitlines()
+    rows = [number for number, line in enumerate(lines) if line.startswith("|")]
+    lines[rows[0] : rows[-1] + 1] = table().splitlines()
+    page.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    write_table(Path(sys.argv[1]))
+
+__all__ = ["ACCESSES", "BASELINES", "Access", "accesses", "table", "travelling_files", "violations", "write_table"]
