@@ -258,3 +258,34 @@ def test_language_models_without_needed_parts_are_refused(sources):
 def test_a_processor_loads_beside_the_model(checkpoints, images, pixel_values):
     processor = AutoProcessor.from_pretrained(checkpoints / "full")
     assert torch.equal(processor(images=images, return_tensors="pt")["pixel_values"], pixel_values)
+
+
+def test_a_configuration_of_the_former_layout_is_read_and_saved_without_its_dead_option(
+    model, checkpoints, pixel_values, tmp_path
+):
+    former = shutil.copytree(checkpoints / "full", tmp_path / "former")
+    config = json.loads((former / "config.json").read_text())
+    (former / "config.json").write_text(json.dumps(config | {"translator_norm_eps": 1e-12}))
+    loaded = AutoModel.from_pretrained(former)
+    assert torch.equal(loaded.ask(pixel_values), model.ask(pixel_values))
+    loaded.save_pretrained(tmp_path / "again")
+    assert "translator_norm_eps" not in json.loads((tmp_path / "again" / "config.json").read_text())
+
+
+def test_a_repository_with_code_of_its_own_keeps_loading_by_that_code(checkpoints, pixel_values, tmp_path):
+    """Whatever this package becomes: what a repository carries is what runs without it."""
+    former = shutil.copytree(checkpoints / "full", tmp_path / "former")
+    code = (former / "modeling_devil.py").read_text()
+    marked = code.replace("class DevilModel(", "FORMER = True\n\n\nclass DevilModel(", 1)
+    (former / "modeling_devil.py").write_text(marked.replace("DEFAULT_NEW_TOKENS = 40", "DEFAULT_NEW_TOKENS = 3"))
+    script = (
+        "import sys\nsys.modules['devil_hf'] = None\nimport torch\nfrom transformers import AutoModel\n"
+        "model = AutoModel.from_pretrained('former', trust_remote_code=True)\n"
+        "assert sys.modules[type(model).__module__].FORMER\n"
+        "print(model.generate(torch.zeros(1, 3, 160, 160)).shape[1])\n"
+    )
+    environment = os.environ | {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", script]
+    run = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert int(run.stdout.split()[-1]) <= 3

@@ -412,3 +412,20 @@ def test_the_shortcut_adds_linear_maps_of_the_visible_layers():
     alone = translator([None, pooled[1], None])
     torch.testing.assert_close(alone[1], translator(pooled, mask)[1])
     assert translator([None] * 3, rows=2).shape == (2, config.prefix_length, width)
+
+
+def test_a_combination_rule_registered_from_outside_is_one_everywhere(model, pixel_values, phrases, monkeypatch):
+    from devil_hf.model import explaining_devil
+    from devil_hf.model.explaining_devil import combine_maps, map_combinations, register_combination, resize_to_finest
+
+    monkeypatch.setattr(explaining_devil, "COMBINATIONS", dict(explaining_devil.COMBINATIONS))
+
+    @register_combination("highest")
+    def highest(maps, evidence):
+        return torch.stack(resize_to_finest(maps.values())).amax(dim=0)
+
+    assert map_combinations() == ["informed", "mean", "highest"]
+    layers = model.attribute(pixel_values, phrases).maps
+    found = model.attribute(pixel_values, phrases, combine="highest").maps["highest"]
+    assert torch.equal(found, combine_maps(layers, "highest"))
+    assert (found >= combine_maps(layers, "mean") - 1e-6).all()

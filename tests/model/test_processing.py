@@ -23,7 +23,7 @@ from devil_hf.model.image_processing_devil import DevilImageProcessor, load_imag
 from devil_hf.model.outputs_devil import AttributionOutput, DescribeOutput
 from devil_hf.model.pipeline_devil import CUSTOM_PIPELINES, VisionFeatureDescriptionPipeline
 from devil_hf.model.processing_devil import DevilProcessor
-from devil_hf.report.places import location_to_box, pixel_to_location
+from devil_hf.report.places import crop_box, crop_to_image, location_to_box, pixel_to_location
 
 DATA_CONFIG = {
     "input_size": (3, 224, 224),
@@ -381,8 +381,8 @@ def test_a_peak_in_the_map_lands_where_the_pixels_came_from(tokenizer, config, s
     assert placed.shape == (1, height, width)
     top, left = divmod(int(placed[0].nan_to_num(-9).argmax()), width)
     scale = max(
-        processor.image_processor.geometry(size).crop_to_image(1, 1)[axis]
-        - processor.image_processor.geometry(size).crop_to_image(0, 0)[axis]
+        crop_to_image(processor.image_processor.geometry(size), 1, 1)[axis]
+        - crop_to_image(processor.image_processor.geometry(size), 0, 0)[axis]
         for axis in (0, 1)
     )
     assert max(abs(top - y), abs(left - x)) <= radius + 4 * scale
@@ -404,7 +404,7 @@ def test_maps_are_nan_exactly_outside_the_crop(processor):
     image = picture(400, 200)
     maps = {"layer3": torch.ones(1, 2, 14, 14), "layer4": torch.zeros(1, 2, 7, 7, dtype=torch.bfloat16)}
     placed = processor.post_process_attribution(maps, images=image)
-    left, top, right, bottom = processor.image_processor.geometry((200, 400)).box
+    left, top, right, bottom = crop_box(processor.image_processor.geometry((200, 400)))
     assert (left, top, right, bottom) == pytest.approx((112.5, 12.5, 287.5, 187.5))
     for layer, value in (("layer3", 1.0), ("layer4", 0.0)):
         seen = ~placed[layer][0].isnan()

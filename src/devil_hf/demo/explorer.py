@@ -11,7 +11,7 @@ from torch import Tensor
 from devil_hf.model.modeling_devil import DevilModel
 from devil_hf.model.outputs_devil import AttributionOutput
 from devil_hf.model.processing_devil import DevilProcessor
-from devil_hf.report.places import location_to_box, pixel_to_location
+from devil_hf.report.places import crop_box, location_to_box, pixel_to_location
 
 MAX_PHRASES, MAX_PHRASE_LENGTH = 6, 60
 MAX_CARRIER_LENGTH = 40
@@ -99,7 +99,7 @@ class Explorer:
     def crop(self, look: Look) -> tuple[float, float, float, float]:
         """(left, top, right, bottom) of the part that the backbone sees, as shares of the image; beyond 0..1 if padded."""
         width, height = look.image.size
-        left, top, right, bottom = self.processor.image_processor.geometry((height, width)).box
+        left, top, right, bottom = crop_box(self.processor.image_processor.geometry((height, width)))
         return left / width, top / height, right / width, bottom / height
 
 

@@ -354,6 +354,3 @@ def build_module(description: dict[str, Any]) -> nn.Module:
     # By its own name first: modules of transformers move.
     model_class = getattr(transformers, name, None) or getattr(importlib.import_module(module), name)
     return model_class(model_class.config_class.from_dict(description["model_config"]))
-
-
-__all__ = ["FeatureBackbone", "source_state_dict", "weights_hash"]

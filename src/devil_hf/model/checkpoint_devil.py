@@ -260,6 +260,3 @@ def _frozen_weights(config, backbone, language_model, **download) -> dict[str, T
         add_lora(model, config.lora)
     named = {f"backbone.{name}": tensor for name, tensor in vision.items()}
     return named | {f"language_model.{name}": tensor for name, tensor in model.state_dict().items()}
-
-
-__all__ = ["DevilPreTrainedModel", "add_lora", "load_language_model", "lora_layers"]

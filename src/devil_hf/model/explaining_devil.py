@@ -396,14 +396,3 @@ class _MapScorer:
         prefixes = [self.model.ask(layers=index, feature_maps=feature_maps) for index in visible]
         scores = [self.model.score_prefix(prefix, self.phrases).sum(dim=-1) for prefix in prefixes]
         return self.measured(torch.stack(scores), "evidence")
-
-
-__all__ = [
-    "COMBINATIONS",
-    "Combination",
-    "ExplainMixin",
-    "combine_maps",
-    "map_combinations",
-    "register_combination",
-    "resize_to_finest",
-]

@@ -48,18 +48,6 @@ class CropGeometry:
     offset: tuple[int, int]
     crop_size: tuple[int, int]
 
-    @property
-    def box(self) -> tuple[float, float, float, float]:
-        """(left, top, right, bottom) of the crop in image pixels; beyond the image where the crop was padded."""
-        top, left = self.crop_to_image(0, 0)
-        bottom, right = self.crop_to_image(*self.crop_size)
-        return left, top, right, bottom
-
-    def crop_to_image(self, y: float, x: float) -> tuple[float, float]:
-        """Continuous (y, x) in the crop -> (y, x) in the image; pixel i covers [i, i + 1)."""
-        (height, width), (resized_height, resized_width), (top, left) = self.image_size, self.resized_size, self.offset
-        return (y + top) * (height / resized_height), (x + left) * (width / resized_width)
-
     def image_to_crop(self, y: float, x: float) -> tuple[float, float]:
         """Continuous (y, x) in the image -> (y, x) in the crop; beyond [0, crop_size] outside the crop."""
         (height, width), (resized_height, resized_width), (top, left) = self.image_size, self.resized_size, self.offset

@@ -152,6 +152,3 @@ def word_evidence(tokenizer: Any, tokens: Sequence[tuple[int, float]]) -> list[t
             words[-1] = (pieces[-1], words[-1][1] + nats)
         before = len(pieces)
     return words
-
-
-__all__ = ["AttributionOutput", "DescribeOutput", "DevilOutput", "ScoreOutput", "describe_rows", "word_evidence"]

@@ -44,12 +44,8 @@ def resolve_layers(requested: Layers, names: Sequence[str], whole: str | None = 
 
 
 def resolve_layer(requested: str | int, names: Sequence[str]) -> int:
-    """The position of the one layer that is requested.
-
-    Raises:
-        ValueError: as `resolve_layers`, and for more layers than one.
-    """
-    positions = range(len(names)) if requested is None else resolve_layers(requested, names)
+    """The position of the one layer that is requested; a ValueError for more layers, and as `resolve_layers`."""
+    positions = resolve_layers(requested, names)
     if len(positions) != 1:
         raise ValueError(f"one layer is needed here, not {len(positions)}; choose from {list(names)}")
     return positions[0]
@@ -60,13 +56,9 @@ def _position(item: Any, names: Sequence[str]) -> int:
         if item in names:
             return list(names).index(item)
         raise ValueError(f"unknown layer {item!r}; choose from {list(names)} or an index")
-    truth = isinstance(item, bool) or getattr(item, "dtype", None) == torch.bool  # would pass for whole numbers
-    if (
-        truth
-        or not hasattr(item, "__index__")
-        or getattr(item, "ndim", 0)
-        or getattr(item, "is_floating_point", bool)()
-    ):
+    # Truth values and tensors of floats would pass for whole numbers.
+    kind = str(getattr(item, "dtype", type(item).__name__))
+    if "int" not in kind or getattr(item, "ndim", 0):
         raise ValueError(f"layer {item!r} is neither a name nor an index; choose from {list(names)}")
     index = operator.index(item)
     if -len(names) <= index < len(names):
@@ -107,11 +99,7 @@ def draw(what: str, *arguments: Any) -> Any:
 
 
 def read_locations(locations: Any, grid: tuple[int, int], layer: str) -> list[tuple[int, int]]:
-    """(row, column) pairs on the grid of `layer`, checked.
-
-    Raises:
-        ValueError: for no places at all, for what is no pair of whole numbers, and for the first place outside the grid.
-    """
+    """(row, column) pairs on the grid of `layer`; a ValueError for none at all, for other things, and outside the grid."""
     try:
         places = [(operator.index(row), operator.index(column)) for row, column in locations]
     except TypeError as error:
@@ -148,15 +136,8 @@ def check_weights(weights: Tensor | None, images: int, grid: tuple[int, int], la
 
 
 def check_window(window: Any) -> int:
-    """The side of a window, in locations.
-
-    Raises:
-        ValueError: for anything else than an odd whole number.
-    """
-    try:
-        side = operator.index(window)
-    except TypeError:
-        side = 0
+    """The side of a window, in locations; a ValueError for anything else than an odd whole number."""
+    side = operator.index(window) if hasattr(window, "__index__") else 0
     if side < 1 or side % 2 == 0:
         raise ValueError(f"window={window!r} must be an odd number of locations, 1 for a single place.")
     return side
@@ -194,19 +175,3 @@ def pool_every_location(feature_map: Tensor, window: int = 1) -> Tensor:
     if check_window(window) > 1:
         feature_map = F.avg_pool2d(feature_map, window, stride=1, padding=window // 2, count_include_pad=False)
     return feature_map.permute(0, 2, 3, 1).flatten(0, 2)
-
-
-__all__ = [
-    "DRAWS",
-    "Layers",
-    "check_weights",
-    "check_window",
-    "draw",
-    "pool",
-    "pool_every_location",
-    "read_locations",
-    "region_weights",
-    "resolve_layer",
-    "resolve_layers",
-    "window_weights",
-]

@@ -117,18 +117,18 @@ class ScoreMixin:
             Two tensors (N, T) in nats, the first EOS of a row included, 0 on the padding after it.
         """
         length = sequences.shape[1]
-        null = self.null_prefix()
-        pieces: tuple[list[Tensor], list[Tensor]] = ([], [])
+        null = self.embed_prefix(self.null_prefix())
         chunk = rows_per_chunk(self.language_model, self.config.prefix_length + 1, 1, length, logit_positions=length)
+        pieces: list[list[Tensor]] = []
         for rows, tokens in zip(prefix.split(chunk), sequences.split(chunk), strict=True):
             words = self.get_input_embeddings()(tokens[:, :-1])
-            starts = (self.embed_prefix(rows), self.embed_prefix(null).expand(len(rows), -1, -1))
-            for start, collected in zip(starts, pieces, strict=True):
-                embeds = torch.cat([start, words.to(start.dtype)], dim=1)
-                logits = run_language_model(self.language_model, embeds, keep=length).logits
-                collected.append(gather_log_probs(logits, tokens))
-        mask = self.word_mask(sequences).to(pieces[0][0].device)
-        return torch.cat(pieces[0]) * mask, torch.cat(pieces[1]) * mask
+            starts = (self.embed_prefix(rows), null.expand(len(rows), -1, -1))
+            embeds = [torch.cat([start, words.to(start.dtype)], dim=1) for start in starts]
+            logits = [run_language_model(self.language_model, one, keep=length).logits for one in embeds]
+            pieces.append([gather_log_probs(one, tokens) for one in logits])
+        given, without = (torch.cat(column) for column in zip(*pieces, strict=True))
+        mask = self.word_mask(sequences).to(given.device)
+        return given * mask, without * mask
 
     def word_mask(self, sequences: Tensor) -> Tensor:
         """True on generated tokens (N, T) up to and including the first EOS."""
@@ -142,7 +142,6 @@ def score_phrases(language_model: PreTrainedModel, embeds: Tensor, input_ids: Te
     """Score K phrases under N prefixes.
 
     Args:
-        language_model: a causal language model.
         embeds: (N, P, D_lm) input embeddings in front of every phrase: BOS and the prefix.
         input_ids: (K, T) phrase tokens, padded on the right.
         attention_mask: (K, T), 0 on padding.
@@ -150,41 +149,33 @@ def score_phrases(language_model: PreTrainedModel, embeds: Tensor, input_ids: Te
     Returns:
         (N, K, T) log-probability of each token given its prefix and the tokens before it, in nats, fp32; 0 on padding.
     """
-    mask = attention_mask.bool()
-    T = input_ids.shape[1]
-    shared = _shared_tokens(input_ids, mask)
+    mask, N = attention_mask.bool(), len(embeds)
+    # Leading tokens that all phrases have in common, leaving every phrase one of its own.
+    equal = (input_ids == input_ids[:1]).all(dim=0) & mask.all(dim=0)
+    shared = min(int(equal.long().cumprod(dim=0).sum()), int(mask.sum(dim=1).min()) - 1)
     common = language_model.get_input_embeddings()(input_ids[:1, :shared])
-    embeds = torch.cat(
-        [embeds, common.to(embeds.dtype).expand(embeds.shape[0], -1, -1)], dim=1
-    )  # (N, P + shared, D_lm)
+    embeds = torch.cat([embeds, common.to(embeds.dtype).expand(N, -1, -1)], dim=1)  # (N, P + shared, D_lm)
     continued = mask.sum(dim=1) > shared + 1
     output = run_language_model(language_model, embeds, keep=shared + 1, use_cache=bool(continued.any()))
-    log_probs = output.logits.new_zeros(embeds.shape[0], *input_ids.shape, dtype=torch.float32)
-    log_probs[:, :, :shared] = gather_log_probs(
-        output.logits[:, :-1], input_ids[:1, :shared].expand(embeds.shape[0], -1)
-    )[:, None]
-    first = input_ids[:, shared].expand(embeds.shape[0], -1)  # (N, K): one distribution, K tokens read from it
-    log_probs[:, :, shared] = _gather_many(output.logits[:, -1], first)
+    log_probs = output.logits.new_zeros(N, *input_ids.shape, dtype=torch.float32)
+    read = gather_log_probs(output.logits[:, :-1], input_ids[:1, :shared].expand(N, -1))
+    log_probs[:, :, :shared] = read[:, None]
+    # One distribution for all K phrases, of which each reads its own token.
+    last = output.logits[:, -1].float()
+    first = input_ids[:, shared].expand(N, -1).to(last.device)
+    log_probs[:, :, shared] = last.gather(-1, first) - last.logsumexp(dim=-1, keepdim=True)
     if continued.any():
         cache = getattr(output, _cache_name(language_model), None)  # recurrent models name theirs otherwise
         rest, rest_mask = input_ids[continued, shared:], mask[continued, shared:]
         score_rest = _score_with_cache if is_cache_shareable(cache) else _score_without_cache
-        log_probs[:, continued, shared + 1 : T] = score_rest(language_model, embeds, cache, rest, rest_mask)
+        log_probs[:, continued, shared + 1 :] = score_rest(language_model, embeds, cache, rest, rest_mask)
     return log_probs * mask.to(log_probs.device)
-
-
-def _shared_tokens(input_ids: Tensor, mask: Tensor) -> int:
-    """Number of leading tokens that all phrases have in common, leaving every phrase one of its own."""
-    equal = (input_ids == input_ids[:1]).all(dim=0) & mask.all(dim=0)
-    common = int(equal.long().cumprod(dim=0).sum())
-    return min(common, int(mask.sum(dim=1).min()) - 1)
 
 
 def is_cache_shareable(cache: object) -> bool:
     """Whether a prefix's cache can be repeated for several phrases: plain keys and values, no recurrent state."""
-    return isinstance(cache, DynamicCache) and all(
-        type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers
-    )
+    plain = (DynamicLayer, DynamicSlidingWindowLayer)
+    return isinstance(cache, DynamicCache) and all(type(layer) in plain for layer in cache.layers)
 
 
 def _score_with_cache(language_model, embeds, cache, rest, rest_mask) -> Tensor:
@@ -209,9 +200,8 @@ def _score_without_cache(language_model, embeds, cache, rest, rest_mask) -> Tens
     K, R = rest.shape
     words = language_model.get_input_embeddings()(rest[:, :-1]).to(embeds.dtype)
     sequence = torch.cat([embeds.repeat_interleave(K, dim=0), words.repeat(N, 1, 1)], dim=1)
-    mask = torch.cat(
-        [torch.ones_like(sequence[:, :P, 0], dtype=torch.long), rest_mask[:, :-1].long().repeat(N, 1)], dim=1
-    )
+    seen = torch.ones_like(sequence[:, :P, 0], dtype=torch.long)
+    mask = torch.cat([seen, rest_mask[:, :-1].long().repeat(N, 1)], dim=1)
     output = run_language_model(language_model, sequence, keep=R - 1, attention_mask=mask)
     return gather_log_probs(output.logits, rest[:, 1:].repeat(N, 1)).view(N, K, R - 1)
 
@@ -222,15 +212,11 @@ def run_language_model(
     """Run on input embeddings (N, S, D_lm) and return logits of the last `keep` positions only, (N, keep, V)."""
     if attention_mask is None:
         attention_mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
-    options = {"logits_to_keep": keep} if accepts_logits_to_keep(language_model) else {}
+    known = "logits_to_keep" in inspect.signature(language_model.forward).parameters
+    options = {"logits_to_keep": keep} if known else {}
     output = language_model(inputs_embeds=embeds, attention_mask=attention_mask, use_cache=use_cache, **options)
-    if not options:
-        output.logits = output.logits[:, -keep:]
+    output.logits = output.logits[:, -keep:]
     return output
-
-
-def accepts_logits_to_keep(language_model: nn.Module) -> bool:
-    return "logits_to_keep" in inspect.signature(language_model.forward).parameters
 
 
 def _cache_name(language_model: nn.Module) -> str:
@@ -244,52 +230,36 @@ def gather_log_probs(logits: Tensor, tokens: Tensor) -> Tensor:
     return logits.gather(-1, tokens[..., None])[..., 0] - logits.logsumexp(dim=-1)
 
 
-def _gather_many(logits: Tensor, tokens: Tensor) -> Tensor:
-    """Log-probability (N, K) of each of `tokens` (N, K) under the one distribution `logits` (N, V)."""
-    logits, tokens = logits.float(), tokens.to(logits.device)
-    return logits.gather(-1, tokens) - logits.logsumexp(dim=-1, keepdim=True)
-
-
 def rows_per_chunk(
     language_model: Any, prefix_length: int, phrases: int, phrase_length: int, logit_positions: int | None = None
 ) -> int:
     """How many prefixes can be scored or decoded at once within `CHUNK_BYTES`, from the shapes alone.
 
-    Args:
-        prefix_length: input positions in front of the phrases or the new tokens.
-        phrases: phrases (or beams) per prefix.
-        phrase_length: tokens of each.
-        logit_positions: positions of each phrase that logits are held for at once; None for those that scoring needs.
+    A prefix has `prefix_length` positions, and is followed by so many phrases (or beams) of so many tokens; logits are held for
+    `logit_positions` of each at once, None for those that scoring needs.
     """
-    config = language_model.config
-    width = getattr(config, "hidden_size", language_model.get_input_embeddings().weight.shape[1])
-    depth = getattr(config, "num_hidden_layers", 12)
-    vocabulary = language_model.get_input_embeddings().weight.shape[0]
-    length = prefix_length + phrase_length
+    config, (vocabulary, width) = language_model.config, language_model.get_input_embeddings().weight.shape
+    width = getattr(config, "hidden_size", width)
+    depth, length = getattr(config, "num_hidden_layers", 12), prefix_length + phrase_length
     positions = max(1, phrase_length - 1) if logit_positions is None else logit_positions
     # Keys and values of every phrase (copied once when they grow), activations of one layer, logits and their fp32 copy.
-    cache = 4 * depth * width * length * phrases
-    activations = 16 * width * length * phrases
-    logits = 2 * vocabulary * phrases * positions
-    return max(1, CHUNK_BYTES // (4 * (cache + activations + logits)))
+    numbers = phrases * (4 * depth * width * length + 16 * width * length + 2 * vocabulary * positions)
+    return max(1, CHUNK_BYTES // (4 * numbers))
 
 
 class EvidenceGuidance(LogitsProcessor):
     """Guidance at decoding: push words towards what the feature adds over the null prefix (beyond the paper).
 
     The next-token distribution becomes log p(w | null) + g (log p(w | feature) - log p(w | null)), normalised; g = 1 is ordinary
-    decoding, as in the paper.
+    decoding, as in the paper, more than 1 favours what the feature adds, 0 is the null prefix alone.
 
     Args:
-        language_model: the model that generates.
         null_embeds: (1, P, D_lm) BOS and null prefix.
-        strength: g above; more than 1 favours what the feature adds, 0 is the null prefix alone.
+        strength: g.
     """
 
     def __init__(self, language_model: PreTrainedModel, null_embeds: Tensor, strength: float):
-        self.language_model = language_model
-        self.null_embeds = null_embeds
-        self.strength = strength
+        self.language_model, self.null_embeds, self.strength = language_model, null_embeds, strength
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         # Beam search reorders rows between steps, so the null continuation is read afresh instead of from a cache.
@@ -300,14 +270,3 @@ class EvidenceGuidance(LogitsProcessor):
         # What other processors have ruled out stays ruled out.
         guided = guided.masked_fill(scores == -float("inf"), -float("inf"))
         return guided.log_softmax(dim=-1).to(scores.dtype)
-
-
-__all__ = [
-    "EvidenceGuidance",
-    "ScoreMixin",
-    "gather_log_probs",
-    "is_cache_shareable",
-    "rows_per_chunk",
-    "run_language_model",
-    "score_phrases",
-]

@@ -162,16 +162,9 @@ def register_translator(name: str) -> Callable[[type[nn.Module]], type[nn.Module
 
 
 def translator_class(name: str) -> type[nn.Module]:
-    """The translator of this name.
-
-    Raises:
-        ValueError: when none is registered.
-    """
+    """The translator of this name; a ValueError when none is registered."""
     if name not in TRANSLATORS:
         raise ValueError(
             f"translator_type={name!r} is not one of {sorted(TRANSLATORS)}: import the code that registers it."
         )
     return TRANSLATORS[name]
-
-
-__all__ = ["TRANSLATORS", "Translator", "TranslatorBlock", "register_translator", "reset_layers", "translator_class"]

@@ -1,6 +1,23 @@
 """Places of a layer's grid in an image, and back: what a click means, and where to draw."""
 
-from devil_hf.model.image_processing_devil import DevilImageProcessor
+from devil_hf.model.image_processing_devil import CropGeometry, DevilImageProcessor
+
+
+def crop_to_image(geometry: CropGeometry, y: float, x: float) -> tuple[float, float]:
+    """Continuous (y, x) in the crop that the backbone sees -> (y, x) in the image; pixel i covers [i, i + 1)."""
+    (height, width), (resized_height, resized_width), (top, left) = (
+        geometry.image_size,
+        geometry.resized_size,
+        geometry.offset,
+    )
+    return (y + top) * (height / resized_height), (x + left) * (width / resized_width)
+
+
+def crop_box(geometry: CropGeometry) -> tuple[float, float, float, float]:
+    """(left, top, right, bottom) of the crop in image pixels; beyond the image where the crop was padded."""
+    top, left = crop_to_image(geometry, 0, 0)
+    bottom, right = crop_to_image(geometry, *geometry.crop_size)
+    return left, top, right, bottom
 
 
 def location_to_box(
@@ -26,8 +43,8 @@ def location_to_box(
         )
     geometry = image_processor.geometry(image_size)
     crop_height, crop_width = geometry.crop_size
-    top, left = geometry.crop_to_image(row * crop_height / rows, column * crop_width / columns)
-    bottom, right = geometry.crop_to_image((row + 1) * crop_height / rows, (column + 1) * crop_width / columns)
+    top, left = crop_to_image(geometry, row * crop_height / rows, column * crop_width / columns)
+    bottom, right = crop_to_image(geometry, (row + 1) * crop_height / rows, (column + 1) * crop_width / columns)
     height, width = geometry.image_size
     x0, x1 = (min(max(x, 0.0), float(width)) for x in (left, right))
     y0, y1 = (min(max(y, 0.0), float(height)) for y in (top, bottom))
@@ -55,4 +72,4 @@ def pixel_to_location(
     return (row, column) if 0 <= row < grid_size[0] and 0 <= column < grid_size[1] else None
 
 
-__all__ = ["location_to_box", "pixel_to_location"]
+__all__ = ["crop_box", "crop_to_image", "location_to_box", "pixel_to_location"]
