@@ -124,7 +124,7 @@ def load_source(
     timms = "architecture" in settings
     if timms:
         kwargs = {"num_classes": 0} | settings.get("model_args", {}) | kwargs
-    module = load_network({"kind": "timm" if timms else "transformers", "kwargs": kwargs}, folder)
+    module: Any = load_network({"kind": "timm" if timms else "transformers", "kwargs": kwargs}, folder)
     if timms:
         description = _timm_description(module, kwargs)
     else:
@@ -162,7 +162,7 @@ def _load_timm_name(name: str, kwargs: dict[str, Any], revision: str | None) -> 
             f"timm has no weights {name!r} (it has {known}); for a network without pretrained weights pass the module "
             f"itself, `timm.create_model({name.split('.')[0]!r}, num_classes=0)`"
         )
-    module = load_network({"kind": "timm", "kwargs": kwargs}, name, revision)
+    module: Any = load_network({"kind": "timm", "kwargs": kwargs}, name, revision)
     full_name = f"{cfg.architecture}.{cfg.tag}" if cfg.tag else name
     return module, _timm_description(module, kwargs) | {"source": full_name, "revision": _cached_commit(cfg, revision)}
 

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 ROOM = Path(__file__).parents[1] / "model"
 BASELINES = Path(__file__).parents[1] / "baselines" / "baselines_devil.py"
@@ -84,7 +85,8 @@ def accesses(file: Path) -> set[str]:
 
 def violations(file: Path) -> Iterator[str]:
     """What a travelling file must not have: other imports, code from text, its own ways to files and network."""
-    for node in ast.walk(ast.parse(file.read_text())):
+    nodes: Iterator[Any] = ast.walk(ast.parse(file.read_text()))
+    for node in nodes:
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):

@@ -162,7 +162,8 @@ def capture(module: nn.Module, pixel_values: Tensor, calls: dict[str, int]) -> d
 
     `calls` says which call of each submodule is meant, from 1: shared modules are called several times in a pass.
     """
-    outputs, missing = {}, dict(calls)
+    outputs: dict[str, Any] = {}
+    missing = dict(calls)
 
     def keep(name: str, output: Any) -> None:
         missing[name] = missing.get(name, 0) - 1

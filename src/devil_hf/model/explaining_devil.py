@@ -133,7 +133,7 @@ class ExplainMixin:
         """Open-vocabulary attribution maps: how likely each phrase is at every location (paper, section 3.3).
 
         Args:
-            pixel_values: (B, 3, H, W).
+            pixel_values, feature_maps: the images, as in `ask`.
             phrases: K phrases, as `processor(text=[...])` makes them.
             layers: one map per layer named here, each layer asked alone; None for all layers.
             measure: "sum" of log p over the phrase's tokens (paper), the same "per_token", or "evidence": per token and over
@@ -142,23 +142,22 @@ class ExplainMixin:
             combine: None, or one of `COMBINATIONS`: "joint" asks all the layers together, coarser features interpolated to the
                 finest grid first (paper); "informed" and "mean" average the layers' maps on the finest grid.
             chunk_size: locations at once; chosen from the shapes when None.
-            feature_maps: what `extract_features` returned, to ask again without running the backbone.
         """
         if measure not in MEASURES:
             raise ValueError(f"measure={measure!r} is not one of {MEASURES}.")
         if combine is not None and combine not in COMBINATIONS:
             raise ValueError(f"combine={combine!r} is not one of {(None, *COMBINATIONS)}.")
-        checked = self.check_phrases(phrases or {})
         visible = resolve_layers(layers, self.layer_names)
-        feature_maps = self.read_features(pixel_values, feature_maps, visible)
+        scorer = _MapScorer(self, self.check_phrases(phrases or {}), measure, chunk_size)
+        features = self.read_features(pixel_values, feature_maps, visible)
         windows = self._windows(window, visible)
-        scorer = _MapScorer(self, checked, measure, chunk_size)
-        if combine is not None and COMBINATIONS[combine] is None:
-            joint = dict(zip(visible, resize_to_finest(feature_maps[i] for i in visible), strict=True))
+        rule = COMBINATIONS[combine] if combine is not None else None
+        if combine is not None and rule is None:
+            joint = dict(zip(visible, resize_to_finest(features[index] for index in visible), strict=True))
             return AttributionOutput(maps={combine: scorer.map(joint, windows)}, measure=measure)
-        maps = {self.layer_names[i]: scorer.map({i: feature_maps[i]}, windows) for i in visible}
-        if combine is not None:
-            maps = {combine: COMBINATIONS[combine](maps, lambda: scorer.layer_evidence(feature_maps, visible))}
+        maps = {self.layer_names[index]: scorer.map({index: features[index]}, windows) for index in visible}
+        if combine is not None and rule is not None:
+            maps = {combine: rule(maps, lambda: scorer.layer_evidence(features, visible))}
         return AttributionOutput(maps=maps, measure=measure)
 
     @torch.no_grad()
@@ -192,16 +191,14 @@ class ExplainMixin:
         """Describe images x layers x locations in one batched call.
 
         Args:
-            pixel_values: (B, 3, H, W).
+            pixel_values, feature_maps: the images, as in `ask`.
             layers: each layer named here alone; "all" stands for all layers together. None: all together, then each alone
                 (only each alone when `locations` are given).
             locations: (row, column) places on each of the layers, or "all" for every place; a mapping from layers
                 gives each its own places; None for the whole image.
             window: side of the square around each place, in locations (odd), for all layers or by layer.
             evidence: also compute how much each word owes to the features, in nats over the null prefix.
-            guidance: see `generate`.
-            feature_maps: what `extract_features` returned, to ask again without running the backbone.
-            generation_kwargs: for the library's `generate`.
+            guidance, generation_kwargs: as in `generate`.
         """
         if isinstance(locations, Mapping):
             if layers is not None:
@@ -334,9 +331,8 @@ class ExplainMixin:
 
         Args:
             vectors: (M, C_l) directions of `layer`.
-            pixel_values: (B, 3, H, W).
+            pixel_values, feature_maps: the images, as in `ask`.
             base: (C_l,) point that features are measured from (their mean, say); None for the origin.
-            feature_maps: what `extract_features` returned, to map again without running the backbone.
 
         Returns:
             (B, M, H_l, W_l), in units of the layer's features, each direction taken at length one.

@@ -139,7 +139,7 @@ class DevilModel(ExplainMixin, ScoreMixin, DevilPreTrainedModel):
         weight = next(self.translator.parameters())
         if weight.is_meta:
             raise ValueError(
-                "the translator's weights are offloaded: keep them on a device, for instance by device_map."
+                "the translator's weights are offloaded: keep them on a device, by device_map for instance."
             )
         pooled = [None if vectors is None else vectors.to(weight) for vectors in pooled]
         if layer_mask is not None:
@@ -168,14 +168,13 @@ class DevilModel(ExplainMixin, ScoreMixin, DevilPreTrainedModel):
         """Turn questions about images into prefixes.
 
         Args:
-            pixel_values: (B, 3, H, W); may be left out when `feature_maps` are given.
+            pixel_values: (B, 3, H, W); or `feature_maps`, what `extract_features` returned, to spare the backbone.
             layers: the layers that are visible together, by name or index; None for all.
             locations: R (row, column) places on the grid of the layers; None for the whole map.
             window: side of the square around each place, in locations (odd).
             regions: (B, H, W) or (B, R, H, W) soft masks over the pixel values; a layer where one vanishes is hidden from it.
             location_weights: per layer (B, R, H_l, W_l) or (R, H_l, W_l), non-negative, summing to one; None for uniform.
             layer_mask: (L,), (B, L) or (B * R, L) bool, True hides a layer, beside those that `layers` leaves out.
-            feature_maps: what `extract_features` returned, to ask again without running the backbone.
 
         Returns:
             (N, k, D_lm) with N = B * R, rows by image, then by question.
@@ -203,7 +202,7 @@ class DevilModel(ExplainMixin, ScoreMixin, DevilPreTrainedModel):
 
     def _window_weights(self, locations, window: int, feature_maps: Mapping[int, Tensor]) -> Tensor:
         """Weights (R, H, W) of windows around places on the one grid of the feature maps."""
-        grids = {self.layer_names[index]: tuple(maps.shape[-2:]) for index, maps in feature_maps.items()}
+        grids = {self.layer_names[i]: (maps.shape[-2], maps.shape[-1]) for i, maps in feature_maps.items()}
         name, grid = next(iter(grids.items()))
         if len(set(grids.values())) > 1:
             raise ValueError(

@@ -25,7 +25,7 @@ def _short(value: Any) -> str:
         return f"{str(value.dtype).removeprefix('torch.')}{tuple(value.shape)}"
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{name!r}: {_short(entry)}" for name, entry in value.items()) + "}"
-    return repr(value)
+    return f"{len(value)} entries" if isinstance(value, list) and len(str(value)) > 100 else repr(value)
 
 
 @dataclass(repr=False)

@@ -98,7 +98,8 @@ class VisionFeatureDescriptionPipeline(Pipeline):
         if phrases is not None:
             # "all", which descriptions know as all layers together, means every layer here.
             asked = resolve_layers(shared.get("layers"), self.model.layer_names, whole=ALL_LAYERS)
-            settings = shared | (attribute or {}) | {"layers": [index for index in asked if index >= 0] or None}
+            names = [self.model.layer_names[index] for index in asked if index >= 0]
+            settings = shared | (attribute or {}) | {"layers": names or None}
             attributed = self.model.attribute(feature_maps=feature_maps, phrases=phrases.to(self.device), **settings)
             rows |= {f"{_MAP_PREFIX}{layer}": values for layer, values in attributed.maps.items()}
         return rows

@@ -58,7 +58,7 @@ def _position(item: Any, names: Sequence[str]) -> int:
         raise ValueError(f"unknown layer {item!r}; choose from {list(names)} or an index")
     # Truth values and tensors of floats would pass for whole numbers.
     kind = str(getattr(item, "dtype", type(item).__name__))
-    if "int" not in kind or getattr(item, "ndim", 0):
+    if "int" not in kind or getattr(item, "ndim", 0) != 0:
         raise ValueError(f"layer {item!r} is neither a name nor an index; choose from {list(names)}")
     index = operator.index(item)
     if -len(names) <= index < len(names):

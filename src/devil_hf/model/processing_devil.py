@@ -19,7 +19,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils import ModelOutput, logging
 
 from .image_processing_devil import CropGeometry, ImageSource, load_images
-from .outputs_devil import DescribeOutput, describe_rows
+from .outputs_devil import DescribeOutput, ShapesRepr, describe_rows
 
 logger = logging.get_logger(f"transformers.{__name__}")  # answers to the verbosity of transformers
 
@@ -27,7 +27,7 @@ WARM, COOL = (176, 30, 20), (5, 68, 140)  # for and against a phrase
 
 
 @dataclass(repr=False)
-class AttributionOverlays(ModelOutput):
+class AttributionOverlays(ShapesRepr, ModelOutput):
     """Pictures of images under their attribution maps, all on one colour scale.
 
     Args:
@@ -37,10 +37,6 @@ class AttributionOverlays(ModelOutput):
 
     pictures: dict[str, list[list[Image.Image]]] | None = None
     value_range: tuple[float, float] | None = None
-
-    def __repr__(self) -> str:
-        counts = {layer: f"{len(rows)} x {len(rows[0])}" for layer, rows in (self.pictures or {}).items()}
-        return f"AttributionOverlays(images x phrases {counts}, value_range={self.value_range})"
 
 
 class DevilProcessor(ProcessorMixin):
@@ -55,8 +51,7 @@ class DevilProcessor(ProcessorMixin):
         if tokenizer.pad_token is None:
             if tokenizer.eos_token is None:
                 raise ValueError(
-                    f"tokenizer {tokenizer.name_or_path!r} has neither a padding nor an EOS token; "
-                    "set `tokenizer.pad_token`"
+                    f"tokenizer {tokenizer.name_or_path!r} has no padding token: set `tokenizer.pad_token`"
                 )
             tokenizer.pad_token = tokenizer.eos_token
         super().__init__(image_processor, tokenizer)
@@ -165,10 +160,7 @@ class DevilProcessor(ProcessorMixin):
         return describe_rows(output, self.tokenizer, images)
 
     def post_process_attribution(
-        self,
-        outputs: Any,
-        images: ImageSource | None = None,
-        target_sizes: Sequence[tuple[int, int]] | None = None,
+        self, outputs: Any, images: ImageSource | None = None, target_sizes: Sequence[tuple[int, int]] | None = None
     ) -> dict[str, list[torch.Tensor]]:
         """Attribution maps in the coordinates of the original images.
 
