@@ -4,6 +4,7 @@ import copy
 import json
 import shutil
 import time
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import huggingface_hub
@@ -68,7 +69,8 @@ def draft(checkpoint, images, tmp_path_factory):
     root = tmp_path_factory.mktemp("draft")
     (root / "captions.json").write_text(json.dumps(SCORES))
     options = {"images": images[:1], "phrases": ["a dog", "red"], "scores": [root / "captions.json"]}
-    return prepare(checkpoint, "tester/devil", root / "repository", license="apache-2.0", **options)
+    with without_check_of_code():
+        return prepare(checkpoint, "tester/devil", root / "repository", license="apache-2.0", **options)
 
 
 @pytest.fixture(scope="package")
@@ -101,7 +103,15 @@ def slim_model(hub, sources, tokenizer):
     )
 
 
+@contextmanager
+def without_check_of_code():
+    """Without the fresh process that imports the code: another test waits for it, and another process loads what is published."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(devil_hf.hub.publish, "check_code", lambda folder: None)
+        yield
+
+
 @pytest.fixture
-def unchecked(monkeypatch):
-    """Without the fresh process that imports the code, which other tests wait for."""
-    monkeypatch.setattr(devil_hf.hub.publish, "check_code", lambda folder: None)
+def unchecked():
+    with without_check_of_code():
+        yield

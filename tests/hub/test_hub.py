@@ -17,13 +17,13 @@ from huggingface_hub.errors import HfHubHTTPError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
-import devil_hf.hub.publish
 from devil_hf import DevilModel
 from devil_hf.hub.publish import push, upload
 from devil_hf.settings import make
 from devil_hf.training.recipe import Recipe
 from devil_hf.training.run import build
 from tests.conftest import SMALL_TRANSLATOR
+from tests.hub.conftest import without_check_of_code
 
 
 def test_the_pushed_repository_is_what_was_prepared(hub, draft, published):
@@ -112,8 +112,7 @@ FRESH_PROCESS = """
 @pytest.fixture(scope="module")
 def slim_repository(hub, slim_model, processor):
     """The files of a slim checkpoint that was pushed from memory."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(devil_hf.hub.publish, "check_code", lambda folder: None)
+    with without_check_of_code():
         push(slim_model, "tester/slim", processor=processor, slim=True)
     return hub.files("tester/slim")
 

@@ -43,7 +43,7 @@ def test_code_that_needs_the_package_is_refused(checkpoint, tmp_path):
     file = folder / "outputs_devil.py"
     file.write_text("import devil_hf.checkpoints.loading\n" + file.read_text())
     with pytest.raises(ValueError, match=r"^outputs_devil\.py .* alone.*devil_hf"):
-        check_code(folder)
+        prepare(folder, "tester/broken", tmp_path / "out")
     for path in folder.glob("*.py"):
         path.unlink()
     with pytest.raises(ValueError, match="holds no code"):
