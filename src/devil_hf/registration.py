@@ -7,6 +7,7 @@ the classes as anyone would, and steps aside. Without that, `import devil_hf` an
 
 import sys
 import threading
+from contextlib import suppress
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from typing import Any
@@ -21,13 +22,16 @@ def register() -> None:
     from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageTextToText, AutoProcessor
 
     import devil_hf.baselines.baselines_devil  # registers its translators
-    import devil_hf.model.pipeline_devil  # registers its task
-    import devil_hf.training.draws  # noqa: F401 - registers what training hides
+    import devil_hf.model.pipeline_devil
     from devil_hf.build import from_backbone_and_language_model
+    from devil_hf.extras import MissingExtraError
     from devil_hf.model.configuration_devil import DevilConfig
     from devil_hf.model.image_processing_devil import DevilImageProcessor
     from devil_hf.model.modeling_devil import DevilModel
     from devil_hf.model.processing_devil import DevilProcessor
+
+    with suppress(MissingExtraError):  # without the extra `train` nothing is hidden, and nothing trains
+        import devil_hf.training.draws  # noqa: F401 - registers what training hides
 
     AutoConfig.register(DevilConfig.model_type, DevilConfig)
     AutoModel.register(DevilConfig, DevilModel)
