@@ -1,6 +1,9 @@
 """Captioned regions: the translator sees an object's places, and nothing else, from the file of labels to the cached feature."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -257,3 +260,16 @@ def test_regions_are_refused_where_whole_images_are_read(labels, sources):
         Recipe(**sources, train_data=[region], validation_data=[region]).validate()
     with pytest.raises(ValueError, match="names regions"):
         open_captioned(json.dumps(region))
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_number_of_images():
+    """A thousand images and ten thousand: what stays in a process, once the rows are written."""
+    script = Path(__file__).parents[2] / "scripts/measure_regions.py"
+    few, many = (
+        json.loads(subprocess.run([sys.executable, script, "--images", n], check=True, capture_output=True).stdout)
+        for n in ("1000", "10000")
+    )
+    assert many["again"]["rows"] > 9 * few["again"]["rows"] > 9000
+    assert many["again"]["megabytes_that_stay"] < few["again"]["megabytes_that_stay"] + 20
+    assert many["again"]["peak_megabytes"] < few["again"]["peak_megabytes"] + 60  # mapped pages of the rows among them

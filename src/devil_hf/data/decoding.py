@@ -1,4 +1,4 @@
-"""Rows of [`~devil_hf.data.pairs.open_pairs`] to decoded samples, and the count of those that cannot be decoded.
+"""Rows of `devil_hf.data.pairs.open_pairs` to decoded samples, and the count of those that cannot be decoded.
 
 A row is bad when its image cannot be decoded (broken, or larger than Pillow's limit against decompression bombs), when
 no caption has any text, or when its source already said so (a damaged shard). A bad row is counted, logged with its
@@ -123,7 +123,7 @@ class PairDecoder:
     Args:
         bad_samples: where samples are counted.
         seed: seed of the choice among several captions.
-        sees (callable, *optional*): Whether enough of a mask (height, width) is in what the model gets to see; rows with other
+        sees: whether enough of a mask (height, width) is in what the model gets to see; rows with other
             regions are left out and counted, and are not bad.
     """
 
@@ -134,7 +134,7 @@ class PairDecoder:
         """Decode one row.
 
         Returns:
-            `dict` or `None`: `key` (str), `image` (upright RGB `PIL.Image`), `captions` (list of non-empty str),
+            A dictionary of `key` (str), `image` (upright RGB `PIL.Image`), `captions` (list of non-empty str),
             `caption` (one of them, another one in another epoch), `region` (bool mask of the image's size that they speak of,
             or `None` for the whole image) and `seed` (int, for random views of the image), or `None` for a row that
             cannot be used.
@@ -200,7 +200,7 @@ class PairStream(torch.utils.data.IterableDataset):
     """Decoded samples of a stream without end: one epoch after the other, each shuffled anew, bad rows left out.
 
     Every node has as many batches as the others. Workers with fewer shards than others begin their next epoch earlier;
-    shards change hands with every epoch. A sample has, beside what [`PairDecoder`] gives, its `place`: worker, epoch,
+    shards change hands with every epoch. A sample has, beside what `PairDecoder` gives, its `place`: worker, epoch,
     and rows that this worker has read of it. A stream that is given, for each worker, epoch and rows of the last
     sample that was used goes on with exactly the samples that would have followed. Rows before it are read but not decoded.
 

@@ -1,6 +1,7 @@
 """Scenes of the shapes world as images with objects: words that one object of several has, and its exact mask."""
 
 from devil_hf.data.objects import OBJECT_SOURCES, LocalisedImage, ObjectSource
+from devil_hf.data.objects.masks import Part
 from devil_hf.data.worlds import SHAPES, parse_world
 
 
@@ -12,7 +13,9 @@ def read_world(source: str, images=None, names=None) -> list[LocalisedImage]:
     for index, scene in enumerate(world.scenes()):
         phrases = scene.unique_phrases()
         if phrases:
-            parts = {one.text: [{"scene": [world.seed, index], "object": one.object_index}] for one in phrases}
+            parts: dict[str, list[Part]] = {
+                one.text: [{"scene": [world.seed, index], "object": one.object_index}] for one in phrases
+            }
             groups = {phrase.text: phrase.attribute for phrase in phrases}
             present = frozenset(word for item in scene.objects for word in item.attributes.values())
 

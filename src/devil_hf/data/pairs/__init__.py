@@ -19,7 +19,7 @@ What a trainer may rely on, and what not:
 * Rows and their order depend on (sources, seed, epoch, nodes, workers) and on nothing else.
 * `split_dataset_by_node`, then the workers of a `DataLoader`, see every row exactly once per pass. Where the shards cannot
   be dealt out evenly to the nodes, every node reads all of them and takes every n-th row. Nodes may get different
-  numbers of rows: a trainer whose steps are collective reads [`~devil_hf.data.decoding.PairStream`], which has no end.
+  numbers of rows: a trainer whose steps are collective reads `devil_hf.data.decoding.PairStream`, which has no end.
 * Exact resume of a stream is reading its rows again up to the place that was reached (undecoded, which is cheap).
   `IterableDataset.state_dict` is *not* exact once there is a shuffle buffer: its content is lost and filled anew.
 * `IterableDataset.set_epoch` shuffles the order of shards in every epoch but the first, even where `shuffle=False`.

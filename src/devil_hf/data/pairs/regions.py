@@ -35,7 +35,7 @@ def open_regions(
 
     Args:
         path: COCO instances JSON, Pascal VOC folder, folder of YOLO labels, or `shapes:COUNT[:SEED]`; see
-            [`~devil_hf.data.objects.open_localised`].
+            `devil_hf.data.objects.open_localised`.
         images: folder of the images, where it is not the usual one.
         names: class names of YOLO labels.
         templates: what is said of a region, with `{}` for its name.
