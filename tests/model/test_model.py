@@ -422,7 +422,7 @@ def test_a_combination_rule_registered_from_outside_is_one_everywhere(model, pix
 
     @register_combination("highest")
     def highest(maps, evidence):
-        return torch.stack(resize_to_finest(maps.values())).amax(dim=0)
+        return torch.stack(resize_to_finest(maps)).amax(dim=0)
 
     assert map_combinations() == ["informed", "mean", "highest"]
     layers = model.attribute(pixel_values, phrases).maps

@@ -5,9 +5,18 @@ from pathlib import Path
 from typing import Literal
 
 from devil_hf.cli.verb import VERBS, Verb, show
+from devil_hf.registry import load_plugins
 from devil_hf.settings import LayerSettings, option, read_layers
 
 UNITS = {"evidence": "nats per token over the null prefix", "per_token": "nats per token", "sum": "nats"}
+
+
+def combinations() -> list[str]:
+    """The rules that make one map of several, those of plugins as well."""
+    from devil_hf.model.explaining_devil import COMBINATIONS
+
+    load_plugins()
+    return list(COMBINATIONS)
 
 
 @dataclass(kw_only=True)
@@ -17,7 +26,7 @@ class AttributeSettings(LayerSettings):
     image: str = option("a file or URL", positional=True)
     phrases: list[str] = option("words whose places are asked", positional=True)
     measure: Literal["evidence", "per_token", "sum"] = option("what a map tells of each place", "evidence")
-    combine: Literal["informed", "mean", "joint"] | None = option("one map from all the layers", None)
+    combine: str | None = option("one map from all the layers", None, choices=combinations)
     window: int = option("side of the square around each place", 1)
     carrier: str | None = option('a neutral word read before each phrase, such as "the"', None)
     output: Path = option("picture to write", Path("maps.png"))

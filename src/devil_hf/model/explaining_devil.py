@@ -6,7 +6,7 @@ Places are pooled without building one-hot location weights; layers that are not
 Maps of several layers become one by a rule of `COMBINATIONS` (beyond the paper, but for "joint"): see `register_combination`.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -36,7 +36,7 @@ def register_combination(name: str) -> Callable[[Combination], Combination]:
     ```python
     @register_combination("highest")
     def highest(maps, evidence):
-        return torch.stack(resize_to_finest(maps.values())).amax(dim=0)
+        return torch.stack(resize_to_finest(maps)).amax(dim=0)
     ```
     """
 
@@ -87,7 +87,7 @@ def combine_informed(maps: Mapping[str, Tensor], evidence: Callable[[], Tensor])
     spread = torch.stack([one.std(dim=(2, 3), correction=0) for one in maps.values()])  # (L, B, K)
     weights = (whole - whole.amax(dim=0)).exp() * spread + 1e-12  # maps that are flat everywhere count alike
     weights = weights / weights.sum(dim=0)
-    average = (weights[..., None, None] * torch.stack(resize_to_finest(maps.values()))).sum(dim=0)
+    average = (weights[..., None, None] * torch.stack(resize_to_finest(maps))).sum(dim=0)
     rows, columns = (_gaussian(edge, average) for edge in average.shape[-2:])
     return rows @ average @ columns.T
 
@@ -95,17 +95,17 @@ def combine_informed(maps: Mapping[str, Tensor], evidence: Callable[[], Tensor])
 @register_combination("mean")
 def combine_mean(maps: Mapping[str, Tensor], evidence: Callable[[], Tensor]) -> Tensor:
     """Average on the finest grid, every layer alike."""
-    return torch.stack(resize_to_finest(maps.values())).mean(dim=0)
+    return torch.stack(resize_to_finest(maps)).mean(dim=0)
 
 
 COMBINATIONS["joint"] = None  # paper
 
 
-def resize_to_finest(maps: Iterable[Tensor]) -> list[Tensor]:
-    """Maps (B, C, H_l, W_l), interpolated bilinearly to the grid of the one with the most locations."""
-    maps = list(maps)
-    finest = max((one.shape[-2:] for one in maps), key=lambda grid: grid[0] * grid[1])
-    return [F.interpolate(one.float(), finest, mode="bilinear", align_corners=False) for one in maps]
+def resize_to_finest(maps: Mapping[Any, Tensor]) -> list[Tensor]:
+    """The maps (B, C, H_l, W_l) of layers, interpolated bilinearly to the grid of the one with the most locations."""
+    each = list(maps.values())
+    finest = max((one.shape[-2:] for one in each), key=lambda grid: grid[0] * grid[1])
+    return [F.interpolate(one.float(), finest, mode="bilinear", align_corners=False) for one in each]
 
 
 def _gaussian(edge: int, like: Tensor) -> Tensor:
@@ -153,7 +153,7 @@ class ExplainMixin:
         windows = self._windows(window, visible)
         rule = COMBINATIONS[combine] if combine is not None else None
         if combine is not None and rule is None:
-            joint = dict(zip(visible, resize_to_finest(features[index] for index in visible), strict=True))
+            joint = dict(zip(visible, resize_to_finest({index: features[index] for index in visible}), strict=True))
             return AttributionOutput(maps={combine: scorer.map(joint, windows)}, measure=measure)
         maps = {self.layer_names[index]: scorer.map({index: features[index]}, windows) for index in visible}
         if combine is not None and rule is not None:
