@@ -1,6 +1,6 @@
 """The embedded checkpoint, the quickstart and the command line."""
 
-import inspect
+import dataclasses
 import json
 import os
 import subprocess
@@ -14,10 +14,13 @@ from PIL import Image
 from devil_hf.checkpoints import CHECKPOINT
 from devil_hf.checkpoints.loading import load
 from devil_hf.cli import main as cli
+from devil_hf.cli.quickstart import QuickstartSettings, recipe
 from devil_hf.data.shapes import make_scene
 from devil_hf.data.worlds import HELD_OUT_WORLD
-from devil_hf.report.quickstart import TRANSLATOR, measure, quickstart, train_translator
-from devil_hf.settings import read_yaml
+from devil_hf.evaluation.evaluator import evaluate
+from devil_hf.evaluation.results import fingerprint
+from devil_hf.evaluation.shapes import ShapesSettings
+from devil_hf.settings import make, read_yaml
 from devil_hf.training.recipe import Recipe
 
 
@@ -38,34 +41,37 @@ def test_the_embedded_checkpoint_is_small_and_in_half_precision():
     assert config["backbone_config"]["source"] is None
 
 
-def test_the_embedded_checkpoint_knows_its_world():
+def test_the_embedded_checkpoint_knows_its_world(tmp_path):
     """Far below what is measured on 500 scenes, far above chance: 20 scenes are few."""
-    model, processor = load()
-    scores = measure(model, processor, scenes=20)
-    f1, pointing = scores["description_f1"]["all"], scores["pointing"]
+    settings = ShapesSettings(limit=20, questions=["described", "pointing"], output_dir=tmp_path)
+    scores = evaluate("shapes", settings).details
+    said, pointing = scores["described"], scores["pointing"]
+    f1 = {name: said["all"][name]["f1"] for name in ("colour", "texture", "shape")}
     assert f1["colour"] > 0.85 and f1["texture"] > 0.9 and f1["shape"] > 0.9
     assert max(row["colour"] for row in pointing.values()) > 0.9
-    assert scores["description_f1"]["layer1"]["shape"] < f1["shape"]
+    assert said["layer1"]["shape"]["f1"] < f1["shape"]
     assert 0 < scores["chance_pointing"] < 0.4
 
 
-def test_quickstart_trains_measures_and_draws(tmp_path):
-    scores = quickstart(tmp_path, scenes=64, steps=3, held_out=3)
-    written = json.loads((tmp_path / "scores.json").read_text())
-    assert written == scores and scores["seconds"] > 0
-    assert set(scores["description_f1"]) == {"all", "layer1", "layer2", "layer3", "layer4"}
+def test_quickstart_trains_measures_and_draws(tmp_path, capsys):
+    options = ["--scenes", "64", "--steps", "3", "--held-out", "3", "--output-dir", str(tmp_path), "--json"]
+    assert cli.main(["quickstart", *options]) == 0
+    scores = json.loads(capsys.readouterr().out)
+    assert json.loads((tmp_path / "scores.json").read_text()) == scores and scores["seconds"] > 0
+    assert set(scores["described"]) >= {"all", "layer1", "layer2", "layer3", "layer4"} and scores["pointing"]
+    assert scores["dataset"]["size"] == 3 and "held-out" in scores["dataset"]["name"]
     assert (tmp_path / "checkpoint" / "modeling_devil.py").exists()
+    assert fingerprint(load(tmp_path / "checkpoint", "cpu")[0]) == scores["weights"]
     pictures = sorted((tmp_path / "pictures").glob("*.png"))
     assert {"layers.png", "maps_0.png", "locations_0.png", "scene_0.png"} <= {path.name for path in pictures}
     assert all(min(Image.open(path).size) > 50 for path in pictures)
 
 
-def test_the_quickstart_recipe_trains_the_same_translator():
-    recipe = read_yaml(Recipe, Path("quickstart"))
-    defaults = {name: option.default for name, option in inspect.signature(quickstart).parameters.items()}
-    assert recipe["model"] == TRANSLATOR and recipe["new_translator"]
-    assert recipe["train_data"][0]["size"] == defaults["scenes"] and recipe["max_steps"] == defaults["steps"]
-    assert float(recipe["learning_rate"]) == inspect.signature(train_translator).parameters["learning_rate"].default
+def test_quickstart_is_the_recipe_of_that_name():
+    shipped, ours = make(Recipe, read_yaml(Recipe, Path("quickstart"))), recipe(QuickstartSettings())
+    assert set(ours.differences(dataclasses.asdict(shipped))) <= {"cache_features"}
+    other = recipe(QuickstartSettings(steps=100, scenes=640, seed=3))
+    assert (other.max_steps, other.train_data[0]["size"], other.seed, other.warmup_steps) == (100, 640, 3, 5)
 
 
 def test_describe_prints_layers_and_says_what_it_does_not_know(scene_file, capsys, tmp_path):

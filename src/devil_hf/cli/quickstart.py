@@ -1,42 +1,92 @@
-"""`devil quickstart`: the whole life of a DeViL in a few minutes."""
+"""`devil quickstart`: the whole life of a DeViL in a few minutes, on the embedded shapes world.
 
+The recipe `quickstart` trains a new translator between the shipped frozen parts; `devil evaluate shapes` loads the checkpoint in
+a fresh process and measures it on held-out scenes; pictures show what it says. A user would call the same for other parts.
+"""
+
+import contextlib
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from devil_hf.cli.verb import VERBS, Verb
-from devil_hf.settings import option
+from devil_hf.cli.verb import VERBS, Verb, show
+from devil_hf.settings import JsonSettings, option
+
+POINTING_SCENES = 150  # the pointing game asks every place of every layer, so the first scenes must do
 
 
 @dataclass(kw_only=True)
-class QuickstartSettings:
+class QuickstartSettings(JsonSettings):
     """How long to train on how many scenes, and what to measure."""
 
-    output_dir: Path = option("gets the checkpoint, the scores and pictures", Path("devil-quickstart"))
+    output_dir: Path = option("gets `checkpoint/`, `scores.json` and `pictures/`", Path("devil-quickstart"))
     steps: int = option("training steps of 64 captions", 750)
     scenes: int = option("training scenes", 6_000)
-    held_out: int = option("scenes to measure on", 500)
+    held_out: int = option("scenes of another world to measure on", 500)
     seed: int = option("of the training", 0)
-    json: bool = option("print the scores as JSON at the end", False)
 
     def validate(self) -> None:
         """Raise a ValueError for less than there must be."""
-        if self.steps < 1 or self.scenes < 64 or self.held_out < 1:
-            raise ValueError("quickstart needs at least 1 step, 64 scenes and 1 held-out scene")
+        if self.steps < 1 or self.scenes < 64 or self.held_out < 2:
+            raise ValueError("quickstart needs at least 1 step, 64 scenes and 2 held-out scenes")
+
+
+def quickstart(settings: QuickstartSettings, say: Callable[[str], None] = print) -> dict[str, Any]:
+    """Train, measure in a fresh process, and draw.
+
+    Args:
+        say: gets what is told on the way.
+
+    Returns:
+        The content of `scores.json`.
+    """
+    from devil_hf.checkpoints.loading import load
+    from devil_hf.report.scenes import draw_pictures
+    from devil_hf.training.run import train
+
+    began = time.perf_counter()
+    folder = settings.output_dir
+    with contextlib.redirect_stdout(sys.stderr):  # of the Trainer's records, which are no result
+        checkpoint = train(recipe(settings))
+    command = [sys.executable, "-m", "devil_hf", "evaluate", "shapes", str(checkpoint), "--output-dir", str(folder)]
+    command += ["--limit", str(settings.held_out), "--questions", "described", "pointing"]
+    command += ["--pointing-limit", str(POINTING_SCENES)]
+    measured = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, encoding="utf-8")
+    say("What each layer says about held-out scenes:\n")
+    pictures = draw_pictures(*load(checkpoint), folder / "pictures", say=say)
+    say(measured.stdout)
+    say("pictures: " + ", ".join(map(str, pictures)))
+    scores = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
+    scores["seconds"] = round(time.perf_counter() - began, 1)
+    (folder / "scores.json").write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8")
+    return scores
+
+
+def recipe(settings: QuickstartSettings):
+    """The recipe `quickstart`, with what the settings say."""
+    from devil_hf.settings import make, read_yaml
+    from devil_hf.training.recipe import Recipe
+
+    fields = read_yaml(Recipe, Path("quickstart"))
+    fields["train_data"][0]["size"] = settings.scenes
+    fields |= {"max_steps": settings.steps, "warmup_steps": settings.steps // 20, "seed": settings.seed}
+    fields |= {"output_dir": str(settings.output_dir), "report_to": "none"}
+    return make(Recipe, fields | {"cache_features": str(settings.output_dir / "features")})
 
 
 def run(settings: QuickstartSettings) -> None:
-    """Train, measure, draw, and say what to do next."""
-    import json
-
-    from devil_hf.report.quickstart import quickstart
-
-    scores = quickstart(settings.output_dir, settings.scenes, settings.steps, settings.held_out, settings.seed)
-    if settings.json:
-        print(json.dumps(scores))
-        return
+    """Do it, and say what to do next."""
+    scores = quickstart(settings, say=print if not settings.json else lambda text: print(text, file=sys.stderr))
     checkpoint = settings.output_dir / "checkpoint"
-    print(f"\ndone in {scores['seconds']:.0f} s; the model to use next is {checkpoint}:")
-    print(f"  devil describe {settings.output_dir}/pictures/scene_0.png --checkpoint {checkpoint}")
+    following = f"devil describe {settings.output_dir}/pictures/scene_0.png --checkpoint {checkpoint}"
+    show(
+        settings, scores, f"\ndone in {scores['seconds']:.0f} s; the model to use next is {checkpoint}:\n  {following}"
+    )
 
 
 VERBS.register(
