@@ -1,15 +1,18 @@
 """The command line as such: verbs, their settings, exit codes, and what is imported when."""
 
 import logging
+import re
+import shlex
 import subprocess
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
-from devil_hf.cli.main import main
+from devil_hf.cli.main import build_parser, main
 from devil_hf.cli.verb import VERBS, Verb, show
-from devil_hf.settings import JsonSettings, option, read_layers
+from devil_hf.settings import JsonSettings, from_namespace, option, read_layers
 
 LIGHT = """
 import sys
@@ -115,6 +118,28 @@ def test_the_evaluations_are_listed_and_each_helps_with_an_example(capsys):
         with pytest.raises(SystemExit, match="0"):
             main(["evaluate", name, "--help"])
         assert f"example:\n  devil evaluate {name}" in capsys.readouterr().out
+
+
+def documented() -> list[str]:
+    """Every command line in the code blocks of README and documentation."""
+    root = Path(__file__).parents[2]
+    texts = [
+        file.read_text() for file in (root / "README.md", root / "CONTRIBUTING.md", *(root / "docs").rglob("*.md"))
+    ]
+    blocks = [
+        block for text in texts for block in re.findall(r"^ *```(?:bash|sh|console)?\n(.*?)^ *```", text, re.M | re.S)
+    ]
+    lines = [line.strip().removeprefix("$ ") for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    commands = [line.partition("devil ")[2] for line in lines if re.match(r"(.* && )?devil [a-z]", line)]
+    return sorted({command.partition(" # ")[0].partition(" |")[0].strip() for command in commands})
+
+
+def test_every_documented_command_line_is_understood():
+    commands = documented()
+    assert len(commands) > 10
+    for command in commands:
+        namespace = build_parser().parse_args(shlex.split(command))
+        from_namespace(namespace.chosen[1], namespace)
 
 
 def test_what_excludes_each_other_is_said(capsys):

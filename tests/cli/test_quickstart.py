@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -43,7 +44,7 @@ def test_the_embedded_checkpoint_is_small_and_in_half_precision():
 
 def test_the_embedded_checkpoint_knows_its_world(tmp_path):
     """Far below what is measured on 500 scenes, far above chance: 20 scenes are few."""
-    settings = ShapesSettings(limit=20, questions=["described", "pointing"], output_dir=tmp_path)
+    settings = ShapesSettings(limit=20, questions=["described", "pointing"], pointing_limit=8, output_dir=tmp_path)
     scores = evaluate("shapes", settings).details
     said, pointing = scores["described"], scores["pointing"]
     f1 = {name: said["all"][name]["f1"] for name in ("colour", "texture", "shape")}
@@ -81,6 +82,13 @@ def test_describe_prints_layers_and_says_what_it_does_not_know(scene_file, capsy
     assert "all: " in printed.out and "layer4: " in printed.out
     assert "rendered scenes" in printed.err
     assert picture.exists()
+
+
+def test_describe_shows_a_scene_where_no_image_is_named(capsys):
+    assert cli.main(["describe", "--layers", "all", "--max-new-tokens", "2"]) == 0
+    assert re.match(r"a scene \(.*\)  all: \w+", capsys.readouterr().out)
+    assert cli.main(["describe", "--checkpoint", "somewhere"]) == 1
+    assert "name an image" in capsys.readouterr().err
 
 
 def test_describe_and_attribute_speak_json(scene_file, capsys, tmp_path):

@@ -13,7 +13,9 @@ from devil_hf.settings import LayerSettings, option, read_layers
 class DescribeSettings(LayerSettings):
     """Descriptions of images by layers, places and words."""
 
-    images: list[str] = option("files or URLs", positional=True)
+    images: list[str] = option(
+        "files or URLs (default: a held-out scene of the shapes world, for a checkpoint of it)", [], positional=True
+    )
     locations: list[str] | None = option('places of each layer\'s grid, or "all"', None, metavar="ROW,COLUMN")
     window: int = option("side of the square around each place", 1)
     evidence: bool = option("print what each word owes to the features, in nats", False)
@@ -26,6 +28,8 @@ class DescribeSettings(LayerSettings):
     def validate(self) -> None:
         """Raise a ValueError for places that cannot be read, and for what --grounded leaves no room for."""
         self.places()
+        if self.checkpoint and not self.images:
+            raise ValueError(f"name an image for {self.checkpoint} to describe")
         if not self.grounded:
             return
         for name, value in {"locations": None, "window": 1, "evidence": False, "output": None}.items():
@@ -50,9 +54,8 @@ class DescribeSettings(LayerSettings):
 def describe(settings: DescribeSettings) -> None:
     """Describe, draw and print."""
     from devil_hf.checkpoints.loading import open_checkpoint
-    from devil_hf.model.image_processing_devil import load_images
 
-    images = [image for path in settings.images for image in load_images(path)]
+    names, images = _images(settings.images)
     model, processor = open_checkpoint(settings.checkpoint, settings.device)
     asked = {
         **processor(images=images, return_tensors="pt"),
@@ -60,7 +63,7 @@ def describe(settings: DescribeSettings) -> None:
         "max_new_tokens": settings.max_new_tokens,
     }
     if settings.grounded:
-        _describe_grounded(settings, model, processor, asked)
+        _describe_grounded(settings, names, model, processor, asked)
         return
     output = model.describe(
         **asked,
@@ -70,7 +73,7 @@ def describe(settings: DescribeSettings) -> None:
         guidance=settings.guidance,
         num_beams=settings.num_beams,
     )
-    rows = processor.post_process_descriptions(output, settings.images)
+    rows = processor.post_process_descriptions(output, names)
     if settings.output:
         from devil_hf.report.figures import layers_figure
 
@@ -79,6 +82,18 @@ def describe(settings: DescribeSettings) -> None:
             texts[index].append((_place(row), row["description"]))
         layers_figure(images, texts).save(settings.output)
     show(settings, rows, "\n".join(line for row in rows for line in _lines(row, settings.evidence)))
+
+
+def _images(paths: list[str]) -> tuple[list[str], list[Any]]:
+    """Names and pictures: those that are named, or a scene."""
+    from devil_hf.data.worlds import HELD_OUT_WORLD, World
+    from devil_hf.model.image_processing_devil import load_images
+
+    if paths:
+        return paths, [image for path in paths for image in load_images(path)]
+    scene = World(1, HELD_OUT_WORLD).scene(0)
+    objects = ", ".join(" ".join(one.attributes.values()) for one in scene.objects)
+    return [f"a scene ({objects})"], [scene.image]
 
 
 def _place(row: dict[str, Any]) -> str:
@@ -92,12 +107,12 @@ def _lines(row: dict[str, Any], evidence: bool) -> list[str]:
     return lines
 
 
-def _describe_grounded(settings: DescribeSettings, model, processor, asked: dict[str, Any]) -> None:
+def _describe_grounded(settings: DescribeSettings, names: list[str], model, processor, asked: dict[str, Any]) -> None:
     """One description per image, with the evidence of each phrase in nats."""
     from devil_hf.questions.grounding import CANDIDATES, describe_grounded
 
     candidates = settings.num_beams if settings.num_beams > 1 else CANDIDATES
-    found = list(zip(settings.images, describe_grounded(model, processor, **asked, candidates=candidates), strict=True))
+    found = list(zip(names, describe_grounded(model, processor, **asked, candidates=candidates), strict=True))
     lines = []
     for image, description in found:
         lines.append(f"{image}: {description.text}")

@@ -1,7 +1,6 @@
 """The `devil` command: reads the settings of the chosen verb and runs it; every verb is one call into the library."""
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from subprocess import CalledProcessError
@@ -81,15 +80,10 @@ class _VerbParser(argparse.ArgumentParser):
 
 
 def set_verbosity(verbose: bool) -> None:
-    """Let transformers' loggers, devil_hf's among them, say what their user can do something about.
-
-    The environment variable TRANSFORMERS_VERBOSITY wins.
-    """
+    """How much is said: transformers' verbosity (TRANSFORMERS_VERBOSITY) governs, `--verbose` adds what this package tells."""
     from transformers.utils import logging
 
-    if "TRANSFORMERS_VERBOSITY" not in os.environ:
-        logging.set_verbosity_error()
-        logging.get_logger("transformers.devil_hf").setLevel(logging.INFO if verbose else logging.WARNING)
+    logging.get_logger("transformers.devil_hf").setLevel("INFO" if verbose else "NOTSET")
     logging.disable_progress_bar()  # of loading weights; what takes long shows its own
 
 
