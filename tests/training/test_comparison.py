@@ -78,6 +78,7 @@ def comparison_file(fields, tmp_path):
 def test_a_comparison_trains_each_translator_once_and_scores_all_on_the_same_images(
     comparison_file, tmp_path, monkeypatch
 ):
+    monkeypatch.setattr(comparison, "NEW_TOKENS", 8)
     asked = read_comparison(comparison_file, fields={"max_steps": 4})
     assert asked.recipes["linear"].model == SMALL_TRANSLATOR | {"translator_type": "limber", "location_dropout": 0.0}
     assert {recipe.max_steps for recipe in asked.recipes.values()} == {4}
@@ -97,7 +98,7 @@ def test_a_comparison_trains_each_translator_once_and_scores_all_on_the_same_ima
     loaded, processor = comparison.load(tmp_path / "runs/linear/seed_3/checkpoint")
     shown = EvaluationImages(asked.evaluation_data)
     samples = list(shown._batches(processor))
-    alone = describe_grounded(loaded, processor, torch.cat(samples), candidates=3, strength=2.0, max_new_tokens=40)
+    alone = describe_grounded(loaded, processor, torch.cat(samples), candidates=3, strength=2.0, max_new_tokens=8)
     assert grounded["descriptions"]["grounded"]["all"] == [one.text for one in alone]
     monkeypatch.setattr(comparison, "load", lambda path: pytest.fail("it was evaluated again"))
     asked.decodings = {"greedy": {}}

@@ -16,7 +16,7 @@ RECIPES = [*sorted((ROOT / "scripts/recipes").glob("*.yaml")), Path("quickstart"
 
 
 def test_a_recipe_is_read_from_options_files_folders_and_names(tmp_path):
-    fields = {"checkpoint": "embedded", "train_data": [{"kind": "shapes", "size": 3}], "learning_rate": "1e-4"}
+    fields = {"checkpoint": "shapes", "train_data": [{"kind": "shapes", "size": 3}], "learning_rate": "1e-4"}
     (tmp_path / RECIPE_FILE).write_text(yaml.safe_dump(fields | {"resume": True}))
     assert read_yaml(Recipe, tmp_path) == read_yaml(Recipe, tmp_path / RECIPE_FILE)
     options = ["--config", str(tmp_path), "--max_steps=3", "--batch-size", "7", "--output_dir", "here", "--no-resume"]
