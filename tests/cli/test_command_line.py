@@ -167,3 +167,14 @@ def test_the_loggers_answer_to_the_verbosity_of_transformers():
     verbosity.set_verbosity_error()
     assert not logger.isEnabledFor(logging.WARNING)
     verbosity.set_verbosity(before)
+
+
+def test_the_command_line_says_which_package_speaks(greeting, capfd):
+    from transformers.utils import logging as verbosity
+
+    verbosity.set_verbosity_warning()
+    assert main(["greet", "you"]) == 0
+    for name in ("transformers.models.some", "transformers.devil_hf.data.some"):
+        record = logging.LogRecord(name, logging.WARNING, "file", 1, "take care", None, None)
+        shown = [handler.format(record) for handler in verbosity.get_logger().handlers]
+        assert f"[{name.split('.')[1] if 'devil' in name else 'transformers'}] take care" in shown

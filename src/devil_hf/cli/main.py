@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from logging import Formatter, LogRecord
 from subprocess import CalledProcessError
 from typing import Any
 
@@ -84,7 +85,17 @@ def set_verbosity(verbose: bool) -> None:
     from transformers.utils import logging
 
     logging.get_logger("transformers.devil_hf").setLevel("INFO" if verbose else "NOTSET")
+    for handler in logging.get_logger().handlers:
+        handler.setFormatter(_Named())
     logging.disable_progress_bar()  # of loading weights; what takes long shows its own
+
+
+class _Named(Formatter):
+    """Says which of the two packages speaks."""
+
+    def format(self, record: LogRecord) -> str:
+        library, _, rest = record.name.partition(".")
+        return f"[{rest.partition('.')[0] if rest.startswith('devil_hf') else library}] {super().format(record)}"
 
 
 def _expected() -> tuple[type[Exception], ...]:
