@@ -22,7 +22,7 @@ def register() -> None:
     from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageTextToText, AutoProcessor
 
     import devil_hf.baselines.baselines_devil  # registers its translators
-    import devil_hf.model.pipeline_devil
+    import devil_hf.model.pipeline_devil  # registers its task
     from devil_hf.build import from_backbone_and_language_model
     from devil_hf.extras import MissingExtraError
     from devil_hf.model.configuration_devil import DevilConfig

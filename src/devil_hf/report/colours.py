@@ -1,4 +1,4 @@
-"""The colours of figures and pages, in one place; the scales of maps are in `overlays`."""
+"""The colours of figures, maps and pages, in one place."""
 
 Colour = tuple[int, int, int]
 
@@ -8,11 +8,12 @@ MUTED: Colour = (104, 111, 122)
 RULE: Colour = (222, 225, 230)
 VEIL = (12, 14, 18, 165)  # over a picture, so that words on it can be read
 TRUTH: Colour = (0, 150, 90)  # outlines of what is known to be there
-HEAT: tuple[Colour, Colour] = (
-    (246, 248, 251),
-    (24, 78, 148),
-)  # one hue, light to dark, so that it reads in grey as well
-WARM, COOL = (240, 130, 40), (63, 142, 206)  # of the maps' own diverging scale
+# Anchors of the two scales of maps, evenly spaced; the diverging one is transparent at its middle when overlaid.
+DIVERGING = ((5, 68, 140), (63, 142, 206), (222, 226, 230), (240, 130, 40), (176, 30, 20))
+SEQUENTIAL = ((30, 14, 76), (113, 31, 129), (205, 64, 113), (248, 142, 92), (252, 236, 170))
+COOL, WARM = DIVERGING[1], DIVERGING[3]
+# One hue, light to dark, so that it reads in grey as well.
+HEAT: tuple[Colour, Colour] = ((246, 248, 251), (24, 78, 148))
 FULL_TINT = 2.0  # nats at which a word has its full colour
 
 
@@ -28,4 +29,4 @@ def heat(share: float) -> Colour:
     return red, green, blue
 
 
-__all__ = ["HEAT", "INK", "MUTED", "PAPER", "RULE", "TRUTH", "VEIL", "heat", "tint"]
+__all__ = ["DIVERGING", "HEAT", "INK", "MUTED", "PAPER", "RULE", "SEQUENTIAL", "TRUTH", "VEIL", "heat", "tint"]

@@ -13,9 +13,8 @@ from PIL import Image
 
 from devil_hf.model.outputs_devil import AttributionOutput
 from devil_hf.model.processing_devil import DevilProcessor, shared_value_range
-from devil_hf.report.colours import tint
+from devil_hf.report.colours import DIVERGING, tint
 from devil_hf.report.drawing import map_tile, scaled, signed
-from devil_hf.report.overlays import DIVERGING
 from devil_hf.report.templates import render
 
 TEMPLATES = "report/templates"

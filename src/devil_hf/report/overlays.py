@@ -1,11 +1,9 @@
-"""Colours of maps: two scales, and an image under a map. The processor's own `overlay` is a plain one for everybody."""
+"""An image under a map, and a map in colours. The processor's own `overlay` is a plain one for everybody."""
 
 import numpy as np
 from PIL import Image
 
-# Anchors of the two colour scales, evenly spaced; the diverging one is transparent at its middle when overlaid.
-DIVERGING = ((5, 68, 140), (63, 142, 206), (222, 226, 230), (240, 130, 40), (176, 30, 20))
-SEQUENTIAL = ((30, 14, 76), (113, 31, 129), (205, 64, 113), (248, 142, 92), (252, 236, 170))
+from devil_hf.report.colours import DIVERGING, SEQUENTIAL
 
 
 def _scale_position(values: np.ndarray, value_range: tuple[float, float]) -> np.ndarray:
@@ -53,4 +51,4 @@ def overlay_map(
     return Image.fromarray(np.round(picture).clip(0, 255).astype(np.uint8))
 
 
-__all__ = ["DIVERGING", "colorize", "overlay_map"]
+__all__ = ["colorize", "overlay_map"]
