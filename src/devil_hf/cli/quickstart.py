@@ -75,7 +75,7 @@ def recipe(settings: QuickstartSettings):
     fields = read_yaml(Recipe, Path("quickstart"))
     fields["train_data"][0]["size"] = settings.scenes
     fields |= {"max_steps": settings.steps, "warmup_steps": settings.steps // 20, "seed": settings.seed}
-    fields |= {"output_dir": str(settings.output_dir), "report_to": "none"}
+    fields |= {"output_dir": str(settings.output_dir), "report_to": "none", "resume": True}  # a stopped one goes on
     return make(Recipe, fields | {"cache_features": str(settings.output_dir / "features")})
 
 

@@ -295,3 +295,15 @@ def comparison_table(summary: Sequence[Mapping[str, Any]], metric: str = "cider"
 def _shown(value: Mapping[str, Any], digits: int) -> str:
     spread = "" if value["sd"] is None else f" ± {value['sd']:.{digits}f}"
     return f"{value['mean']:.{digits}f}{spread}"
+
+
+__all__ = [
+    "Comparison",
+    "ComparisonFile",
+    "EvaluationImages",
+    "compare",
+    "comparison_table",
+    "read_comparison",
+    "run",
+    "summarise",
+]

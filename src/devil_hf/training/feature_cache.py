@@ -268,3 +268,6 @@ class CachedFeatures:
         draw, text = int(rng.integers(layers[0].get_shape()[1])), rng.integers(len(self.captions[index]))
         features = [layer[row : row + 1, draw : draw + 1][0, 0] for layer in layers]
         return {"pooled_features": features, "caption": self.captions[index][text]}
+
+
+__all__ = ["CachedFeatures", "StaleCache", "cache_key", "cached_features", "data_fingerprint"]

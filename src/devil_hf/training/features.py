@@ -132,3 +132,6 @@ class PooledCaptions:
         """(index of the image, caption) of all captions: every image's first, then every image's second, ..."""
         most = max(map(len, self.captions), default=0)
         return [(i, texts[j]) for j in range(most) for i, texts in enumerate(self.captions) if j < len(texts)]
+
+
+__all__ = ["PooledCaptions", "as_stored", "pool_draws", "pooled_feature_draws"]

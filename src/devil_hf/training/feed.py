@@ -272,3 +272,19 @@ class StreamLoader:
 
     def __iter__(self) -> Iterator[dict]:
         return itertools.islice(iter(self.loader), self.ahead, None)
+
+
+__all__ = [
+    "CaptionCollator",
+    "CaptionStream",
+    "ImageTable",
+    "StreamLoader",
+    "StreamPosition",
+    "Table",
+    "batch_regions",
+    "random_view",
+    "seed_of",
+    "sees_with",
+    "table_loader",
+    "view_of",
+]

@@ -352,3 +352,6 @@ def _finish(recipe: Recipe, trainer: DevilTrainer) -> Path:
     if recipe.push_to_hub and trainer.is_world_process_zero():
         PUBLISHERS[HUB].push(checkpoint, recipe.push_to_hub, commit_message="Trained by devil-hf")
     return checkpoint
+
+
+__all__ = ["build", "train", "training_arguments", "validation_features"]

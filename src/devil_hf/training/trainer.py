@@ -439,3 +439,6 @@ def _add(sums: Tensor, model, batch: dict[str, Any], layer_mask: Tensor | None =
         tokens = tokens + len(batch["input_ids"])
     sums[0] += model(**batch, layer_mask=layer_mask).loss * tokens
     sums[1] += tokens
+
+
+__all__ = ["DevilTrainer", "longest_caption"]

@@ -41,3 +41,6 @@ def train_on_units(
 
 def _summaries(units) -> list[tuple[str, ...]]:
     return units.summaries if isinstance(units, SeveralUnits) else [units[at].summaries for at in range(len(units))]
+
+
+__all__ = ["train_on_units", "unit_captions"]
