@@ -51,7 +51,7 @@ class DevilProcessor(ProcessorMixin):
         if tokenizer.pad_token is None:
             if tokenizer.eos_token is None:
                 raise ValueError(
-                    f"tokenizer {tokenizer.name_or_path!r} has no padding token: set `tokenizer.pad_token`"
+                    f"tokenizer {tokenizer.name_or_path!r} has neither a padding nor an EOS token: set one"
                 )
             tokenizer.pad_token = tokenizer.eos_token
         super().__init__(image_processor, tokenizer)
