@@ -75,6 +75,13 @@ def test_programs_ask_a_place_by_pixel_and_it_names_what_is_there(client, tmp_pa
             answers.add(row["description"])
         assert len(answers) > 1 or len(scene.objects) == 1
     assert right / asked > 0.6  # by chance one in eight
+    large = str(tmp_path / "large.png")  # larger than what is kept; its pixels count as they were sent
+    Image.fromarray(scene.image).resize((16 * 128, 16 * 128), Image.Resampling.NEAREST).save(large)
+    places = [
+        client.predict(handle_file(file), "layer3", 100 * scale, 30 * scale, api_name="/describe_place")["location"]
+        for file, scale in ((path, 1), (large, 16))
+    ]
+    assert places[0] == places[1]
     rows = client.predict(handle_file(path), api_name="/describe")
     assert [row["layer"] for row in rows] == ["all", "layer1", "layer2", "layer3", "layer4"]
 

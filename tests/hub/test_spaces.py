@@ -37,7 +37,7 @@ def test_a_space_runs_the_package_that_it_was_published_with(hub, tmp_path, caps
         (tmp_path / path).write_bytes(data)
     needed = (tmp_path / "requirements.txt").read_text().split()
     assert any(line.startswith("timm>=") for line in needed)
-    assert not {"devil-hf", "gradio"} & set(needed)
+    assert not any(line.startswith(("devil-hf", "gradio")) for line in needed)
     assert not any(path.suffix == ".pyc" or path.name == ".git" for path in tmp_path.rglob("*"))
     environment = os.environ | {"SPACE_ID": "tester/demo", "PYTHONPATH": str(tmp_path), "HF_HUB_OFFLINE": "1"}
     run = subprocess.run(

@@ -27,8 +27,9 @@ class Endpoints:
         return self.explorer.describe(self.explorer.look(read_upload(image)))
 
     def describe_place(self, image: str, layer: str, x: float, y: float) -> dict:
-        look = self.explorer.look(read_upload(image))
-        return self.explorer.describe_pixel(look, x, y, [layer])[0]
+        picture = read_upload(image)
+        across, down = picture.info["shrunk"]  # x and y count on the image as it was sent
+        return self.explorer.describe_pixel(self.explorer.look(picture), x * across, y * down, [layer])[0]
 
     def map_phrases(self, image: str, phrases: str, carrier: str) -> tuple[Image.Image, list[dict]]:
         look, names = self.explorer.look(read_upload(image)), read_phrases(phrases)

@@ -34,7 +34,7 @@ def _refuse_address(file: dict) -> dict:
 
 
 def read_upload(path: str | Path) -> Image.Image:
-    """An upright RGB picture of an uploaded file, at most `LONGEST_SIDE` on a side.
+    """An upright RGB picture of an uploaded file, at most `LONGEST_SIDE` on a side; `info["shrunk"]` is by how much, as (x, y).
 
     Raises:
         ValueError: for what is too large in bytes or pixels, and for what is not a readable image.
@@ -52,7 +52,9 @@ def read_upload(path: str | Path) -> Image.Image:
         raise ValueError(_too_many_pixels("more than 100 million")) from error
     except (OSError, SyntaxError) as error:
         raise ValueError(f"This file cannot be read as an image: it is broken, or none of {accepted}.") from error
+    width, height = picture.size
     picture.thumbnail((LONGEST_SIDE, LONGEST_SIDE), Image.Resampling.LANCZOS)
+    picture.info["shrunk"] = (picture.width / width, picture.height / height)
     return picture
 
 

@@ -18,6 +18,7 @@ from devil_hf.hub.checks import check_repo_id
 from devil_hf.hub.drafts import Draft, commit, new_folder, reaching_the_hub
 
 PACKAGE = Path(__file__).parents[1]
+THIS_PACKAGE = "devil-hf[demo]"  # in the requirements; what a Space is pushed with is a copy beside its app
 CHECKPOINT_VARIABLE = "DEVIL_CHECKPOINT"
 LEFT_OUT = ("__pycache__", "*.pyc", "space", "hub_cards", ".*")
 
@@ -46,7 +47,7 @@ def prepare_space(space_id: str, folder: str | PathLike, checkpoint: str | None 
     needed = folder / "requirements.txt"
     lines = [line for line in needed.read_text().splitlines() if not line.startswith("#")]
     needed.write_text(
-        "\n".join(line for one in lines for line in (_dependencies() if one == "devil-hf" else [one])) + "\n"
+        "\n".join(line for one in lines for line in (_dependencies() if one == THIS_PACKAGE else [one])) + "\n"
     )
     card = SpaceCard.load(folder / "README.md")
     card.text = card.text.replace("USER/SPACE", space_id)
