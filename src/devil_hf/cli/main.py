@@ -84,7 +84,7 @@ def set_verbosity(verbose: bool) -> None:
     """How much is said: transformers' verbosity (TRANSFORMERS_VERBOSITY) governs, `--verbose` adds what this package tells."""
     from transformers.utils import logging
 
-    logging.get_logger("transformers.devil_hf").setLevel("INFO" if verbose else "NOTSET")
+    logging.get_logger("transformers.devil_hf").setLevel(logging.INFO if verbose else logging.NOTSET)
     for handler in logging.get_logger().handlers:
         handler.setFormatter(_Named())
     logging.disable_progress_bar()  # of loading weights; what takes long shows its own
