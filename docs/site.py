@@ -32,7 +32,7 @@ ROOMS = {
     "report": "Report: figures, tables, pages, the atlas",
     "hub": "Hub: publish, cards, Spaces",
     "demo": "Demo: the app",
-    "cli": "Command line: one file per verb",
+    "cli": "Verbs: one file each",
 }
 
 
