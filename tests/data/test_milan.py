@@ -16,9 +16,10 @@ from devil_hf.cli.main import main
 from devil_hf.data.exemplar_set import Unit
 from devil_hf.data.milan import BASE, SPLITS, MilanUnits, open_milan, read_annotations, read_split
 from devil_hf.evaluation import milan as milannotations
-from devil_hf.evaluation.milan import bert_scores, best_constant, label_annotated_units, neuron_table
-from devil_hf.evaluation.results import read_evaluations
-from devil_hf.evaluation.text.bertscore import BertScoreSettings
+from devil_hf.evaluation.evaluator import evaluate
+from devil_hf.evaluation.milan import MilanSettings, label_scores
+from devil_hf.evaluation.results import judge_controls, read_evaluations
+from devil_hf.evaluation.text.bertscore import BertScore, BertScoreSettings
 from devil_hf.evaluation.text.metrics import caption_scores
 from devil_hf.training.units import unit_captions
 
@@ -199,24 +200,20 @@ def bleu(labels, references):
 
 
 def test_every_row_of_the_table_is_what_a_few_lines_compute():
-    rows = neuron_table(LABELS, REFERENCES, null_label="a red square", bert_model=None)
-    assert list(rows) == ["labels", "constant label", "shuffled labels", "language model only", "one annotator"]
-    constant = rows["constant label"]["text"]
+    found = label_scores(LABELS, REFERENCES, null="a red square", bert=None)
+    rows, constant = found["scores"], found["texts"]["constant"]
+    assert list(rows) == ["labels", "constant", "shuffled", "null", "one annotator"] and not found["missing"]
     candidates = {text for texts in REFERENCES for text in texts} | set(LABELS)
     means = {text: np.mean([rouge(text, several) for several in REFERENCES]) for text in candidates}
     assert means[constant] == pytest.approx(max(means.values()))
-    for name, texts in (
-        ("labels", LABELS),
-        ("constant label", [constant] * 5),
-        ("language model only", ["a red square"] * 5),
-    ):
+    for name, texts in (("labels", LABELS), ("constant", [constant] * 5), ("null", ["a red square"] * 5)):
         expected = np.mean([rouge(text, several) for text, several in zip(texts, REFERENCES, strict=True)])
         assert rows[name]["rouge_l"] == pytest.approx(expected)
         assert rows[name]["bleu_1"] == pytest.approx(bleu(texts, REFERENCES), rel=1e-6)
-        assert rows[name]["bert_score"] is None
+        assert "bertscore" not in rows[name]
     one = [rouge(several[0], several[1:]) for several in REFERENCES]
     assert rows["one annotator"]["rouge_l"] == pytest.approx(np.mean(one))
-    assert rows["shuffled labels"]["rouge_l"] < rows["labels"]["rouge_l"]
+    assert rows["shuffled"]["rouge_l"] < rows["labels"]["rouge_l"]
 
 
 @pytest.fixture(scope="module")
@@ -268,30 +265,29 @@ def naive_bert_score(folder, label, several, every_reference):
     return best
 
 
-def test_bertscore_of_captions_is_the_same_measure(tiny_bert):
-    scores = caption_scores(LABELS, REFERENCES, ["bertscore", "rouge_l"], BertScoreSettings(tiny_bert, layers=2))
-    assert scores["bertscore"] == pytest.approx(float(bert_scores(LABELS, REFERENCES, tiny_bert, layers=2).mean()))
-    assert set(scores) == {"bertscore", "rouge_l"}
-
-
-def test_bert_scores_are_milans(tiny_bert):
-    found = bert_scores(LABELS, REFERENCES, tiny_bert, layers=2)
+def test_bertscore_is_milans(tiny_bert):
+    settings = BertScoreSettings(tiny_bert, layers=2)
+    found = BertScore(REFERENCES, settings)(LABELS)
     every = [text for several in REFERENCES for text in several]
     for at in range(5):
         expected = naive_bert_score(tiny_bert, LABELS[at], REFERENCES[at], every)
         assert found[at].item() == pytest.approx(expected, abs=1e-3)
-    upper = bert_scores([label.upper() for label in LABELS], REFERENCES, tiny_bert, layers=2)
+    upper = BertScore(REFERENCES, settings)([label.upper() for label in LABELS])
     torch.testing.assert_close(upper, found)
     with pytest.raises(ValueError, match="how many of its layers"):
-        bert_scores(LABELS, REFERENCES, tiny_bert)
+        BertScoreSettings(tiny_bert)
+    # That of captions, and of labels, is the same measure.
+    scores = caption_scores(LABELS, REFERENCES, ["bertscore", "rouge_l"], settings)
+    assert scores["bertscore"] == pytest.approx(float(found.mean())) and set(scores) == {"bertscore", "rouge_l"}
+    assert label_scores(LABELS, REFERENCES, bert=settings)["scores"]["labels"]["bertscore"] == scores["bertscore"]
 
 
-def test_without_weights_the_other_metrics_are_still_there(caplog, monkeypatch):
+def test_without_weights_the_other_metrics_are_still_there(monkeypatch):
     said = []
     monkeypatch.setattr(milannotations.logger, "warning", said.append)
-    rows = neuron_table(LABELS, REFERENCES, bert_model="roberta-large")
-    assert rows["labels"]["bert_score"] is None and rows["labels"]["cider"] > 0
-    assert "local directory" in said[0]
+    found = label_scores(LABELS, REFERENCES)
+    assert "bertscore" not in found["scores"]["labels"] and found["scores"]["labels"]["cider"] > 0
+    assert "local directory" in said[0] and "local directory" in found["missing"]["bertscore"]
 
 
 def test_evaluate_neurons_prints_the_table(units, tiny_bert, tmp_path, capsys):
@@ -302,18 +298,41 @@ def test_evaluate_neurons_prints_the_table(units, tiny_bert, tmp_path, capsys):
     command += ["--train-steps", "2", "--output-dir", str(tmp_path / "run")]
     assert main([*command, "--bert-model", str(tiny_bert), "--bert-layers", "2"]) == 0
     scores = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert scores["settings"]["units"] == 2 and scores["scores"]["constant label"]["bert_score"] is not None
+    assert scores["settings"]["units"] == 2 and "bertscore" in scores["controls"]["constant"]
     assert (tmp_path / "run" / "checkpoint" / "config.json").is_file()
     assert json.loads((tmp_path / "run" / "scores.json").read_text()) == scores
-    assert [e.title for e in read_evaluations(tmp_path / "run" / "scores.json")] == ["Labels of units"]
+    (evaluation,) = read_evaluations(tmp_path / "run" / "scores.json")
+    # Controls are apart, and what people agree on is no result of the model.
+    assert evaluation.title == "Labels of units" and list(evaluation.scores) == ["labels"]
+    assert list(evaluation.controls) == ["shuffled", "null", "constant"] and "one annotator" in scores["baselines"]
+    assert set(judge_controls([evaluation]).run) == {"constant", "shuffled", "null"}
+
+
+class Split(list):
+    """Units as a split of MILANNOTATIONS has them."""
+
+    names = property(lambda self: [f"{unit.layer} {unit.unit}" for unit in self])
+    summaries = property(lambda self: [unit.summaries for unit in self])
 
 
 def test_labelling_goes_on_where_it_was_stopped(model, processor, units, tmp_path, monkeypatch):
-    keys = [f"{unit.layer} {unit.unit}" for unit in units]
-    whole = label_annotated_units(model, processor, units, keys, "greedy", tmp_path, tmp_path / "whole")
-    assert [(row["layer"], row["unit"]) for row in whole] == [(unit.layer, unit.unit) for unit in units]
-    monkeypatch.setattr(milannotations, "UNITS", 2)
-    label_annotated_units(model, processor, units, keys[:2], "greedy", tmp_path, tmp_path / "stopped")
+    def label(own, folder, strategy="greedy"):
+        monkeypatch.setattr(milannotations, "open_milan", lambda root, split: (None, Split(own)))
+        settings = MilanSettings(
+            milan=tmp_path,
+            split="any",
+            strategy=strategy,
+            bert_model="none",
+            batch_size=2,
+            output_dir=tmp_path / folder,
+        )
+        evaluate("milan", settings, model, processor)
+        lines = [json.loads(line) for line in (tmp_path / folder / "labels.jsonl").read_text().splitlines()[1:]]
+        return {line["key"]: line["row"] for line in lines}
+
+    whole = label(units, "whole")
+    assert [(row["layer"], row["unit"]) for row in whole.values()] == [(unit.layer, unit.unit) for unit in units]
+    label(units[:2], "stopped")
     read = []
     features = milannotations.encoded_features
 
@@ -324,11 +343,11 @@ def test_labelling_goes_on_where_it_was_stopped(model, processor, units, tmp_pat
 
     monkeypatch.setattr(milannotations, "encoded_features", counted)
     # In another order, as of another split, each unit keeps its own label.
-    again = label_annotated_units(model, processor, units[::-1], keys[::-1], "greedy", tmp_path, tmp_path / "stopped")
-    assert [row["label"] for row in again] == [row["label"] for row in whole[::-1]]
+    again = label(units[::-1], "stopped")
+    assert {key: row["label"] for key, row in again.items()} == {key: row["label"] for key, row in whole.items()}
     assert read == [unit.unit for unit in units[:1:-1]]
     with pytest.raises(ValueError, match="strategy"):
-        label_annotated_units(model, processor, units, keys, "beam", tmp_path, tmp_path / "stopped")
+        label(units, "stopped", "beam")
 
 
 # ---------------------------------------------------------------------------------------------------------- real labels
@@ -368,7 +387,7 @@ def test_real_annotations_and_real_labels_of_four_methods(milan):
     assert len(clip) == 200 and set(clip) <= set(annotations)
     few = shared[::40]
     texts, references = [labels[key] for key in few], [annotations[key] for key in few]
-    rows = neuron_table(texts, references, bert_model=None)
+    rows = label_scores(texts, references, bert=None)["scores"]
     import re
 
     lowered = [" ".join(re.findall(r"[a-z]+", text.lower())) for text in texts]
@@ -376,5 +395,4 @@ def test_real_annotations_and_real_labels_of_four_methods(milan):
     expected = np.mean([rouge(text, several) for text, several in zip(lowered, truths, strict=True)])
     assert rows["labels"]["rouge_l"] == pytest.approx(expected, abs=0.01)  # the toolkit's tokeniser differs a little
     # What makes the controls worth their place: one constant label scores above a published method's labels.
-    assert rows["shuffled labels"]["rouge_l"] < rows["labels"]["rouge_l"] < rows["constant label"]["rouge_l"]
-    assert best_constant(texts, references)
+    assert rows["shuffled"]["rouge_l"] < rows["labels"]["rouge_l"] < rows["constant"]["rouge_l"]

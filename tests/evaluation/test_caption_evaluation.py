@@ -11,8 +11,8 @@ import pytest
 import yaml
 
 from devil_hf.cli.main import main
-from devil_hf.data.specifications import caption_sources
-from devil_hf.evaluation.captions import caption_table, evaluate_captions, score_descriptions
+from devil_hf.evaluation.captions import CaptionsSettings, score_descriptions
+from devil_hf.evaluation.evaluator import evaluate
 from devil_hf.evaluation.results import read_evaluations
 
 REFERENCES = [
@@ -21,7 +21,7 @@ REFERENCES = [
     ["a blue circle left of a square"],
     ["the sea at night"],
 ]
-OPTIONS = {"batch_size": 2, "max_new_tokens": 4}
+OPTIONS = {"batch_size": 2, "max_new_tokens": 4, "metrics": ["bleu", "rouge_l", "cider"]}
 
 
 @pytest.fixture(scope="module")
@@ -43,11 +43,17 @@ def checkpoint(tmp_path_factory, model, processor):
     return path
 
 
+def captions(model, processor, source, output, **changes):
+    """What the evaluation writes down."""
+    settings = CaptionsSettings(checkpoint="none", source=str(source), output_dir=output, **(OPTIONS | changes))
+    return evaluate("captions", settings, model, processor).as_record()
+
+
 @pytest.fixture(scope="module")
 def whole(model, processor, folder, tmp_path_factory):
     """A pass that was not stopped."""
     output = tmp_path_factory.mktemp("whole")
-    return output, evaluate_captions(model, processor, caption_sources(str(folder)), output, **OPTIONS)
+    return output, captions(model, processor, folder, output)
 
 
 def _predictions(output):
@@ -85,16 +91,15 @@ def test_a_later_metric_needs_no_inference_and_no_data(model, processor, folder,
     output, content = whole
     monkeypatch.setattr(type(model), "describe", None)
     monkeypatch.setattr("devil_hf.evaluation.captions.open_pairs", None)
-    sources = caption_sources(str(folder))
-    again = evaluate_captions(model, processor, sources, output, metrics=["rouge_l"], **OPTIONS)
+    again = captions(model, processor, folder, output, metrics=["rouge_l"])
     assert again["scores"]["all"] == {"rouge_l": content["scores"]["all"]["rouge_l"]}
-    fewer = evaluate_captions(model, processor, sources, output, limit=3, **OPTIONS)
+    fewer = captions(model, processor, folder, output, limit=3)
     assert fewer["dataset"]["size"] == 3
 
 
 def test_another_question_does_not_mix_with_recorded_answers(model, processor, folder, whole):
     with pytest.raises(ValueError, match=r"max_new_tokens.*another output folder"):
-        evaluate_captions(model, processor, caption_sources(str(folder)), whole[0], batch_size=2, max_new_tokens=5)
+        captions(model, processor, folder, whole[0], max_new_tokens=5)
 
 
 SCRIPT = """
@@ -105,9 +110,9 @@ import sys
 from accelerate import PartialState
 
 from devil_hf import DevilModel
-from devil_hf.data.specifications import caption_sources
-from devil_hf.evaluation.captions import evaluate_captions
 from devil_hf.checkpoints.loading import load
+from devil_hf.evaluation.captions import CaptionsSettings
+from devil_hf.evaluation.evaluator import evaluate
 
 checkpoint, folder, output, kill_at, processes = sys.argv[1:]
 assert PartialState(cpu=True).num_processes == int(processes)
@@ -123,7 +128,11 @@ def describe_or_die(self, *args, **kwargs):
 
 
 type(model).describe = describe_or_die
-evaluate_captions(model, processor, caption_sources(folder), output, batch_size=2, max_new_tokens=4)
+metrics = ["bleu", "rouge_l", "cider"]
+settings = CaptionsSettings(
+    checkpoint=checkpoint, source=folder, output_dir=output, batch_size=2, max_new_tokens=4, metrics=metrics
+)
+evaluate("captions", settings, model, processor)
 """
 
 
@@ -148,7 +157,7 @@ def test_a_pair_that_cannot_be_used_is_left_out_and_counted(model, processor, fo
     for file in folder.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     (tmp_path / "1.png").write_bytes(b"no picture")
-    content = evaluate_captions(model, processor, caption_sources(str(tmp_path)), tmp_path / "out", limit=3, **OPTIONS)
+    content = captions(model, processor, tmp_path, tmp_path / "out", limit=3)
     assert content["dataset"]["size"] == 2 and content["settings"]["left_out"] == 1
 
 
@@ -157,11 +166,8 @@ def test_right_descriptions_beat_their_own_shuffle_and_any_constant():
     scores, controls = content["scores"], content["controls"]
     assert scores["all"]["bleu_4"] == pytest.approx(1.0)
     assert controls["shuffled"]["cider"] < 0.5 * scores["all"]["cider"]
-    assert (
-        controls["constant"]["cider"] < 0.5 * scores["all"]["cider"] and controls["constant"]["text"] in REFERENCES_FLAT
-    )
-    table = caption_table(content).splitlines()
-    assert len(table) == 4 and table[1].split()[0] == "all"
+    assert controls["constant"]["cider"] < 0.5 * scores["all"]["cider"]
+    assert content["texts"]["constant"] in REFERENCES_FLAT
 
 
 REFERENCES_FLAT = {texts[0] for texts in REFERENCES}
@@ -173,13 +179,15 @@ def test_the_command_prints_a_table_and_refuses_what_is_wrong_before_work(checkp
     command = ["evaluate", "captions", str(checkpoint), str(sources), "--output-dir", str(tmp_path / "out")]
     options = ["--metrics", "bleu", "cider", "--max-new-tokens", "4", "--device", "cpu"]
     assert main([*command, *options]) == 0
-    assert capsys.readouterr().out.splitlines()[0].split() == ["BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "CIDEr"]
+    table = capsys.readouterr().out.splitlines()
+    assert table[0].split() == ["BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "CIDEr"]
+    assert table[1].split()[0] == "all" and table[-1].startswith("one constant description")
     for wrong, message in (
         ([*command, "--metrics", "blue"], "unknown metrics"),
         (["evaluate", "captions", "nowhere", "no/where/at-all"], "neither a caption folder"),
         (["evaluate", "captions", "nowhere", "shapes:many"], "shapes:COUNT"),
         ([*command, "--split", "val"], "split"),
-        ([*command, *options, "--limit", "0"], "limit=0"),
+        ([*command, *options, "--limit", "0"], "--limit 0"),
         ([*command, *options, "--batch-size", "0"], "batch_size=0"),
     ):
         assert main(wrong) == 1

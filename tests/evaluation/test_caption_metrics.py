@@ -12,7 +12,8 @@ import evaluate
 import pytest
 
 import devil_hf
-from devil_hf.evaluation.text.metrics import ALL_METRICS, CaptionScorer, caption_scores
+from devil_hf.evaluation.results import metric_name
+from devil_hf.evaluation.text.metrics import CAPTION_METRICS, CaptionScorer, caption_metric, caption_scores
 from devil_hf.evaluation.text.ngrams import CiderD, bleu, rouge_l
 from devil_hf.evaluation.text.tokens import ptb_tokens
 
@@ -142,9 +143,9 @@ def test_meteor_is_the_toolkits_where_there_is_java(toolkit_tokens):
 
 
 def test_what_is_missing_is_named_with_its_remedy_and_the_rest_is_computed(monkeypatch):
-    monkeypatch.setattr("devil_hf.evaluation.text.metrics.shutil.which", lambda name: None)
+    monkeypatch.setattr("devil_hf.evaluation.text.java.shutil.which", lambda name: None)
     monkeypatch.setitem(sys.modules, "bert_score", None)
-    scores = caption_scores(PREDICTIONS, REFERENCES, ALL_METRICS)
+    scores = caption_scores(PREDICTIONS, REFERENCES, list(CAPTION_METRICS))
     missing = scores.pop("missing")
     assert set(missing) == {"meteor", "spice", "bertscore"}
     assert all("install" in reason for reason in missing.values())
@@ -156,6 +157,17 @@ def test_bertscore_of_an_unreachable_model_is_named():
     pytest.importorskip("bert_score")
     scores = caption_scores(PREDICTIONS, REFERENCES, ["bertscore", "bleu_1"])
     assert "bleu_1" in scores and "local directory" in scores["missing"]["bertscore"]
+
+
+def test_a_metric_is_added_by_one_function(monkeypatch):
+    monkeypatch.setattr(CAPTION_METRICS, "_entries", dict(CAPTION_METRICS))
+
+    @caption_metric("words", {"words": "mean number of words"})
+    def count_words(references):
+        return lambda predictions: [fmean(len(tokens) for tokens in predictions.tokens)]
+
+    assert caption_scores(PREDICTIONS, REFERENCES)["words"] == fmean(len(text.split()) for text in PREDICTIONS)
+    assert metric_name("words") == "mean number of words" and metric_name("bleu_4") == "BLEU-4"
 
 
 @pytest.mark.parametrize(
@@ -185,11 +197,11 @@ def test_a_scorer_of_fixed_references_says_the_same_again_and_again():
 def test_evaluate_loads_the_metrics_offline_from_their_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate.config, "HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.setattr("socket.socket.connect", None)
-    loaded = {name: evaluate.load(str(METRICS_FOLDER / name), cache_dir=str(tmp_path)) for name in ALL_METRICS}
+    loaded = {name: evaluate.load(str(METRICS_FOLDER / name), cache_dir=str(tmp_path)) for name in CAPTION_METRICS}
     found = {}
     for name in ("bleu", "rouge_l", "cider"):
         found |= loaded[name].compute(predictions=PREDICTIONS, references=REFERENCES)
     assert found == pytest.approx(caption_scores(PREDICTIONS, REFERENCES))
-    monkeypatch.setattr("devil_hf.evaluation.text.metrics.shutil.which", lambda name: None)
+    monkeypatch.setattr("devil_hf.evaluation.text.java.shutil.which", lambda name: None)
     with pytest.raises(RuntimeError, match="install a Java"):
         loaded["meteor"].compute(predictions=PREDICTIONS, references=REFERENCES)

@@ -17,7 +17,8 @@ from devil_hf.checkpoints.loading import load
 from devil_hf.cli import main as cli
 from devil_hf.data.captioned import captioned_scenes, open_captioned
 from devil_hf.data.worlds import World
-from devil_hf.evaluation import controls
+from devil_hf.evaluation import controls, judgement
+from devil_hf.evaluation.evaluator import evaluate
 from devil_hf.evaluation.randomise import randomised_backbone, untrained_translator, weight_stages
 from devil_hf.evaluation.results import CONTROLS, judge_controls, read_evaluations
 from devil_hf.evaluation.statistics import Ratio, bootstrap_draws, interval
@@ -30,6 +31,12 @@ FEW = {"layers": ["layer3", "layer4"], "map_images": 4}
 @pytest.fixture(scope="module")
 def shipped():
     return load(device="cpu")
+
+
+def run_controls(model, processor, images, folder, **changes):
+    """What the evaluation of so many held-out scenes writes down."""
+    settings = controls.ControlsSettings(data=f"shapes:{images}:1", limit=images, output_dir=folder, **changes)
+    return evaluate("controls", settings, model, processor).as_record()
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +56,7 @@ def failing(result):
 
 
 def test_the_embedded_checkpoint_passes_every_control(folder):
-    result = json.loads((folder / "controls.json").read_text())
+    result = json.loads((folder / "scores.json").read_text())
     assert result["verdict"]["passed"] and not failing(result)
     compared = {(row["control"], row["metric"]) for row in result["verdict"]["comparisons"]}
     assert {(name, metric) for name in CONTROLS for metric in ("cider", "word_f1", "evidence")} <= compared
@@ -68,11 +75,11 @@ def test_an_explainer_that_ignores_its_prefix_is_not_trusted(shipped, tmp_path):
     model._modules = dict(model._modules)
     model.language_model = copy.deepcopy(model.language_model)
     _learn_to_ignore_the_prefix(model, processor)
-    result = controls.run_controls(model, processor, captioned_scenes(World(IMAGES)), tmp_path, **FEW)
+    result = run_controls(model, processor, IMAGES, tmp_path, **FEW)
     assert not result["verdict"]["passed"]
     assert ("shuffled", "evidence") in failing(result) and ("shuffled", "word_f1") in failing(result)
     assert "features shuffled between images" in result["verdict"]["reason"]
-    (evaluation,) = read_evaluations(tmp_path / "controls.json")
+    (evaluation,) = read_evaluations(tmp_path / "scores.json")
     assert judge_controls([evaluation]).status == "failed"
 
 
@@ -117,7 +124,7 @@ def test_an_explainer_whose_translator_says_nothing_is_not_trusted(shipped, tmp_
 
 
 def test_the_verdict_reaches_the_card(folder, capsys):
-    scores = str(folder / "controls.json")
+    scores = str(folder / "scores.json")
     assert cli.main(["push", str(CHECKPOINT), "user/devil", "--scores", scores, "--dry-run"]) == 0
     printed = capsys.readouterr().out
     assert "Every control that was run is beaten" in printed and "No control was run" not in printed
@@ -129,7 +136,7 @@ def test_the_verdict_reaches_the_card(folder, capsys):
 
 
 def test_a_finished_run_needs_no_model_and_a_longer_one_only_the_rest(folder, shipped, tmp_path, monkeypatch):
-    before = json.loads((folder / "controls.json").read_text())
+    before = json.loads((folder / "scores.json").read_text())
 
     def asked_again(*arguments, **keywords):
         raise AssertionError("the model was asked again")
@@ -137,21 +144,20 @@ def test_a_finished_run_needs_no_model_and_a_longer_one_only_the_rest(folder, sh
     monkeypatch.setattr(DevilModel, "decode", asked_again)
     monkeypatch.setattr(DevilModel, "sequence_log_probs", asked_again)
     monkeypatch.setattr(DevilModel, "attribute", asked_again)
-    monkeypatch.setattr(controls, "null_label", lambda *arguments: before["texts"]["null"])
-    assert controls.run_controls(*shipped, captioned_scenes(World(IMAGES)), folder, **FEW) == before
+    assert run_controls(*shipped, IMAGES, folder, **FEW) == before
     with pytest.raises(ValueError, match="seed"):
-        controls.run_controls(*shipped, captioned_scenes(World(IMAGES)), folder, **FEW, seed=1)
+        run_controls(*shipped, IMAGES, folder, **FEW, seed=1)
     with pytest.raises(AssertionError, match="asked again"):
-        controls.run_controls(*shipped, captioned_scenes(World(IMAGES + 1)), folder, **FEW)
+        run_controls(*shipped, IMAGES + 1, folder, **FEW)
 
 
 def test_a_stopped_run_ends_like_one_that_was_not(shipped, tmp_path):
     options = {"layers": ["layer4"], "map_images": 2, "batch_size": 2}
-    whole = controls.run_controls(*shipped, captioned_scenes(World(4)), tmp_path / "whole", **options)
+    whole = run_controls(*shipped, 4, tmp_path / "whole", **options)
     lines = (tmp_path / "whole" / "controls.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "cut").mkdir()
     (tmp_path / "cut" / "controls.jsonl").write_text("".join(lines[:12]) + lines[12][:20])
-    cut = controls.run_controls(*shipped, captioned_scenes(World(4)), tmp_path / "cut", **options)
+    cut = run_controls(*shipped, 4, tmp_path / "cut", **options)
     # The image that was lost was then alone in its batch: other kernels, other rounding.
     assert _leaves(cut) == {name: pytest.approx(value, abs=1e-5) for name, value in _leaves(whole).items()}
 
@@ -179,24 +185,22 @@ def _leaves(tree, name=""):
 def test_bad_questions_end_before_long_work(options, text, tmp_path, capsys):
     assert cli.main(["evaluate", "controls", *options, "--output-dir", str(tmp_path / "new")]) == 1
     assert text in capsys.readouterr().err.splitlines()[-1]
-    assert not (tmp_path / "new" / "controls.json").exists()
+    assert not (tmp_path / "new" / "scores.json").exists()
 
 
 def test_maps_of_other_settings_are_not_taken_for_these(shipped, tmp_path, monkeypatch):
     options = {"layers": ["layer4"], "map_images": 2, "batch_size": 2}
-    controls.run_controls(*shipped, captioned_scenes(World(2)), tmp_path, **options)
+    run_controls(*shipped, 2, tmp_path, **options)
     (tmp_path / "controls.jsonl").unlink()
 
     def asked_again(*arguments, **named):
         raise AssertionError("asked again")
 
     monkeypatch.setattr(DevilModel, "attribute", asked_again)
-    controls.run_controls(*shipped, captioned_scenes(World(2)), tmp_path, **options)  # the same settings: the maps stay
+    run_controls(*shipped, 2, tmp_path, **options)  # the same settings: the maps stay
     (tmp_path / "controls.jsonl").unlink()
     with pytest.raises(AssertionError, match="asked again"):
-        controls.run_controls(
-            *shipped, captioned_scenes(World(2)), tmp_path, **options, phrases=["red", "blue", "green"]
-        )
+        run_controls(*shipped, 2, tmp_path, **options, phrases=["red", "blue", "green"])
 
 
 def test_captioned_images_leave_out_what_cannot_be_used(tmp_path):
@@ -317,10 +321,11 @@ def test_evidence_is_that_of_score(shipped, tmp_path):
     """Paired scoring with EOS, against the model's own `score` of each caption under each image."""
     model, processor = shipped
     data = captioned_scenes(World(3))
-    run = controls._Run(model, processor, data, tmp_path, None, ["layer4"], 2, 10, 2, 0)
+    run = controls.ControlsEvaluator(controls.ControlsSettings(output_dir=tmp_path))
+    run.model, run.processor = model, processor
     images = [data.load(at) for at in range(3)]
     inputs = processor(images=images, return_tensors="pt")
-    found = run.score(model.ask(inputs["pixel_values"]), data.captions)
+    found = run._score(model.ask(inputs["pixel_values"]), data.captions)
     eos = model.config.eos_token_id
     for at, texts in enumerate(data.captions):
         for text, value in zip(texts, found[at], strict=True):
@@ -337,16 +342,16 @@ def test_rank_correlation_is_that_of_naive_ranks():
         return [sum(v < w for v in values) + (sum(v == w for v in values) + 1) / 2 for w in values]
 
     expected = np.corrcoef(ranks(one.tolist()), ranks(other.tolist()))[0, 1]
-    assert controls.spearman(one, other) == pytest.approx(expected)
-    assert controls.spearman(one, one.exp()) == pytest.approx(1)
-    assert controls.spearman(one, torch.full((6,), 2.0)) == 0
+    assert controls.map_correlation(one, other) == pytest.approx(expected)
+    assert controls.map_correlation(one, one.exp()) == pytest.approx(1)
+    assert controls.map_correlation(one, torch.full((6,), 2.0)) == 0
 
 
 def test_image_scores_average_to_the_corpus_scores():
     texts = ["A dog's bone on grass.", "two men play", "a red ball"]
     references = [["a dog with a bone on the grass", "A dog."], ["two men play ball", "men"], ["a ball, red"]]
     corpus = caption_scores(texts, references, metrics=["bleu", "rouge_l", "cider"])
-    scores = controls._CaptionScores(references)
+    scores = judgement.CaptionTable(references)
     each = scores.of_images(texts) | scores.of_corpus(texts)
     for metric in ("cider", "rouge_l", "bleu_1", "bleu_4"):
         assert np.mean(each[metric]) == pytest.approx(corpus[metric], abs=1e-9)

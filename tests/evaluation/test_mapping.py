@@ -1,7 +1,6 @@
 """Maps of layers become one by the documented rule; an evaluation of maps goes on after a kill, and asks the model once."""
 
 import json
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,30 +8,21 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from devil_hf.cli.evaluate import read_windows
 from devil_hf.cli.main import main
 from devil_hf.data.objects import LocalisedImage
-from devil_hf.data.objects.masks import runs_of
+from devil_hf.evaluation import localisation
+from devil_hf.evaluation.evaluator import evaluate
+from devil_hf.evaluation.localisation import MapsSettings, read_windows
 from devil_hf.evaluation.maps import collecting as mapping
 from devil_hf.evaluation.maps import scores as map_scores
-from devil_hf.evaluation.maps.collecting import (
-    MapSettings,
-    collect_maps,
-    draw_boards,
-    location_curves,
-    read_arrays,
-    shown_weights,
-)
+from devil_hf.evaluation.maps.collecting import draw_boards, location_curves, read_arrays, shown_weights
 from devil_hf.evaluation.maps.gradcam import ClassMapper
 from devil_hf.evaluation.maps.measures import centre_prior
 from devil_hf.evaluation.maps.pointing import pointing
-from devil_hf.evaluation.maps.scores import as_results, maps_table, named_in_captions, score_maps, summarise
+from devil_hf.evaluation.maps.scores import maps_text, named_in_captions, score_maps, summarise
+from devil_hf.evaluation.maps.views import MAP_MEASURES, map_measure
 from devil_hf.evaluation.results import read_evaluations
 from devil_hf.model.explaining_devil import combine_maps
-from devil_hf.report.localisation import localisation_figure
-
-SOURCE = {"source": "test"}
-SETTINGS = MapSettings(layers=(-2, -1), carrier="the", boards=1)
 
 
 @pytest.fixture(scope="module")
@@ -41,11 +31,25 @@ def examples(images):
         left, right = np.zeros((96, 128), dtype=bool), np.zeros((96, 128), dtype=bool)
         left[20:60, 20:50], right[30:80, 80:110] = True, True
         names = [("dog", "grass"), ("cat", "circle"), ("square", "dog")][number]
-        parts = {name: [runs_of(mask)] for name, mask in zip(names, (left, right), strict=True)}
+        masks = dict(zip(names, (left, right), strict=True))
         groups = dict.fromkeys(names, "class")
-        return LocalisedImage(f"{number}.jpg", lambda: images[number], groups, frozenset(names), parts)
+        return LocalisedImage(f"{number}.jpg", lambda: images[number], groups, frozenset(names), lambda size: masks)
 
     return [example(number) for number in range(3)]
+
+
+@pytest.fixture
+def mapped(model, processor, examples, monkeypatch):
+    """Evaluates the maps of so many of the examples into a folder; the result, and the rows by key."""
+
+    def run(folder, begin=0, end=None, **changes):
+        monkeypatch.setattr(localisation, "open_localised", lambda *arguments: examples[begin:end])
+        settings = {"layers": ["-2", "-1"], "boards": 1} | changes
+        evaluation = evaluate("maps", MapsSettings(source="test", output_dir=folder, **settings), model, processor)
+        lines = (folder / "records.jsonl").read_text().splitlines()[1:]
+        return evaluation, {line["key"]: line["row"] for line in map(json.loads, lines)}
+
+    return run
 
 
 def test_the_informed_combination_is_its_formula(model, pixel_values, phrases):
@@ -136,26 +140,25 @@ def test_curves_agree_with_one_question_at_a_time(model, processor, pixel_values
 
 
 def test_boards_ask_for_what_only_one_of_their_images_has_whatever_the_limit(examples):
-    boards = draw_boards(examples, replace(SETTINGS, boards=10))
-    assert boards and boards == draw_boards(examples, replace(SETTINGS, boards=10))
-    for _, members, phrases in boards:
-        for one, phrase in zip(members, phrases, strict=True):
-            assert [phrase in examples[other].present for other in members] == [other == one for other in members]
+    boards = draw_boards(examples, 10, seed=0)
+    assert boards and boards == draw_boards(examples, 10, seed=0)
+    for board in boards:
+        for one, phrase in zip(board.members, board.phrases, strict=True):
+            assert [phrase in other.present for other in board.members] == [other is one for other in board.members]
 
 
-def test_a_killed_evaluation_goes_on_and_scores_need_no_model(model, processor, examples, tmp_path, monkeypatch):
-    whole, _ = tmp_path / "whole", (tmp_path / "stopped").mkdir()
-    keys, records = collect_maps(model, processor, examples, SOURCE, whole, SETTINGS)
-    stopped = tmp_path / "stopped"
-    collect_maps(model, processor, examples[:1], SOURCE, stopped, SETTINGS)
-    with (stopped / mapping.RECORDS).open("a") as file:
+def test_a_killed_evaluation_goes_on_and_scores_need_no_model(model, mapped, tmp_path, monkeypatch):
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    evaluation, records = mapped(whole)
+    mapped(stopped, end=1)
+    with (stopped / "records.jsonl").open("a") as file:
         file.write('{"key": "1.jpg", "row": {"phra')  # killed while writing
     asked = []
     once = mapping._map_one
     monkeypatch.setattr(mapping, "_map_one", lambda *a, **k: asked.append(1) or once(*a, **k))
-    again, resumed = collect_maps(model, processor, examples, SOURCE, stopped, SETTINGS)
-    assert again == keys and len(asked) == 2
-    for key in keys:
+    _, resumed = mapped(stopped)
+    assert resumed.keys() == records.keys() and len(asked) == 2
+    for key in records:
         assert resumed[key].keys() == records[key].keys()
         masks, maps = read_arrays(whole / "maps" / records[key]["file"])
         masks_again, maps_again = read_arrays(stopped / "maps" / resumed[key]["file"])
@@ -163,39 +166,49 @@ def test_a_killed_evaluation_goes_on_and_scores_need_no_model(model, processor, 
             np.allclose(maps[name], maps_again[name], atol=1e-5) for name in maps
         )
     with pytest.raises(ValueError, match="carrier"):
-        collect_maps(model, processor, examples, SOURCE, stopped, replace(SETTINGS, carrier="a"))
+        mapped(stopped, carrier="a")
 
     monkeypatch.setattr(type(model), "forward", None)
-    rows = {key: records[key] for key in keys}
-    content = score_maps(rows, whole, resamples=50)
-    assert content == score_maps(rows, whole, resamples=50)
+    content = score_maps(records, whole, resamples=50)
+    assert content == score_maps(records, whole, resamples=50)
     assert content["counts"]["class"]["phrases"] == 6 and content["counts"]["class"]["images"] == 3
     table = content["groups"]["class"]
     assert {*model.layer_names[-2:], "informed", "mean", "joint", "centre prior", "chance"} <= set(table)
     area = content["counts"]["class"]["area"]
     assert table["chance"]["energy"] == table["chance"]["average_precision"] == pytest.approx(area)
-    assert "informed" in maps_table(content)
+    assert "informed" in maps_text(content)
     for name in model.layer_names[-2:]:  # each against chance on its own grid
         assert table[name]["pointing_chance"] >= table["informed"]["pointing_chance"] == table["chance"]["pointing"]
     # Log-probabilities are never positive: no energy, and overlaps from their minimum.
     for measure in ("sum", "per_token"):
         other = table[f"informed, {measure}"]
-        assert other["energy"] == 0 and {"iou", "iou_best", "miou"} <= set(other)
-    results = as_results(content, "test", {"seed": 0})
-    (tmp_path / "scores.json").write_text(json.dumps(results))
-    (evaluation,) = read_evaluations(tmp_path / "scores.json")
-    assert evaluation.headline == "informed" and set(evaluation.controls) == {"chance"}
-    assert evaluation.dataset["size"] == 3
-    assert isinstance(localisation_figure(processor, examples, rows, whole), Image.Image)
+        assert other["energy"] == 0 and {"iou", "iou_best", "miou"} <= set(other) and "pointing" not in other
+    (read,) = read_evaluations(whole / "scores.json")
+    assert read == evaluation and read.headline == "informed" and set(read.controls) == {"chance"}
+    assert read.dataset["size"] == 3 and "pointing_chance" not in read.scores["informed"]
+    assert Image.open(whole / "maps.png").size
 
 
-def test_images_that_are_added_leave_every_map_with_its_image(model, processor, examples, tmp_path):
-    settings = replace(SETTINGS, boards=3, joint=False)
-    collect_maps(model, processor, examples[1:], SOURCE, tmp_path / "grown", settings)
-    keys, grown = collect_maps(model, processor, examples, SOURCE, tmp_path / "grown", settings)
-    again, whole = collect_maps(model, processor, examples, SOURCE, tmp_path / "whole", settings)
-    assert keys == again
-    for key in keys:
+def test_a_measure_of_maps_is_added_by_one_function(mapped, tmp_path, monkeypatch):
+    monkeypatch.setattr(MAP_MEASURES, "_entries", dict(MAP_MEASURES))
+
+    @map_measure("peak")
+    def peak(view):
+        return float(view.values.max())
+
+    evaluation, records = mapped(tmp_path, boards=0, joint=False, end=1)
+    _, maps = read_arrays(tmp_path / "maps" / records["0.jpg"]["file"])
+    assert evaluation.scores["mean"]["peak"] == pytest.approx(maps["mean"].max(axis=(1, 2)).mean())
+    assert "peak" in evaluation.text and read_evaluations(tmp_path / "scores.json") == [evaluation]
+
+
+def test_images_that_are_added_leave_every_map_with_its_image(mapped, tmp_path):
+    settings = {"boards": 3, "joint": False}
+    mapped(tmp_path / "grown", begin=1, **settings)
+    _, grown = mapped(tmp_path / "grown", **settings)
+    _, whole = mapped(tmp_path / "whole", **settings)
+    assert whole.keys() <= grown.keys()
+    for key in whole:
         assert grown[key]["phrases"] == whole[key]["phrases"]
         one, other = (
             read_arrays(tmp_path / folder / "maps" / rows[key]["file"])
@@ -203,7 +216,7 @@ def test_images_that_are_added_leave_every_map_with_its_image(model, processor, 
         )
         assert (one[0] == other[0]).all() and one[1]["informed"] == pytest.approx(other[1]["informed"], abs=1e-5)
     with pytest.raises(ValueError, match="names"):
-        collect_maps(model, processor, examples, SOURCE | {"names": "other.yaml"}, tmp_path / "grown", settings)
+        mapped(tmp_path / "grown", names="other.yaml", **settings)
 
 
 @pytest.mark.parametrize("size", [2, 3, 4])
@@ -244,8 +257,8 @@ def test_scores_of_nothing_are_an_error(tmp_path):
         score_maps({"one.jpg": {"phrases": [], "groups": {}}}, tmp_path)
 
 
-def test_recorded_maps_are_those_of_the_model(model, processor, examples, tmp_path):
-    _, records = collect_maps(model, processor, examples[:1], SOURCE, tmp_path, SETTINGS)
+def test_recorded_maps_are_those_of_the_model(model, processor, examples, mapped, tmp_path):
+    _, records = mapped(tmp_path, end=1)
     masks, maps = read_arrays(tmp_path / "maps" / records["0.jpg"]["file"])
     inputs = processor(images=examples[0].read(), return_tensors="pt")
     text = processor(text=records["0.jpg"]["phrases"], carrier="the", return_tensors="pt")
@@ -338,10 +351,9 @@ def test_bad_input_is_an_error_before_anything_is_loaded(arguments, message, cap
     assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
-def test_windows_pool_around_the_places_of_their_layer(model, processor, examples, tmp_path):
+def test_windows_pool_around_the_places_of_their_layer(model, processor, examples, mapped, tmp_path):
     names = model.layer_names[-2:]
-    settings = replace(SETTINGS, boards=0, joint=False, windows={names[0]: 3})
-    _, records = collect_maps(model, processor, examples[:1], SOURCE, tmp_path, settings)
+    _, records = mapped(tmp_path, end=1, boards=0, joint=False, windows=["-2=3"])
     row = records[examples[0].key]
     _, maps = read_arrays(tmp_path / "maps" / row["file"])
     pixels = processor(images=examples[0].read(), return_tensors="pt")["pixel_values"]
@@ -350,7 +362,7 @@ def test_windows_pool_around_the_places_of_their_layer(model, processor, example
         wanted = model.attribute(pixels, text, layers=name, window=window).maps[name][0]
         np.testing.assert_allclose(maps[name], wanted.numpy(), rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="windows"):
-        collect_maps(model, processor, examples[:1], SOURCE, tmp_path, replace(settings, windows={}))
+        mapped(tmp_path, end=1, boards=0, joint=False)
 
 
 def test_windows_are_read_by_layer():

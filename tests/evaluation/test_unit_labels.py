@@ -14,17 +14,17 @@ from devil_hf.data.exemplars import find_exemplars
 from devil_hf.data.images import open_images
 from devil_hf.data.unit_features import PooledUnits, encoded_features, own_features, pool_units
 from devil_hf.data.unit_reader import UnitReader
+from devil_hf.evaluation.statistics import average_precision, false_discovery
 from devil_hf.evaluation.units.labels import label_units
 from devil_hf.evaluation.units.simulation import (
-    average_precision,
     check_constant,
     check_labels,
     check_shuffled,
     correlation_test,
-    false_discovery,
     held_out_activations,
     held_out_evidence,
     precision_test,
+    ranked_precision,
     shuffled_labels,
 )
 from devil_hf.model.pooling_devil import region_weights
@@ -174,7 +174,9 @@ def test_correlation_and_average_precision_equal_their_definitions():
         order = sorted(range(40), key=lambda n: -simulated[row, n].item())
         precisions = [len(top & set(order[: at + 1])) / (at + 1) for at, n in enumerate(order) if n in top]
         assert ap[row].item() == pytest.approx(sum(precisions) / 4)
-    assert average_precision(torch.tensor([[True, False, True]])).item() == pytest.approx((1 + 2 / 3) / 2)
+        hits = [n in top for n in range(40)]
+        assert ap[row].item() == pytest.approx(average_precision(simulated[row].numpy(), np.array(hits)))
+    assert ranked_precision(torch.tensor([[True, False, True]])).item() == pytest.approx((1 + 2 / 3) / 2)
     assert ((r_p > 0) & (r_p <= 1)).all()
 
 
@@ -191,7 +193,7 @@ def test_false_discovery_is_the_step_up_procedure():
     p = torch.tensor([0.03, 0.001, 0.5, 0.02, 0.9])
     # rank: .001*5/1, .02*5/2, .03*5/3, .5*5/4, .9*5/5, then minima from above
     expected = [0.05, 0.005, 0.625, 0.05, 0.9]
-    torch.testing.assert_close(false_discovery(p), torch.tensor(expected))
+    np.testing.assert_allclose(false_discovery(p), expected, rtol=1e-6)
 
 
 def test_right_labels_pass_and_wrong_ones_do_not():

@@ -33,14 +33,11 @@ QUICKSTART = {
     "pointing_phrases": {"colour": 900, "shape": 700},
     "seconds": 333.0,
 }
-EVALUATE_SCRIPT = {
-    "scores": {
-        "all": {"bleu_4": 0.125, "cider": 0.1, "tokenizer": "simple"},
-        "shuffled": {"bleu_4": 0.063, "cider": 0.2, "tokenizer": "simple"},
-    },
-    "descriptions": [{"image": "a.jpg", "all": "a dog"}],
+BEATEN = {
+    "title": "Captions of features",
+    "scores": {"all": {"bleu_4": 0.125, "cider": 0.1}},
+    "controls": {"shuffled": {"bleu_4": 0.063, "cider": 0.2}},
 }
-
 HEADINGS = [
     "# devil",
     "## Is it the features that speak?",
@@ -123,7 +120,7 @@ def test_controls_are_judged(facts, tmp_path):
     assert "**Every control that was run is beaten.**" in text
     assert "CIDEr: 0.273 with the features (all), 0.158 for the best control (one constant description)" in text
     assert "Not run: backbone weights randomised; no features (null prefix); untrained translator." in text
-    facts.evaluations = read(tmp_path, EVALUATE_SCRIPT)
+    facts.evaluations = read(tmp_path, BEATEN)
     assert judge_controls(facts.evaluations).status == "failed"  # in CIDEr the shuffled descriptions are better
     assert "do not trust the descriptions" in model_card(facts).text
     # Pointing at random is a level to compare with, and no test of where the words come from.
@@ -133,23 +130,18 @@ def test_controls_are_judged(facts, tmp_path):
     assert verdict.status == "failed" and "maps do not change" in verdict.findings[0]
 
 
-def test_results_of_the_evaluation_script_are_read(tmp_path):
-    (evaluation,) = read(tmp_path, EVALUATE_SCRIPT)
-    assert evaluation.scores == {"all": {"bleu_4": 0.125, "cider": 0.1}}
-    assert evaluation.controls == {"shuffled": {"bleu_4": 0.063, "cider": 0.2}}
-    assert evaluation.settings == {"tokenizer": "simple"}
-
-
 def test_tables_of_unit_labels_keep_their_controls_apart(facts, tmp_path):
-    row = {"bert_score": None, "cider": 0.3, "tokenizer": "simple"}
-    rows = {"labels": row, "constant label": row | {"cider": 0.1, "text": "a dog"}, "shuffled labels": row}
-    rows |= {"language model only": row | {"text": "the"}, "one annotator": row | {"cider": 0.9}}
-    dataset = {"name": "MILANNOTATIONS", "split": "within-alexnet-imagenet"}
-    facts.evaluations = read(tmp_path, {"title": "Labels of units", "dataset": dataset, "scores": rows})
+    content = {
+        "title": "Labels of units",
+        "dataset": {"name": "MILANNOTATIONS", "split": "within-alexnet-imagenet"},
+        "scores": {"labels": {"cider": 0.3}},
+        "controls": {"constant": {"cider": 0.1}, "shuffled": {"cider": 0.3}, "null": {"cider": 0.3}},
+        "baselines": {"one annotator": {"cider": 0.9}},
+        "texts": {"constant": "a dog", "null": "the"},
+    }
+    facts.evaluations = read(tmp_path, content)
     (evaluation,) = facts.evaluations
-    assert evaluation.scores == {"labels": {"cider": 0.3}} and evaluation.headline == "labels"
-    assert evaluation.controls == {"constant": {"cider": 0.1}, "shuffled": {"cider": 0.3}, "null": {"cider": 0.3}}
-    assert evaluation.settings == {"tokenizer": "simple", "text of constant": "a dog", "text of null": "the"}
+    assert evaluation.headline == "labels" and evaluation.controls == content["controls"]
     assert judge_controls(facts.evaluations).status == "failed"  # dealt to other units, the labels score the same
     (result,) = ModelCard(str(model_card(facts))).data.eval_results
     assert (result.dataset_name, result.dataset_split) == ("MILANNOTATIONS", "within-alexnet-imagenet")

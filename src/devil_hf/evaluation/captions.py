@@ -1,159 +1,156 @@
-"""Captions as a measure of what each layer tells: describe any source of image-text pairs, score it against people's captions.
+"""`devil evaluate captions`: what each layer tells, measured against people's captions.
 
-A pass is shared by all processes and written down batch by batch, so that a run that is stopped loses at most a batch, and a
-metric that is asked for later needs neither data nor inference.
+Any source of image-text pairs is described by all layers together and by each alone. A pass is shared by all processes and
+written down batch by batch, so that a run that is stopped loses at most a batch, and a metric that is asked for later needs
+neither data nor inference.
 """
 
-import json
-from collections.abc import Iterator, Sequence
-from itertools import islice
-from os import PathLike
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, gather_object
 from huggingface_hub.repocard_data import eval_results_to_model_index
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from devil_hf.data.decoding import BadSamples, PairDecoder
 from devil_hf.data.pairs import open_pairs
+from devil_hf.data.specifications import caption_sources
 from devil_hf.data.worlds import world_label
-from devil_hf.evaluation.controls import best_constant
-from devil_hf.evaluation.records import Records
-from devil_hf.evaluation.results import CONTROLS, Evaluation, fingerprint, metric_name
-from devil_hf.evaluation.text.bertscore import MILAN, BertScoreSettings
-from devil_hf.evaluation.text.metrics import METRICS, CaptionScorer, check_metrics
-from devil_hf.model.backbone_devil import weights_hash
+from devil_hf.evaluation.evaluator import EVALUATORS, EvaluationSettings, Evaluator
+from devil_hf.evaluation.results import CONTROLS, Evaluation, metric_name
+from devil_hf.evaluation.tables import table
+from devil_hf.evaluation.text.bertscore import BERT_MODEL, MILAN, BertScoreSettings
+from devil_hf.evaluation.text.metrics import CAPTION_METRICS, CaptionScorer, best_constant, check_metrics
 from devil_hf.model.modeling_devil import DevilModel
 from devil_hf.model.processing_devil import DevilProcessor
+from devil_hf.settings import option
 
 logger = logging.get_logger(f"transformers.{__name__}")
 
-PREDICTIONS_FILE = "predictions.jsonl"
-SCORES_FILE = "scores.json"
-TITLE = "Captions of features"
-END = "end"  # key of the record that says how many rows there are
-COLUMNS = ("bleu_1", "bleu_2", "bleu_3", "bleu_4", "meteor", "rouge_l", "cider", "spice", "bertscore")
+
+@dataclass(kw_only=True)
+class CaptionsSettings(EvaluationSettings):
+    """Captions of images, and how they are described and compared."""
+
+    checkpoint: str = option("directory, Hub id, or shapes: the shipped one", positional=True)  # type: ignore[assignment]
+    source: str = option("caption folder, shapes:COUNT[:SEED], or YAML file of sources", positional=True)
+    split: str | None = option("of a caption folder; look at a test split once", None)
+    metrics: list[str] | None = option(
+        "bleu meteor rouge_l cider spice bertscore, or single scores (default: all)", None
+    )
+    guidance: float = option("above 1: favour what the features add", 1.0)
+    num_beams: int = option("1 is greedy", 1)
+    max_new_tokens: int = option("at most so many tokens", 30)
+    seed: int = option("of the shuffled control", 0)
+    output_dir: Path = option(
+        "of predictions.jsonl, where a stopped run goes on, and scores.json", Path("devil-captions")
+    )
+    bert_model: str = option("name or directory", BERT_MODEL)
+    bert_layers: int | None = option("of a directory, how many layers to use (roberta-large: 17)", None)
+    bert_baseline: Path | None = option("of a directory, the file of values to rescale by", None)
+
+    def validate(self) -> None:
+        """See `EvaluationSettings.validate`."""
+        super().validate()
+        check_metrics(self.metrics)
 
 
-def evaluate_captions(
-    model: DevilModel,
-    processor: DevilProcessor,
-    sources: Sequence[dict[str, Any]],
-    output_dir: str | PathLike,
-    metrics: Sequence[str] = METRICS,
-    limit: int | None = None,
-    batch_size: int = 32,
-    seed: int = 0,
-    bert: BertScoreSettings = MILAN,
-    **generation_kwargs,
-) -> dict[str, Any]:
-    """Describe all pairs of `sources` by all layers together and by each alone, and score the descriptions.
+@EVALUATORS.register("captions")
+class CaptionsEvaluator(Evaluator):
+    """Descriptions by every layer against people's captions, with two controls that use no image."""
 
-    Args:
-        sources: as in a recipe, see `devil_hf.data.pairs`.
-        output_dir: where `predictions.jsonl` and `scores.json` are written; a pass that was stopped there goes on. Rows are told
-            apart by their place in `sources`: data that change need another folder.
-        metrics: see `caption_scores`.
-        limit: only this many pairs from the beginning.
-        batch_size: images at once, per process.
-        seed: of the control that shuffles.
-        bert: which BERTScore.
-        generation_kwargs: for `DevilModel.describe`: `guidance`, `num_beams`, `max_new_tokens`, ...
+    name = "captions"
+    summary = "score what each layer says on captions"
+    example = "devil evaluate captions user/devil-resnet50-opt125m flickr8k --split test --output-dir scores/flickr8k"
+    Settings = CaptionsSettings
+    records_file = "predictions.jsonl"
 
-    Returns:
-        What `scores.json` holds, in the layout of `devil_hf.evaluation.results`, with `missing` metrics and the entries of a
-        `model-index`; on processes other than the main one, an empty dictionary.
+    def open(self) -> Iterable[str]:
+        """Positions in the source, which is read when rows are missing; where it ends is found out then."""
+        settings = self.settings
+        self.bert = BertScoreSettings(settings.bert_model, settings.bert_layers, settings.bert_baseline)
+        self.sources = caption_sources(settings.source, settings.split)
+        self.pairs: Iterator | None = None
+        self.decode = PairDecoder(BadSamples(limit=1.0))  # what is bad is counted in the result, and stops nothing
+        self.total = settings.limit or sum(source.get("size", 0) for source in self.sources) or None
+        return map(str, count() if settings.limit is None else range(settings.limit))
 
-    Raises:
-        ValueError: if a metric is unknown, a source malformed, no pair can be used, or `output_dir` holds a pass with
-            other settings.
-    """
-    check_metrics(metrics)
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit={limit} leaves nothing to evaluate; give at least 1, or none")
-    if batch_size < 1:
-        raise ValueError(f"batch_size={batch_size} must be at least 1")
-    state, folder = PartialState(), Path(output_dir)
-    if state.num_processes > 1:
-        model.to(state.device)
-    decides = {"weights": weights_hash(model), "sources": list(sources), "generation": generation_kwargs}
-    records = Records(folder / PREDICTIONS_FILE, decides) if state.is_main_process else None
-    shared: list[Any] = [set(records.rows) if records else None, records.rows.get(END) if records else None]
-    if state.num_processes > 1:
-        broadcast_object_list(shared)
-    done, end = shared
-    count = limit if end is None else min(end, limit or end)
-    if count is None or any(str(number) not in done for number in range(count)):
-        _describe_pairs(model, processor, sources, records, done, limit, batch_size, generation_kwargs)
-    if records is None:
-        return {}
-    rows = [records[str(number)] for number in range(_count(records, limit))]
-    good = [row for row in rows if "problem" not in row]
-    if not good:
-        raise ValueError(
-            f"none of {len(rows)} pairs can be used; the first: {rows[0]['problem'] if rows else 'no pairs'}"
+    @property
+    def generation(self) -> dict[str, Any]:
+        """Arguments of `DevilModel.describe`."""
+        return {name: getattr(self.settings, name) for name in ("guidance", "num_beams", "max_new_tokens")}
+
+    def decides(self) -> dict[str, Any]:
+        """The data and the decoding; rows are told apart by their place in the sources."""
+        return {"sources": self.sources, "generation": self.generation}
+
+    def rows(self, keys: Sequence[str]) -> list[dict[str, Any]]:
+        """`image`, `references` and `descriptions` by layer of each pair, or the `problem` of one that cannot be used."""
+        if self.pairs is None:
+            self.pairs = enumerate(open_pairs(self.sources, seed=0, shuffle=False))
+        wanted = {int(key) for key in keys}
+        found: list[tuple[int, dict[str, Any]]] = []
+        while wanted and (pair := next(self.pairs, None)) is not None:
+            if pair[0] in wanted:
+                wanted.remove(pair[0])
+                found.append(pair)
+        return self._described([row for _, row in found])
+
+    def _described(self, encoded: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        samples = [self.decode(row) for row in encoded]
+        images = [sample["image"] for sample in samples if sample is not None]
+        texts = describe_images(self.model, self.processor, images, **self.generation) if images else {}
+        said = iter([{name: rows[at] for name, rows in texts.items()} for at in range(len(images))])
+        return [
+            {"image": row["key"], "problem": row["problem"] or "cannot be used"}
+            if sample is None
+            else {"image": sample["key"], "references": sample["captions"], "descriptions": next(said)}
+            for row, sample in zip(encoded, samples, strict=True)
+        ]
+
+    def score(self, rows: Mapping[str, Any]) -> Evaluation:
+        """See `score_descriptions`."""
+        settings, good = self.settings, [row for row in rows.values() if "problem" not in row]
+        if not good:
+            first = next(iter(rows.values()))["problem"] if rows else "no pairs"
+            raise ValueError(f"none of {len(rows)} pairs can be used; the first: {first}")
+        if len(good) < len(rows):
+            logger.warning(
+                f"{len(rows) - len(good)} of {len(rows)} pairs cannot be used and are left out of the scores"
+            )
+        texts = {name: [row["descriptions"][name] for row in good] for name in good[0]["descriptions"]}
+        metrics = list(CAPTION_METRICS) if settings.metrics is None else settings.metrics
+        found = score_descriptions(texts, [row["references"] for row in good], settings.seed, metrics, self.bert)
+        noted = {"seed": settings.seed, "left_out": len(rows) - len(good), **self.generation}
+        if any("bertscore" in row for row in found["scores"].values()):
+            noted["bertscore"] = str(self.bert)
+        evaluation = Evaluation(
+            title="Captions of features",
+            scores=found["scores"],
+            controls=found["controls"],
+            dataset=_dataset(self.sources, len(good)),
+            settings=noted,
+            details={"missing": found["missing"], "texts": found["texts"]},
         )
-    if len(good) < len(rows):
-        logger.warning(f"{len(rows) - len(good)} of {len(rows)} pairs cannot be used and are left out of the scores")
-    texts = {name: [row["descriptions"][name] for row in good] for name in good[0]["descriptions"]}
-    content = score_descriptions(texts, [row["references"] for row in good], seed, metrics, bert)
-    settings = {"seed": seed, "left_out": len(rows) - len(good), **generation_kwargs}
-    if any("bertscore" in row for row in content["scores"].values()):
-        settings["bertscore"] = str(bert)
-    content = _results(content, sources, len(good), settings, model)
-    (folder / SCORES_FILE).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    return content
+        name = Path(str(self.model.name_or_path)).name or "devil"
+        evaluation.details["model-index"] = eval_results_to_model_index(name, evaluation.model_index())
+        return evaluation
 
-
-def _count(records: Records, limit: int | None) -> int:
-    known = len(records.rows) - (END in records)
-    return known if limit is None else min(known, limit)
-
-
-def _describe_pairs(model, processor, sources, records, done, limit, batch_size, generation_kwargs) -> None:
-    """Describe what is not recorded yet; every process its part of each batch."""
-    state = PartialState()
-    pairs = open_pairs(sources, seed=0, shuffle=False)
-    total = len(pairs) if hasattr(pairs, "__len__") else sum(source.get("size", 0) for source in sources) or None
-    total = limit if total is None else min(total, limit or total)
-    decode = PairDecoder(
-        BadSamples(limit=1.0)
-    )  # counted in the result; a process that stops would leave the others waiting
-    read = 0
-    progress = tqdm(total=total, desc="describe", unit="image", disable=not state.is_main_process)
-    for batch in _batches(enumerate(islice(pairs, limit)), batch_size * state.num_processes):
-        todo = [(number, row) for number, row in batch if str(number) not in done]
-        mine = todo[state.process_index :: state.num_processes]
-        found = gather_object(_describe_batch(model, processor, decode, mine, generation_kwargs)) if todo else []
-        if records is not None:
-            for number, row in sorted(found, key=lambda item: item[0]):
-                records.add(str(number), row)
-        read += len(batch)
-        progress.update(len(batch))
-    progress.close()
-    if records is not None and (limit is None or read < limit) and END not in records:
-        records.add(END, read)
-
-
-def _describe_batch(model, processor, decode, batch, generation_kwargs) -> list[tuple[int, dict[str, Any]]]:
-    found: list[tuple[int, dict[str, Any]]] = []
-    samples = []
-    for number, row in batch:
-        sample = decode(row)
-        if sample is None:
-            found.append((number, {"image": row["key"], "problem": row["problem"] or "cannot be used"}))
-        else:
-            samples.append((number, sample))
-    if samples:
-        texts = describe_images(model, processor, [sample["image"] for _, sample in samples], **generation_kwargs)
-        for at, (number, sample) in enumerate(samples):
-            said = {name: rows[at] for name, rows in texts.items()}
-            found.append((number, {"image": sample["key"], "references": sample["captions"], "descriptions": said}))
-    return found
+    def text(self, evaluation: Evaluation) -> str:
+        """In the papers' units (times 100); what is missing is said below."""
+        columns = [score for metric in CAPTION_METRICS.values() for score in metric.scores]
+        rows = evaluation.scores | evaluation.controls
+        lines = [table(rows, columns, lambda value: f"{100 * value:.1f}", names=CONTROLS)]
+        lines += [f"{metric_name(name)} is missing: {why}" for name, why in evaluation.details["missing"].items()]
+        if left_out := evaluation.settings.get("left_out"):
+            lines.append(f"{left_out} pairs could not be used and are left out; {self.records_file} names them")
+        if bert := evaluation.settings.get("bertscore"):
+            lines.append(f"BERTScore: {bert}")
+        return "\n".join(lines)
 
 
 def describe_images(
@@ -172,7 +169,7 @@ def score_descriptions(
     texts: dict[str, list[str]],
     references: Sequence[Sequence[str]],
     seed: int = 0,
-    metrics: Sequence[str] = METRICS,
+    metrics: Sequence[str] | None = None,
     bert: BertScoreSettings = MILAN,
 ) -> dict[str, dict]:
     """Caption scores by layer, with two controls that use no image.
@@ -181,36 +178,34 @@ def score_descriptions(
     twenty most frequent descriptions and references the one with the best CIDEr, chosen with the references in hand.
 
     Returns:
-        `scores`, `controls` and `missing`: row -> metric -> value, and metric -> why it is missing.
+        `scores` and `controls`: row -> metric -> value; `missing`: metric -> why; `texts`: the constant one.
     """
     scorer = CaptionScorer(references, metrics, bert)
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(references), generator=generator)
     shuffled = [texts["all"][int(index)] for index in order.roll(1)[order.argsort()]]
-    constant = best_constant(texts["all"], references)
+    cider, count = CaptionScorer(scorer.references, ["cider"]), len(references)
+    captions = [text for several in references for text in several]
+    constant = best_constant([texts["all"], captions], lambda text: cider([text] * count)["cider"])
     targets = texts | {"shuffled": shuffled, "constant": [constant] * len(references)}
     rows: dict[str, dict[str, Any]] = {}
     missing: dict[str, str] = {}
     for name, said in tqdm(targets.items(), desc="score", unit="row", leave=False):
         rows[name] = scorer(said)
         missing |= rows[name].pop("missing", {})
-    rows["constant"]["text"] = constant
     controls = {name: rows.pop(name) for name in ("shuffled", "constant")}
-    return {"scores": rows, "controls": controls, "missing": missing}
+    return {"scores": rows, "controls": controls, "missing": missing, "texts": {"constant": constant}}
 
 
-def _results(content, sources, images: int, settings: dict[str, Any], model: DevilModel) -> dict[str, Any]:
-    """The layout of `devil_hf.evaluation.results`, with the entries of a model card."""
+def _dataset(sources: Sequence[dict[str, Any]], images: int) -> dict[str, Any]:
+    """What was read, as results name it."""
     dataset: dict[str, Any] = {"name": " + ".join(_source_name(source) for source in sources), "size": images}
     splits = {source["split"] for source in sources if "split" in source}
     if len(splits) == 1:
         (dataset["split"],) = splits
     if len(sources) == 1 and sources[0]["kind"] == "hub":
         dataset["id"] = sources[0]["path"]
-    entries = Evaluation(TITLE, content["scores"], dataset=dataset, settings=settings).model_index()
-    head = {"title": TITLE, "dataset": dataset, "settings": settings, "weights": fingerprint(model)}
-    name = Path(str(model.name_or_path)).name or "devil"
-    return head | content | {"model-index": eval_results_to_model_index(name, entries)}
+    return dataset
 
 
 def _source_name(source: dict[str, Any]) -> str:
@@ -218,27 +213,3 @@ def _source_name(source: dict[str, Any]) -> str:
         return world_label(source["seed"])
     place = source.get("path") or source.get("annotations") or source.get("captions") or source["urls"]
     return source["path"] if source["kind"] == "hub" else Path(place if isinstance(place, str) else place[0]).name
-
-
-def caption_table(content: dict[str, Any]) -> str:
-    """Results as text, in the papers' units (times 100); what is missing is said below."""
-    rows = content["scores"] | {CONTROLS[name]: row for name, row in content["controls"].items()}
-    columns = [name for name in COLUMNS if any(name in row for row in rows.values())]
-    first = max(len(name) for name in rows) + 2
-    lines = [" " * first + "".join(f"{metric_name(column):>14}" for column in columns)]
-    lines += [f"{name:{first}}" + "".join(_percent(row.get(c)) for c in columns) for name, row in rows.items()]
-    lines += [f"{metric_name(name)} is missing: {reason}" for name, reason in content["missing"].items()]
-    if left_out := content.get("settings", {}).get("left_out"):
-        lines.append(f"{left_out} pairs could not be used and are left out; {PREDICTIONS_FILE} names them")
-    if bert := content.get("settings", {}).get("bertscore"):
-        lines.append(f"BERTScore: {bert}")
-    return "\n".join(lines)
-
-
-def _percent(value: float | None) -> str:
-    return f"{'':14}" if value is None else f"{100 * value:14.1f}"
-
-
-def _batches(rows: Iterator, size: int) -> Iterator[list]:
-    while batch := list(islice(rows, size)):
-        yield batch

@@ -26,9 +26,8 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
-from os import PathLike
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -39,30 +38,22 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from devil_hf.data.captioned import CaptionedImages
-from devil_hf.data.shapes import ATTRIBUTE_WORDS
-from devil_hf.evaluation.milan import null_label
+from devil_hf.data.captioned import open_captioned
+from devil_hf.evaluation.evaluator import EVALUATORS, EvaluationSettings, Evaluator
+from devil_hf.evaluation.judgement import INTACT, WORDS, CaptionTable, Measured, control_text, judge
 from devil_hf.evaluation.randomise import randomised_backbone, untrained_translator, weight_stages
-from devil_hf.evaluation.records import Records
-from devil_hf.evaluation.results import CONTROLS, fingerprint
-from devil_hf.evaluation.statistics import Ratio, bootstrap_draws, interval
-from devil_hf.evaluation.text.metrics import BLEU
-from devil_hf.evaluation.text.ngrams import CiderD, bleu, rouge_l
+from devil_hf.evaluation.results import Evaluation
+from devil_hf.evaluation.statistics import Ratio, rank_correlation
+from devil_hf.evaluation.text.metrics import best_constant
 from devil_hf.evaluation.text.tokens import ptb_tokens
 from devil_hf.evaluation.text.words import CARRIER, words_of
-from devil_hf.model.backbone_devil import weights_hash
-from devil_hf.model.modeling_devil import DevilModel
+from devil_hf.evaluation.units.labels import null_label
 from devil_hf.model.pooling_devil import resolve_layers
-from devil_hf.model.processing_devil import DevilProcessor
+from devil_hf.settings import option, read_layers
 
-INTACT = "all"  # as results name all layers together
-MARGINS = {"cider": 0.01, "word_f1": 0.05, "evidence": 0.02}
-MAP_CORRELATION_LIMIT = 0.5
 FLAT = 1e-3  # nats per token: a map that differs by less from place to place says nothing
 STATISTICS_BATCH = 32  # images at once when the statistics of random batch norms are estimated
 MAP_PLACES = 256  # layers with more locations are left out of the maps unless asked for
-WORDS = {word for words in ATTRIBUTE_WORDS.values() for word in words}
-CONSTANTS = 20
 UNTRUSTED = 3  # exit code; 1 is an error, 2 a wrong command line
 # Too frequent in English captions to point at anything.
 STOP_WORDS = words_of(
@@ -71,124 +62,74 @@ STOP_WORDS = words_of(
 )
 
 
-@dataclass
-class Measured:
-    """What one condition gave: a text, an evidence in nats per token and a mean map correlation per image, NaN if there is none.
+@dataclass(kw_only=True)
+class ControlsSettings(EvaluationSettings):
+    """Captioned images, and what is asked of them."""
 
-    `by_layer` has the mean map correlation of each layer.
-    """
+    data: str = option(
+        "its held-out scenes, shapes:COUNT[:SEED], caption folder, YAML file of sources, or a source "
+        'such as "{kind: hub, path: user/data, image_column: image, caption_column: caption}"',
+        "shapes",
+    )
+    split: str | None = option("of a caption folder", None)
+    limit: int | None = option("only the first images", 200)
+    phrases: list[str] | None = option("words to map (default: frequent words of the captions)", None)
+    layers: list[str] | None = option("layers to map (default: those with at most 256 places)", None)
+    map_images: int = option("images to map; more can then not be added to the same folder", 50)
+    max_new_tokens: int = option("at most so many tokens", 30)
+    seed: int = option("of the random weights, the shuffling and the bootstrap", 0)
+    output_dir: Path = option("scores, descriptions and maps; a stopped run goes on from there", Path("devil-controls"))
 
-    texts: list[str]
-    evidence: np.ndarray
-    correlation: np.ndarray
-    by_layer: dict[str, float] = field(default_factory=dict)
-
-
-def run_controls(
-    model: DevilModel,
-    processor: DevilProcessor,
-    data: CaptionedImages,
-    output_dir: str | PathLike,
-    *,
-    phrases: Sequence[str] | None = None,
-    layers: Sequence[str | int] | None = None,
-    map_images: int = 50,
-    max_new_tokens: int = 30,
-    batch_size: int = 32,
-    seed: int = 0,
-) -> dict[str, Any]:
-    """Measure the intact model and every control, and judge.
-
-    Texts and evidence go to `output_dir/controls.jsonl` as they come, maps to `output_dir/maps/`, the result to
-    `output_dir/controls.json`; a run that was stopped goes on.
-
-    Args:
-        phrases: words to map; default: the attributes of the shapes world, else the twelve nouns and adjectives (any words
-            but the commonest) that the captions of most images have. Each is mapped on the images whose captions have it.
-        layers: layers to map; default: those with at most 256 locations.
-        map_images: how many of the images are mapped, from the first on (all of them where there are fewer, and more images can
-            then not be added to the same folder).
-        seed: of the random weights, the shuffling and the bootstrap.
-
-    Returns:
-        In the layout of `evaluation/results.py`: `scores`, `controls`, `verdict` with its `comparisons`; `intervals` as row ->
-        metric -> [low, high]; `map_correlation_by_layer` as row -> layer -> mean.
-
-    Raises:
-        ValueError: for a layer that is not there, and when `output_dir` holds results of something else.
-    """
-    run = _Run(model, processor, data, Path(output_dir), phrases, layers, map_images, max_new_tokens, batch_size, seed)
-    measured = run.measure()
-    result = judge(measured, data, seed) | {"settings": run.shown_settings}
-    dataset: dict[str, Any] = {"name": data.name, "size": len(data)}
-    dataset |= {"split": data.split} if data.split else {}
-    result = {"title": "Controls", "dataset": dataset} | result | {"weights": fingerprint(model)}
-    (Path(output_dir) / "controls.json").write_text(json.dumps(result, indent=1) + "\n")
-    return result
+    def validate(self) -> None:
+        """See `EvaluationSettings.validate`."""
+        super().validate()
+        if self.map_images < 2:
+            raise ValueError(f"map_images {self.map_images}: at least 2 images are needed")
 
 
-def frequent_words(captions: Sequence[Sequence[str]], count: int = 12) -> list[str]:
-    """The words that most images' captions have, without those of more than half the images and the commonest of English."""
-    images = Counter(word for texts in captions for word in {word for text in texts for word in words_of(text)})
-    known = [
-        (word, n)
-        for word, n in images.items()
-        if n <= max(len(captions) / 2, 1) and word not in STOP_WORDS and len(word) > 2
-    ]
-    return [word for word, _ in sorted(known, key=lambda item: (-item[1], item[0]))[:count]]
+@dataclass(frozen=True)
+class Task:
+    """What one row is: "describe" and score, or "evidence" of `captions`, of image `at` under the features of `image`; the "maps"
+    of a condition; or the "text" of the null prefix."""
+
+    kind: str
+    condition: str
+    at: int = 0
+    image: int = 0
+    captions: tuple[str, ...] = ()
 
 
-class _Run:
-    """One evaluation: the conditions, and what is on disk of them."""
+@EVALUATORS.register("controls")
+class ControlsEvaluator(Evaluator):
+    """The intact model and every control, and the verdict."""
 
-    def __init__(
-        self, model, processor, data, folder, phrases, layers, map_images, max_new_tokens, batch_size, seed
-    ) -> None:
-        self.model, self.processor, self.data, self.folder = model, processor, data, folder
-        self.max_new_tokens, self.batch_size, self.seed = max_new_tokens, batch_size, seed
-        if batch_size < 1:
-            raise ValueError(f"batch_size={batch_size} must be at least 1")
-        self.mapped = min(map_images, len(data))
+    name = "controls"
+    summary = "test whether it is the features that speak; exit code 0: trusted, 3: not trusted, 1: error"
+    example = "devil evaluate controls CHECKPOINT --data flickr8k --split val --limit 100"
+    Settings = ControlsSettings
+    records_file = "controls.jsonl"
+    parallel = False  # conditions change the weights
+    unit = "row"
+
+    def open(self) -> Iterator[str]:
+        """The keys of all conditions; those of the constant text are known when the intact model has described."""
+        settings = self.settings
+        self.data = open_captioned(settings.data, settings.split, settings.limit)
+        self.mapped = min(settings.map_images, len(self.data))
         if self.mapped < 2:
-            raise ValueError(f"map_images {map_images}: at least 2 images are needed")
-        if not phrases:
-            phrases = sorted(WORDS) if data.scenes else frequent_words(data.captions[: self.mapped])
-        self.phrases = list(phrases)
+            raise ValueError(f"map_images {settings.map_images}: at least 2 images are needed")
+        self.phrases = list(settings.phrases or ())
+        if not self.phrases:
+            self.phrases = sorted(WORDS) if self.data.scenes else frequent_words(self.data.captions[: self.mapped])
         self.true_phrases = [self._true_phrases(at) for at in range(self.mapped)]
         if not any(self.true_phrases):
             raise ValueError(
                 f"none of the phrases {self.phrases} is true of one of the {self.mapped} mapped images: name others (--phrases)"
             )
-        first = self.pixel_values([0])
-        with torch.no_grad():
-            grids = [cast(Tensor, maps).shape[-2:] for maps in model.extract_features(first)]
-        places = [rows * columns for rows, columns in grids]
-        chosen = resolve_layers(layers, model.layer_names) if layers else []
-        chosen = chosen or [at for at, count in enumerate(places) if 1 < count <= MAP_PLACES]
-        self.layers = sorted(chosen or [places.index(min(places))])
-        self.stages = weight_stages(model.backbone, first.to(next(model.backbone.parameters())))
-        settings = {
-            "weights": weights_hash(model),
-            "data": [data.source, data.split],
-            "phrases": self.phrases,
-            "layers": [model.layer_names[at] for at in self.layers],
-            "map_images": self.mapped,
-            "max_new_tokens": max_new_tokens,
-            "seed": seed,
-        }
-        self.records = Records(folder / "controls.jsonl", settings)
-        # Maps of other settings, whose records were removed, must not be taken for these.
-        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
-        self.map_folder = folder / "maps" / digest
-        generator = torch.Generator().manual_seed(seed)
-        order = torch.randperm(len(data), generator=generator)
-        self.partner = order.roll(1)[order.argsort()].tolist()
-        self.shown_settings = {
-            "decoding": "greedy",
-            "mapped images": self.mapped,
-            "mapped layers": ", ".join(settings["layers"]),
-            "seed": seed,
-        }
+        self.partner = _derangement(len(self.data), settings.seed)
+        self.tasks: dict[str, Task] = {}
+        self._changed, self._condition = ExitStack(), INTACT
+        return self._keys()
 
     def _true_phrases(self, at: int) -> list[int]:
         """Positions of the phrases that are true of an image."""
@@ -198,76 +139,119 @@ class _Run:
             said = {word for text in self.data.captions[at] for word in words_of(text)}
         return [at for at, phrase in enumerate(self.phrases) if words_of(phrase) - STOP_WORDS <= said]
 
-    def measure(self) -> dict[str, Measured]:
-        """Every condition, the intact one first."""
-        measured = {}
-        conditions = self.conditions()
-        bar = tqdm(total=(len(conditions) + 3) * len(self.data), desc="controls", unit="image")
-        for name, (context, reached) in conditions.items():
-            bar.set_postfix_str(name)
-            with context:
-                measured[name] = self.measure_condition(name, bar, reached)
-        intact = measured[INTACT]
-        bar.set_postfix_str("shuffled")
-        measured["shuffled"] = self.shuffled(intact, bar)
-        silent = np.zeros(len(self.data))
-        flat = np.where(np.isnan(intact.correlation), np.nan, 0.0)
-        text = null_label(self.model, self.processor, self.max_new_tokens)
-        measured["null"] = Measured([text] * len(self.data), silent, flat)
-        bar.update(len(self.data))
-        bar.set_postfix_str("constant")
-        text = best_constant(intact.texts, self.data.captions)
-        evidence = self.evidence("constant " + text, bar, [[text]] * len(self.data))
-        measured["constant"] = Measured([text] * len(self.data), evidence, np.full(len(self.data), np.nan))
-        bar.close()
-        return {INTACT: intact} | {name: measured[name] for name in measured if name != INTACT}
-
-    def conditions(self) -> dict[str, tuple[Any, int]]:
-        """Name -> the context in which the model is measured, and the shallowest layer that it changes."""
-        names = self.model.layer_names
-        found: dict[str, tuple[Any, int]] = {INTACT: (nullcontext(), 0)}
+    def prepare(self) -> None:
+        """Layers to map, and the conditions, which are the backbone's."""
+        model, settings = self.model, self.settings
+        first = self._pixel_values([0])
+        with torch.no_grad():
+            grids = [cast(Tensor, maps).shape[-2:] for maps in model.extract_features(first)]
+        places = [rows * columns for rows, columns in grids]
+        asked = read_layers(settings.layers, model.layer_names)
+        chosen = resolve_layers(asked, model.layer_names) if asked else []
+        chosen = chosen or [at for at, count in enumerate(places) if 1 < count <= MAP_PLACES]
+        self.layers = sorted(chosen or [places.index(min(places))])
+        self.layer_names = [model.layer_names[at] for at in self.layers]
+        self.stages = weight_stages(model.backbone, first.to(next(model.backbone.parameters())))
+        self.reached = {INTACT: 0}  # the shallowest layer that a condition changes
+        self.changes: dict[str, Any] = {INTACT: nullcontext}
         for at in reversed(range(len(self.stages))):
             layer = self.stages[at][0]
-            name = f"backbone randomised from {names[layer]} up" if at else "backbone_randomised"
-            found[name] = (self.randomised(self.stages[at:]), layer)
-        found["untrained"] = (untrained_translator(self.model, self.seed), 0)
-        return found
+            name = f"backbone randomised from {model.layer_names[layer]} up" if at else "backbone_randomised"
+            self.changes[name] = lambda at=at: self._randomised(at)
+            self.reached[name] = layer
+        self.changes["untrained"] = lambda: untrained_translator(model, settings.seed)
+        self.reached["untrained"] = 0
+        self.total = (len(self.changes) + 2) * len(self.data) + len(self.changes) + 2
+
+    def decides(self) -> dict[str, Any]:
+        """Data, maps and decoding."""
+        return {
+            "data": [self.data.source, self.data.split],
+            "phrases": self.phrases,
+            "layers": self.layer_names,
+            "map_images": self.mapped,
+            "max_new_tokens": self.settings.max_new_tokens,
+            "seed": self.settings.seed,
+        }
+
+    def _keys(self) -> Iterator[str]:
+        images = self.data.keys
+        for name in self.changes:
+            for at, key in enumerate(images):
+                yield self._task(f"{name} {key}", Task("describe", name, at, at))
+            yield self._task(f"maps {name}", Task("maps", name))
+        for at, image in enumerate(self.partner):
+            task = Task("evidence", "shuffled", at, image, tuple(self.data.captions[at]))
+            yield self._task(f"shuffled {images[at]} {images[image]}", task)
+        yield self._task("maps shuffled", Task("maps", "shuffled"))
+        yield self._task("null", Task("text", "null"))
+        said = [self.records[f"{INTACT} {key}"]["text"] for key in images]  # recorded by now: other groups lie between
+        text = self._best_constant(said)
+        for at, key in enumerate(images):
+            yield self._task(f"constant {text} {key}", Task("evidence", "constant", at, at, (text,)))
+
+    def _task(self, key: str, task: Task) -> str:
+        self.tasks[key] = task
+        return key
+
+    def _best_constant(self, said: Sequence[str]) -> str:
+        scores = CaptionTable(self.data.captions)
+        captions = [text for several in self.data.captions for text in several]
+        count = len(self.data)
+        return best_constant([said, captions], lambda text: float(np.mean(scores.cider([ptb_tokens(text)] * count))))
+
+    def group(self, key: str) -> str:
+        """Rows of one condition and kind are made together."""
+        return f"{self.tasks[key].kind} {self.tasks[key].condition}"
+
+    @torch.no_grad()
+    def rows(self, keys: Sequence[str]) -> list[dict[str, Any]]:
+        """Texts and evidence of images, correlations of a condition's maps, or the text of the null prefix."""
+        tasks = [self.tasks[key] for key in keys]
+        kind, condition = tasks[0].kind, tasks[0].condition
+        if kind == "maps" and not self._map_file(INTACT).exists():
+            self._change(INTACT)  # records are there of maps that were removed
+            self._maps(INTACT)
+        self._change(condition if condition in self.changes else INTACT)
+        if kind == "maps":
+            return [self._correlations(condition)]
+        if kind == "text":
+            return [{"text": null_label(self.model, self.processor, self.settings.max_new_tokens)}]
+        prefix = self.model.ask(self._pixel_values([task.image for task in tasks]))
+        if kind == "evidence":
+            return [{"evidence": values} for values in self._score(prefix, [task.captions for task in tasks])]
+        ids = self.model.decode(prefix, max_new_tokens=self.settings.max_new_tokens)
+        texts = self.processor.batch_decode(ids, skip_special_tokens=True)
+        scored = self._score(prefix, [self.data.captions[task.at] for task in tasks])
+        return [{"text": text.strip(), "evidence": values} for text, values in zip(texts, scored, strict=True)]
+
+    def _change(self, condition: str) -> None:
+        """Bring the model into a condition, out of the one before."""
+        if condition != self._condition:
+            self.close()
+            self._changed.enter_context(self.changes[condition]())
+            self._condition = condition
+
+    def close(self) -> None:
+        """The model as it was."""
+        self._changed.close()
+        self._condition = INTACT
 
     @contextmanager
-    def randomised(self, stages) -> Iterator[None]:
+    def _randomised(self, stage: int) -> Iterator[None]:
         begins = range(0, self.mapped, STATISTICS_BATCH)
         batches = [range(begin, min(begin + STATISTICS_BATCH, self.mapped)) for begin in begins]
         if len(batches) > 1 and len(batches[-1]) == 1:  # one image alone may have no variance to normalise by
             batches.pop()
         like = next(self.model.backbone.parameters())
-        pixel_values = [self.pixel_values(batch).to(like) for batch in batches]
-        with randomised_backbone(self.model, stages, pixel_values, self.seed):
+        pixel_values = [self._pixel_values(batch).to(like) for batch in batches]
+        with randomised_backbone(self.model, self.stages[stage:], pixel_values, self.settings.seed):
             yield
 
-    def pixel_values(self, positions: Sequence[int]) -> Tensor:
+    def _pixel_values(self, positions: Sequence[int]) -> Tensor:
         return self.processor(images=[self.data.load(at) for at in positions], return_tensors="pt")["pixel_values"]
 
-    @torch.no_grad()
-    def measure_condition(self, name: str, bar, reached: int) -> Measured:
-        """Describe and score all images, and map the first of them, as the model is now."""
-        missing = [at for at in range(len(self.data)) if f"{name} {self.data.keys[at]}" not in self.records]
-        bar.update(len(self.data) - len(missing))
-        for begin in range(0, len(missing), self.batch_size):
-            batch = missing[begin : begin + self.batch_size]
-            prefix = self.model.ask(self.pixel_values(batch))
-            ids = self.model.decode(prefix, max_new_tokens=self.max_new_tokens)
-            texts = self.processor.batch_decode(ids, skip_special_tokens=True)
-            scored = self.score(prefix, [self.data.captions[at] for at in batch])
-            for at, text, values in zip(batch, texts, scored, strict=True):
-                row = {"text": text.strip(), "evidence": values}
-                self.records.add(f"{name} {self.data.keys[at]}", row)
-            bar.update(len(batch))
-        rows = [self.records[f"{name} {key}"] for key in self.data.keys]
-        correlation, by_layer = self.correlate(self.maps(name, reached), range(self.mapped))
-        evidence = np.array([np.mean(row["evidence"]) for row in rows])
-        return Measured([row["text"] for row in rows], evidence, correlation, by_layer)
-
-    def score(self, prefix: Tensor, captions: Sequence[Sequence[str]]) -> list[list[float]]:
+    def _score(self, prefix: Tensor, captions: Sequence[Sequence[str]]) -> list[list[float]]:
         """Evidence of each caption of each row in nats per token, EOS included."""
         counts = [len(texts) for texts in captions]
         config = self.model.config
@@ -284,252 +268,133 @@ class _Run:
         values = ((given - null) * mask).sum(dim=1) / mask.sum(dim=1)
         return [part.tolist() for part in values.split(counts)]
 
-    @torch.no_grad()
-    def evidence(
-        self, name: str, bar, captions: Sequence[Sequence[str]], images: Sequence[int] | None = None
-    ) -> np.ndarray:
-        """Mean evidence (N,) of other captions, or under the features of other images."""
-        images = range(len(self.data)) if images is None else images
-        keys = [f"{name} {self.data.keys[at]} {self.data.keys[image]}" for at, image in enumerate(images)]
-        missing = [at for at, key in enumerate(keys) if key not in self.records]
-        bar.update(len(keys) - len(missing))
-        for begin in range(0, len(missing), self.batch_size):
-            batch = missing[begin : begin + self.batch_size]
-            prefix = self.model.ask(self.pixel_values([images[at] for at in batch]))
-            for at, values in zip(batch, self.score(prefix, [captions[at] for at in batch]), strict=True):
-                self.records.add(keys[at], {"evidence": values})
-            bar.update(len(batch))
-        return np.array([np.mean(self.records[key]["evidence"]) for key in keys])
-
-    def shuffled(self, intact: Measured, bar) -> Measured:
-        evidence = self.evidence("shuffled", bar, self.data.captions, self.partner)
-        # Only mapped images have maps to deal out.
-        order = torch.randperm(self.mapped, generator=torch.Generator().manual_seed(self.seed))
-        partner = order.roll(1)[order.argsort()].tolist()
-        correlation, by_layer = self.correlate(self.maps(INTACT, 0), partner)
-        return Measured([intact.texts[at] for at in self.partner], evidence, correlation, by_layer)
-
-    def maps(self, name: str, reached: int) -> dict[str, Tensor]:
-        """Maps of the first images by layer, (images, K, H, W), from disk if they are there."""
-        path = self.map_folder / f"{name}.safetensors"
-        if path.exists():
-            return load_file(path)
-        names = [self.model.layer_names[at] for at in self.layers]
-        # What lies below the change has not changed.
-        kept = {} if name == INTACT else self.maps(INTACT, 0)
-        maps = {layer: kept[layer] for at, layer in zip(self.layers, names, strict=True) if at < reached}
-        asked = [layer for layer in names if layer not in maps]
-        phrases = self.processor(text=self.phrases, carrier=CARRIER, return_tensors="pt")
-        parts: dict[str, list[Tensor]] = {layer: [] for layer in asked}
-        begins = range(0, self.mapped, self.batch_size) if asked else ()
-        for begin in tqdm(begins, desc=f"maps, {name}", unit="batch", leave=False):
-            pixel_values = self.pixel_values(range(begin, min(begin + self.batch_size, self.mapped)))
-            for layer, values in self.model.attribute(pixel_values, phrases, asked).maps.items():
-                parts[layer].append(values.float().cpu())
-        maps |= {layer: torch.cat(values) for layer, values in parts.items()}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_suffix(".part")
-        save_file({layer: maps[layer].contiguous() for layer in names}, unfinished)
-        unfinished.replace(path)
-        return maps
-
-    def correlate(self, maps: Mapping[str, Tensor], images: Sequence[int]) -> tuple[np.ndarray, dict[str, float]]:
-        """Mean rank correlation (N,) with the intact maps, over layers and the phrases true of each image; and by layer.
-
-        Image `images[i]` of `maps` is compared with image i of the intact ones.
-        """
-        intact = self.maps(INTACT, 0)
-        found = np.full((len(self.data), len(intact)), np.nan)
+    def _correlations(self, condition: str) -> dict[str, Any]:
+        """Mean rank correlation of a condition's maps with the intact ones, per image (None without any), and by layer."""
+        if condition == "shuffled":  # only mapped images have maps to deal out
+            maps, images = self._maps(INTACT), _derangement(self.mapped, self.settings.seed)
+        else:
+            maps, images = self._maps(condition), list(range(self.mapped))
+        intact = self._maps(INTACT)
+        found = np.full((self.mapped, len(intact)), np.nan)
         for at, image in enumerate(images):
             for column, (layer, values) in enumerate(intact.items()):
                 pairs = [
-                    spearman(values[at, k].flatten(), maps[layer][image, k].flatten())
+                    map_correlation(values[at, k], maps[layer][image, k])
                     for k in self.true_phrases[at]
                     if float(values[at, k].max() - values[at, k].min()) >= FLAT
                 ]
                 if pairs:
                     found[at, column] = np.mean(pairs)
-        known = ~np.isnan(found)
-        each = Ratio.mean(found.ravel())
-        sums, counts = (part.reshape(found.shape) for part in (each.numerator, each.denominator))
-        means = np.divide(sums.sum(1), counts.sum(1), out=np.full(len(found), np.nan), where=known.any(1))
+        means = [Ratio.mean(row).value if np.isfinite(row).any() else None for row in found]
         by_layer = {
-            layer: float(found[known[:, column], column].mean())
+            layer: float(np.nanmean(found[:, column]))
             for column, layer in enumerate(intact)
-            if known[:, column].any()
+            if np.isfinite(found[:, column]).any()
         }
-        return means, by_layer
+        return {"correlation": means, "by_layer": by_layer}
+
+    def _map_file(self, condition: str) -> Path:
+        # Maps of other settings, whose records were removed, must not be taken for these.
+        decided = json.dumps({"weights": self.weights, **self.decides()}, sort_keys=True)
+        folder = Path(self.settings.output_dir) / "maps" / hashlib.sha256(decided.encode()).hexdigest()[:12]
+        return folder / f"{condition}.safetensors"
+
+    def _maps(self, condition: str) -> dict[str, Tensor]:
+        """Maps of the first images by layer, (images, K, H, W), from disk if they are there."""
+        path = self._map_file(condition)
+        if path.exists():
+            return load_file(path)
+        # What lies below the change has not changed.
+        kept = {} if condition == INTACT else self._maps(INTACT)
+        below = [name for at, name in zip(self.layers, self.layer_names, strict=True) if at < self.reached[condition]]
+        maps = {name: kept[name] for name in below}
+        asked = [name for name in self.layer_names if name not in maps]
+        phrases = self.processor(text=self.phrases, carrier=CARRIER, return_tensors="pt")
+        parts: dict[str, list[Tensor]] = {layer: [] for layer in asked}
+        size = self.settings.batch_size
+        for begin in tqdm(range(0, self.mapped if asked else 0, size), desc=f"maps, {condition}", leave=False):
+            pixel_values = self._pixel_values(range(begin, min(begin + size, self.mapped)))
+            for layer, values in self.model.attribute(pixel_values, phrases, asked).maps.items():
+                parts[layer].append(values.float().cpu())
+        maps |= {layer: torch.cat(values) for layer, values in parts.items()}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_suffix(".part")
+        save_file({layer: maps[layer].contiguous() for layer in self.layer_names}, unfinished)
+        unfinished.replace(path)
+        return maps
+
+    def score(self, rows: Mapping[str, Any]) -> Evaluation:
+        """See `judge`."""
+        result = judge(self._measured(rows), self.data, self.settings.seed)
+        details = {name: result[name] for name in ("intervals", "map_correlation_by_layer", "texts")}
+        return Evaluation(
+            title="Controls",
+            scores=result["scores"],
+            controls=result["controls"],
+            dataset={"name": self.data.name, "size": len(self.data)}
+            | ({"split": self.data.split} if self.data.split else {}),
+            settings={
+                "decoding": "greedy",
+                "mapped images": self.mapped,
+                "mapped layers": ", ".join(self.layer_names),
+                "seed": self.settings.seed,
+            },
+            verdict=result["verdict"],
+            details=details,
+        )
+
+    def _measured(self, rows: Mapping[str, Any]) -> dict[str, Measured]:
+        """What every condition gave, the intact one first."""
+        count, found = len(self.data), dict[str, Measured]()
+        by_condition: dict[str, list[tuple[Task, Any]]] = {}
+        for key, row in rows.items():
+            by_condition.setdefault(self.tasks[key].condition, []).append((self.tasks[key], row))
+        for condition, own in by_condition.items():
+            maps: dict[str, Any] = next(
+                (row for task, row in own if task.kind == "maps"), {"correlation": [], "by_layer": {}}
+            )
+            correlation = np.full(count, np.nan)
+            correlation[: len(maps["correlation"])] = [
+                np.nan if value is None else value for value in maps["correlation"]
+            ]
+            images = [(task, row) for task, row in own if task.kind in ("describe", "evidence")]
+            texts = [row.get("text", *task.captions[:1]) for task, row in images]
+            evidence = np.array([np.mean(row["evidence"]) for _, row in images])
+            found[condition] = Measured(texts, evidence, correlation, maps["by_layer"])
+        intact = found[INTACT]
+        found["shuffled"].texts = [intact.texts[at] for at in self.partner]
+        flat = np.where(np.isnan(intact.correlation), np.nan, 0.0)
+        found["null"] = Measured([rows["null"]["text"]] * count, np.zeros(count), flat)
+        return found
+
+    def text(self, evaluation: Evaluation) -> str:
+        """A row per condition, the rules, and the verdict."""
+        return control_text(evaluation)
+
+    def exit_code(self, evaluation: Evaluation) -> int:
+        """0 where the explainer is trusted."""
+        return 0 if evaluation.verdict and evaluation.verdict["passed"] else UNTRUSTED
 
 
-def spearman(one: Tensor, other: Tensor) -> float:
-    """Rank correlation of two maps (P,), ties at their mean rank; 0 where either is flat."""
+def _derangement(count: int, seed: int) -> list[int]:
+    """Another position for every position, drawn by the seed."""
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    return order.roll(1)[order.argsort()].tolist()
+
+
+def map_correlation(one: Tensor, other: Tensor) -> float:
+    """Rank correlation of two maps (H, W); 0 where either is flat."""
     if min(float(values.max() - values.min()) for values in (one, other)) < FLAT:
         return 0.0
-    ranks = [_ranks(values) for values in (one, other)]
-    return float(np.corrcoef(ranks[0], ranks[1])[0, 1])
+    return rank_correlation(one.flatten().numpy(), other.flatten().numpy())
 
 
-def _ranks(values: Tensor) -> np.ndarray:
-    _, inverse, counts = np.unique(values.numpy(), return_inverse=True, return_counts=True)
-    return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
-
-
-# ---------------------------------------------------------------------------------------------------------- captions
-
-
-class _CaptionScores:
-    """BLEU of the corpus, CIDEr-D and ROUGE-L of each image, against fixed captions."""
-
-    def __init__(self, captions: Sequence[Sequence[str]]):
-        self.references = [[ptb_tokens(text) for text in texts] for texts in captions]
-        self.cider = CiderD(self.references)
-
-    def of_images(self, texts: Sequence[str]) -> dict[str, np.ndarray]:
-        """Metric -> (N,); CIDEr takes its document frequencies from the captions of all images."""
-        tokens = [ptb_tokens(text) for text in texts]
-        return {"cider": np.array(self.cider(tokens)), "rouge_l": np.array(rouge_l(tokens, self.references))}
-
-    def of_corpus(self, texts: Sequence[str]) -> dict[str, float]:
-        return dict(zip(BLEU, bleu([ptb_tokens(text) for text in texts], self.references), strict=True))
-
-
-def best_constant(texts: Sequence[str], references: Sequence[Sequence[str]]) -> str:
-    """The one text that scores the best mean CIDEr when given to every image, of the most frequent ones."""
-    said, captions = Counter(texts), Counter(text for several in references for text in several)
-    candidates = {
-        text
-        for counts in (said, captions)
-        for text in sorted(counts, key=lambda t: (-counts[t], t))[:CONSTANTS]
-        if text
-    }
-    scores = _CaptionScores(references)
-    return max(sorted(candidates), key=lambda text: np.mean(scores.cider([ptb_tokens(text)] * len(references))))
-
-
-def _word_f1(texts: Sequence[str], data: CaptionedImages) -> Ratio:
-    hits, total = [], []
-    for text, scene in zip(texts, data.scenes, strict=True):
-        said, true = words_of(text) & WORDS, {word for words in scene.words.values() for word in words}
-        hits.append(2.0 * len(said & true))
-        total.append(float(len(said) + len(true)))
-    return Ratio(np.array(hits), np.array(total))
-
-
-# ----------------------------------------------------------------------------------------------------------- judgement
-
-
-def judge(measured: Mapping[str, Measured], data: CaptionedImages, seed: int = 0) -> dict[str, Any]:
-    """Scores, intervals and the verdict of what was measured; the intact model is `measured["all"]`."""
-    draws = bootstrap_draws(len(data), seed=seed)
-    scores = _CaptionScores(data.captions)
-    statistics = {name: _statistics(one, data, scores) for name, one in measured.items()}
-    statistics[INTACT].pop("map_correlation", None)  # with itself
-    over = {name: {m: ratio.over(draws) for m, ratio in row.items()} for name, row in statistics.items()}
-    rows = {name: {metric: ratio.value for metric, ratio in row.items()} for name, row in statistics.items()}
-    for name, one in measured.items():
-        rows[name] |= scores.of_corpus(one.texts)
-    return {
-        "scores": {INTACT: rows[INTACT]},
-        "controls": {name: row for name, row in rows.items() if name != INTACT},
-        "intervals": {name: {m: interval(values) for m, values in row.items()} for name, row in over.items()},
-        "map_correlation_by_layer": {
-            name: one.by_layer for name, one in measured.items() if one.by_layer and name != INTACT
-        },
-        "texts": {name: measured[name].texts[0] for name in ("null", "constant")},
-        "verdict": _verdict(rows, over, bool(np.isfinite(measured[INTACT].correlation).any())),
-    }
-
-
-def _statistics(one: Measured, data: CaptionedImages, scores: _CaptionScores) -> dict[str, Ratio]:
-    found = {metric: Ratio.mean(values) for metric, values in scores.of_images(one.texts).items()}
-    if data.scenes:
-        found["word_f1"] = _word_f1(one.texts, data)
-    found["evidence"] = Ratio.mean(one.evidence)
-    if np.isfinite(one.correlation).any():
-        found["map_correlation"] = Ratio.mean(one.correlation)
-    return found
-
-
-def _verdict(
-    rows: Mapping[str, Mapping[str, float]], over: Mapping[str, Mapping[str, np.ndarray]], mapped: bool
-) -> dict:
-    comparisons = []
-    for control in CONTROLS:
-        for metric, margin in MARGINS.items():
-            if metric not in rows[INTACT]:
-                continue
-            low, high = interval(over[INTACT][metric] - over[control][metric])
-            difference = rows[INTACT][metric] - rows[control][metric]
-            comparisons.append(
-                {
-                    "control": control,
-                    "metric": metric,
-                    "rule": f"intact - control > {margin}",
-                    "value": difference,
-                    "interval": [low, high],
-                    "passed": low > margin,
-                }
-            )
-        if "map_correlation" in rows[control]:
-            low, high = interval(over[control]["map_correlation"])
-            comparisons.append(
-                {
-                    "control": control,
-                    "metric": "map_correlation",
-                    "rule": f"correlation with the intact maps < {MAP_CORRELATION_LIMIT}",
-                    "value": rows[control]["map_correlation"],
-                    "interval": [low, high],
-                    "passed": high < MAP_CORRELATION_LIMIT,
-                }
-            )
-    failed = [comparison for comparison in comparisons if not comparison["passed"]]
-    passed = mapped and not failed
-    return {"passed": passed, "reason": _reason(rows, comparisons, failed, mapped), "comparisons": comparisons}
-
-
-def _reason(rows, comparisons, failed, mapped: bool) -> str:
-    if not mapped:
-        return "the maps of the intact model are flat: no phrase is likelier at one place than at another"
-    if failed:
-        said = [
-            f"{CONTROLS[one['control']]}: {one['metric']} {one['value']:.3f} [{one['interval'][0]:.3f}, "
-            f"{one['interval'][1]:.3f}] violates '{one['rule']}'"
-            for one in failed
-        ]
-        return f"{len(failed)} of {len(comparisons)} comparisons fail: " + "; ".join(said)
-    parts = []
-    for metric in MARGINS:
-        if metric in rows[INTACT]:
-            best = max(CONTROLS, key=lambda name: rows[name][metric])
-            parts.append(f"{metric} {rows[INTACT][metric]:.3f}, at most {rows[best][metric]:.3f} ({CONTROLS[best]})")
-    most = max((one for one in comparisons if one["metric"] == "map_correlation"), key=lambda one: one["value"])
-    parts.append(f"maps correlate with the intact ones by at most {most['value']:.2f} ({CONTROLS[most['control']]})")
-    return f"all {len(comparisons)} comparisons hold: " + "; ".join(parts)
-
-
-def control_table(result: Mapping[str, Any]) -> str:
-    """The result as text: a row per condition with intervals, the rules, and the verdict."""
-    metrics = [m for m in ("word_f1", "cider", "rouge_l", "evidence", "map_correlation") if m in _metrics(result)]
-    rows = result["scores"] | result["controls"]
-    width = max(len(CONTROLS.get(name, name)) for name in rows) + 2
-    lines = [f"{'':{width}}" + "".join(f"{metric:>24}" for metric in metrics)]
-    for name, row in rows.items():
-        cells = []
-        for metric in metrics:
-            low, high = result["intervals"][name].get(metric, (0, 0))
-            cells.append(f"{row[metric]:.3f} [{low:.3f}, {high:.3f}]" if metric in row else "")
-        shown = "intact, all layers" if name == INTACT else CONTROLS.get(name, name)
-        lines.append(f"{shown:{width}}" + "".join(f"{cell:>24}" for cell in cells))
-    verdict = result["verdict"]
-    lines += ["", "intervals: 95 %, bootstrap over images; evidence in nats per token over the null prefix"]
-    margins = ", ".join(f"{metric} {margin}" for metric, margin in MARGINS.items() if metric in metrics)
-    lines += [
-        f"rules: the paired difference intact - control lies above a margin ({margins}) with its whole interval,",
-        f"       the maps' rank correlation with the intact ones below {MAP_CORRELATION_LIMIT}",
-        f"verdict: {'TRUSTED' if verdict['passed'] else 'NOT TRUSTED'}: {verdict['reason']}",
+def frequent_words(captions: Sequence[Sequence[str]], count: int = 12) -> list[str]:
+    """The words that most images' captions have, without those of more than half the images and the commonest of English."""
+    images = Counter(word for texts in captions for word in {word for text in texts for word in words_of(text)})
+    known = [
+        (word, n)
+        for word, n in images.items()
+        if n <= max(len(captions) / 2, 1) and word not in STOP_WORDS and len(word) > 2
     ]
-    return "\n".join(lines)
-
-
-def _metrics(result: Mapping[str, Any]) -> set[str]:
-    return {metric for row in (*result["scores"].values(), *result["controls"].values()) for metric in row}
+    return [word for word, _ in sorted(known, key=lambda item: (-item[1], item[0]))[:count]]

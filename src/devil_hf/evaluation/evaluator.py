@@ -47,7 +47,7 @@ from devil_hf.extras import needs
 from devil_hf.model.modeling_devil import DevilModel
 from devil_hf.model.processing_devil import DevilProcessor
 from devil_hf.registry import Registry
-from devil_hf.settings import option
+from devil_hf.settings import JsonSettings, checked, option
 
 EVALUATORS: Registry[type["Evaluator"]] = Registry("evaluator", "devil_hf.evaluation")
 # Pictures of results, by the name of the evaluator, are drawn by a room above this one.
@@ -57,7 +57,7 @@ END = "end"  # key of the record that says how many rows a stream had
 
 
 @dataclass(kw_only=True)
-class EvaluationSettings:
+class EvaluationSettings(JsonSettings):
     """What every evaluator can be told."""
 
     checkpoint: str | None = option(
@@ -68,7 +68,6 @@ class EvaluationSettings:
     seed: int = option("of whatever is drawn", 0)
     output_dir: Path = option("rows, where a stopped run goes on, and scores.json", Path("devil-evaluation"))
     device: str | None = option("default: cuda where there is one", None)
-    json: bool = option("print JSON", False)
 
     def validate(self) -> None:
         """Raise a ValueError for what can be seen to be wrong before anything is opened."""
@@ -88,7 +87,7 @@ class Evaluator(ABC):
         parallel: whether several processes may share its rows.
         unit: what a row is about, for the progress bar.
         model, processor: there from `prepare` on.
-        records: rows by key that are known so far; empty on processes other than the main one.
+        weights, records: fingerprint of the model, and rows by key that are known so far; on the main process only.
         total: how many rows there will be, where `open` returns an iterator and it is known.
     """
 
@@ -105,6 +104,7 @@ class Evaluator(ABC):
 
     def __init__(self, settings: Any):
         self.settings = settings
+        self.weights: str | None = None
         self.records: Mapping[str, Any] = {}
         self.total: int | None = None
 
@@ -171,8 +171,7 @@ def evaluate(
     from accelerate import PartialState
 
     kind = EVALUATORS[evaluator] if isinstance(evaluator, str) else evaluator
-    run = kind(kind.Settings() if settings is None else settings)
-    run.settings.validate()
+    run = kind(checked(kind.Settings() if settings is None else settings))
     state = PartialState(cpu=run.settings.device == "cpu")
     if state.num_processes > 1 and not kind.parallel:
         raise ValueError(f"the evaluation {kind.name!r} cannot be shared: run it on one process")
@@ -183,7 +182,7 @@ def evaluate(
     run.prepare()
     folder, weights, records = Path(run.settings.output_dir), None, None
     if state.is_main_process:
-        weights = fingerprint(run.model)
+        weights = run.weights = fingerprint(run.model)
         records = Records(folder / run.records_file, {"weights": weights, **run.decides()})
         run.records = records.rows
     try:
@@ -214,10 +213,8 @@ def run_and_print(name: str, settings: Any) -> int:
 def _load(settings: EvaluationSettings, state: Any) -> tuple[DevilModel, DevilProcessor]:
     from devil_hf.checkpoints import loading
 
-    model, processor = loading.load(settings.checkpoint, settings.device)
-    if model.config.scope and state.is_main_process:
-        print(f"note: {model.config.scope}", file=sys.stderr)
-    return model, processor
+    read = loading.open_checkpoint if state.is_main_process else loading.load  # one of them says what it knows
+    return read(settings.checkpoint, settings.device)
 
 
 def _collect(run: Evaluator, keys: Iterable[str], records: Records | None, state: Any) -> list[str]:

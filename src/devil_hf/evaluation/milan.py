@@ -7,150 +7,184 @@ the best ROUGE-L); the labels dealt to other units; what the language model says
 against the others, as far as people agree.
 """
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from os import PathLike
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers.utils import logging
 
-from devil_hf.data.exemplar_set import Unit
-from devil_hf.data.milan import SeveralUnits
+from devil_hf.data.milan import open_milan
 from devil_hf.data.unit_features import encoded_features
-from devil_hf.evaluation.records import Records
-from devil_hf.evaluation.text.bertscore import BERT_MODEL, BertScore, BertScoreSettings, bert_remedy
-from devil_hf.evaluation.text.metrics import caption_scores
-from devil_hf.evaluation.units.labels import label_units
+from devil_hf.evaluation.evaluator import EVALUATORS, EvaluationSettings, Evaluator
+from devil_hf.evaluation.results import CONTROLS, Evaluation
+from devil_hf.evaluation.tables import table
+from devil_hf.evaluation.text.bertscore import BERT_MODEL, MILAN, BertScoreSettings
+from devil_hf.evaluation.text.metrics import CaptionScorer, References, best_constant
+from devil_hf.evaluation.units.labels import LabelSettings, label_units, null_label
 from devil_hf.evaluation.units.simulation import shuffled_labels
-from devil_hf.model.backbone_devil import weights_hash
-from devil_hf.model.modeling_devil import DevilModel
-from devil_hf.model.processing_devil import DevilProcessor
+from devil_hf.settings import option
 
-LABELS = "labels.jsonl"
-UNITS = 64  # labelled before they are written down
 logger = logging.get_logger(f"transformers.{__name__}")
 
-COLUMNS = ("bert_score", "bleu_1", "bleu_4", "rouge_l", "cider")
-CONSTANTS = 20  # candidates for the constant label
+LABELS = "labels"
+ONE_ANNOTATOR = "one annotator"
+COLUMNS = ("bertscore", "bleu_1", "bleu_4", "rouge_l", "cider")
 
 
-def label_annotated_units(
-    model: DevilModel,
-    processor: DevilProcessor,
-    units: SeveralUnits | Sequence[Unit],
-    keys: Sequence[str],
-    strategy: str,
-    root: str | PathLike,
-    output_dir: str | PathLike,
-) -> list[dict[str, Any]]:
-    """Label units; `output_dir/labels.jsonl` takes them as they come, and a stopped pass goes on there.
+@dataclass(kw_only=True)
+class MilanSettings(EvaluationSettings, LabelSettings):
+    """Which units, how they are labelled and compared."""
 
-    Args:
-        keys: a name of each of the first units, by which it is known again; those after them are left out.
-        root: where the units lie, part of what the records must agree in.
+    milan: Path = option("folder of NETWORK/DATASET/annotations.csv", metavar="ROOT")
+    split: str = option("such as within-alexnet-imagenet or cnns-to-vit; a wrong one lists all")
+    limit: int | None = option("only this many test units", None)
+    batch_size: int = option("units at once, per process", 64)
+    train_steps: int = option("first train on the split's training units; 0: no", 0)
+    learning_rate: float = option("of that training", 1e-4)
+    seed: int = option("of that training", 0)
+    output_dir: Path = option(
+        "labels.jsonl, where stopped labelling goes on, scores.json, and what was trained", Path("devil-milan")
+    )
+    bert_model: str = option("name or directory for BERTScore; none leaves it out", BERT_MODEL)
+    bert_layers: int | None = option("of a directory, how many layers to use (roberta-large: 17)", None)
+    bert_baseline: Path | None = option("of a directory, the file of values to rescale by", None)
 
-    Returns:
-        What `label_units` returns, one dictionary for each key.
-
-    Raises:
-        ValueError: if `output_dir` holds labels by other weights, of another root, or by another strategy.
-    """
-    decides = {"weights": weights_hash(model), "units": str(Path(root).resolve()), "strategy": strategy}
-    records = Records(Path(output_dir) / LABELS, decides)
-    missing = [at for at, key in enumerate(keys) if key not in records]
-    for begin in range(0, len(missing), UNITS):
-        part = missing[begin : begin + UNITS]
-        pooled = encoded_features(model, processor, (units[at] for at in part))
-        for at, row in zip(part, label_units(model, processor, pooled, strategy), strict=True):
-            records.add(keys[at], row)
-    return [records[key] for key in keys]
+    def validate(self) -> None:
+        """See `EvaluationSettings.validate` and `LabelSettings.validate`."""
+        EvaluationSettings.validate(self)
+        LabelSettings.validate(self)
 
 
-def neuron_table(
+class MilanEvaluator(Evaluator):
+    """Labels of annotated units, beside labels that know nothing of the unit."""
+
+    name = "neurons"
+    summary = "score labels of units on MILANNOTATIONS"
+    example = "devil evaluate neurons --milan MILANNOTATIONS --split within-resnet152-imagenet --checkpoint CHECKPOINT"
+    Settings = MilanSettings
+    records_file = "labels.jsonl"
+    unit = "unit"
+
+    def open(self) -> list[str]:
+        """The names of the test units."""
+        self.training, self.units = open_milan(self.settings.milan, self.settings.split)
+        names = list(self.units.names[: self.settings.limit])
+        self.positions = {name: at for at, name in enumerate(names)}
+        return names
+
+    def prepare(self) -> None:
+        """Train on the units of the split, where that was asked for."""
+        if self.settings.train_steps:
+            self._train()
+
+    def _train(self) -> None:
+        from transformers import TrainingArguments
+
+        from devil_hf.training.units import train_on_units
+
+        asked, folder = self.settings, Path(self.settings.output_dir)
+        arguments = TrainingArguments(
+            output_dir=str(folder),
+            max_steps=asked.train_steps,
+            per_device_train_batch_size=64,
+            learning_rate=asked.learning_rate,
+            lr_scheduler_type="linear",
+            warmup_steps=asked.train_steps // 20,
+            save_strategy="no",
+            logging_steps=max(asked.train_steps // 20, 1),
+            report_to=[],
+            use_cpu=asked.device == "cpu",
+            seed=asked.seed,
+        )
+        train_on_units(self.model, self.processor, self.training, arguments).save_model(str(folder / "checkpoint"))
+
+    def decides(self) -> dict[str, Any]:
+        """The units and how they are labelled."""
+        return {"units": str(Path(self.settings.milan).resolve()), **self.settings.choice()}
+
+    def rows(self, keys: Sequence[str]) -> list[dict[str, Any]]:
+        """What `label_units` returns."""
+        units = (self.units[self.positions[key]] for key in keys)
+        pooled = encoded_features(self.model, self.processor, units)
+        return label_units(self.model, self.processor, pooled, **self.settings.choice())
+
+    def score(self, rows: Mapping[str, Any]) -> Evaluation:
+        """See `label_scores`."""
+        settings = self.settings
+        bert = None
+        if settings.bert_model != "none":
+            bert = BertScoreSettings(settings.bert_model, settings.bert_layers, settings.bert_baseline)
+        references = [self.units.summaries[self.positions[key]] for key in rows]
+        found = label_scores(
+            [row["label"] for row in rows.values()], references, null_label(self.model, self.processor), bert
+        )
+        scores = found["scores"]
+        noted = {"units": len(rows), "strategy": settings.strategy}
+        noted |= {"bertscore": str(bert)} if "bertscore" in scores[LABELS] else {}
+        return Evaluation(
+            title="Labels of units",
+            scores={LABELS: scores.pop(LABELS)},
+            controls={name: scores[name] for name in CONTROLS if name in scores},
+            dataset={"name": "MILANNOTATIONS", "split": settings.split},
+            settings=noted,
+            details={
+                "baselines": {ONE_ANNOTATOR: scores[ONE_ANNOTATOR]} if ONE_ANNOTATOR in scores else {},
+                "texts": found["texts"],
+                "missing": found["missing"],
+            },
+        )
+
+    def text(self, evaluation: Evaluation) -> str:
+        """The table, in hundredths."""
+        rows = evaluation.scores | evaluation.controls | evaluation.details["baselines"]
+        lines = [table(rows, COLUMNS, lambda value: f"{100 * value:.1f}", names=CONTROLS)]
+        return "\n".join([*lines, *(f"{n} is missing: {why}" for n, why in evaluation.details["missing"].items())])
+
+
+EVALUATORS.register("neurons", MilanEvaluator)
+EVALUATORS.register("milan", MilanEvaluator)
+
+
+def label_scores(
     labels: Sequence[str],
     references: Sequence[Sequence[str]],
-    null_label: str | None = None,
-    bert_model: str | PathLike | None = BERT_MODEL,
-    bert_layers: int | None = None,
-    bert_baseline: str | PathLike | None = None,
+    null: str | None = None,
+    bert: BertScoreSettings | None = MILAN,
     seed: int = 0,
-) -> dict[str, dict[str, Any]]:
-    """Scores of labels and of the controls.
+) -> dict[str, Any]:
+    """Scores of labels and of the controls; every text in lower case, references tokenised once for all rows.
 
     Args:
         labels: one per unit.
         references: what people wrote about each unit, at least one text.
-        null_label: what the language model says under the null prefix (`null_label`); without it, that row is left out.
-        bert_model: name or directory of BERTScore's model; None leaves BERTScore out.
-        bert_layers, bert_baseline: see `bert_scores`.
+        null: what the language model says under the null prefix (`null_label`); without it, that row is left out.
+        bert: which BERTScore; None leaves it out.
 
     Returns:
-        Row name -> metrics; "labels", "constant label", "shuffled labels", "language model only", "one annotator". BERTScore is
-        None where its model cannot be had; a warning then says what to do.
+        `scores`: row -> metrics, "labels", "constant" (the best label for all units), "shuffled" (dealt to other units), "null"
+        and "one annotator" (against the others); `texts` of the rows that say the same of every unit; `missing`: metric -> why
+        it cannot be had, which a warning says, too.
     """
     if len(labels) != len(references):
         raise ValueError(f"{len(labels)} labels for {len(references)} units with references")
-    targets: dict[str, tuple[list[str], Sequence[Sequence[str]]]] = {"labels": (list(labels), references)}
-    targets["constant label"] = ([best_constant(labels, references)] * len(labels), references)
-    targets["shuffled labels"] = (shuffled_labels(labels, seed), references)
-    if null_label is not None:
-        targets["language model only"] = ([null_label] * len(labels), references)
-    several = [texts for texts in references if len(texts) > 1]
-    if several:
-        targets["one annotator"] = ([texts[0] for texts in several], [texts[1:] for texts in several])
-    rows: dict[str, dict[str, Any]] = {}
-    for name, (texts, truths) in targets.items():
-        lowered = [text.lower() for text in texts], [[truth.lower() for truth in several] for several in truths]
-        rows[name] = {"bert_score": None} | caption_scores(*lowered)
-        if len(set(texts)) == 1:
-            rows[name]["text"] = texts[0]
-    if bert_model is None:
-        return rows
-    try:
-        for name, (texts, truths) in targets.items():
-            scores = bert_scores(texts, truths, bert_model, bert_layers, bert_baseline)
-            rows[name]["bert_score"] = float(scores.mean())
-    except (OSError, ImportError) as error:
-        settings = BertScoreSettings(bert_model, bert_layers, bert_baseline)
-        logger.warning(f"BERTScore is left out: {bert_remedy(settings, error)}")
-    return rows
-
-
-def best_constant(labels: Sequence[str], references: Sequence[Sequence[str]]) -> str:
-    """Of the most frequent labels and references, the one text that scores the best ROUGE-L when given to every unit."""
-    said = [text.lower() for texts in references for text in texts] + [text.lower() for text in labels if text]
-    counts = Counter(said)
-    candidates = sorted(counts, key=lambda text: (-counts[text], text))[:CONSTANTS]
-    lowered = [[text.lower() for text in texts] for texts in references]
-    return max(
-        candidates, key=lambda text: caption_scores([text] * len(references), lowered, metrics=("rouge_l",))["rouge_l"]
-    )
-
-
-def bert_scores(
-    labels: Sequence[str],
-    references: Sequence[Sequence[str]],
-    model: str | PathLike = BERT_MODEL,
-    layers: int | None = None,
-    baseline: str | PathLike | None = None,
-) -> torch.Tensor:
-    """BERTScore F1 (units,) with MILAN's settings; see `devil_hf.evaluation.text.bertscore.BertScoreSettings`."""
-    return BertScore(references, BertScoreSettings(model, layers, baseline))(labels)
-
-
-@torch.no_grad()
-def null_label(model: DevilModel, processor: DevilProcessor, max_new_tokens: int = 20) -> str:
-    """What the language model says when every layer is hidden."""
-    ids = model.decode(model.null_prefix(), max_new_tokens=max_new_tokens)
-    return processor.batch_decode(ids, skip_special_tokens=True)[0].strip()
-
-
-def table_text(rows: Mapping[str, Mapping[str, Any]]) -> str:
-    """The table as text, in hundredths."""
-    lines = [f"{'':22}" + "".join(f"{name:>11}" for name in COLUMNS)]
-    for name, row in rows.items():
-        cells = ["–" if row[column] is None else f"{100 * row[column]:.1f}" for column in COLUMNS]
-        lines.append(f"{name:22}" + "".join(f"{cell:>11}" for cell in cells))
-    return "\n".join(lines)
+    said, truths = [text.lower() for text in labels], [[text.lower() for text in texts] for texts in references]
+    known = References(truths, bert or MILAN)
+    rouge = CaptionScorer(known, ["rouge_l"])
+    texts = [text for several in truths for text in several] + said
+    constant = best_constant([texts], lambda text: rouge([text] * len(truths))["rouge_l"])
+    targets = {LABELS: said, "constant": [constant] * len(said)}
+    targets["shuffled"] = [text.lower() for text in shuffled_labels(labels, seed)]
+    if null is not None:
+        targets["null"] = [null.lower()] * len(said)
+    metrics = [*(["bertscore"] if bert else []), "bleu", "rouge_l", "cider"]
+    scorer = CaptionScorer(known, metrics)
+    rows = {name: scorer(target) for name, target in targets.items()}
+    if several := [own for own in truths if len(own) > 1]:
+        others = References([own[1:] for own in several], known.bert)
+        rows[ONE_ANNOTATOR] = CaptionScorer(others, metrics)([own[0] for own in several])
+    missing = {name: why for row in rows.values() for name, why in row.pop("missing", {}).items()}
+    for name, why in missing.items():
+        logger.warning(f"{name} is left out: {why}")
+    same = {"constant": constant} | ({} if null is None else {"null": null})
+    return {"scores": rows, "texts": same, "missing": missing}

@@ -15,9 +15,9 @@
 Rows of `scores` are what was asked ("all" layers together, one layer, a combination of their maps), rows of `controls` the same
 measure without the features; more is better in every metric. Only `title` and `scores` must be there, and `dataset` may be a
 name. `verdict` is for evaluations that judge their controls themselves; `weights` says of which weights all this is true (see
-`fingerprint`), and no other model is published with it. Other keys, such as the `missing` metrics and the
-`model-index` of `devil evaluate captions`, are not read. A file may also hold a list of such objects. What `devil evaluate
-captions`, `devil evaluate neurons` and `devil quickstart` write is read as well.
+`fingerprint`), and no other model is published with it. Other keys (`intervals`, `missing` metrics, the `model-index` of
+captions) are not read. A file may also hold a list of such objects. The first layout of `devil quickstart`, which the shipped
+checkpoint of the shapes world has, is read as well.
 """
 
 import hashlib
@@ -32,6 +32,7 @@ from typing import Any
 from huggingface_hub import EvalResult
 
 from devil_hf.data.worlds import HELD_OUT_WORLD, world_label
+from devil_hf.evaluation.text.metrics import CAPTION_METRICS
 from devil_hf.model.backbone_devil import weights_hash
 from devil_hf.model.explaining_devil import map_combinations
 from devil_hf.model.modeling_devil import DevilModel
@@ -46,21 +47,6 @@ CONTROLS = {
     "untrained": "untrained translator",
 }
 CHANCE = "chance"
-# Rows of `devil evaluate neurons` that are controls, and the one that is people's agreement and no result of a model.
-NEURON_ROWS = {"constant label": "constant", "shuffled labels": "shuffled", "language model only": "null"}
-ONE_ANNOTATOR = "one annotator"
-METRIC_NAMES = {
-    "bleu_1": "BLEU-1",
-    "bleu_2": "BLEU-2",
-    "bleu_3": "BLEU-3",
-    "bleu_4": "BLEU-4",
-    "rouge_l": "ROUGE-L",
-    "meteor": "METEOR",
-    "cider": "CIDEr",
-    "spice": "SPICE",
-    "bertscore": "BERTScore F1",
-    "bert_score": "BERTScore F1",
-}
 Table = dict[str, dict[str, float]]
 
 
@@ -92,10 +78,10 @@ class Evaluation:
     exit_code: int = field(default=0, compare=False, repr=False)
 
     def as_record(self) -> dict[str, Any]:
-        """The one layout of results, see above."""
+        """The one layout of results, see above, as JSON reads it again."""
         record = {name: getattr(self, name) for name in ("title", "dataset", "settings", "scores", "controls")}
         record |= {"verdict": self.verdict} if self.verdict is not None else {}
-        return record | self.details | {"weights": self.weights}
+        return json.loads(json.dumps(record | self.details | {"weights": self.weights}))
 
     def write(self, file: str | PathLike) -> None:
         """Write the result as JSON."""
@@ -150,7 +136,8 @@ class ControlVerdict:
 
 def metric_name(metric: str) -> str:
     """A metric as people write it."""
-    return METRIC_NAMES.get(metric, metric.replace("_", " "))
+    names = {score: name for one in CAPTION_METRICS.values() for score, name in one.scores.items()}
+    return names.get(metric, metric.replace("_", " "))
 
 
 def judge_controls(evaluations: Sequence[Evaluation]) -> ControlVerdict:
@@ -226,29 +213,14 @@ def _evaluations_of(content: Any, path: Path) -> list[Evaluation]:
         raise ValueError(
             f'{path} holds no results: expected an object with "title" and "scores", as devil_hf.evaluation.results has it'
         )
-    scores = {
-        NEURON_ROWS.get(name, name): {metric: value for metric, value in row.items() if value is not None}
-        for name, row in content["scores"].items()
-        if name != ONE_ANNOTATOR
-    }
-    controls = {name: dict(row) for name, row in content.get("controls", {}).items()}
-    # Controls may stand among the layers, as `devil evaluate neurons` has them beside the labels.
-    controls |= {name: scores.pop(name) for name in (*CONTROLS, CHANCE) if name in scores}
-    settings = dict(content.get("settings", {}))
-    for table in (scores, controls):
-        for name, row in table.items():
-            for key in [key for key, value in row.items() if isinstance(value, str)]:
-                settings[f"{key} of {name}" if key == "text" else key] = row.pop(key)
     dataset = content.get("dataset", "not recorded")
     return [
         Evaluation(
-            title=content.get(
-                "title", f"Captions of features ({path.stem})" if "descriptions" in content else path.stem
-            ),
-            scores=scores,
-            controls=controls,
+            title=content.get("title", path.stem),
+            scores={name: dict(row) for name, row in content["scores"].items()},
+            controls={name: dict(row) for name, row in content.get("controls", {}).items()},
             dataset={"name": dataset} if isinstance(dataset, str) else dict(dataset),
-            settings=settings,
+            settings=dict(content.get("settings", {})),
             verdict=content.get("verdict"),
             weights=content.get("weights"),
         )

@@ -1,12 +1,16 @@
-"""Confidence intervals by the bootstrap over images: percentiles of a statistic over images drawn with replacement.
+"""One definition of each statistic that several evaluations need.
 
-Every statistic here is a ratio of sums over images: a mean (value over one), a micro-averaged F1 (twice the hits over words
-said and true). The same draws serve every statistic, so the difference of two is a paired one.
+Intervals are percentiles of a statistic over images drawn with replacement. Every statistic with an interval is a ratio of sums
+over images: a mean (value over one), a micro-averaged F1 (twice the hits over words said and true). One set of draws serves
+them all, so the difference of two is a paired one, and each is a matrix product; scipy's bootstrap draws anew per statistic.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import ArrayLike
+
+from devil_hf.extras import needs
 
 
 @dataclass
@@ -24,6 +28,7 @@ class Ratio:
 
     @property
     def value(self) -> float:
+        """The statistic of the images as they are."""
         return float(self.over(np.ones((1, len(self.numerator))))[0])
 
     def over(self, draws: np.ndarray) -> np.ndarray:
@@ -37,7 +42,77 @@ def bootstrap_draws(images: int, draws: int = 2_000, seed: int = 0) -> np.ndarra
     return np.random.default_rng(seed).multinomial(images, np.full(images, 1 / images), size=draws).astype(float)
 
 
-def interval(values: np.ndarray, confidence: float = 0.95) -> list[float]:
-    """The percentile interval [low, high] of a statistic over draws (D,); NaN, where a draw has none, is left out."""
+def interval(values: np.ndarray, confidence: float = 0.95) -> tuple[float, float]:
+    """The percentile interval (low, high) of a statistic over draws (D,); NaN, where a draw has none, is left out."""
     tail = (1 - confidence) / 2
-    return [float(end) for end in np.nanquantile(values, (tail, 1 - tail))]
+    low, high = np.nanquantile(values, (tail, 1 - tail))
+    return float(low), float(high)
+
+
+def bootstrap(values: ArrayLike, weights: ArrayLike, resamples: int = 2_000, seed: int = 0) -> tuple[float, float]:
+    """The 95 % interval of sum(values) / sum(weights) when images are drawn with replacement.
+
+    Args:
+        values: (images,) or (images, parts): sums over each image's phrases; with parts, the mean of the parts' ratios.
+        weights: of the same shape: how much each sum counts (number of phrases, pixels of the union).
+    """
+    values, weights = (np.asarray(one, dtype=np.float64) for one in (values, weights))
+    draws = bootstrap_draws(len(values), resamples, seed)
+    return interval(ratio(draws @ values, draws @ weights))
+
+
+def ratio(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """values / weights, averaged over the parts (last axis of two) that have any weight."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        shares = values / weights
+    return np.nanmean(shares, axis=-1) if shares.ndim == 2 else shares
+
+
+def average_precision(values: ArrayLike, truth: ArrayLike) -> float:
+    """Area under the precision-recall curve of what is true (N,), ranked by values (N,); ties are one step.
+
+    Raises:
+        MissingExtraError: without scikit-learn.
+    """
+    needs("sklearn", "evaluate")
+    from sklearn.metrics import average_precision_score
+
+    return float(average_precision_score(truth, values))
+
+
+def rank_correlation(one: ArrayLike, other: ArrayLike) -> float:
+    """Spearman's correlation of two series (N,), ties at their mean rank; NaN where either is constant.
+
+    Raises:
+        MissingExtraError: without scipy.
+    """
+    needs("scipy", "evaluate")
+    from scipy.stats import rankdata
+
+    # Of the ranks; `spearmanr` computes a p-value as well, which costs ten times as much for maps of some hundred places.
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return float(np.corrcoef(rankdata(one), rankdata(other))[0, 1])
+
+
+def false_discovery(p: ArrayLike) -> np.ndarray:
+    """q-values of p-values (n,) by Benjamini and Hochberg (1995).
+
+    Raises:
+        MissingExtraError: without scipy.
+    """
+    needs("scipy", "evaluate")
+    from scipy.stats import false_discovery_control
+
+    return false_discovery_control(np.asarray(p, dtype=np.float64), method="bh")
+
+
+__all__ = [
+    "Ratio",
+    "average_precision",
+    "bootstrap",
+    "bootstrap_draws",
+    "false_discovery",
+    "interval",
+    "rank_correlation",
+    "ratio",
+]

@@ -3,9 +3,12 @@
 from pathlib import Path
 
 from devil_hf.evaluation.evaluator import FIGURES
+from devil_hf.evaluation.knowledge import knowledge_panels
+from devil_hf.evaluation.localisation import MapsEvaluator
 from devil_hf.evaluation.results import Evaluation
-from devil_hf.evaluation.shapes import QUESTIONS, ShapesEvaluator, knowledge_panels
+from devil_hf.evaluation.shapes import QUESTIONS, ShapesEvaluator
 from devil_hf.report.knowledge import knowledge_figure
+from devil_hf.report.localisation import localisation_figure
 
 
 @FIGURES.register("shapes")
@@ -14,3 +17,10 @@ def draw_knowledge(run: ShapesEvaluator, evaluation: Evaluation) -> None:
     if set(run.settings.questions) == set(QUESTIONS):
         picture = knowledge_figure(*knowledge_panels(evaluation.details), evaluation.title)
         picture.save(Path(run.settings.output_dir) / "layers.png", optimize=True)
+
+
+@FIGURES.register("maps")
+def draw_maps(run: MapsEvaluator, evaluation: Evaluation) -> None:
+    """`maps.png`: maps of some phrases beside the truth."""
+    folder = Path(run.settings.output_dir)
+    localisation_figure(run.processor, run.examples, run.recorded, folder).save(folder / "maps.png")

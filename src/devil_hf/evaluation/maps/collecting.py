@@ -1,7 +1,7 @@
 """Maps of many images and phrases, kept on disk: the part of `devil evaluate maps` that runs the model.
 
 Per image one file holds the masks in the crop and every map on its own grid; a line of the record names it and holds the
-phrases, their prior under the null prefix, and the curves of insertion and deletion. `map_scores.py` reads both and never asks
+phrases, their prior under the null prefix, and the curves of insertion and deletion. `scores.py` reads both and never asks
 the model, so that a new measure costs no inference.
 """
 
@@ -16,13 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from tqdm.auto import tqdm
 
 from devil_hf.data.objects import LocalisedImage
 from devil_hf.evaluation.maps.gradcam import ClassMapper
 from devil_hf.evaluation.maps.measures import centre_prior, tile_crops
-from devil_hf.evaluation.records import Records
-from devil_hf.model.backbone_devil import weights_hash
 from devil_hf.model.explaining_devil import combine_maps, map_combinations
 from devil_hf.model.image_processing_devil import load_images
 from devil_hf.model.modeling_devil import DevilModel
@@ -33,7 +30,6 @@ DEFAULT_COMBINATION = "informed"
 CENTRE, RANDOM, GRADCAM = "centre prior", "random", "Grad-CAM"
 SHARES = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7)  # of the locations that insertion shows and deletion hides
 TILES = (2, 3, 4)  # images on one board of the multi-object game
-RECORDS = "records.jsonl"
 
 
 @dataclass(frozen=True)
@@ -44,78 +40,74 @@ class MapSettings:
         layers: names or indices; None for all.
         carrier: neutral word read before every phrase, and not scored; None for none.
         joint: also ask all the layers together at every place, which costs as much again as the finest layer.
-        boards: boards of the multi-object game for each number of images.
-        seed: of the boards and of the random order of deletion.
+        seed: of the random order of deletion.
         windows: layer name -> side of the square pooled around each of its places; 1 for layers left out.
     """
 
     layers: tuple[str | int, ...] | None = None
     carrier: str | None = None
     joint: bool = True
-    boards: int = 40
     seed: int = 0
     windows: Mapping[str, int] = field(default_factory=dict)
 
 
 @torch.no_grad()
-def collect_maps(
+def map_image(
     model: DevilModel,
     processor: DevilProcessor,
-    examples: Sequence[LocalisedImage],
-    source: Mapping[str, str],
+    example: LocalisedImage,
     folder: Path,
     settings: MapSettings,
     classes: ClassMapper | None = None,
-) -> tuple[list[str], Records]:
-    """Map every phrase of every image, and of boards of several images; what `folder` already holds is not done again.
+) -> dict[str, Any]:
+    """Map every phrase of an image that is visible in the crop.
 
     Args:
-        source: what names the examples (source, folder of images, class names), part of what the records must agree in.
+        folder: gets the arrays, in `maps/`.
         classes: Grad-CAM of the backbone's classifier, where wanted.
 
     Returns:
-        The keys of these images and boards, and the records, which may hold more: one row per key, see `_map_one`.
+        The row of the record: see `_map_one`, with the `file` of the arrays and the `groups` of the phrases.
     """
+    pixels, masks = _read(processor, example)
+    own = {phrase: mask for phrase, mask in masks.items() if mask.any()}
+    row: dict[str, Any] = {"phrases": []}
+    if own:
+        names = asked_layers(model, settings)
+        row = _map_one(model, processor, pixels, own, names, settings, example.key, classes)
+        row |= _write(folder / "maps" / f"{_digest(example.key)}.npz", row.pop("arrays"))
+    return row | {"groups": {phrase: example.groups[phrase] for phrase in row["phrases"]}}
+
+
+@torch.no_grad()
+def map_board(
+    model: DevilModel, processor: DevilProcessor, board: "Board", folder: Path, settings: MapSettings
+) -> dict[str, Any]:
+    """Map a phrase of each image of a board; the row of the record has no phrases where one of them is not visible."""
+    row = _map_board(model, processor, board.members, board.phrases, asked_layers(model, settings), settings)
+    if row:
+        row |= _write(folder / "maps" / f"{board.key}.npz", row.pop("arrays"))
+        row["groups"] = {p: one.groups[p] for one, p in zip(board.members, board.phrases, strict=True)}
+    return {"board": len(board.members), "phrases": []} | row
+
+
+def asked_layers(model: DevilModel, settings: MapSettings) -> list[str]:
+    """The names of the layers that are mapped."""
     asked = resolve_layers(list(settings.layers) if settings.layers else None, model.layer_names)
-    names = [model.layer_names[index] for index in asked]
+    return [model.layer_names[index] for index in asked]
+
+
+def decisions(model: DevilModel, settings: MapSettings, classes: ClassMapper | None) -> dict[str, Any]:
+    """What decides the rows beside the weights and the data."""
     decides: dict[str, Any] = {
-        "weights": weights_hash(model),
-        **source,
-        "layers": names,
+        "layers": asked_layers(model, settings),
         "carrier": settings.carrier,
         "joint": settings.joint,
         "seed": settings.seed,
         "random_orders": "by image",
         "gradcam": _digest(*(", ".join(one) for one in classes.names)) if classes else False,
     }
-    if settings.windows:
-        decides["windows"] = dict(settings.windows)
-    records = Records(folder / RECORDS, decides)
-    (folder / "maps").mkdir(exist_ok=True)
-    boards = draw_boards(examples, settings)
-    bar = tqdm(total=len(examples) + len(boards), desc="maps", unit="image")
-    for example in examples:
-        if example.key not in records:
-            pixels, masks = _read(processor, example)
-            shown = [phrase for phrase, mask in masks.items() if mask.any()]
-            row: dict[str, Any] = {"phrases": []}
-            if shown:
-                own = {phrase: masks[phrase] for phrase in shown}
-                row = _map_one(model, processor, pixels, own, names, settings, example.key, classes)
-                row |= _write(folder / "maps" / f"{_digest(example.key)}.npz", row.pop("arrays"))
-            row |= {"groups": {phrase: example.groups[phrase] for phrase in row["phrases"]}}
-            records.add(example.key, row)
-        bar.update()
-    for key, members, phrases in boards:
-        if key not in records:
-            row = _map_board(model, processor, [examples[one] for one in members], phrases, names, settings)
-            if row:
-                row |= _write(folder / "maps" / f"{key}.npz", row.pop("arrays"))
-                row["groups"] = {p: examples[one].groups[p] for one, p in zip(members, phrases, strict=True)}
-            records.add(key, {"board": len(members), "phrases": []} | row)
-        bar.update()
-    bar.close()
-    return [example.key for example in examples] + [key for key, _, _ in boards], records
+    return decides | ({"windows": dict(settings.windows)} if settings.windows else {})
 
 
 def _read(processor: DevilProcessor, example: LocalisedImage) -> tuple[Tensor, dict[str, np.ndarray]]:
@@ -148,7 +140,7 @@ def _map_one(
     maps = _layer_and_combined_maps(model, features, text, names, settings)
     if settings.joint:
         joint = model.attribute(
-            phrases=text, feature_maps=features, layers=names, combine="joint", window=settings.windows
+            phrases=text, feature_maps=features, layers=names, combine="joint", window=settings.windows or 1
         )
         maps["joint"] = joint.maps["joint"].cpu()
     whole = model.score(feature_maps=features, layers=names, **text)
@@ -179,7 +171,7 @@ def _map_one(
 
 def _layer_and_combined_maps(model, features, text, names, settings: MapSettings) -> dict[str, Tensor]:
     """The map of every layer, and each of their `map_combinations`, (1, K, rows, columns) on the CPU."""
-    found = model.attribute(phrases=text, feature_maps=features, layers=names, window=settings.windows)
+    found = model.attribute(phrases=text, feature_maps=features, layers=names, window=settings.windows or 1)
     layers = {name: one.cpu() for name, one in found.maps.items()}
     weighed = model.layer_evidence(features, text, names).cpu()
     return layers | {rule: combine_maps(layers, rule, weighed) for rule in map_combinations()}
@@ -237,27 +229,34 @@ def shown_weights(values: Tensor) -> Tensor:
     return (shown / shown.sum(dim=2, keepdim=True)).unflatten(2, (rows, columns))
 
 
-def draw_boards(examples: Sequence[LocalisedImage], settings: MapSettings) -> list[tuple[str, list[int], list[str]]]:
-    """(key, images, one phrase of each that no other image of the board has), drawn by the seed."""
+@dataclass(frozen=True)
+class Board:
+    """Several images as one picture, each with a phrase that no other image of the board has."""
+
+    key: str
+    members: list[LocalisedImage]
+    phrases: list[str]
+
+
+def draw_boards(examples: Sequence[LocalisedImage], count: int, seed: int) -> list[Board]:
+    """`count` boards for each number of images, drawn by the seed."""
     boards = []
     for size in TILES:
-        generator = np.random.default_rng((settings.seed, size))
+        generator = np.random.default_rng((seed, size))
         made: set[tuple[int, ...]] = set()
-        for _ in range(20 * settings.boards):
-            if len(made) == settings.boards or len(examples) < size:
+        for _ in range(20 * count):
+            if len(made) == count or len(examples) < size:
                 break
             members = [int(one) for one in generator.choice(len(examples), size, replace=False)]
             phrases = []
-            pick = np.random.default_rng(
-                (settings.seed, *members)
-            )  # the same board has the same phrases under any limit
+            pick = np.random.default_rng((seed, *members))  # the same board has the same phrases under any limit
             for one in members:
                 others = frozenset().union(*(examples[other].present for other in members if other != one))
                 own = sorted(set(examples[one].groups) - others)
                 phrases.append(own[int(pick.integers(len(own)))] if own else "")
             if all(phrases) and tuple(members) not in made:
                 of = _digest(*(examples[one].key for one in members), *phrases)
-                boards.append((f"board-{size}-{of}", members, phrases))
+                boards.append(Board(f"board-{size}-{of}", [examples[one] for one in members], phrases))
                 made.add(tuple(members))
     return boards
 
@@ -286,13 +285,14 @@ def _digest(*texts: str) -> str:
 
 
 def _write(path: Path, arrays: Mapping[str, np.ndarray]) -> dict[str, str]:
+    path.parent.mkdir(parents=True, exist_ok=True)
     packed: dict[str, Any] = {name: np.packbits(one) if one.dtype == bool else one for name, one in arrays.items()}
     np.savez_compressed(path, mask_shape=np.array(arrays["masks"].shape), **packed)
     return {"file": path.name}
 
 
 def read_arrays(path: Path) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """The masks (K, H, W) and the maps by name of a file that `collect_maps` wrote."""
+    """The masks (K, H, W) and the maps by name of the file of an image or board."""
     with np.load(path) as content:
         shape = tuple(int(edge) for edge in content["mask_shape"])
         masks = np.unpackbits(content["masks"], count=int(np.prod(shape))).reshape(shape).astype(bool)
@@ -304,11 +304,12 @@ __all__ = [
     "DEFAULT_COMBINATION",
     "GRADCAM",
     "RANDOM",
-    "RECORDS",
     "SHARES",
     "MapSettings",
-    "collect_maps",
+    "draw_boards",
     "location_curves",
+    "map_board",
+    "map_image",
     "read_arrays",
     "shown_weights",
 ]

@@ -1,16 +1,8 @@
-"""Measures of one attribution map against one mask, on numpy arrays.
+"""How maps are compared with masks, on numpy arrays; `standard.py` says which of this is reported.
 
 Masks are those of the crop that the backbone saw: what it never saw is neither a hit nor a miss. Pointing is decided on the
 map's own grid (`pointing.py`); everything by pixels enlarges the map bilinearly to the mask first, as the paper draws it.
 A map without any knowledge, equal everywhere, scores what chance would: ties share their score.
-
-| metric | what it is | chance |
-|---|---|---|
-| pointing | is the maximum on the object, within half a cell | cells that count as hits |
-| energy | share of the positive evidence that lies on the object | area |
-| iou | overlap with the pixels that have at least half of the map's maximum | area |
-| average_precision | pixels ranked by the map | area |
-| choice | object pixels at which this phrase beats those of the image's other objects | one of the phrases |
 """
 
 from collections.abc import Sequence
@@ -20,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from devil_hf.evaluation.maps.pointing import finite_map
-from devil_hf.evaluation.statistics import bootstrap_draws, interval
+from devil_hf.evaluation.statistics import average_precision
 
 LEVELS = np.linspace(0.0, 1.0, 41)  # shares of a map's maximum that the best threshold is looked for among
 FIXED_LEVEL = 0.5
@@ -72,38 +64,32 @@ def overlaps(values: ArrayLike, mask: ArrayLike, levels: Sequence[float] = tuple
     return np.stack([hit, above + int(inside.sum()) - hit], axis=1)
 
 
-def average_precision(values: ArrayLike, mask: ArrayLike) -> float:
-    """Area under the precision-recall curve of the pixels ranked by a map, without interpolation, as scikit-learn has it."""
-    flat, inside = finite_map(values).ravel(), _mask(mask).ravel()
-    order = np.argsort(-flat, kind="stable")
-    ranked, found = flat[order], np.cumsum(inside[order])
-    ends = np.append(np.nonzero(np.diff(ranked))[0], len(ranked) - 1)  # the last of each run of equal values
-    precision, recall = found[ends] / (ends + 1), found[ends] / found[-1]
-    return float(np.sum(np.diff(recall, prepend=0.0) * precision))
+def pixel_precision(values: ArrayLike, mask: ArrayLike) -> float:
+    """Average precision of the pixels of a map ranked by it, both (height, width)."""
+    return average_precision(finite_map(values).ravel(), _mask(mask).ravel())
 
 
-def choice(values: ArrayLike, masks: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
-    """Per phrase, the share of its pixels at which its map is higher than those of the image's other objects; ties share.
+def choice(values: np.ndarray, masks: np.ndarray, at: int) -> float | None:
+    """The share of a phrase's pixels at which its map is higher than those of the image's other objects; ties share.
 
     Phrases whose masks overlap may both be true of a place, so they do not compete.
 
     Args:
         values: (K, height, width), maps of the image's K phrases in one unit.
         masks: (K, height, width) bool.
+        at: which phrase.
 
     Returns:
-        The shares (K,), and the number of rivals (K,); without a rival the share is 1.
+        The share, None without a rival.
     """
-    values, masks = np.asarray(values, dtype=np.float64), np.stack([_mask(mask) for mask in np.asarray(masks)])
-    flat = masks.reshape(len(masks), -1)
-    rivals = ~(flat.astype(np.float32) @ flat.T.astype(np.float32) > 0)  # (K, K)
-    shares = []
-    for own, mask, others in zip(values, masks, rivals, strict=True):
-        against = values[others][:, mask]  # (rivals, pixels)
-        won = (own[mask] >= against).all(axis=0)
-        tied = (own[mask] == against).sum(axis=0)
-        shares.append(float(np.mean(won / (1 + tied))))
-    return np.array(shares), rivals.sum(axis=1)
+    mask = _mask(masks[at])
+    rivals = [other for other in range(len(masks)) if other != at and not (masks[other] & mask).any()]
+    if not rivals:
+        return None
+    own, against = values[at][mask], values[rivals][:, mask]  # (pixels,), (rivals, pixels)
+    won = (own >= against).all(axis=0)
+    tied = (own == against).sum(axis=0)
+    return float(np.mean(won / (1 + tied)))
 
 
 def centre_prior(size: tuple[int, int], tiles: int = 1) -> np.ndarray:
@@ -136,26 +122,6 @@ def tile_crops(crops: np.ndarray) -> np.ndarray:
     return board
 
 
-def bootstrap(values: ArrayLike, weights: ArrayLike, resamples: int = 2_000, seed: int = 0) -> tuple[float, float]:
-    """The 95 % interval of sum(values) / sum(weights) when images are drawn with replacement.
-
-    Args:
-        values: (images,) or (images, parts): sums over each image's phrases; with parts, the mean of the parts' ratios.
-        weights: of the same shape: how much each sum counts (number of phrases, pixels of the union).
-    """
-    values, weights = (np.asarray(one, dtype=np.float64) for one in (values, weights))
-    draws = bootstrap_draws(len(values), resamples, seed)
-    low, high = interval(ratio(draws @ values, draws @ weights))
-    return low, high
-
-
-def ratio(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """values / weights, averaged over the parts (last axis of two) that have any weight."""
-    with np.errstate(invalid="ignore", divide="ignore"):
-        shares = values / weights
-    return np.nanmean(shares, axis=-1) if shares.ndim == 2 else shares
-
-
 def _mask(mask: ArrayLike) -> np.ndarray:
     mask = np.asarray(mask).astype(bool)
     if not mask.any():
@@ -166,14 +132,12 @@ def _mask(mask: ArrayLike) -> np.ndarray:
 __all__ = [
     "FIXED_LEVEL",
     "LEVELS",
-    "average_precision",
-    "bootstrap",
     "centre_prior",
     "choice",
     "energy_pointing",
     "enlarge",
     "overlaps",
-    "ratio",
+    "pixel_precision",
     "relative",
     "tile_crops",
 ]

@@ -23,52 +23,35 @@ from tqdm.auto import tqdm
 
 from devil_hf.data.pairs.folder import read_caption_folder
 from devil_hf.evaluation.maps.collecting import CENTRE, DEFAULT_COMBINATION, GRADCAM, RANDOM, read_arrays
-from devil_hf.evaluation.maps.measures import (
-    FIXED_LEVEL,
-    LEVELS,
-    average_precision,
-    bootstrap,
-    centre_prior,
-    choice,
-    energy_pointing,
-    enlarge,
-    overlaps,
-    ratio,
-)
-from devil_hf.evaluation.maps.pointing import chance_pointing, pointing
-from devil_hf.evaluation.results import CHANCE, metric_name
+from devil_hf.evaluation.maps.measures import centre_prior, enlarge
+from devil_hf.evaluation.maps.pointing import pointing
+from devil_hf.evaluation.maps.views import MAP_MEASURES, MapView, mean_of_phrases
+from devil_hf.evaluation.results import CHANCE
+from devil_hf.evaluation.statistics import bootstrap
+from devil_hf.evaluation.tables import table as written
 
 CLASSIFIED = "classes of the backbone"
-PER_PHRASE = ("pointing", "energy", "average_precision", "iou", "insertion", "deletion")
+RANDOM_ORDER = "random order"
 POINTING_CHANCE, POINTING_CENTRE = "pointing_chance", "pointing_centre"
-METRICS = (
-    PER_PHRASE[0],
-    POINTING_CHANCE,
-    POINTING_CENTRE,
-    *PER_PHRASE[1:4],
-    "iou_best",
-    "miou",
-    "choice",
-    *PER_PHRASE[4:],
-)
-FIXED = int(np.argmin(np.abs(LEVELS - FIXED_LEVEL)))
 
 
 @dataclass
 class Sample:
-    """What one row of the table has for one phrase of one image (or board)."""
+    """What one row of the table has for one phrase of one image (or board): measure -> what its `pool` understands."""
 
     image: int
     phrase: str
     tags: tuple[str, ...]
-    values: dict[str, float] = field(default_factory=dict)
-    overlap: np.ndarray | None = None  # (levels, 2): intersection and union in shares of the crop
+    values: dict[str, Any] = field(default_factory=dict)
+
+
+Table = dict[str, list[Sample]]
 
 
 def score_maps(
     rows: Mapping[str, Any], folder: Path, seen: Collection[str] | None = None, resamples: int = 2_000, seed: int = 0
 ) -> dict[str, Any]:
-    """Score what `collect_maps` wrote.
+    """Score the recorded maps of images and boards.
 
     Args:
         rows: key -> row, those to score.
@@ -77,16 +60,15 @@ def score_maps(
 
     Returns:
         `images`: how many hold a phrase; `groups`: group -> row -> metric -> value; `intervals`: the same with (low, high);
-        `counts`: group -> phrases, images, area; `boards`: the multi-object game likewise, row -> metric.
+        `counts`: group -> phrases, images, area; `boards`: the multi-object game likewise, row -> metric, with
+        `board_intervals`.
 
     Raises:
         ValueError: if no phrase of any image is visible in the crop.
     """
     if not any(row["phrases"] for row in rows.values() if "board" not in row):
         raise ValueError("no phrase of these images is visible in the crop: give more images (--limit), or others")
-    table: dict[str, list[Sample]] = {}
-    boards: dict[str, list[Sample]] = {}
-    areas: list[Sample] = []
+    table, boards, areas = Table(), Table(), list[Sample]()
     for number, row in enumerate(tqdm(rows.values(), desc="scores", unit="image", leave=False)):
         if not row["phrases"]:
             continue
@@ -99,29 +81,18 @@ def score_maps(
             Sample(number, p, tags[p], {"area": float(m.mean())}) for p, m in zip(row["phrases"], masks, strict=True)
         ]
         _score_image(number, row, masks, maps, tags, table)
-    groups: dict[str, Any] = {}
-    intervals: dict[str, Any] = {}
-    counts: dict[str, Any] = {}
+    content: dict[str, Any] = {"groups": {}, "intervals": {}, "counts": {}}
     for tag in dict.fromkeys(tag for sample in areas for tag in sample.tags):
         chosen = [sample for sample in areas if tag in sample.tags]
-        counts[tag] = {
+        content["counts"][tag] = {
             "phrases": len(chosen),
             "images": len({sample.image for sample in chosen}),
             "area": float(np.mean([sample.values["area"] for sample in chosen])),
         }
-        groups[tag], intervals[tag] = {}, {}
-        for name, samples in table.items():
-            found = summarise([sample for sample in samples if tag in sample.tags], resamples, seed)
-            if found:
-                groups[tag][name] = {metric: value for metric, (value, _) in found.items()}
-                intervals[tag][name] = {metric: interval for metric, (_, interval) in found.items()}
-    content: dict[str, Any] = {"groups": groups, "intervals": intervals, "counts": counts}
+        own = {name: [sample for sample in samples if tag in sample.tags] for name, samples in table.items()}
+        content["groups"][tag], content["intervals"][tag] = _summaries(own, resamples, seed)
     content["images"] = len({sample.image for sample in areas})
-    summaries = {name: summarise(samples, resamples, seed) for name, samples in boards.items()}
-    content["boards"] = {name: {metric: value for metric, (value, _) in one.items()} for name, one in summaries.items()}
-    content["board_intervals"] = {
-        name: {metric: span for metric, (_, span) in one.items()} for name, one in summaries.items()
-    }
+    content["boards"], content["board_intervals"] = _summaries(boards, resamples, seed)
     return content
 
 
@@ -148,60 +119,42 @@ def _tags(phrase: str, row: Mapping[str, Any], seen: Collection[str] | None) -> 
     return (group, CLASSIFIED) if phrase in row.get("classified", ()) else (group,)
 
 
-def _score_image(number: int, row, masks, maps, tags, table: dict[str, list[Sample]]) -> None:
+def _score_image(number: int, row, masks, maps, tags, table: Table) -> None:
     phrases, size = row["phrases"], masks.shape[-2:]
     finest = max((one.shape[-2:] for name, one in maps.items() if name != GRADCAM), key=lambda grid: grid[0] * grid[1])
     everything = {name: (phrases if name != GRADCAM else row["classified"], one) for name, one in maps.items()}
     everything[CENTRE] = (phrases, np.repeat(centre_prior(finest)[None], len(phrases), axis=0))
     everything[CHANCE] = (phrases, np.ones((len(phrases), *finest)))
-    tokens, null = np.array(row["tokens"]), np.array(row["null"])
+    tokens, null = np.array(row["tokens"])[:, None, None], np.array(row["null"])[:, None, None]
     for name, (own, values) in everything.items():
-        large = enlarge(values, size)
-        shares = choice(large, masks) if name not in (GRADCAM, CENTRE) else None  # what does not know of phrases
-        # The other two measures of the same maps, where phrases compete.
-        other: dict[str, np.ndarray] = {}
-        if name == DEFAULT_COMBINATION:
-            for measure, one in (
-                ("per_token", large + (null / tokens)[:, None, None]),
-                ("sum", large * tokens[:, None, None] + null[:, None, None]),
-            ):
-                other[measure] = one
-        won = {measure: choice(one, masks)[0] for measure, one in other.items()}
-        grid = (values.shape[-2], values.shape[-1])
-        for at, phrase in enumerate(own):
-            index = phrases.index(phrase)
-            mask = masks[index]
-            sample = _by_pixels(number, phrase, (CLASSIFIED,) if name == GRADCAM else tags[phrase], large[at], mask)
-            sample.values |= {
-                "pointing": pointing(values[at], mask),
-                POINTING_CHANCE: chance_pointing(grid, mask),
-                POINTING_CENTRE: pointing(centre_prior(grid), mask),
-                "average_precision": average_precision(large[at], mask),
-            }
-            if shares is not None and shares[1][index]:
-                sample.values["choice"] = float(shares[0][index])
-            for measure, one in other.items():
-                also = _by_pixels(number, phrase, tags[phrase], one[at], mask)
-                if shares is not None and shares[1][index]:
-                    also.values["choice"] = float(won[measure][index])
-                table.setdefault(f"{name}, {measure}", []).append(also)
-            for curve, sign in (("insertion", 1), ("deletion", -1)):
-                if name in row[curve]:
-                    steps = np.mean(row[curve][name][index])
-                    sample.values[curve] = float(steps if sign > 0 else row["whole"][index] - steps)
-            table.setdefault(name, []).append(sample)
+        large, at = enlarge(values, size), [phrases.index(phrase) for phrase in own]
+        units = {name: large}
+        if name == DEFAULT_COMBINATION:  # the other two measures of the same maps, where phrases compete
+            units |= {f"{name}, per_token": large + null / tokens, f"{name}, sum": large * tokens + null}
+        for title, one in units.items():
+            for index, phrase in enumerate(own):
+                view = MapView(
+                    values[index], one, masks[at], index, name not in (GRADCAM, CENTRE), *_curves(row, name, at[index])
+                )
+                found = _measured(view, every=title == name)
+                own_tags = (CLASSIFIED,) if name == GRADCAM else tags[phrase]
+                table.setdefault(title, []).append(Sample(number, phrase, own_tags, found))
     for index, phrase in enumerate(phrases):
-        drawn = {"insertion": np.mean(row["insertion"][RANDOM][index])}
-        drawn["deletion"] = row["whole"][index] - np.mean(row["deletion"][RANDOM][index])
-        table.setdefault("random order", []).append(
-            Sample(number, phrase, tags[phrase], {name: float(value) for name, value in drawn.items()})
-        )
+        view = MapView(np.ones((1, 1)), masks, masks, index, False, *_curves(row, RANDOM, index))
+        found = {name: MAP_MEASURES[name].of_phrase(view) for name in view.curves}
+        table.setdefault(RANDOM_ORDER, []).append(Sample(number, phrase, tags[phrase], found))
 
 
-def _by_pixels(number: int, phrase: str, tags: tuple[str, ...], values: np.ndarray, mask: np.ndarray) -> Sample:
-    overlap = overlaps(values, mask) / mask.size
-    scores = {"energy": energy_pointing(values, mask), "iou": float(overlap[FIXED, 0] / overlap[FIXED, 1])}
-    return Sample(number, phrase, tags, scores, overlap)
+def _curves(row: Mapping[str, Any], name: str, index: int) -> tuple[dict[str, list[float]], float]:
+    """The curves of one phrase that followed this map, and the evidence of the phrase for the whole image."""
+    curves = {kind: row[kind][name][index] for kind in ("insertion", "deletion") if name in row[kind]}
+    return curves, row["whole"][index]
+
+
+def _measured(view: MapView, every: bool) -> dict[str, Any]:
+    """Every measure of a map that says something; in another unit, those that do not depend on the order of places alone."""
+    found = {name: measure.of_phrase(view) for name, measure in MAP_MEASURES.items() if every or not measure.by_order}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def quarters(grid: tuple[int, int]) -> np.ndarray:
@@ -237,130 +190,84 @@ def _score_board(number: int, row, masks, maps, table: dict[str, list[Sample]]) 
 def summarise(samples: Iterable[Sample], resamples: int, seed: int) -> dict[str, tuple[float, tuple[float, float]]]:
     """Metric -> its value over the samples, and its 95 % interval over images."""
     samples = list(samples)
-    metrics = dict.fromkeys(metric for sample in samples for metric in sample.values)
+    known = dict.fromkeys(metric for sample in samples for metric in sample.values)
+    ordered = [*(name for name in MAP_MEASURES if name in known), *(name for name in known if name not in MAP_MEASURES)]
     found = {}
-    for metric in metrics:
+    for metric in ordered:
         chosen = [sample for sample in samples if metric in sample.values]
-        images = {image: at for at, image in enumerate(dict.fromkeys(sample.image for sample in chosen))}
-        sums, weights = np.zeros(len(images)), np.zeros(len(images))
-        for sample in chosen:
-            sums[images[sample.image]] += sample.values[metric]
-            weights[images[sample.image]] += 1
-        found[metric] = (float(sums.sum() / weights.sum()), bootstrap(sums, weights, resamples, seed))
-    drawn = [sample for sample in samples if sample.overlap is not None]
-    if drawn:
-        found |= _overlap_metrics(drawn, resamples, seed)
+        images, phrases = (_numbered([getattr(sample, name) for sample in chosen]) for name in ("image", "phrase"))
+        pool = MAP_MEASURES[metric].pool if metric in MAP_MEASURES else mean_of_phrases  # games on boards are means
+        pooled = pool([sample.values[metric] for sample in chosen], images, phrases)
+        found[metric] = (pooled.value, bootstrap(pooled.sums, pooled.weights, resamples, seed))
     return found
 
 
-def _overlap_metrics(samples: list[Sample], resamples: int, seed: int) -> dict[str, tuple[float, tuple[float, float]]]:
-    """`iou_best`: mean IoU at the one level, for all maps, that is best with the masks in hand; `miou`: intersection over union
-    of all images together, per phrase, averaged over phrases."""
-    images = {image: at for at, image in enumerate(dict.fromkeys(sample.image for sample in samples))}
-    phrases = {phrase: at for at, phrase in enumerate(dict.fromkeys(sample.phrase for sample in samples))}
-    overlap = np.stack([sample.overlap for sample in samples if sample.overlap is not None])  # (samples, levels, 2)
-    by_level = overlap[..., 0] / overlap[..., 1]
-    best = int(by_level.mean(axis=0).argmax())
-    rows = np.array([images[sample.image] for sample in samples])
-    columns = np.array([phrases[sample.phrase] for sample in samples])
-    sums = np.bincount(rows, by_level[:, best], len(images))
-    weights = np.bincount(rows, minlength=len(images)).astype(float)
-    crossed, joined = np.zeros((len(images), len(phrases))), np.zeros((len(images), len(phrases)))
-    np.add.at(crossed, (rows, columns), overlap[:, FIXED, 0])
-    np.add.at(joined, (rows, columns), overlap[:, FIXED, 1])
-    return {
-        "iou_best": (float(by_level[:, best].mean()), bootstrap(sums, weights, resamples, seed)),
-        "miou": (
-            float(ratio(crossed.sum(axis=0)[None], joined.sum(axis=0)[None])[0]),
-            bootstrap(crossed, joined, resamples, seed),
-        ),
-    }
+def _numbered(values: Sequence[Any]) -> np.ndarray:
+    numbers = {value: at for at, value in enumerate(dict.fromkeys(values))}
+    return np.array([numbers[value] for value in values])
 
 
-def as_results(content: Mapping[str, Any], dataset: str, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What `score_maps` returned in the layout of `evaluation/results.py`; metrics carry their group where there are several."""
+def _summaries(table: Mapping[str, list[Sample]], resamples: int, seed: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Row -> metric -> value, and -> (low, high)."""
+    found = {name: summarise(samples, resamples, seed) for name, samples in table.items() if samples}
+    values = {name: {metric: value for metric, (value, _) in one.items()} for name, one in found.items()}
+    spans = {name: {metric: span for metric, (_, span) in one.items()} for name, one in found.items()}
+    return values, spans
+
+
+def as_table(content: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """What `score_maps` returned as one table, row -> metric; metrics carry their group where there are several.
+
+    Levels to compare with, such as chance on each map's own grid, are no scores of the row and left out.
+    """
     several = len(content["groups"]) > 1
     scores: dict[str, dict[str, float]] = {}
     for group, rows in content["groups"].items():
         for name, values in rows.items():
-            target = scores.setdefault(name, {})
             for metric, value in values.items():
-                if metric in (POINTING_CHANCE, POINTING_CENTRE):  # no scores of the row, see below
-                    continue
-                target[f"{metric}_{group.replace(' ', '_')}" if several else metric] = value
+                if not MAP_MEASURES[metric].beside:
+                    scores.setdefault(name, {})[f"{metric}_{group.replace(' ', '_')}" if several else metric] = value
     for name, values in content["boards"].items():
-        scores.setdefault(name, {}).update(
-            {
-                metric: value
-                for metric, value in values.items()
-                if not metric.startswith((POINTING_CHANCE, POINTING_CENTRE))
-            }
-        )
-    aside = [name for name in (CHANCE, CENTRE, GRADCAM, "random order") if name in scores]
-    beside = {name: scores.pop(name) for name in aside}
-    first = scores.pop(DEFAULT_COMBINATION)
-    return {
-        "title": "Attribution maps",
-        "dataset": {"name": dataset, "size": content["images"]},
-        "settings": dict(settings),
-        "scores": {DEFAULT_COMBINATION: first} | scores,
-        "controls": {CHANCE: beside.pop(CHANCE)},
-        "baselines": beside,
-        "intervals": content["intervals"],
-        "board_intervals": content["board_intervals"],
-        "counts": content["counts"],
-        **{
-            metric: {
-                group: {name: row[metric] for name, row in rows.items() if metric in row}
-                for group, rows in content["groups"].items()
-            }
-            for metric in (POINTING_CHANCE, POINTING_CENTRE)
-        },
-        **{
-            f"board_{own}": {
-                name: {metric: value for metric, value in row.items() if metric.startswith(own)}
-                for name, row in content["boards"].items()
-            }
-            for own in (POINTING_CHANCE, POINTING_CENTRE)
-        },
+        own = {m: value for m, value in values.items() if not m.startswith((POINTING_CHANCE, POINTING_CENTRE))}
+        scores.setdefault(name, {}).update(own)
+    return {name: scores[name] for name in (DEFAULT_COMBINATION, *scores)}
+
+
+def beside(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The levels to compare with: measure -> group -> row -> value, and those of boards."""
+    levels: dict[str, Any] = {
+        metric: {
+            group: {name: row[metric] for name, row in rows.items() if metric in row}
+            for group, rows in content["groups"].items()
+        }
+        for metric, measure in MAP_MEASURES.items()
+        if measure.beside
     }
+    for own in (POINTING_CHANCE, POINTING_CENTRE):
+        levels[f"board_{own}"] = {
+            name: {metric: value for metric, value in row.items() if metric.startswith(own)}
+            for name, row in content["boards"].items()
+        }
+    return levels
 
 
-def maps_table(content: Mapping[str, Any]) -> str:
+def maps_text(details: Mapping[str, Any]) -> str:
     """The scores as text: per group a row for each map, then the multi-object game."""
     lines: list[str] = []
-    for group, rows in content["groups"].items():
-        counts = content["counts"][group]
-        lines.append(
-            f"{group}: {counts['phrases']} phrases on {counts['images']} images, mean area {counts['area']:.3f}"
-        )
-        lines += _block(
-            rows,
-            [metric for metric in METRICS if any(metric in row for row in rows.values())],
-            content["intervals"][group],
-        )
-        lines.append("")
-    if content["boards"]:
-        lines.append("several images on one board, a phrase each")
-        rows = content["boards"]
-        lines += _block(rows, list(next(iter(rows.values()))), content["board_intervals"])
+    for group, rows in details["groups"].items():
+        counts = details["counts"][group]
+        lines += [
+            f"{group}: {counts['phrases']} phrases on {counts['images']} images, mean area {counts['area']:.3f}",
+            written(rows, list(MAP_MEASURES), intervals=details["intervals"][group]),
+            "",
+        ]
+    if boards := details["boards"]:
+        columns = list(next(iter(boards.values())))
+        lines += [
+            "several images on one board, a phrase each",
+            written(boards, columns, intervals=details["board_intervals"]),
+        ]
     return "\n".join(lines).rstrip()
 
 
-def _block(rows, metrics: list[str], intervals) -> list[str]:
-    width = max(len(name) for name in rows) + 2
-    heads = [metric_name(metric) for metric in metrics]
-    lines = [" " * width + "".join(f"{head:>20}" for head in heads)]
-    for name, row in rows.items():
-        cells = []
-        for metric in metrics:
-            text = ""
-            if metric in row:
-                low, high = intervals[name][metric]
-                text = f"{row[metric]:.3f} {low:.3f}-{high:.3f}"
-            cells.append(f"{text:>20}")
-        lines.append(f"{name:{width}}" + "".join(cells))
-    return lines
-
-
-__all__ = ["CLASSIFIED", "METRICS", "Sample", "as_results", "maps_table", "score_maps", "summarise"]
+__all__ = ["CLASSIFIED", "Sample", "as_table", "beside", "maps_text", "named_in_captions", "score_maps", "summarise"]

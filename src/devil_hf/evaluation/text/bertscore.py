@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from transformers.utils import logging
 
+from devil_hf.extras import remedy
+
 logger = logging.get_logger(f"transformers.{__name__}")
 
 BERT_MODEL = "roberta-large"  # bert_score's choice for English
@@ -87,7 +89,7 @@ class BertScore:
 def bert_remedy(settings: BertScoreSettings, error: Exception) -> str:
     """Why BERTScore cannot be had, and what to do."""
     if isinstance(error, ImportError):
-        return f"{error}; install bert-score: pip install 'devil-hf[metrics]'"
+        return f"{error}; install bert-score: {remedy('evaluate')}"
     return (
         f"{settings.model!s} cannot be loaded ({str(error).splitlines()[0]}). Give a local directory of {BERT_MODEL} (with "
         f"{BERT_LAYERS} layers to use, and its baseline file) where the Hub is out of reach"

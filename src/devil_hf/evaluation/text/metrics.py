@@ -1,38 +1,98 @@
 """Caption metrics of descriptions, in the units and with the tokens of the COCO caption toolkit.
 
-BLEU, ROUGE-L and CIDEr-D are computed here, on tokens of our own tokeniser, without Java. METEOR and SPICE are the toolkit's
-own Java programs, through pycocoevalcap; BERTScore is bert-score's. What cannot be had is named in the result with its remedy,
-and the rest is computed.
+Texts are tokenised once, by our own tokeniser without Java, however many metrics read them. What cannot be had is named in the
+result with its remedy, and the rest is computed. `standard.py` has the metrics of the field; to add one, register it there, in
+a new file of this folder, or in a module that another package names under the entry point group `devil_hf.plugins`:
+
+```python
+@caption_metric("words", {"words": "words"})
+def count_words(references):
+    return lambda predictions: [fmean(len(tokens) for tokens in predictions.tokens)]
+```
 """
 
-import shutil
-from collections.abc import Callable, Sequence
-from importlib.util import find_spec
-from pathlib import Path
-from statistics import fmean
-from subprocess import CalledProcessError
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
-from transformers.utils import logging
-
-from devil_hf.evaluation.text.bertscore import MILAN, BertScore, BertScoreSettings, bert_remedy
-from devil_hf.evaluation.text.ngrams import CiderD, bleu, rouge_l
+from devil_hf.evaluation.text.bertscore import MILAN, BertScoreSettings
 from devil_hf.evaluation.text.tokens import ptb_tokens
+from devil_hf.registry import Registry
 
-logger = logging.get_logger(f"transformers.{__name__}")
 
-METRICS = ("bleu", "rouge_l", "cider")  # need nothing but this package
-ALL_METRICS = ("bleu", "meteor", "rouge_l", "cider", "spice", "bertscore")
-BLEU = ("bleu_1", "bleu_2", "bleu_3", "bleu_4")
-SPICE_FILES = ("stanford-corenlp-3.6.0.jar", "stanford-corenlp-3.6.0-models.jar")
+@dataclass
+class References:
+    """What people wrote, at least one text per image, and which BERTScore was asked for."""
+
+    texts: Sequence[Sequence[str]]
+    bert: BertScoreSettings = MILAN
+
+    @cached_property
+    def tokens(self) -> list[list[list[str]]]:
+        """The tokens of every text, by the toolkit's rules."""
+        return [[ptb_tokens(text) for text in texts] for texts in self.texts]
+
+
+@dataclass
+class Predictions:
+    """One description per image."""
+
+    texts: Sequence[str]
+
+    @cached_property
+    def tokens(self) -> list[list[str]]:
+        """The tokens of every text, by the toolkit's rules."""
+        return [ptb_tokens(text) for text in self.texts]
+
+
+class MetricError(RuntimeError):
+    """A metric cannot be had; the message says why, and what to do."""
+
+
+Scorer = Callable[[Predictions], Sequence[float]]
+
+
+@dataclass(frozen=True)
+class CaptionMetric:
+    """A metric of captions.
+
+    Args:
+        scores: its scores over all images, each with its name as people write it.
+        prepare: of fixed references, what gives the scores of predictions; a `MetricError` where it cannot be had.
+        usual: whether it needs nothing but this package, and so is computed where nothing else is asked.
+    """
+
+    scores: Mapping[str, str]
+    prepare: Callable[[References], Scorer]
+    usual: bool = True
+
+
+CAPTION_METRICS: Registry[CaptionMetric] = Registry("caption metric", "devil_hf.evaluation.text")
+
+
+def caption_metric(name: str, scores: Mapping[str, str], usual: bool = True) -> Callable:
+    """Decorator that registers the `prepare` of a `CaptionMetric`."""
+
+    def register(prepare: Callable[[References], Scorer]) -> Callable[[References], Scorer]:
+        CAPTION_METRICS.register(name, CaptionMetric(scores, prepare, usual))
+        return prepare
+
+    return register
+
+
+def usual_metrics() -> tuple[str, ...]:
+    """Metrics that need nothing but this package."""
+    return tuple(name for name, metric in CAPTION_METRICS.items() if metric.usual)
 
 
 class CaptionScorer:
     """Scores of many sets of predictions against the same references, which are tokenised and weighed once.
 
     Args:
-        references: captions of each image, at least one.
-        metrics: names of `ALL_METRICS`; `bleu_1` to `bleu_4` are accepted one by one.
+        references: captions of each image, at least one; `References` keep their tokens for several scorers.
+        metrics: names of `CAPTION_METRICS`, or single scores of them such as `bleu_4`; None for the usual ones.
         bert: which BERTScore, by default MILAN's settings.
 
     Attributes:
@@ -44,57 +104,33 @@ class CaptionScorer:
 
     def __init__(
         self,
-        references: Sequence[Sequence[str]],
-        metrics: Sequence[str] = METRICS,
+        references: Sequence[Sequence[str]] | References,
+        metrics: Sequence[str] | None = None,
         bert: BertScoreSettings = MILAN,
     ):
-        _check_references(references)
-        check_metrics(metrics)
-        self.references = references
+        self.references = references if isinstance(references, References) else References(references, bert)
+        _check_references(self.references.texts)
+        wanted = check_metrics(metrics)
         self.missing: dict[str, str] = {}
-        self._names = [name for metric in metrics for name in (BLEU if metric == "bleu" else (metric,))]
-        wanted = dict.fromkeys("bleu" if metric in BLEU else metric for metric in metrics)
-        self._tokens = (
-            [[ptb_tokens(text) for text in texts] for texts in references] if set(wanted) - {"bertscore"} else []
-        )
-        self._metrics: dict[str, Callable[[Sequence[str], list[list[str]]], dict[str, float]]] = {}
-        for metric in wanted:
-            self._add(metric, bert)
-
-    def _add(self, metric: str, bert: BertScoreSettings) -> None:
-        if metric == "bleu":
-            self._metrics[metric] = lambda _, tokens: dict(zip(BLEU, bleu(tokens, self._tokens), strict=True))
-        elif metric == "rouge_l":
-            self._metrics[metric] = lambda _, tokens: {"rouge_l": fmean(rouge_l(tokens, self._tokens))}
-        elif metric == "cider":
-            cider = CiderD(self._tokens)
-            self._metrics[metric] = lambda _, tokens: {"cider": fmean(cider(tokens))}
-        elif metric == "bertscore":
+        self._names = list(wanted)
+        self._scorers: dict[str, Scorer] = {}
+        for metric in dict.fromkeys(wanted.values()):
             try:
-                scorer = BertScore(self.references, bert)
-                self._metrics[metric] = lambda texts, _: {"bertscore": float(scorer(texts).mean())}
-            except (OSError, ImportError, KeyError) as error:  # KeyError: a name that bert-score has no layer for
-                self.missing[metric] = bert_remedy(bert, error)
-        else:
-            reason = _missing_java(metric)
-            if reason:
-                self.missing[metric] = reason
-            else:
-                program = JavaMetric(metric, self._tokens)
-                self._metrics[metric] = lambda _, tokens: {metric: program(tokens)}
+                self._scorers[metric] = CAPTION_METRICS[metric].prepare(self.references)
+            except MetricError as error:
+                self.missing[metric] = str(error)
 
     def __call__(self, predictions: Sequence[str]) -> dict[str, Any]:
         """Scores of one description per image, as `caption_scores` returns them."""
-        if len(predictions) != len(self.references):
+        if len(predictions) != len(self.references.texts):
             raise ValueError(
-                f"{len(predictions)} predictions for {len(self.references)} lists of references; give one for each"
+                f"{len(predictions)} predictions for {len(self.references.texts)} lists of references; give one for each"
             )
-        tokens = [ptb_tokens(text) for text in predictions] if self._tokens else []
-        missing, found = dict(self.missing), dict[str, float]()
-        for metric, compute in self._metrics.items():
+        said, missing, found = Predictions(predictions), dict(self.missing), dict[str, float]()
+        for metric, scorer in self._scorers.items():
             try:
-                found |= compute(predictions, tokens)
-            except JavaError as error:
+                found |= dict(zip(CAPTION_METRICS[metric].scores, scorer(said), strict=True))
+            except MetricError as error:
                 missing[metric] = str(error)
         scores: dict[str, Any] = {name: found[name] for name in self._names if name in found}
         return scores | ({"missing": missing} if missing else {})
@@ -103,7 +139,7 @@ class CaptionScorer:
 def caption_scores(
     predictions: Sequence[str],
     references: Sequence[Sequence[str]],
-    metrics: Sequence[str] = METRICS,
+    metrics: Sequence[str] | None = None,
     bert: BertScoreSettings = MILAN,
 ) -> dict[str, Any]:
     """Score one description per image against the captions of people.
@@ -131,11 +167,31 @@ def caption_scores(
     return CaptionScorer(references, metrics, bert)(predictions)
 
 
-def check_metrics(metrics: Sequence[str]) -> None:
-    """Raise a clear error for a metric that is none of `ALL_METRICS`."""
-    unknown = [metric for metric in metrics if metric not in (*ALL_METRICS, *BLEU)]
-    if unknown or not metrics:
-        raise ValueError(f"unknown metrics {unknown}; choose from {(*ALL_METRICS, *BLEU)}")
+def check_metrics(metrics: Sequence[str] | None) -> dict[str, str]:
+    """Every score that is asked for, and the metric that has it; None for the usual metrics.
+
+    Raises:
+        ValueError: for a metric that is not there, with those that are.
+    """
+    asked = usual_metrics() if metrics is None else metrics
+    single = {score: name for name, metric in CAPTION_METRICS.items() for score in metric.scores}
+    unknown = [name for name in asked if name not in CAPTION_METRICS and name not in single]
+    if unknown or not asked:
+        raise ValueError(f"unknown metrics {unknown}; choose from {tuple(dict.fromkeys((*CAPTION_METRICS, *single)))}")
+    return {
+        score: single[score]
+        for name in asked
+        for score in (CAPTION_METRICS[name].scores if name in CAPTION_METRICS else (name,))
+    }
+
+
+def best_constant(groups: Iterable[Iterable[str]], score: Callable[[str], float], count: int = 20) -> str:
+    """The one text that scores best when given to every image: of the `count` most frequent ones of each group."""
+    candidates = set[str]()
+    for texts in groups:
+        counts = Counter(text for text in texts if text)
+        candidates |= set(sorted(counts, key=lambda text: (-counts[text], text))[:count])
+    return max(sorted(candidates), key=score)
 
 
 def _check_references(references: Sequence[Sequence[str]]) -> None:
@@ -146,59 +202,16 @@ def _check_references(references: Sequence[Sequence[str]]) -> None:
             raise ValueError(f"references[{index}] is {texts!r}; give a list of at least one caption")
 
 
-class JavaError(RuntimeError):
-    """A Java program of the toolkit failed."""
-
-
-def _missing_java(metric: str) -> str | None:
-    """Why METEOR or SPICE cannot be run, and what to do."""
-    if find_spec("pycocoevalcap") is None:
-        return "pycocoevalcap is not installed: pip install 'devil-hf[metrics]'"
-    if shutil.which("java") is None:
-        return "there is no Java on the path: install a Java runtime of version 8 or later"
-    if metric == "spice":
-        (folder,) = find_spec("pycocoevalcap").submodule_search_locations or [""]  # type: ignore[union-attr]
-        lib = Path(folder, "spice", "lib")
-        absent = [name for name in SPICE_FILES if not (lib / name).is_file()]
-        if absent:
-            return (
-                f"{' and '.join(absent)} of Stanford CoreNLP 3.6.0 must be in {lib}: where there is a network, run "
-                "python -m pycocoevalcap.spice.get_stanford_models once (about 400 MB)"
-            )
-    return None
-
-
-class JavaMetric:
-    """METEOR or SPICE of the toolkit against fixed references; METEOR's program, which starts slowly, is kept running."""
-
-    def __init__(self, metric: str, references: Sequence[Sequence[Sequence[str]]]):
-        self.metric = metric
-        self.references = {index: [" ".join(tokens) for tokens in texts] for index, texts in enumerate(references)}
-        self._program: Any = None
-
-    def __call__(self, predictions: Sequence[Sequence[str]]) -> float:
-        """The mean over the images, in [0, 1].
-
-        Raises:
-            JavaError: if the program fails.
-        """
-        results = {index: [" ".join(tokens)] for index, tokens in enumerate(predictions)}
-        try:
-            if self._program is None:
-                self._program = self._start()
-            value, _ = self._program.compute_score(self.references, results)
-        except (OSError, ValueError, CalledProcessError) as error:
-            self._program = None  # a dead program answers nothing any more
-            raise JavaError(
-                f"the toolkit's {self.metric.upper()} failed ({error}); see that Java runs and has memory enough"
-            ) from error
-        return float(value)
-
-    def _start(self) -> Any:
-        if self.metric == "meteor":
-            from pycocoevalcap.meteor.meteor import Meteor
-
-            return Meteor()
-        from pycocoevalcap.spice.spice import Spice
-
-        return Spice()
+__all__ = [
+    "CAPTION_METRICS",
+    "CaptionMetric",
+    "CaptionScorer",
+    "MetricError",
+    "Predictions",
+    "References",
+    "best_constant",
+    "caption_metric",
+    "caption_scores",
+    "check_metrics",
+    "usual_metrics",
+]

@@ -3,7 +3,8 @@
 The toolkit runs the Penn Treebank tokeniser of Stanford CoreNLP 3.4.1 in lower case and then drops punctuation. This is a
 regular expression that was written from how that program answers: clitics are split off (`do n't`, `dog 's`), hyphenated
 words and numbers stay whole, abbreviations keep their full stop, brackets become `-lrb-`, quotes of every kind go. Where
-captions are odd (links, phone numbers, emoticons) it may differ in a token.
+captions are odd (links, phone numbers, emoticons) it may differ in a token. It stays our own code because no kept library has
+these rules without Java.
 """
 
 import re

@@ -167,6 +167,13 @@ def _choose_texts(model, processor, prefix, strategy, candidates, prior_weight, 
     return rows
 
 
+@torch.no_grad()
+def null_label(model: DevilModel, processor: DevilProcessor, max_new_tokens: int = 20) -> str:
+    """What the language model says when every layer is hidden."""
+    ids = model.decode(model.null_prefix(), max_new_tokens=max_new_tokens)
+    return processor.batch_decode(ids, skip_special_tokens=True)[0].strip()
+
+
 def most_frequent(labels: Iterable[str]) -> str:
     """The label that is given most often; of equally frequent ones the first by alphabet."""
     counted = [(-len(list(group)), label) for label, group in groupby(sorted(label for label in labels if label))]

@@ -4,7 +4,8 @@ For every held-out image the label simulates the unit: the evidence of the label
 token over the null prefix. An image that makes every label likely (or none) says nothing of one unit, so the mean evidence of
 all labels at the image is taken off. The simulation is compared with the unit's peak activation by two measures that notice
 missing and surplus labels alike: Pearson correlation, and the area under the precision-recall curve (average precision) of
-finding the tenth of the images that drive the unit most. p-values are one-sided, by permutation of the images; a label passes
+finding the tenth of the images that drive the unit most. p-values are one-sided, by permutation of the images (own code: one
+set of permutations serves all units, which scipy's tests cannot share); a label passes
 when its q-value (Benjamini and Hochberg, over all tested units, which are those with a label) stays within `alpha`. The most
 frequent label, given to every unit, is tested beside it.
 """
@@ -18,6 +19,7 @@ from tqdm.auto import tqdm
 
 from devil_hf.data.images import ImageStream
 from devil_hf.data.unit_reader import UnitReader, pixel_batches
+from devil_hf.evaluation.statistics import false_discovery
 from devil_hf.evaluation.units.labels import most_frequent
 from devil_hf.model.image_processing_devil import DevilImageProcessor
 from devil_hf.model.modeling_devil import DevilModel
@@ -200,7 +202,7 @@ def correlation_test(
         above[unreached] = _exceeding(one[unreached], other[unreached], found[unreached], permutations, generator)
         permutations *= 2
         drawn[unreached] = permutations
-    return found, (above + 1) / (drawn + 1)
+    return found, (above.double() + 1) / (drawn.double() + 1)  # exact, so that q-values at `alpha` pass
 
 
 def _exceeding(one: Tensor, other: Tensor, found: Tensor, permutations: int, generator: torch.Generator) -> Tensor:
@@ -223,26 +225,21 @@ def precision_test(simulated: Tensor, actual: Tensor, permutations: int, seed: i
     images = actual.shape[1]
     positives = max(1, round(POSITIVE_SHARE * images))
     positive = torch.zeros_like(actual, dtype=torch.bool).scatter_(1, actual.topk(positives, dim=1).indices, True)
-    found = average_precision(positive.gather(1, simulated.argsort(dim=1, descending=True, stable=True)))
+    found = ranked_precision(positive.gather(1, simulated.argsort(dim=1, descending=True, stable=True)))
     # By chance every order of the positives is as likely as any other, whatever the unit: one null serves all.
     generator = torch.Generator().manual_seed(seed)
     chance = torch.zeros(permutations, images, dtype=torch.bool)
     chance.scatter_(1, torch.rand(permutations, images, generator=generator).topk(positives, dim=1).indices, True)
-    null = average_precision(chance).sort().values
+    null = ranked_precision(chance).sort().values
     above = permutations - torch.searchsorted(null, found - 1e-9)
     return found.float(), (above + 1) / (permutations + 1)
 
 
-def average_precision(hits: Tensor) -> Tensor:
-    """Average precision of rows (n, N) of hits, best first: the mean precision at the ranks of the hits."""
+def ranked_precision(hits: Tensor) -> Tensor:
+    """Average precision of many rows (n, N) of hits, best first: the mean precision at the ranks of the hits.
+
+    `statistics.average_precision` of each row, for thousands of permutations at once.
+    """
     ranks = torch.arange(1, hits.shape[1] + 1, device=hits.device)
     precision = hits.double().cumsum(dim=1) / ranks
     return (precision * hits).sum(dim=1) / hits.sum(dim=1)
-
-
-def false_discovery(p: Tensor) -> Tensor:
-    """q-values of p-values (n,) by Benjamini and Hochberg (1995)."""
-    values, order = p.sort()
-    scaled = values * len(p) / torch.arange(1, len(p) + 1)
-    q = scaled.flip(0).cummin(dim=0).values.flip(0).clamp(max=1)
-    return torch.empty_like(q).scatter_(0, order, q)

@@ -1,13 +1,12 @@
 """BERTScore F1 with MILAN's settings (needs bert-score and its model) of captions, for `evaluate.load` on this folder."""
 
-from devil_hf.evaluation import (
-    metric_modules,
-)  # as a module: `evaluate` takes the first metric class that it finds here
+# As a module: `evaluate` takes the first metric class that it finds here.
 from devil_hf.evaluation.text.bertscore import BERT_MODEL, BertScoreSettings
+from devil_hf.evaluation.text.hub_metrics import caption_metric
 
 
-class BertScore(metric_modules.CaptionMetric):
-    """See `metric_modules.CaptionMetric`."""
+class BertScore(caption_metric.CaptionMetric):
+    """See `caption_metric.CaptionMetric`."""
 
     METRIC = "bertscore"
     DESCRIPTION = "BERTScore F1 with MILAN's settings; needs bert-score and its model."

@@ -1,12 +1,11 @@
 """METEOR 1.5 (needs Java and pycocoevalcap) of captions, for `evaluate.load` on this folder."""
 
-from devil_hf.evaluation import (
-    metric_modules,
-)  # as a module: `evaluate` takes the first metric class that it finds here
+# As a module: `evaluate` takes the first metric class that it finds here.
+from devil_hf.evaluation.text.hub_metrics import caption_metric
 
 
-class Meteor(metric_modules.CaptionMetric):
-    """See `metric_modules.CaptionMetric`."""
+class Meteor(caption_metric.CaptionMetric):
+    """See `caption_metric.CaptionMetric`."""
 
     METRIC = "meteor"
     DESCRIPTION = "METEOR 1.5 (needs Java and pycocoevalcap), in the units of the COCO caption toolkit."

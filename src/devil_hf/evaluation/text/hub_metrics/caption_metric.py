@@ -1,4 +1,4 @@
-"""What the caption metrics in `metrics/` have in common, as modules of the library `evaluate`."""
+"""What the caption metrics of this folder have in common, as modules of the library `evaluate`."""
 
 import datasets
 import evaluate
@@ -8,7 +8,7 @@ from devil_hf.evaluation.text.metrics import caption_scores
 
 
 class CaptionMetric(evaluate.Metric):
-    """One prediction and a list of references per image; see `devil_hf.evaluation.caption_scores` for units."""
+    """One prediction and a list of references per image; see `devil_hf.evaluation.text.metrics.caption_scores` for units."""
 
     METRIC: str  # its name there
     DESCRIPTION: str
