@@ -237,12 +237,12 @@ def test_a_run_learns_from_regions_with_and_without_a_cache(cached, labels, sour
         views=2 if cached else 1,
         draws=2,
         smallest_crop=0.5,
-        max_steps=30,
-        batch_size=8,
+        max_steps=20,
+        batch_size=4,
         learning_rate=1e-2,
         warmup_steps=1,
-        evaluation_steps=30,
-        logging_steps=10,
+        evaluation_steps=20,
+        logging_steps=5,
         report_to="none",
     )
     train(recipe)
