@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from devil_hf.data.worlds import HELD_OUT_WORLD
 from devil_hf.evaluation.evaluator import evaluate
 from devil_hf.evaluation.results import fingerprint
 from devil_hf.evaluation.shapes import ShapesSettings
+from devil_hf.report.scenes import draw_pictures
 from devil_hf.settings import make, read_yaml
 from devil_hf.training.recipe import Recipe
 
@@ -54,7 +56,8 @@ def test_the_embedded_checkpoint_knows_its_world(tmp_path):
     assert 0 < scores["chance_pointing"] < 0.4
 
 
-def test_quickstart_trains_measures_and_draws(tmp_path, capsys):
+def test_quickstart_trains_measures_and_draws(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("devil_hf.report.scenes.draw_pictures", partial(draw_pictures, scenes=1))
     options = ["--scenes", "64", "--steps", "3", "--held-out", "3", "--output-dir", str(tmp_path), "--json"]
     assert cli.main(["quickstart", *options]) == 0
     scores = json.loads(capsys.readouterr().out)
