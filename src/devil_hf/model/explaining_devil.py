@@ -172,7 +172,7 @@ class ExplainMixin:
         """Sides of windows by layer index, 1 for layers that a mapping leaves out."""
         if not isinstance(window, Mapping):
             return dict.fromkeys(visible, check_window(window))
-        named = resolve_layers(list(window), self.layer_names, whole=ALL_LAYERS)
+        named = resolve_layers(list(window), self.layer_names, whole=ALL_LAYERS) if window else []
         sides = dict(zip(named, map(check_window, window.values()), strict=True))
         return {index: sides.get(index, 1) for index in visible}
 
