@@ -249,7 +249,7 @@ class CachedFeatures:
         contents = [json.loads(shard.with_suffix(".json").read_text()) for shard in self.shards]
         self.captions: list[list[str]] = [texts for content in contents for texts in content["captions"]]
         self.starts = np.cumsum([0, *(len(content["captions"]) for content in contents)])
-        self._open: dict[int, list] = {}
+        self._open: dict[int, list[torch.Tensor]] = {}
 
     def __len__(self) -> int:
         return len(self.captions)
@@ -262,11 +262,13 @@ class CachedFeatures:
         shard = int(np.searchsorted(self.starts, index, side="right")) - 1
         if shard not in self._open:
             file = safe_open(self.shards[shard], framework="pt")
-            self._open[shard] = [file.get_slice(f"layer.{layer}") for layer in range(len(file.keys()))]
+            self._open[shard] = [
+                file.get_tensor(f"layer.{layer}") for layer in range(len(file.keys()))
+            ]  # mapped, not read
         layers, row = self._open[shard], index - int(self.starts[shard])
         rng = np.random.default_rng((self.seed, epoch, index))
-        draw, text = int(rng.integers(layers[0].get_shape()[1])), rng.integers(len(self.captions[index]))
-        features = [layer[row : row + 1, draw : draw + 1][0, 0] for layer in layers]
+        draw, text = int(rng.integers(layers[0].shape[1])), rng.integers(len(self.captions[index]))
+        features = [layer[row, draw] for layer in layers]
         return {"pooled_features": features, "caption": self.captions[index][text]}
 
 

@@ -23,7 +23,6 @@ def pooled_feature_draws(
     batches: Iterable[Tensor],
     draws: int | None = None,
     description: str = "features",
-    total: int | None = None,
     progress: bool = True,
 ) -> list[Tensor]:
     """Pool every image `draws` times with the model's own location dropout, or once over all locations.
@@ -31,13 +30,12 @@ def pooled_feature_draws(
     Args:
         batches: pixel values, (B, 3, H, W) each.
         draws: how many location draws each image gets; None for one uniform pooling, as evaluation wants it.
-        total: number of batches, for the progress bar.
         progress: show one.
 
     Returns:
         Per layer an fp16 tensor (images, draws or 1, C_l).
     """
-    bar = tqdm(batches, desc=description, total=total, unit="batch", leave=False, disable=not progress)
+    bar = tqdm(batches, desc=description, unit="batch", leave=False, disable=not progress)
     collected = [pool_draws(model, pixel_values, draws) for pixel_values in bar]
     if not collected:
         raise ValueError(f"{description}: there is not one usable image.")
