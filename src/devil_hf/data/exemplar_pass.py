@@ -33,6 +33,7 @@ class TopImages:
 
     @classmethod
     def empty(cls, units: int, k: int, grid: tuple[int, int], device=None) -> "TopImages":
+        """Room for the `k` best images of each of `units` units with activations on `grid`, (H, W)."""
         peaks = torch.full((units, k), -torch.inf, device=device)
         return cls(peaks, torch.full_like(peaks, -1, dtype=torch.long), torch.zeros(units, k, *grid, device=device))
 
@@ -109,6 +110,7 @@ def _sampled(activations: Tensor, seed: int) -> Tensor:
 
 
 def save_state(share: PassState, file: Path, settings: dict) -> None:
+    """Write a state and the settings of its pass to a file; a kill leaves either the old state or the new one."""
     tensors: dict[str, Tensor] = {}
     for layer, (top, sketch) in enumerate(zip(share.top, share.sketches, strict=True)):
         parts = {"peaks": top.peaks, "images": top.images, "activations": top.activations} | sketch.state()
@@ -116,10 +118,11 @@ def save_state(share: PassState, file: Path, settings: dict) -> None:
     metadata = {"settings": json.dumps(settings), "position": str(share.position), "seen": str(share.seen)}
     waiting = file.with_suffix(".writing")
     save_file(tensors, waiting, metadata)
-    os.replace(waiting, file)  # a kill leaves either the old state or the new one
+    os.replace(waiting, file)
 
 
 def load_state(file: Path, settings: dict, device) -> PassState:
+    """The state that `save_state` wrote; a ValueError where it belongs to other settings."""
     with safe_open(file, "pt") as content:
         metadata = content.metadata()
         tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118, no mapping

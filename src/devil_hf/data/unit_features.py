@@ -117,6 +117,7 @@ class _Sums:
             self.counts[:, layer].index_add_(0, unit[full], torch.ones(int(full.sum())))
 
     def means(self) -> tuple[list[Tensor], Tensor]:
+        """Per layer the means (units, C_l), and (units, L) bool, where there was nothing to average."""
         counts = self.counts.clamp(min=1)
         return [one / counts[:, layer, None] for layer, one in enumerate(self.sums)], self.counts == 0
 
