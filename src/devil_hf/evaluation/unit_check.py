@@ -33,21 +33,31 @@ MEASURES = ("pearson", "auprc", "passed")
 
 
 @dataclass(kw_only=True)
-class UnitsSettings(EvaluationSettings):
+class CheckSettings:
+    """Whose units on which images, and how labels are checked: what `devil neurons` and `devil evaluate units` have in common."""
+
+    network: str | None = option("id or directory of the network (default: the checkpoint's own backbone)", None)
+    split: str | None = option("of a caption folder or data set", None)
+    column: str = option("of a data set, which holds the images", "image")
+    permutations: int = option("of the images", 2_000)
+    alpha: float = option("false discovery rate", 0.05)
+    seed: int = option("of the permutations and of the shuffled labels", 0)
+
+    def check(self) -> dict[str, Any]:
+        """What decides the numbers of a check."""
+        return {name: getattr(self, name) for name in ("permutations", "alpha", "seed")}
+
+
+@dataclass(kw_only=True)
+class UnitsSettings(CheckSettings, EvaluationSettings):
     """Which labels of which units, and how they are checked."""
 
     labels: Path = option("labels.json of devil neurons", positional=True)
     images: str = option(
         "folder of images without exemplars, caption folder, Hub data set or shapes:COUNT", positional=True
     )
-    split: str | None = option("of a caption folder or data set", None)
-    column: str = option("of a data set, which holds the images", "image")
-    network: str | None = option("id or directory of the network (default: the checkpoint's own backbone)", None)
     layers: list[str] | None = option("of the network, as the labels have them (default: those of the labels)", None)
     carrier: str | None = option('a neutral word read before each label, such as "the"', None)
-    permutations: int = option("of the images", 2_000)
-    alpha: float = option("false discovery rate", 0.05)
-    seed: int = option("of the permutations and of the shuffled labels", 0)
     output_dir: Path = option("activations, evidence, and scores.json", Path("devil-units"))
 
 
@@ -116,9 +126,7 @@ class UnitsEvaluator(Evaluator):
             evidence,
             self.labels,
             self.unit_labels,
-            permutations=settings.permutations,
-            alpha=settings.alpha,
-            seed=settings.seed,
+            **settings.check(),
         )
         scores = {name: {measure: row[measure] for measure in MEASURES} for name, row in found["summaries"].items()}
         return Evaluation(
@@ -126,7 +134,7 @@ class UnitsEvaluator(Evaluator):
             scores={"labels": scores.pop("labels")},
             controls=scores,
             dataset={"name": self.images.name, "size": activations.shape[1]},
-            settings={name: getattr(settings, name) for name in ("permutations", "alpha", "seed")},
+            settings=settings.check(),
             details={"texts": found["texts"], "labels": self.unit_labels, "units": found["units"]},
         )
 

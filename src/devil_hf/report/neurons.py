@@ -21,15 +21,9 @@ from devil_hf.data.exemplars import find_exemplars
 from devil_hf.data.images import ImageStream, open_images
 from devil_hf.data.unit_features import pool_units
 from devil_hf.data.unit_reader import UnitReader, open_network
+from devil_hf.evaluation.unit_check import CheckSettings, check_all
 from devil_hf.evaluation.units.labels import LabelSettings, label_units
-from devil_hf.evaluation.units.simulation import (
-    check_constant,
-    check_labels,
-    check_shuffled,
-    check_summary,
-    held_out_activations,
-    held_out_evidence,
-)
+from devil_hf.evaluation.units.simulation import held_out_activations, held_out_evidence
 from devil_hf.model.image_processing_devil import DevilImageProcessor
 from devil_hf.model.modeling_devil import DevilModel
 from devil_hf.model.pooling_devil import resolve_layer
@@ -42,7 +36,7 @@ STAGES = get_args(Stage)
 
 
 @dataclass(kw_only=True)
-class NeuronsSettings(LayerSettings, LabelSettings):
+class NeuronsSettings(LayerSettings, LabelSettings, CheckSettings):
     """Which units, and how they are named and checked."""
 
     images: str | None = option(
@@ -52,13 +46,10 @@ class NeuronsSettings(LayerSettings, LabelSettings):
     )
     output_dir: Path = option("of exemplars, labels, checks and atlas", Path("devil-neurons"))
     stage: Stage = option("what to do; each stage goes on from the folder of the one before", "all")
-    network: str | None = option("id or directory of the network (default: the checkpoint's own backbone)", None)
     directions: Path | None = option("safetensors or npy file of directions of one layer, as units", None)
     tensor: str | None = option("name of the tensor in that file, such as W_dec", None)
     direction_names: Path | None = option("file of names of the directions, one a line, for the atlas", None)
     channels: bool = option("beside directions, channels are units, too", False)
-    split: str | None = option("of a caption folder or data set", None)
-    column: str = option("of a data set, which holds the images", "image")
     limit: int | None = option("only this many images", None)
     exemplars: int = option("per unit", 15, metavar="K")
     quantile: float = option("of the masks", 0.99)
@@ -68,9 +59,6 @@ class NeuronsSettings(LayerSettings, LabelSettings):
         "re-encode the exemplars by the checkpoint's backbone, or take the unit's own features (default, where possible)",
         None,
     )
-    permutations: int = option("of the check", 2_000)
-    alpha: float = option("false discovery rate of the check", 0.05)
-    seed: int = option("of the permutations", 0)
     batch_size: int = option("images at once", 32)
     workers: int = option("processes that read images ahead", 0)
 
@@ -240,17 +228,17 @@ class _Run:
             )
         content = {"activations": activations, "evidence": evidence}
         save_file(content, self.folder / "held_out.safetensors", {"labels": json.dumps(labels)})
-        options: dict[str, Any] = {name: getattr(settings, name) for name in ("permutations", "alpha", "seed")}
-        checks = check_labels(activations, evidence, labels, unit_labels, **options)
+        found = check_all(activations, evidence, labels, unit_labels, **settings.check())
+        summaries = found["summaries"]
         summary = {
             "images": activations.shape[1],
             "alpha": settings.alpha,
             "permutations": settings.permutations,
-            "labels": check_summary(checks),
-            "constant label": check_constant(activations, evidence, labels, unit_labels, **options),
-            "shuffled labels": check_shuffled(activations, evidence, labels, unit_labels, **options),
+            "labels": summaries["labels"],
+            "constant label": {"label": found["texts"]["constant"], **summaries["constant"]},
+            "shuffled labels": summaries["shuffled"],
         }
-        _write({"summary": summary, "labels": unit_labels, "units": checks}, self.folder / "checks.json")
+        _write({"summary": summary, "labels": unit_labels, "units": found["units"]}, self.folder / "checks.json")
 
     def check_origin(self, kept: ImageStream) -> None:
         """Make sure that the exemplars are of the same units, and not of images that the check sees."""
