@@ -7,7 +7,7 @@ the best ROUGE-L); the labels dealt to other units; what the language model says
 against the others, as far as people agree.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,10 +23,13 @@ from devil_hf.evaluation.text.bertscore import BERT_MODEL, MILAN, BertScoreSetti
 from devil_hf.evaluation.text.metrics import CaptionScorer, References, best_constant
 from devil_hf.evaluation.units.labels import LabelSettings, label_units, null_label
 from devil_hf.evaluation.units.simulation import shuffled_labels
+from devil_hf.registry import Registry
 from devil_hf.settings import option
 
 logger = logging.get_logger(f"transformers.{__name__}")
 
+# Training is a room beside this one: it puts what trains on `training` units of an evaluator here.
+UNIT_TRAINERS: Registry[Callable[["MilanEvaluator"], None]] = Registry("training on units", "devil_hf.training")
 LABELS = "labels"
 ONE_ANNOTATOR = "one annotator"
 COLUMNS = ("bertscore", "bleu_1", "bleu_4", "rouge_l", "cider")
@@ -76,28 +79,7 @@ class MilanEvaluator(Evaluator):
     def prepare(self) -> None:
         """Train on the units of the split, where that was asked for."""
         if self.settings.train_steps:
-            self._train()
-
-    def _train(self) -> None:
-        from transformers import TrainingArguments
-
-        from devil_hf.training.units import train_on_units
-
-        asked, folder = self.settings, Path(self.settings.output_dir)
-        arguments = TrainingArguments(
-            output_dir=str(folder),
-            max_steps=asked.train_steps,
-            per_device_train_batch_size=64,
-            learning_rate=asked.learning_rate,
-            lr_scheduler_type="linear",
-            warmup_steps=asked.train_steps // 20,
-            save_strategy="no",
-            logging_steps=max(asked.train_steps // 20, 1),
-            report_to=[],
-            use_cpu=asked.device == "cpu",
-            seed=asked.seed,
-        )
-        train_on_units(self.model, self.processor, self.training, arguments).save_model(str(folder / "checkpoint"))
+            UNIT_TRAINERS["translator"](self)
 
     def decides(self) -> dict[str, Any]:
         """The units and how they are labelled."""

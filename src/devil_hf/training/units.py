@@ -1,11 +1,13 @@
 """Training on annotated units: exemplars pooled per unit, and what people wrote about them, as captions."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from transformers import TrainingArguments
 
 from devil_hf.data.milan import SeveralUnits
 from devil_hf.data.unit_features import encoded_features
+from devil_hf.evaluation.milan import UNIT_TRAINERS, MilanEvaluator
 from devil_hf.model.modeling_devil import DevilModel
 from devil_hf.model.processing_devil import DevilProcessor
 from devil_hf.training.features import PooledCaptions
@@ -39,8 +41,28 @@ def train_on_units(
     return trainer
 
 
+@UNIT_TRAINERS.register("translator")
+def train_before_evaluation(run: MilanEvaluator) -> None:
+    """What `devil evaluate neurons --train-steps` does first; the checkpoint is kept in its output folder."""
+    asked, folder = run.settings, Path(run.settings.output_dir)
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=asked.train_steps,
+        per_device_train_batch_size=64,
+        learning_rate=asked.learning_rate,
+        lr_scheduler_type="linear",
+        warmup_steps=asked.train_steps // 20,
+        save_strategy="no",
+        logging_steps=max(asked.train_steps // 20, 1),
+        report_to=[],
+        use_cpu=asked.device == "cpu",
+        seed=asked.seed,
+    )
+    train_on_units(run.model, run.processor, run.training, arguments).save_model(str(folder / "checkpoint"))
+
+
 def _summaries(units) -> list[tuple[str, ...]]:
     return units.summaries if isinstance(units, SeveralUnits) else [units[at].summaries for at in range(len(units))]
 
 
-__all__ = ["train_on_units", "unit_captions"]
+__all__ = ["train_before_evaluation", "train_on_units", "unit_captions"]
