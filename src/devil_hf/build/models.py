@@ -61,43 +61,36 @@ def from_backbone_and_language_model(
     dtype = torch.float32 if dtype is None else dtype
     if not isinstance(backbone, FeatureBackbone):
         given = isinstance(backbone, nn.Module)
-        backbone = backbone_from_source(
-            backbone,
-            layers,
-            revision=backbone_revision,
-            token=token,
-            class_tokens=class_tokens,
-            backbone_kwargs=backbone_kwargs,
-        )
+        options: dict[str, Any] = {"class_tokens": class_tokens, "backbone_kwargs": backbone_kwargs}
+        backbone = backbone_from_source(backbone, layers, revision=backbone_revision, token=token, **options)
         backbone = backbone if given else backbone.to(dtype)
     source = None
     if not isinstance(language_model, nn.Module):
-        # The hash is taken in fp32, so that it does not depend on the dtype asked for.
-        place = os.path.abspath(language_model) if os.path.isdir(language_model) else str(language_model)
-        source = {"source": place, "revision": language_model_revision}
-        language_model = load_language_model(source, token=token, attn_implementation=attn_implementation)
-        source["revision"] = _commit_of(source, token) or language_model_revision
-        source["sha256"] = weights_hash(language_model)
+        language_model, source = _sourced_language_model(
+            language_model, language_model_revision, token, attn_implementation
+        )
         nn.Module.to(language_model, dtype)
     _check_language_model(language_model)
-    text_config = language_model.config
-    special = {
-        name: config_fields.pop(name, _special_token(name, tokenizer, text_config))
-        for name in ("bos_token_id", "eos_token_id", "pad_token_id")
-    }
-    if special["pad_token_id"] is None:
-        special["pad_token_id"] = special["eos_token_id"]
-    config = DevilConfig(
-        backbone_config=backbone.config,
-        text_config=text_config,
-        language_model_source=source,
-        **special,
-        **config_fields,
-    )
+    parts = {"text_config": language_model.config, "language_model_source": source}
+    fields = parts | _special_tokens(tokenizer, language_model.config) | config_fields
+    if fields["pad_token_id"] is None:
+        fields["pad_token_id"] = fields["eos_token_id"]
+    config = DevilConfig(backbone_config=backbone.config, **fields)
     model = DevilModel(config, backbone=backbone, language_model=language_model)
     table: Any = language_model.get_input_embeddings().weight
     model.translator.to(device=table.device, dtype=dtype)
     return model.eval()
+
+
+def _sourced_language_model(
+    source: str | PathLike, revision: str | None, token: str | None, attn_implementation: str | None
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """A language model in fp32, with its source: the hash does not depend on the dtype asked for."""
+    place = os.path.abspath(source) if os.path.isdir(source) else str(source)
+    entry: dict[str, Any] = {"source": place, "revision": revision}
+    language_model = load_language_model(entry, token=token, attn_implementation=attn_implementation)
+    entry["revision"] = _commit_of(entry, token) or revision
+    return language_model, entry | {"sha256": weights_hash(language_model)}
 
 
 def _check_language_model(language_model: Any) -> None:
@@ -118,10 +111,14 @@ def _check_language_model(language_model: Any) -> None:
         )
 
 
-def _special_token(name: str, tokenizer, text_config) -> int | None:
-    token = getattr(tokenizer, name, None)
-    token = getattr(text_config, name, None) if token is None else token
-    return token[0] if isinstance(token, list | tuple) else token
+def _special_tokens(tokenizer: Any, text_config: Any) -> dict[str, int | None]:
+    """BOS, EOS and padding of the tokenizer, else of the language model."""
+    found: dict[str, int | None] = {}
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        token = getattr(tokenizer, name, None)
+        token = getattr(text_config, name, None) if token is None else token
+        found[name] = token[0] if isinstance(token, list | tuple) else token
+    return found
 
 
 def _commit_of(source: Mapping, token: str | None) -> str | None:

@@ -167,8 +167,7 @@ class DevilPreTrainedModel(PreTrainedModel):
             model, info = super().from_pretrained(
                 source, *args, config=config, state_dict=state_dict, output_loading_info=True, **kwargs
             )
-        if info["missing_keys"]:
-            missing = sorted(info["missing_keys"])
+        if missing := sorted(info["missing_keys"]):
             raise ValueError(
                 f"{path} lacks {len(missing)} weights, {missing[0]} among them: the checkpoint is incomplete."
             )
