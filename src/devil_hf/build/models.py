@@ -77,8 +77,7 @@ def from_backbone_and_language_model(
         fields["pad_token_id"] = fields["eos_token_id"]
     config = DevilConfig(backbone_config=backbone.config, **fields)
     model = DevilModel(config, backbone=backbone, language_model=language_model)
-    table: Any = language_model.get_input_embeddings().weight
-    model.translator.to(device=table.device, dtype=dtype)
+    model.translator.to(device=model.get_input_embeddings().weight.device, dtype=dtype)
     return model.eval()
 
 
