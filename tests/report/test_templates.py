@@ -1,11 +1,14 @@
 """What is filled into a template is a value: it is escaped, it is never run, and a forgotten name is an error."""
 
+import ast
+from pathlib import Path
+
 import jinja2
 import markupsafe
 import pytest
 from jinja2.sandbox import SecurityError
 
-from devil_hf.report import html
+from devil_hf.report import html, templates
 from devil_hf.report.templates import PACKAGE, _environment, card_folder, render
 
 TEMPLATES = [
@@ -39,3 +42,14 @@ def test_templates_reach_nothing_inside_of_their_values():
     for source in ("{{ value.__class__.__mro__ }}", "{{ value.append(1) }}"):
         with pytest.raises(SecurityError):
             _environment().from_string(source).render(value=[])
+
+
+def test_nothing_else_of_the_package_makes_templates():
+    for path in PACKAGE.rglob("*.py"):
+        if path != Path(templates.__file__):
+            nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+            names = {node.attr for node in nodes if isinstance(node, ast.Attribute)}
+            modules = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+            modules |= {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module}
+            assert not {"from_template", "from_string"} & names, path
+            assert not any(module.partition(".")[0] == "jinja2" for module in modules), path
