@@ -10,10 +10,12 @@ def subjects() -> Mapping[str, Verb]:
     """The evaluations: every entry of the registry of evaluators."""
     from devil_hf.evaluation.evaluator import EVALUATORS, run_and_print
 
-    return {
-        name: Verb(name, one.summary, one.example, partial(getattr, one, "Settings"), partial(run_and_print, name))
-        for name, one in EVALUATORS.items()
-    }
+    found = {}
+    for name, one in EVALUATORS.items():
+        summary = one.summary if name == one.name else f"the same as {one.name}"
+        example = one.example.replace(f"evaluate {one.name}", f"evaluate {name}", 1)
+        found[name] = Verb(name, summary, example, partial(getattr, one, "Settings"), partial(run_and_print, name))
+    return found
 
 
 VERBS.register(
