@@ -14,7 +14,11 @@ from devil_hf.data.exemplars import find_exemplars
 from devil_hf.data.images import open_images
 from devil_hf.data.unit_features import PooledUnits, encoded_features, own_features, pool_units
 from devil_hf.data.unit_reader import UnitReader
+from devil_hf.evaluation import unit_check
+from devil_hf.evaluation.evaluator import evaluate
+from devil_hf.evaluation.results import read_evaluations
 from devil_hf.evaluation.statistics import average_precision, false_discovery
+from devil_hf.evaluation.unit_check import UnitsSettings
 from devil_hf.evaluation.units.labels import label_units
 from devil_hf.evaluation.units.simulation import (
     check_constant,
@@ -287,7 +291,7 @@ def test_natural_units_have_a_measurable_selectivity():
 # --------------------------------------------------------------------------------------------------------- all stages
 
 
-def test_all_stages_leave_an_atlas(model, processor, images, tmp_path):
+def test_all_stages_leave_an_atlas(model, processor, images, tmp_path, monkeypatch):
     pictures = [image.rotate(angle) for image in images for angle in range(0, 360, 24)]
     settings = NeuronsSettings(
         output_dir=tmp_path,
@@ -305,6 +309,21 @@ def test_all_stages_leave_an_atlas(model, processor, images, tmp_path):
     assert summary["images"] == 22 and (tmp_path / "atlas" / "index.html").is_file()
     atlas = json.loads((tmp_path / "atlas" / "atlas.json").read_text())
     assert len(atlas["units"]) == summary["units"] == model.backbone.channels[-1]
+    # The same labels on the same images, by `devil evaluate units`.
+    held_out = open_images(pictures, None, "image", 44).split(2)[1]
+    monkeypatch.setattr(unit_check, "open_images", lambda *arguments: held_out)
+    asked = UnitsSettings(
+        labels=tmp_path / "labels.json",
+        images="held out",
+        permutations=100,
+        batch_size=22,
+        output_dir=tmp_path / "units",
+    )
+    evaluation = evaluate("units", asked, model, processor)
+    for name, row in {"labels": evaluation.scores["labels"], **evaluation.controls}.items():
+        told = summary["checks"]["labels" if name == "labels" else f"{name} label{'s' * (name == 'shuffled')}"]
+        assert row == {measure: told[measure] for measure in ("pearson", "auprc", "passed")}
+    assert read_evaluations(tmp_path / "units" / "scores.json") == [evaluation] and "passed" in evaluation.text
     # A check on images among which exemplars were found, or of other units, would be worth nothing.
     for changes, what in (({"held_out": 3}, "source"), ({"limit": 40}, "source"), ({"layers": ["0"]}, "layers")):
         with pytest.raises(ValueError, match=f"cannot be checked like this: {what}"):

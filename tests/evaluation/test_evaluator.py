@@ -1,0 +1,119 @@
+"""The contract of evaluations: one class is an evaluation with records, streams, weights and the one layout of results."""
+
+import json
+from dataclasses import dataclass
+from itertools import count
+
+import pytest
+
+from devil_hf.cli.main import main
+from devil_hf.evaluation.evaluator import EVALUATORS, EvaluationSettings, Evaluator, evaluate
+from devil_hf.evaluation.results import Evaluation, fingerprint, read_evaluations
+from devil_hf.settings import option
+
+
+@dataclass(kw_only=True)
+class LengthSettings(EvaluationSettings):
+    words: list[str] = option("texts to measure", ["a", "bb", "ccc", "dddd", "ee"])
+
+
+class Length(Evaluator):
+    """Counts letters; nothing of it needs a model."""
+
+    name, summary, example, Settings = "length", "count letters", "devil evaluate length", LengthSettings
+    asked: list[str] = []
+
+    def open(self):
+        return [f"{at} {word}" for at, word in enumerate(self.settings.words)][: self.settings.limit]
+
+    def decides(self):
+        return {"words": self.settings.words, "layers": self.model.layer_names}
+
+    def rows(self, keys):
+        self.asked.extend(keys)
+        return [len(key.split()[1]) for key in keys]
+
+    def score(self, rows):
+        return Evaluation("Letters", {"all": {"letters": sum(rows.values()) / len(rows)}})
+
+
+class Stream(Length):
+    """The same where nobody knows how many texts there are."""
+
+    def open(self):
+        return map(str, count())
+
+    def rows(self, keys):
+        self.asked.extend(keys)
+        return [len(self.settings.words[int(key)]) for key in keys if int(key) < len(self.settings.words)]
+
+
+@pytest.fixture(autouse=True)
+def asked(monkeypatch):
+    monkeypatch.setattr(Length, "asked", [])
+    return Length.asked
+
+
+@pytest.mark.parametrize("kind", [Length, Stream])
+def test_rows_are_made_once_and_results_have_the_one_layout(kind, model, processor, tmp_path, monkeypatch):
+    settings = LengthSettings(output_dir=tmp_path, batch_size=2)
+    result = evaluate(kind, settings, model, processor)
+    assert result.scores == {"all": {"letters": 12 / 5}} and result.weights == fingerprint(model)
+    assert read_evaluations(tmp_path / "scores.json") == [result]
+    assert json.loads((tmp_path / "scores.json").read_text()) == result.as_record() and "letters" in result.text
+    assert len(kind.asked) == 5 + (kind is Stream)  # the end is found out by asking
+    kind.asked.clear()
+    assert evaluate(kind, settings, model, processor) == result and not kind.asked
+    with pytest.raises(ValueError, match=r"words.*another output folder"):
+        evaluate(kind, LengthSettings(output_dir=tmp_path, words=["a"]), model, processor)
+
+
+def test_a_stopped_run_and_a_larger_limit_go_on(model, processor, tmp_path, asked):
+    few = evaluate(Length, LengthSettings(output_dir=tmp_path, limit=2), model, processor)
+    assert few.scores["all"]["letters"] == 1.5
+    with (tmp_path / "records.jsonl").open("a") as file:
+        file.write('{"key": "2 ccc", "ro')  # killed while writing
+    asked.clear()
+    assert evaluate(Length, LengthSettings(output_dir=tmp_path), model, processor).scores["all"]["letters"] == 12 / 5
+    assert asked == ["2 ccc", "3 dddd", "4 ee"]
+
+
+def test_the_weights_are_hashed_once(model, processor, tmp_path, monkeypatch):
+    hashed = []
+
+    def counted(model):
+        hashed.append(model)
+        return "0" * 64
+
+    monkeypatch.setattr("devil_hf.evaluation.evaluator.fingerprint", counted)
+    evaluate(Length, LengthSettings(output_dir=tmp_path), model, processor)
+    assert len(hashed) == 1
+
+
+def test_what_was_changed_is_put_back_when_rows_fail(model, processor, tmp_path):
+    class Failing(Length):
+        closed = 0
+
+        def rows(self, keys):
+            raise RuntimeError("no rows")
+
+        def close(self):
+            type(self).closed += 1
+
+    with pytest.raises(RuntimeError, match="no rows"):
+        evaluate(Failing, LengthSettings(output_dir=tmp_path), model, processor)
+    assert Failing.closed == 1
+
+
+def test_an_evaluator_that_registers_itself_is_a_subject_of_the_command(
+    model, processor, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(EVALUATORS, "_entries", dict(EVALUATORS))
+    EVALUATORS.register("length", Length)
+    monkeypatch.setattr("devil_hf.checkpoints.loading.open_checkpoint", lambda *arguments: (model, processor))
+    with pytest.raises(SystemExit):
+        main(["evaluate", "--help"])
+    assert "count letters" in capsys.readouterr().out
+    assert main(["evaluate", "length", "--words", "a", "bbb", "--output-dir", str(tmp_path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["scores"] == {"all": {"letters": 2.0}}
+    assert main(["evaluate", "length", "--limit", "0"]) == 1 and "--limit 0" in capsys.readouterr().err
