@@ -195,3 +195,10 @@ def test_the_figure_is_white_at_chance_and_blue_at_always_right():
 def test_one_scene_is_too_few(tmp_path, capsys):
     assert cli.main(["evaluate", "shapes", "--limit", "1", "--output-dir", str(tmp_path)]) == 1
     assert "at least 2" in capsys.readouterr().err
+
+
+def test_results_name_the_world_that_was_measured(answers, tmp_path):
+    assert answers[1]["dataset"]["name"] == "shapes world, seed 1 (held-out scenes)"
+    options = ["--limit", "2", "--output-dir", str(tmp_path), "--device", "cpu"]
+    assert cli.main(["evaluate", "shapes", "--seed", "0", *options]) == 0
+    assert read_evaluations(tmp_path / "scores.json")[0].dataset["name"] == "shapes world, seed 0 (training scenes)"
