@@ -8,6 +8,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import dynamic_module_utils
 
 import devil_hf.hub.publish
 from devil_hf import DevilModel
@@ -66,6 +67,14 @@ def test_a_model_without_a_processor_is_refused(model, tmp_path):
     nameless.name_or_path = ""
     with pytest.raises(ValueError, match="processor="):
         prepare(nameless, "tester/devil", tmp_path)
+
+
+def test_a_model_of_its_repositorys_own_code_can_be_published(checkpoint, unchecked, tmp_path, monkeypatch):
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    own = dynamic_module_utils.get_class_from_dynamic_module("modeling_devil.DevilModel", str(checkpoint))
+    assert not issubclass(own, DevilModel)
+    draft = prepare(own.from_pretrained(checkpoint), "tester/own", tmp_path / "out")
+    assert {"model.safetensors", "modeling_devil.py", "processor_config.json", "README.md"} <= draft.tree().keys()
 
 
 def test_scores_of_other_weights_are_not_published(model, processor, checkpoint, unchecked, tmp_path):
