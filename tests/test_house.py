@@ -30,7 +30,7 @@ EXTRA_PACKAGES = {
     "pycocoevalcap", "bert_score", "pytorch_grad_cam", "gradio", "gradio_client", "pandas", "pyarrow", "matplotlib", "fsspec",
 }  # fmt: skip
 CORE = {TOP, "model", "checkpoints", "build", "baselines", "questions", "hub", "cli"}
-README_LINES = 150
+LONGEST_FILE, LONGEST_FUNCTION, README_LINES = 500, 60, 150
 
 
 @functools.cache
@@ -122,6 +122,20 @@ def test_private_names_of_the_model_are_used_by_the_model_only():
                 wrong.append(f"{file.relative_to(ROOT)}:{node.lineno}: {ast.unparse(node)}")
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("devil_hf.model"):
                 wrong += [f"{file.relative_to(ROOT)}: {a.name}" for a in node.names if a.name.startswith("_")]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_no_file_and_no_function_is_too_long():
+    wrong = []
+    for file in FILES:
+        lines = len(file.read_text(encoding="utf-8").splitlines())
+        if lines > LONGEST_FILE:
+            wrong.append(f"{file.relative_to(SOURCE)}: {lines} lines")
+        for node in ast.walk(tree(file)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                length = node.end_lineno - node.lineno + 1
+                if length > LONGEST_FUNCTION:
+                    wrong.append(f"{file.relative_to(SOURCE)}: {node.name} has {length} lines")
     assert not wrong, "\n".join(wrong)
 
 
