@@ -85,12 +85,15 @@ def label_units(
         raise ValueError(f"candidates={candidates} must be at least 2: one is the label, one the runner-up")
     rows: list[dict] = []
     bar = tqdm(total=len(pooled.units), desc="labels", unit="unit")
+    if strategy == "words":
+        phrases = model.check_phrases(processor(text=list(words or ()), carrier=carrier, return_tensors="pt"))
+        null = model.score_prefix(model.null_prefix(), phrases).sum(dim=-1)
     for begin in range(0, len(pooled.units), ROWS):
         part = slice(begin, begin + ROWS)
         features = [None if one is None else one[part] for one in pooled.features]
         prefix = model.translate(features, pooled.hidden[part])
         if strategy == "words":
-            labelled = _choose_words(model, processor, prefix, list(words or ()), carrier)
+            labelled = _choose_words(model, prefix, list(words or ()), phrases, null)
         else:
             labelled = _choose_texts(model, processor, prefix, strategy, candidates, prior_weight, max_new_tokens)
         for (layer, unit), row, silent in zip(pooled.units[part], labelled, pooled.silent[part].tolist(), strict=True):
@@ -107,12 +110,10 @@ def label_units(
     return rows
 
 
-def _choose_words(model, processor, prefix: Tensor, words: list[str], carrier: str | None) -> list[dict]:
-    phrases = model.check_phrases(processor(text=words, carrier=carrier, return_tensors="pt"))
-    counts = phrases["scored_mask"].sum(dim=1)
+def _choose_words(model, prefix: Tensor, words: list[str], phrases: dict[str, Tensor], null: Tensor) -> list[dict]:
+    """The words (K,) of the most evidence; `null` (1, K) are their log-probabilities under the null prefix."""
     given = model.score_prefix(prefix, phrases).sum(dim=-1)
-    null = model.score_prefix(model.null_prefix(), phrases).sum(dim=-1)
-    evidence = (given - null) / counts
+    evidence = (given - null) / phrases["scored_mask"].sum(dim=1)
     best = evidence.topk(min(2, len(words)), dim=1)
     rows = []
     for values, order in zip(best.values.tolist(), best.indices.tolist(), strict=True):
