@@ -1,0 +1,52 @@
+"""`devil neurons` from settings: directions as units, and what is refused."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from devil_hf.cli.main import main
+from devil_hf.report.neurons import NeuronsSettings, neurons
+
+
+@pytest.fixture(scope="module")
+def directions(model, tmp_path_factory):
+    """A file of three directions of the deepest layer, and one of their names."""
+    folder = tmp_path_factory.mktemp("directions")
+    np.save(folder / "probe.npy", np.random.default_rng(0).normal(size=(3, model.backbone.channels[-1])))
+    (folder / "names.txt").write_text("fur\nmetal\nwater\n")
+    return folder
+
+
+def test_directions_of_a_file_become_units_with_names(model, processor, images, directions, tmp_path):
+    settings = NeuronsSettings(
+        output_dir=tmp_path,
+        layers=["-1"],
+        directions=directions / "probe.npy",
+        direction_names=directions / "names.txt",
+        exemplars=2,
+        held_out=2,
+        candidates=2,
+        permutations=100,
+    )
+    pictures = [image.rotate(angle) for image in images for angle in range(0, 360, 24)]
+    summary = neurons(settings, model, processor, images=pictures)
+    assert summary["units"] == 3 and summary["checks"]["images"] == 22
+    units = json.loads((tmp_path / "atlas" / "atlas.json").read_text())["units"]
+    assert [unit["name"] for unit in units] == ["fur", "metal", "water"]
+    given = neurons(
+        NeuronsSettings(output_dir=tmp_path / "given", layers=["-1"], stage="exemplars", channels=True, exemplars=2),
+        model,
+        processor,
+        images=pictures,
+        directions={model.layer_names[-1]: torch.from_numpy(np.load(directions / "probe.npy")).float()},
+    )
+    assert given["units"] == 3 + model.backbone.channels[-1], "living directions beside the channels"
+
+
+@pytest.mark.parametrize("layers", [[], ["--layers", "layer1", "layer2"]])
+def test_directions_need_one_layer(layers, directions, tmp_path, capsys):
+    command = ["neurons", "shapes:8", "--directions", str(directions / "probe.npy"), "--output-dir", str(tmp_path)]
+    assert main([*command, *layers]) == 1
+    assert "name it by --layers" in capsys.readouterr().err
