@@ -12,6 +12,7 @@ from devil_hf import DevilModel
 from devil_hf.checkpoints.loading import load
 from devil_hf.cli import main as cli
 from devil_hf.data.shapes import ATTRIBUTE_WORDS, make_scene
+from devil_hf.evaluation import knowledge
 from devil_hf.evaluation import shapes as truth
 from devil_hf.evaluation.evaluator import evaluate
 from devil_hf.evaluation.maps.pointing import pointing
@@ -46,7 +47,7 @@ def test_depth_shows_in_shape_and_not_in_colour(answers):
 
 def test_the_table_and_the_figure_show_every_layer(answers):
     folder, result, _ = answers
-    table = truth.knowledge_table(result)
+    table = knowledge.knowledge_table(result)
     for layer in ("all", "layer1", "layer2", "layer3", "layer4", "mean", "constant", "chance"):
         assert any(line.startswith(layer) for line in table.splitlines())
     assert "relation" in table and "size" in table and "count" in table
@@ -113,15 +114,15 @@ def test_captions_of_the_grammar_are_perfect_descriptions():
     for index in range(300):
         scene = make_scene(3, index)
         caption = scene.caption(np.random.default_rng(index), fragment_share=0.0)
-        held = truth.relations_hold(caption, scene)
+        held = knowledge.relations_hold(caption, scene)
         assert all(held), caption
-        counted.append(truth.named_objects(caption) == len(scene.objects))
-        scores = truth.word_scores([caption], [scene.words])
+        counted.append(knowledge.named_objects(caption) == len(scene.objects))
+        scores = knowledge.word_scores([caption], [scene.words])
         assert all(score["f1"] == 1 for score in scores.values())
         if held:
-            (relation,) = (word for word in truth.OPPOSITE if f" {word} " in caption)
-            wrong = caption.replace(f" {relation} ", f" {truth.OPPOSITE[relation]} ")
-            stated.append(any(truth.relations_hold(wrong, scene)))
+            (relation,) = (word for word in knowledge.OPPOSITE if f" {word} " in caption)
+            wrong = caption.replace(f" {relation} ", f" {knowledge.OPPOSITE[relation]} ")
+            stated.append(any(knowledge.relations_hold(wrong, scene)))
     assert all(counted) and len(stated) > 30 and not any(stated)
 
 
@@ -129,14 +130,14 @@ def test_choices_differ_in_one_thing_and_the_first_is_true():
     relations = 0
     for index in range(60):
         scene = make_scene(4, index)
-        options = truth.choices(scene)
+        options = knowledge.choices(scene)
         words = [option.split() for option in options["size"]]
         assert {one[1] for one in words} == {"small", "medium", "large"} and words[0][1] == scene.objects[0].size
         assert len({tuple(one[:1] + one[2:]) for one in words}) == 1
         if "relation" in options:
             relations += 1
-            assert truth.relations_hold(options["relation"][0], scene) == [True]
-            assert truth.relations_hold(options["relation"][1], scene) == [False]
+            assert knowledge.relations_hold(options["relation"][0], scene) == [True]
+            assert knowledge.relations_hold(options["relation"][1], scene) == [False]
     assert relations > 20
 
 
@@ -150,7 +151,9 @@ def test_a_translator_that_sees_nothing_chooses_no_better_than_chance():
         features = model.extract_features(truth.pixel_values(processor, scenes))
         chosen = truth._choose(model, processor, features, scenes, range(6))
     for name, chance in (("size", 1 / 3), ("relation", 1 / 2)):
-        right = [row["all"][name] == truth.choices(scene)[name][0] for row, scene in zip(chosen, scenes, strict=True)]
+        right = [
+            row["all"][name] == knowledge.choices(scene)[name][0] for row, scene in zip(chosen, scenes, strict=True)
+        ]
         assert np.mean(right) == pytest.approx(chance)
 
 
@@ -171,14 +174,16 @@ def test_places_hold_most_of_an_object_or_nothing(grid):
 
 
 def test_no_constant_answer_beats_the_constant_row():
-    truths = [{name: truth._true_words(make_scene(6, index), name) for name in truth.CLASSES} for index in range(40)]
-    best = truth.constant_scores(truths)
+    truths = [
+        {name: knowledge._true_words(make_scene(6, index), name) for name in knowledge.CLASSES} for index in range(40)
+    ]
+    best = knowledge.constant_scores(truths)
     generator = np.random.default_rng(0)
-    for name, words in truth.CLASSES.items():
+    for name, words in knowledge.CLASSES.items():
         for _ in range(30):
             text = " ".join(word for word in words if generator.random() < 0.5)
             only = [{name: one[name]} for one in truths]
-            assert truth.word_scores([text] * 40, only)[name]["f1"] <= best[name]["f1"] + 1e-9
+            assert knowledge.word_scores([text] * 40, only)[name]["f1"] <= best[name]["f1"] + 1e-9
 
 
 def test_the_figure_is_white_at_chance_and_blue_at_always_right():

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from devil_hf.cli.main import main
 from devil_hf.data.objects import LocalisedImage
+from devil_hf.data.objects.masks import runs_of
 from devil_hf.evaluation import localisation
 from devil_hf.evaluation.evaluator import evaluate
 from devil_hf.evaluation.localisation import MapsSettings, read_windows
@@ -31,9 +32,9 @@ def examples(images):
         left, right = np.zeros((96, 128), dtype=bool), np.zeros((96, 128), dtype=bool)
         left[20:60, 20:50], right[30:80, 80:110] = True, True
         names = [("dog", "grass"), ("cat", "circle"), ("square", "dog")][number]
-        masks = dict(zip(names, (left, right), strict=True))
+        parts = {name: [runs_of(mask)] for name, mask in zip(names, (left, right), strict=True)}
         groups = dict.fromkeys(names, "class")
-        return LocalisedImage(f"{number}.jpg", lambda: images[number], groups, frozenset(names), lambda size: masks)
+        return LocalisedImage(f"{number}.jpg", lambda: images[number], groups, frozenset(names), parts)
 
     return [example(number) for number in range(3)]
 

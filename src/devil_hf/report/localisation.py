@@ -31,7 +31,7 @@ def localisation_figure(
     Phrases are taken evenly from the images, not by how well they do: the first one of every n-th image.
 
     Args:
-        rows, folder: what `collect_maps` recorded, and where.
+        rows, folder: what `devil evaluate maps` recorded, and where.
         phrases: rows of the figure.
         tile: side of a map in pixels.
     """
