@@ -17,13 +17,13 @@ from devil_hf.evaluation.localisation import MapsSettings, read_windows
 from devil_hf.evaluation.maps import collecting as mapping
 from devil_hf.evaluation.maps import scores as map_scores
 from devil_hf.evaluation.maps.collecting import draw_boards, location_curves, read_arrays, shown_weights
+from devil_hf.evaluation.maps.combining import combine_maps
 from devil_hf.evaluation.maps.gradcam import ClassMapper
 from devil_hf.evaluation.maps.measures import centre_prior
 from devil_hf.evaluation.maps.pointing import pointing
 from devil_hf.evaluation.maps.scores import maps_text, named_in_captions, score_maps, summarise
 from devil_hf.evaluation.maps.views import MAP_MEASURES, map_measure
 from devil_hf.evaluation.results import read_evaluations
-from devil_hf.model.explaining_devil import combine_maps
 
 
 @pytest.fixture(scope="module")

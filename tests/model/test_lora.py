@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, OPTConfi
 
 from devil_hf import DevilConfig, DevilModel
 from devil_hf.build import merge_lora
-from devil_hf.model.checkpoint_devil import lora_layers
+from devil_hf.build.lora_devil import lora_layers
 from tests.conftest import SMALL_TRANSLATOR
 
 

@@ -415,8 +415,9 @@ def test_the_shortcut_adds_linear_maps_of_the_visible_layers():
 
 
 def test_a_combination_rule_registered_from_outside_is_one_everywhere(model, pixel_values, phrases, monkeypatch):
+    from devil_hf.evaluation.maps.combining import combine_maps, map_combinations
     from devil_hf.model import explaining_devil
-    from devil_hf.model.explaining_devil import combine_maps, map_combinations, register_combination, resize_to_finest
+    from devil_hf.model.explaining_devil import register_combination, resize_to_finest
 
     monkeypatch.setattr(explaining_devil, "COMBINATIONS", dict(explaining_devil.COMBINATIONS))
 

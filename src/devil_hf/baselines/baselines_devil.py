@@ -7,19 +7,21 @@ Sizes follow the papers: ClipCap (Mokady et al. 2021, arXiv 2111.09734, section 
 2209.15162, section 3.1). LiMBeR maps every location of a grid by one matrix to one prefix vector; here it maps the pooled feature
 by one matrix to the whole prefix, so that all translators read the same.
 
-This file travels with the checkpoints of baselines only: their configuration names it as the place of `DevilModel`, so that
-whoever loads one has registered the translators.
+This file travels with the checkpoints of baselines only, see `COMPANIONS`.
 """
 
+import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 
+from devil_hf.model.checkpoint_devil import COMPANIONS
 from devil_hf.model.modeling_devil import DevilModel
 from devil_hf.model.translator_devil import TranslatorBlock, register_translator, reset_layers
+
+COMPANIONS.update(dict.fromkeys(("clipcap", "clipcap_mlp", "limber"), sys.modules[__name__]))
 
 
 class PooledFeatureTranslator(nn.Module):
@@ -66,13 +68,6 @@ class PooledFeatureTranslator(nn.Module):
     def to_prefix(self, features: Tensor) -> Tensor:
         """Prefix (N, k, D_lm) of features (N, C)."""
         raise NotImplementedError
-
-    @staticmethod
-    def save_code(folder: str) -> str:
-        """Write this file beside a checkpoint, with its imports from the files there."""
-        code = Path(__file__).read_text(encoding="utf-8").replace("from devil_hf.model.", "from .")
-        Path(folder, Path(__file__).name).write_text(code, encoding="utf-8")
-        return Path(__file__).stem
 
     def _split(self, flat: Tensor) -> Tensor:
         return flat.view(len(flat), self.prefix_length, self.embedding_width)

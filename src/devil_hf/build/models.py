@@ -12,9 +12,10 @@ from transformers import PreTrainedModel
 from transformers.utils import cached_file
 from transformers.utils.hub import extract_commit_hash
 
+from devil_hf.build.lora_devil import lora_layers
+from devil_hf.build.slim_devil import load_language_model
 from devil_hf.build.sources import backbone_from_source
 from devil_hf.model.backbone_devil import FeatureBackbone, weights_hash
-from devil_hf.model.checkpoint_devil import load_language_model, lora_layers
 from devil_hf.model.configuration_devil import DevilConfig
 from devil_hf.model.modeling_devil import DevilModel
 

@@ -7,10 +7,10 @@ import numpy as np
 
 from devil_hf.data.rendering import SceneObject
 from devil_hf.data.shapes import ATTRIBUTE_WORDS, RELATIONS, SHAPES, SIZES, Scene
+from devil_hf.evaluation.maps.combining import map_combinations
 from devil_hf.evaluation.results import CHANCE
 from devil_hf.evaluation.tables import table
 from devil_hf.evaluation.text.words import WordCounts, word_list
-from devil_hf.model.explaining_devil import map_combinations
 
 CLASSES = {**ATTRIBUTE_WORDS, "size": tuple(SIZES)}
 VOCABULARY = [word for words in ATTRIBUTE_WORDS.values() for word in words]

@@ -32,9 +32,9 @@ from typing import Any
 from huggingface_hub import EvalResult
 
 from devil_hf.data.worlds import HELD_OUT_WORLD, world_label
+from devil_hf.evaluation.maps.combining import map_combinations
 from devil_hf.evaluation.text.metrics import CAPTION_METRICS
 from devil_hf.model.backbone_devil import weights_hash
-from devil_hf.model.explaining_devil import map_combinations
 from devil_hf.model.modeling_devil import DevilModel
 
 TASK = "image-to-text"

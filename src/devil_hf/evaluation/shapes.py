@@ -28,10 +28,10 @@ from devil_hf.data.shapes import ATTRIBUTE_WORDS, Scene
 from devil_hf.data.worlds import HELD_OUT_WORLD, World
 from devil_hf.evaluation.evaluator import EVALUATORS, EvaluationSettings, Evaluator
 from devil_hf.evaluation.knowledge import VOCABULARY, Rows, choices, knowledge_table, summary
+from devil_hf.evaluation.maps.combining import combine_maps, map_combinations
 from devil_hf.evaluation.maps.pointing import chance_pointing, pointing
 from devil_hf.evaluation.results import Evaluation
 from devil_hf.evaluation.text.words import CARRIER
-from devil_hf.model.explaining_devil import combine_maps, map_combinations
 from devil_hf.model.modeling_devil import DevilModel
 from devil_hf.model.processing_devil import DevilProcessor
 from devil_hf.settings import option

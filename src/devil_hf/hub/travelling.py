@@ -12,11 +12,14 @@ from pathlib import Path
 from typing import Any
 
 ROOM = Path(__file__).parents[1] / "model"
-BASELINES = Path(__file__).parents[1] / "baselines" / "baselines_devil.py"
+# Those that travel only with checkpoints that need them, see `COMPANIONS` in checkpoint_devil.py.
+COMPANIONS = tuple(
+    ROOM.parent / file for file in ("baselines/baselines_devil.py", "build/lora_devil.py", "build/slim_devil.py")
+)
 LIBRARIES = {"PIL", "huggingface_hub", "numpy", "peft", "safetensors", "timm", "torch", "transformers"}
 STANDARD = {
     "base64", "binascii", "collections", "contextlib", "copy", "dataclasses", "functools", "hashlib", "importlib", "inspect",
-    "io", "math", "operator", "os", "pathlib", "typing",
+    "io", "math", "operator", "os", "pathlib", "sys", "typing",
 }  # fmt: skip
 OF_OS = {"PathLike", "fspath", "listdir", "path"}
 FORBIDDEN = {"__import__", "breakpoint", "compile", "eval", "exec", "globals", "input", "open"}
@@ -24,7 +27,7 @@ FORBIDDEN = {"__import__", "breakpoint", "compile", "eval", "exec", "globals", "
 TOUCHING = {
     "cached_file", "create_model", "exists", "from_pretrained", "fromfile", "get_session", "import_module", "isdir", "listdir",
     "load", "load_file", "load_state_dict", "makedirs", "memmap", "mkdir", "open", "popen", "push_to_hub", "read_bytes",
-    "read_text", "rename", "rmtree", "save", "save_file", "save_pretrained", "save_code", "savez",
+    "read_text", "rename", "rmtree", "save", "save_file", "save_pretrained", "savez",
     "snapshot_download", "system", "tofile", "unlink", "urlopen", "urlretrieve", "write_bytes", "write_text",
 }  # fmt: skip
 
@@ -40,35 +43,37 @@ class Access:
 
 
 ACCESSES = (
-    Access("backbone_devil.py", "timm.create_model", "building; loading a slim checkpoint",
-           "building: nothing. Slim: the weights of a timm backbone, from the Hub's cache or the Hub, at the recorded commit"),
-    Access("backbone_devil.py", "os.path.isdir", "loading a slim checkpoint", "whether the recorded source is a directory"),
-    Access("backbone_devil.py", "os.listdir", "loading a slim checkpoint", "names of files in the downloaded source"),
-    Access("backbone_devil.py", "snapshot_download", "loading a slim checkpoint",
-           "`*.json` and `*.safetensors` of the backbone's repository (`*.bin` where there are no others, read with "
-           "`weights_only`), at the recorded commit"),
-    Access("backbone_devil.py", "AutoConfig.from_pretrained", "loading a slim checkpoint", "the source's config.json"),
-    Access("backbone_devil.py", "AutoModel.from_pretrained", "loading a slim checkpoint", "the source's weights, without code"),
-    Access("backbone_devil.py", "kind.from_pretrained", "loading a slim checkpoint", "the source's weights, without code"),
+    Access("backbone_devil.py", "timm.create_model", "building", "nothing: the architecture, without weights"),
     Access("backbone_devil.py", "importlib.import_module", "building a transformers backbone",
            "a module whose name begins with `transformers.`; anything else is refused"),
     Access("checkpoint_devil.py", "cls.config_class.from_pretrained", "loading", "the checkpoint's config.json"),
     Access("checkpoint_devil.py", "super().from_pretrained", "loading", "the checkpoint's safetensors files"),
-    Access("checkpoint_devil.py", "cached_file", "loading a slim checkpoint", "the checkpoint's model.safetensors"),
-    Access("checkpoint_devil.py", "load_file", "loading a slim checkpoint", "the same file, by safetensors"),
-    Access("checkpoint_devil.py", "AutoModelForCausalLM.from_pretrained", "loading a slim checkpoint",
-           "the language model at the recorded commit, without code; its hash must be the recorded one"),
     Access("checkpoint_devil.py", "super().save_pretrained", "saving", "the directory that you name"),
-    Access("checkpoint_devil.py", "config.save_pretrained", "saving a baseline", "the directory that you name"),
-    Access("checkpoint_devil.py", "save_code", "saving a baseline", "the directory that you name: the baseline's own file"),
+    Access("checkpoint_devil.py", "config.save_pretrained", "saving with companions", "the directory that you name"),
+    Access("checkpoint_devil.py", "file.read_text", "saving with companions", "the companion's own file"),
+    Access("checkpoint_devil.py", "(folder / file.name).write_text", "saving with companions",
+           "the companion's file in the directory that you name"),
+    Access("checkpoint_devil.py", "(folder / f'{ENTRY}.py').write_text", "saving with companions",
+           "the file there that imports the companions"),
     Access("pipeline_devil.py", "self.model.save_pretrained", "saving a pipeline", "the directory that you name"),
     Access("pipeline_devil.py", "self.processor.save_pretrained", "saving a pipeline", "the directory that you name"),
     Access("image_processing_devil.py", "Image.open", "giving a path, URL or base64 text as an image", "that file"),
     Access("image_processing_devil.py", "os.path.exists", "giving a text as an image", "whether there is such a file"),
     Access("image_processing_devil.py", "get_session", "giving an http or https URL as an image", "one GET of that URL"),
-    Access("baselines_devil.py", "Path(__file__).read_text", "saving a baseline", "its own file"),
-    Access("baselines_devil.py", "Path(folder, Path(__file__).name).write_text", "saving a baseline",
-           "its own file in the directory that you name"),
+    Access("slim_devil.py", "timm.create_model", "loading a slim checkpoint",
+           "the weights of a timm backbone, from the Hub's cache or the Hub, at the recorded commit"),
+    Access("slim_devil.py", "os.path.isdir", "loading a slim checkpoint", "whether the recorded source is a directory"),
+    Access("slim_devil.py", "os.listdir", "loading a slim checkpoint", "names of files in the downloaded source"),
+    Access("slim_devil.py", "snapshot_download", "loading a slim checkpoint",
+           "`*.json` and `*.safetensors` of the backbone's repository (`*.bin` where there are no others, read with "
+           "`weights_only`), at the recorded commit"),
+    Access("slim_devil.py", "AutoConfig.from_pretrained", "loading a slim checkpoint", "the source's config.json"),
+    Access("slim_devil.py", "AutoModel.from_pretrained", "loading a slim checkpoint", "the source's weights, without code"),
+    Access("slim_devil.py", "kind.from_pretrained", "loading a slim checkpoint", "the source's weights, without code"),
+    Access("slim_devil.py", "cached_file", "loading a slim checkpoint", "the checkpoint's model.safetensors"),
+    Access("slim_devil.py", "load_file", "loading a slim checkpoint", "the same file, by safetensors"),
+    Access("slim_devil.py", "AutoModelForCausalLM.from_pretrained", "loading a slim checkpoint",
+           "the language model at the recorded commit, without code; its hash must be the recorded one"),
 )  # fmt: skip
 
 
@@ -99,7 +104,7 @@ def violations(file: Path) -> Iterator[str]:
                 yield f"{file.name}:{node.lineno} uses {ast.unparse(node)}"
         for name in names:
             if name.partition(".")[0] not in LIBRARIES | STANDARD and not (
-                file == BASELINES and name.startswith("devil_hf.model.")
+                file in COMPANIONS and name.startswith("devil_hf.model.")
             ):
                 yield f"{file.name}:{node.lineno} imports {name}"
     listed = {access.call for access in ACCESSES if access.file == file.name}
@@ -123,4 +128,4 @@ def write_table(page: Path) -> None:
 if __name__ == "__main__":
     write_table(Path(sys.argv[1]))
 
-__all__ = ["ACCESSES", "BASELINES", "Access", "accesses", "table", "travelling_files", "violations", "write_table"]
+__all__ = ["ACCESSES", "COMPANIONS", "Access", "accesses", "table", "travelling_files", "violations", "write_table"]

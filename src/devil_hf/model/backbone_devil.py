@@ -3,7 +3,7 @@
 timm models are read by `forward_intermediates`, transformers backbones by their own feature maps, everything else (and
 any further submodule, such as `layer3.5.conv2`) by forward hooks, in the layout that was recorded when the checkpoint was
 built. The network is kept whole, so that its weights can be compared with their source by a hash. Here an architecture is
-made from its recorded description and its weights are loaded from their source; `devil_hf.build` writes the description.
+made from its recorded description, which `devil_hf.build` writes; slim checkpoints load its weights by `slim_devil.py`.
 
 `NAME:class` is the class token of layer NAME, a map of one location, as the paper uses CLIP-ViT's.
 """
@@ -11,17 +11,13 @@ made from its recorded description and its weights are loaded from their source;
 import hashlib
 import importlib
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
-from os import PathLike
 from typing import Any
 
 import timm
 import torch
 import transformers
-from huggingface_hub import snapshot_download
 from torch import Tensor, nn
-from transformers import MODEL_FOR_BACKBONE_MAPPING, AutoConfig, AutoModel
 
 
 def weights_hash(weights: nn.Module | Mapping[str, Tensor]) -> str:
@@ -250,95 +246,6 @@ def _tokens_to_map(tokens: Tensor, prefix: int, height: int, width: int) -> Tens
 def to_token(output: Tensor, layout: str) -> Tensor:
     """The first token of an output, (B, tokens, C) unless its layout is `LNC` -> one location `(batch_size, channels, 1, 1)`."""
     return (output[0] if layout == "LNC" else output[:, 0])[:, :, None, None]
-
-
-def source_state_dict(
-    config: Mapping[str, Any], backbone_override: str | PathLike | nn.Module | None = None, **download: Any
-) -> dict[str, Tensor]:
-    """Weights of a backbone from where they were first loaded, named as in `FeatureBackbone.state_dict()`.
-
-    Args:
-        config: `FeatureBackbone.config`.
-        backbone_override: where the weights lie now, if not at `config["source"]`; or the module itself.
-        download: see `load_network`.
-
-    Raises:
-        OSError: if the source cannot be loaded.
-        ValueError: if no source is recorded, or if its weights are not those that the hash was taken of.
-    """
-    module: Any = backbone_override
-    if not isinstance(module, nn.Module):
-        source = module or config["source"]
-        if source is None:
-            raise ValueError(
-                "the backbone was given as a module, so no source of its weights is known; pass `backbone=...`"
-            )
-        module = load_network(config, source, None if module else config["revision"], **download)
-    found = weights_hash(module)
-    if found != config["sha256"]:
-        raise ValueError(
-            f"the weights of backbone {backbone_override or config['source']!s:.80} have SHA-256 {found}, "
-            f"but the checkpoint was made with {config['sha256']}; pass the original weights as `backbone=`"
-        )
-    return {f"module.{name}": tensor for name, tensor in module.state_dict().items()}
-
-
-def load_network(
-    description: Mapping[str, Any], source: str | PathLike, revision: str | None = None, **download: Any
-) -> nn.Module:
-    """The network of a description with the pretrained weights of a source.
-
-    Args:
-        description: `kind`, `kwargs` and, for transformers, the recorded `model_config`, as in `FeatureBackbone.config`.
-        source: a name of timm's (`resnet50.a1_in1k`), a Hub id (`timm/resnet50.a1_in1k`, `facebook/dinov2-small`), or a
-            directory written by `timm.models.save_for_hf` or by `save_pretrained` of transformers.
-        revision: branch, tag or commit of a Hub repository.
-        download: `token`, `cache_dir`, `local_files_only`, `force_download` for Hub repositories.
-
-    Raises:
-        OSError: if there is no such source, or it cannot be reached.
-    """
-    name, kwargs = os.fspath(source), dict(description.get("kwargs") or {})
-    try:
-        if description["kind"] == "timm" and is_timm_name(name):
-            overlay = dict(kwargs.pop("pretrained_cfg_overlay", None) or {})
-            repository = timm.models.get_pretrained_cfg(name, allow_unregistered=False).hf_hub_id
-            if revision and repository:
-                overlay["hf_hub_id"] = f"{repository}@{revision}"
-            cache = download.get("cache_dir")
-            return timm.create_model(
-                name, pretrained=True, pretrained_cfg_overlay=overlay or None, cache_dir=cache, **kwargs
-            )
-        folder = source_folder(name, revision, **download)
-        if description["kind"] == "timm":
-            return timm.create_model(f"local-dir:{folder}", pretrained=True, **kwargs)
-        config = AutoConfig.from_pretrained(folder, **kwargs)
-        if type(config) in MODEL_FOR_BACKBONE_MAPPING:
-            if "model_config" in description:
-                config.out_features = description["model_config"]["out_features"]
-            kind = MODEL_FOR_BACKBONE_MAPPING[type(config)]
-            return kind.from_pretrained(folder, config=config, dtype=torch.float32)
-        module = AutoModel.from_pretrained(folder, config=config, dtype=torch.float32)
-        return module.get_encoder(modality="image") if hasattr(config, "vision_config") else module
-    except Exception as error:
-        raise OSError(
-            f"the weights of backbone {name!r} cannot be loaded ({error}); pass as `backbone=` where they lie"
-        ) from error
-
-
-def is_timm_name(source: str) -> bool:
-    """Whether a source is an architecture of timm's, with or without a tag of weights."""
-    return not os.path.isdir(source) and "/" not in source and timm.is_model(source.split(".")[0])
-
-
-def source_folder(source: str, revision: str | None, **download: Any) -> str:
-    """The local directory of a source; a Hub repository is downloaded, pickled weights only where there are no others."""
-    if os.path.isdir(source):
-        return source
-    folder = snapshot_download(source, revision=revision, allow_patterns=["*.json", "*.safetensors"], **download)
-    if not any(name.endswith(".safetensors") for name in os.listdir(folder)):
-        folder = snapshot_download(source, revision=revision, allow_patterns=["*.json", "*.bin"], **download)
-    return folder
 
 
 def build_module(description: dict[str, Any]) -> nn.Module:

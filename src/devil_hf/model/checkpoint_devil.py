@@ -1,35 +1,54 @@
-"""How a DeViL model is saved and loaded, with LoRA adapters or without.
+"""How a DeViL model is saved and loaded.
 
 Two kinds of checkpoint load alike through `from_pretrained`: self-contained ones hold every weight; slim ones hold what was
 trained, and name the sources of the frozen parts with revision and a hash of their weights, which is verified on loading.
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from os import PathLike
-from typing import Any, cast
+from pathlib import Path
+from typing import Any
 
-import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.utils import cached_file, is_peft_available
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from .backbone_devil import FeatureBackbone, source_state_dict, weights_hash
-from .configuration_devil import LORA_DEFAULTS, DevilConfig
-from .translator_devil import translator_class
+from .backbone_devil import FeatureBackbone
+from .configuration_devil import DevilConfig
 
-if is_peft_available():
-    from peft import LoraConfig, inject_adapter_in_model
-    from peft.tuners.lora import LoraLayer
-    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-
-WEIGHTS_FILE = "model.safetensors"
 TRAINED_PREFIX = "translator."
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 LORA_NAME = ".lora_"  # in the name of every weight that peft adds
 AUTO_CLASSES = ("AutoModel", "AutoModelForImageTextToText")
+ENTRY = "companions_devil"
+
+# Code that not everybody needs, by what needs it; each is one file that imports this model and enters itself here. "slim" (frozen
+# parts from their sources), "lora", and translators by their names travel with checkpoints that need them; "training" does not.
+COMPANIONS: dict[str, Any] = {}
+
+
+def companion(need: str) -> Any:
+    """The module for what a checkpoint needs beyond the files that always travel; an ImportError where it is not there."""
+    if need not in COMPANIONS:
+        raise ImportError(
+            f"the code for {need!r} is not among this checkpoint's files: pip install devil-hf, and import devil_hf."
+        )
+    return COMPANIONS[need]
+
+
+def write_companions(needs: Sequence[str], folder: Path) -> None:
+    """Write the files that a checkpoint needs beside the usual ones, and one that imports them with the model."""
+    lines = ['"""The model, with the code that this checkpoint needs beside the files that always travel."""', ""]
+    for file in sorted({Path(COMPANIONS[need].__file__) for need in needs}):
+        code = (
+            file.read_text(encoding="utf-8")
+            .replace("from devil_hf.model.", "from .")
+            .replace("from devil_hf.build.", "from .")
+        )
+        (folder / file.name).write_text(code, encoding="utf-8")
+        lines.append(f"from .{file.stem} import DevilModel")
+    (folder / f"{ENTRY}.py").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 class DevilPreTrainedModel(PreTrainedModel):
@@ -59,8 +78,9 @@ class DevilPreTrainedModel(PreTrainedModel):
         super().train(mode)
         self.backbone.eval()
         self.language_model.eval()
-        for _, layer in lora_layers(cast(nn.Module, self.language_model)):
-            layer.lora_dropout.train(mode)
+        for module in self.language_model.modules():
+            if hasattr(module, "lora_dropout"):
+                module.lora_dropout.train(mode)
         return self
 
     def trainable_state_dict(self, state_dict: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
@@ -85,8 +105,10 @@ class DevilPreTrainedModel(PreTrainedModel):
         # This import is also what makes the pipeline's code travel with the checkpoint.
         from .pipeline_devil import CUSTOM_PIPELINES
 
-        config = self.config
+        config, needs = self.config, ["lora"] if self.config.lora else []
         if slim:
+            companion("slim")
+            needs.append("slim")
             for part in self.parts_without_source:
                 raise ValueError(
                     f"a slim checkpoint needs a source of the {part}, but it was given as a module: "
@@ -99,10 +121,9 @@ class DevilPreTrainedModel(PreTrainedModel):
         config.custom_pipelines = CUSTOM_PIPELINES
         try:
             super().save_pretrained(save_directory, state_dict=state_dict, **kwargs)
-            save_code = getattr(translator_class(config.translator_type), "save_code", None)
-            if save_code is not None:
-                place = save_code(str(save_directory))
-                config.auto_map |= dict.fromkeys(AUTO_CLASSES, f"{place}.DevilModel")
+            if needed := [need for need in (config.translator_type, *needs) if need in COMPANIONS]:
+                write_companions(needed, Path(save_directory))
+                config.auto_map |= dict.fromkeys(AUTO_CLASSES, f"{ENTRY}.DevilModel")
                 config.save_pretrained(save_directory)
         finally:
             config.frozen_weights = before
@@ -156,13 +177,7 @@ class DevilPreTrainedModel(PreTrainedModel):
             kwargs["backbone"] = module
         with _told_when_cut(path):
             if path is not None and state_dict is None and config.frozen_weights == "reference":
-                download = {name: value for name, value in hub.items() if name not in ("revision", "subfolder")}
-                frozen = _frozen_weights(config, backbone, language_model, **download)
-                file = cached_file(path, WEIGHTS_FILE, _raise_exceptions_for_missing_entries=False, **hub)
-                if file is None:
-                    raise OSError(f"{path} has no {WEIGHTS_FILE}: a slim checkpoint keeps its translator there.")
-                # Trained weights come last: those of fresh adapters give way to them.
-                state_dict = frozen | load_file(file)
+                state_dict = companion("slim").slim_state_dict(path, config, backbone, language_model, hub)
             source = None if state_dict is not None else path
             model, info = super().from_pretrained(
                 source, *args, config=config, state_dict=state_dict, output_loading_info=True, **kwargs
@@ -174,56 +189,6 @@ class DevilPreTrainedModel(PreTrainedModel):
         model.config.name_or_path = model.name_or_path = str(path)
         model.freeze()
         return (model, info) if report else model
-
-
-def add_lora(language_model: nn.Module, lora: Mapping[str, Any]) -> None:
-    """Inject adapters into a language model, in place; one that has them already is left as it is.
-
-    Not by `add_adapter` of transformers, after which the language model saves its adapters alone.
-
-    Args:
-        lora: `rank`, `alpha`, `dropout` and `target_modules` (names of linear layers, or peft's `"all-linear"`); what is
-            left out is 8, 16, 0 and the attention projections that peft names for this family of language models, or every
-            linear layer but the head for a family that it does not know.
-
-    Raises:
-        ImportError: when peft is not installed.
-    """
-    if not is_peft_available():
-        raise ImportError("this model has LoRA adapters, which need peft: pip install peft")
-    if next(lora_layers(language_model), None) is not None:
-        return
-    full = LORA_DEFAULTS | dict(lora)
-    family = getattr(language_model.config, "model_type", "")
-    targets = full["target_modules"] or TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(family, "all-linear")
-    config = LoraConfig(
-        r=full["rank"],
-        lora_alpha=full["alpha"],
-        lora_dropout=full["dropout"],
-        target_modules=targets if isinstance(targets, str) else list(targets),
-        # Transposed linear layers, as in GPT-2, would otherwise be met with a warning.
-        fan_in_fan_out=any(type(module).__name__ == "Conv1D" for module in language_model.modules()),
-    )
-    inject_adapter_in_model(config, language_model)
-
-
-def lora_layers(language_model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Name and module of every layer with an adapter."""
-    if is_peft_available():
-        yield from ((name, part) for name, part in language_model.named_modules() if isinstance(part, LoraLayer))
-
-
-def load_language_model(source: Mapping, **kwargs) -> PreTrainedModel:
-    """The language model of `{"source", "revision"}`, in fp32; an OSError that names the remedy where it cannot be loaded."""
-    try:
-        return AutoModelForCausalLM.from_pretrained(
-            source["source"], revision=source.get("revision") or "main", dtype=torch.float32, **kwargs
-        )
-    except OSError as error:
-        raise OSError(
-            f"the language model {source['source']!r} (revision {source.get('revision')}) could not be loaded: "
-            f"name another place of the same weights with language_model=... ({error})"
-        ) from error
 
 
 @contextmanager
@@ -239,23 +204,3 @@ def _told_when_cut(path: Any) -> Iterator[None]:
         if cause is None:
             raise
         raise OSError(f"loading {path} was cut off by the network ({cause}); load it again to go on.") from error
-
-
-def _frozen_weights(config, backbone, language_model, **download) -> dict[str, Tensor]:
-    """Weights of the frozen parts from their sources, verified, by their names in the whole model."""
-    vision = source_state_dict(config.backbone_config, backbone, **download)
-    source = dict(config.language_model_source)
-    if language_model is not None:
-        source |= {"source": str(language_model), "revision": None}
-    model = load_language_model(source, **download)
-    found = weights_hash(model)
-    if found != source["sha256"]:
-        raise ValueError(
-            f"the weights of the language model {source['source']!r} have sha256 {found}, but this checkpoint was trained "
-            f"with {source['sha256']}: load the revision {source.get('revision')}, or name the right one with language_model=..."
-        )
-    if config.lora is not None:
-        # The hash is one of the weights without adapters; with them, the same weights have longer names.
-        add_lora(model, config.lora)
-    named = {f"backbone.{name}": tensor for name, tensor in vision.items()}
-    return named | {f"language_model.{name}": tensor for name, tensor in model.state_dict().items()}

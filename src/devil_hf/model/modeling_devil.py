@@ -17,19 +17,10 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, GenerationConfig, LogitsProcessorList, PreTrainedModel
 
 from .backbone_devil import FeatureBackbone
-from .checkpoint_devil import DevilPreTrainedModel, add_lora, lora_layers
+from .checkpoint_devil import DevilPreTrainedModel, companion
 from .explaining_devil import ExplainMixin
 from .outputs_devil import DevilOutput
-from .pooling_devil import (
-    Layers,
-    check_weights,
-    draw,
-    pool,
-    read_locations,
-    region_weights,
-    resolve_layers,
-    window_weights,
-)
+from .pooling_devil import Layers, check_weights, pool, read_locations, region_weights, resolve_layers, window_weights
 from .scoring_devil import EvidenceGuidance, ScoreMixin, rows_per_chunk, run_language_model
 from .translator_devil import translator_class
 
@@ -59,9 +50,12 @@ class DevilModel(ExplainMixin, ScoreMixin, DevilPreTrainedModel):
         self._no_split_modules = ["FeatureBackbone", translator.__name__]
         built = [part for part in (backbone, language_model) if part is not None]
         if config.lora is not None:
-            add_lora(self.language_model, config.lora)
+            lora = companion("lora")
+            lora.add_lora(self.language_model, config.lora)
             # The language model would initialise them as its own layers, and fresh adapters would say something.
-            built += [part for _, layer in lora_layers(self.language_model) for part in (layer.lora_A, layer.lora_B)]
+            built += [
+                part for _, layer in lora.lora_layers(self.language_model) for part in (layer.lora_A, layer.lora_B)
+            ]
         # What is already built is marked as initialised, so that `post_init` leaves it alone.
         for part in built:
             for one in (*part.modules(), *part.parameters(), *part.buffers()):
@@ -265,7 +259,7 @@ class DevilModel(ExplainMixin, ScoreMixin, DevilPreTrainedModel):
         """Caption loss of image-text pairs (paper, equation 3).
 
         In training mode, location and layer dropout are drawn as configured unless `location_weights` or `layer_mask` say
-        otherwise (by the package devil-hf: see `DRAWS`); in eval mode every location and layer is visible.
+        otherwise (by the package devil-hf alone); in eval mode every location and layer is visible.
 
         Args:
             pixel_values: (B, 3, H, W); or `feature_maps`, one (B, C_l, H_l, W_l) per layer; or `pooled_features`, (B, C_l).
@@ -288,11 +282,14 @@ class DevilModel(ExplainMixin, ScoreMixin, DevilPreTrainedModel):
             if regions is not None:
                 weights, vanished = self._region_weights(regions, dict(enumerate(feature_maps)))
             if self.training and location_weights is None:
-                drawn = draw("locations", self.config, len(feature_maps[0]), feature_maps, regions)
+                drawn = companion("training").draw_location_weights(
+                    self.config, len(feature_maps[0]), feature_maps, regions
+                )
                 weights = [one[:, None] for one in drawn]
             pooled_features = [self.check_finite(pool(feature_maps[i], weights[i]), i) for i in layers]
         if layer_mask is None and self.training:
-            layer_mask = draw("layers", self.config, len(pooled_features[0]), len(layers), pooled_features[0].device)
+            rows, device = len(pooled_features[0]), pooled_features[0].device
+            layer_mask = companion("training").draw_layer_mask(self.config, rows, len(layers), device)
         if vanished is not None and vanished.any():
             layer_mask = _hidden(layer_mask, vanished)
         prefix = self.translate(pooled_features, layer_mask)

@@ -6,7 +6,7 @@ training dropout differ only in w. The weights are built here; nothing here know
 """
 
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
 import torch
@@ -81,21 +81,6 @@ def pool(feature_map: Tensor, weights: Tensor | None) -> Tensor:
     weights = weights.to(feature_map)
     equation = "bchw,rhw->brc" if weights.ndim == 3 else "bchw,brhw->brc"
     return torch.einsum(equation, feature_map, weights).flatten(0, 1)
-
-
-# What training draws: "locations" (config, rows, feature maps, regions) -> weights (rows, H_l, W_l) per layer, and "layers"
-# (config, rows, number of layers, device) -> mask (rows, L). `devil_hf.training.draws` registers them.
-DRAWS: dict[str, Callable[..., Any]] = {}
-
-
-def draw(what: str, *arguments: Any) -> Any:
-    """Draw what training hides; an ImportError where the package that knows how is missing."""
-    if what not in DRAWS:
-        raise ImportError(
-            f"training draws {what} at random by code of the package: pip install devil-hf, and import devil_hf; or give "
-            "location_weights and layer_mask yourself."
-        )
-    return DRAWS[what](*arguments)
 
 
 def read_locations(locations: Any, grid: tuple[int, int], layer: str) -> list[tuple[int, int]]:

@@ -150,8 +150,8 @@ TRANSLATORS: dict[str, type[nn.Module]] = {"transformer": Translator}
 def register_translator(name: str) -> Callable[[type[nn.Module]], type[nn.Module]]:
     """Decorator of another way to turn pooled features into a prefix, chosen by `config.translator_type=name`.
 
-    The class is made, called and initialised like `Translator`. If it is defined outside of the files that travel, its static
-    method `save_code(folder)` writes its file beside a checkpoint, and returns the name of a module that has `DevilModel` in it.
+    The class is made, called and initialised like `Translator`. Where its checkpoints should load without the package that
+    defines it, its module is one file that enters itself in `COMPANIONS` by the same name, and travels with them.
     """
 
     def register(translator: type[nn.Module]) -> type[nn.Module]:

@@ -3,12 +3,16 @@
 Registered with the model, so that `model.train(); model(pixel_values, input_ids)` draws in anybody's own loop.
 """
 
+import sys
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from devil_hf.model.pooling_devil import DRAWS, region_weights
+from devil_hf.model.checkpoint_devil import COMPANIONS
+from devil_hf.model.pooling_devil import region_weights
+
+COMPANIONS["training"] = sys.modules[__name__]
 
 
 def location_dropout(
@@ -95,10 +99,6 @@ def draw_layer_mask(config, rows: int, layers: int, device=None) -> Tensor:
     return layer_dropout(
         rows, layers, config.layer_dropout, config.null_probability, config.all_layers_probability, device
     )
-
-
-DRAWS["locations"] = draw_location_weights
-DRAWS["layers"] = draw_layer_mask
 
 
 __all__ = ["draw_layer_mask", "draw_location_weights", "layer_dropout", "location_dropout"]

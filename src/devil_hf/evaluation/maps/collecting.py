@@ -18,9 +18,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from devil_hf.data.objects import LocalisedImage
+from devil_hf.evaluation.maps.combining import combine_maps, map_combinations
 from devil_hf.evaluation.maps.gradcam import ClassMapper
 from devil_hf.evaluation.maps.measures import centre_prior, tile_crops
-from devil_hf.model.explaining_devil import combine_maps, map_combinations
 from devil_hf.model.image_processing_devil import load_images
 from devil_hf.model.modeling_devil import DevilModel
 from devil_hf.model.pooling_devil import resolve_layers

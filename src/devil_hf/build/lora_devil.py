@@ -1,0 +1,59 @@
+"""LoRA adapters in the language model. This file travels only with checkpoints that have some."""
+
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import nn
+from transformers.utils import is_peft_available
+
+from devil_hf.model.checkpoint_devil import COMPANIONS
+from devil_hf.model.configuration_devil import LORA_DEFAULTS
+from devil_hf.model.modeling_devil import DevilModel
+
+if is_peft_available():
+    from peft import LoraConfig, inject_adapter_in_model
+    from peft.tuners.lora import LoraLayer
+    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+COMPANIONS["lora"] = sys.modules[__name__]
+
+
+def add_lora(language_model: nn.Module, lora: Mapping[str, Any]) -> None:
+    """Inject adapters into a language model, in place; one that has them already is left as it is.
+
+    Not by `add_adapter` of transformers, after which the language model saves its adapters alone.
+
+    Args:
+        lora: `rank`, `alpha`, `dropout` and `target_modules` (names of linear layers, or peft's `"all-linear"`); what is
+            left out is 8, 16, 0 and the attention projections that peft names for this family of language models, or every
+            linear layer but the head for a family that it does not know.
+
+    Raises:
+        ImportError: when peft is not installed.
+    """
+    if not is_peft_available():
+        raise ImportError("this model has LoRA adapters, which need peft: pip install peft")
+    if next(lora_layers(language_model), None) is not None:
+        return
+    full = LORA_DEFAULTS | dict(lora)
+    family = getattr(language_model.config, "model_type", "")
+    targets = full["target_modules"] or TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(family, "all-linear")
+    config = LoraConfig(
+        r=full["rank"],
+        lora_alpha=full["alpha"],
+        lora_dropout=full["dropout"],
+        target_modules=targets if isinstance(targets, str) else list(targets),
+        # Transposed linear layers, as in GPT-2, would otherwise be met with a warning.
+        fan_in_fan_out=any(type(module).__name__ == "Conv1D" for module in language_model.modules()),
+    )
+    inject_adapter_in_model(config, language_model)
+
+
+def lora_layers(language_model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Name and module of every layer with an adapter."""
+    if is_peft_available():
+        yield from ((name, part) for name, part in language_model.named_modules() if isinstance(part, LoraLayer))
+
+
+__all__ = ["DevilModel", "add_lora", "lora_layers"]
