@@ -24,8 +24,8 @@ from transformers import (
 
 from devil_hf.build import backbone_from_source
 from devil_hf.build.layouts import infer_layout
-from devil_hf.build.slim_devil import source_state_dict
-from devil_hf.model.backbone_devil import FeatureBackbone, to_map, token_grid, weights_hash
+from devil_hf.build.slim_devil import source_state_dict, weights_hash
+from devil_hf.model.backbone_devil import FeatureBackbone, to_map, token_grid
 from devil_hf.model.pooling_devil import resolve_layers
 
 TINY = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 64}

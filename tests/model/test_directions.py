@@ -11,6 +11,7 @@ from devil_hf.data.directions import (
     difference_of_means,
     principal_directions,
     read_directions,
+    sweep,
     typical_length,
 )
 
@@ -55,18 +56,21 @@ def test_a_sweep_is_one_description_per_sign_and_strength(model, pixel_values):
     layer, channels = model.layer_names[-1], model.backbone.channels[-1]
     base = model.extract_features(pixel_values)[-1].mean(dim=(0, 2, 3))
     vectors = torch.randn(2, channels, generator=torch.Generator().manual_seed(1))
-    output = model.describe_directions(
-        vectors, layer, base=base, strengths=(1.0, 3.0), both_signs=True, length=4.0, evidence=True, max_new_tokens=4
-    )
-    assert output.strengths.tolist() == [-3.0, -1.0, 1.0, 3.0] * 2 and output.image_index.tolist() == [0] * 4 + [1] * 4
+    points, factors = sweep(vectors, (1.0, 3.0), base, both_signs=True, length=4.0)
+    assert factors == [-3.0, -1.0, 1.0, 3.0]
+    output = model.describe_directions(points, layer, evidence=True, max_new_tokens=4)
+    assert output.image_index.tolist() == list(range(8))
     point = base + 3.0 * 4.0 * vectors[1] / vectors[1].norm()
+    torch.testing.assert_close(points[7], point)
     alone = model.describe_directions(point[None], layer, evidence=True, max_new_tokens=4)
     assert output.sequences[7].tolist()[: alone.sequences.shape[1]] == alone.sequences[0].tolist()
     torch.testing.assert_close(output.token_evidence[7], alone.token_evidence[0], rtol=1e-3, atol=1e-3)
     with pytest.raises(ValueError, match="no direction"):
-        model.describe_directions(torch.zeros(1, channels), layer, length=1.0)
+        sweep(torch.zeros(1, channels), length=1.0)
     with pytest.raises(ValueError, match="base of shape"):
-        model.describe_directions(vectors, layer, base=torch.zeros(3))
+        sweep(vectors, base=torch.zeros(3))
+    with pytest.raises(ValueError, match="strengths"):
+        sweep(vectors, [])
 
 
 def test_a_direction_is_mapped_where_features_lie_along_it(model, pixel_values):

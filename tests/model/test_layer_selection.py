@@ -6,6 +6,7 @@ import torch
 from transformers import pipeline
 
 from devil_hf.build.sources import select_layers
+from devil_hf.evaluation.maps.combining import layer_evidence
 from devil_hf.model.pooling_devil import resolve_layers
 
 ONE = {
@@ -72,7 +73,7 @@ def calls(model, pixel_values, phrases, processor, images):
         "generate": lambda layers: prints(model.generate(feature_maps=features, layers=layers, max_new_tokens=2)),
         "score": lambda layers: prints(model.score(feature_maps=features, layers=layers, **phrases).evidence),
         "attribute": lambda layers: list(model.attribute(phrases=phrases, feature_maps=features, layers=layers).maps),
-        "layer_evidence": lambda layers: prints(model.layer_evidence(features, phrases, layers)),
+        "layer_evidence": lambda layers: prints(layer_evidence(model, features, phrases, layers)),
         "describe": described,
         "pipeline": piped,
     }
@@ -154,7 +155,7 @@ def test_feature_maps_that_lack_a_layer_are_refused_by_its_name(model, pixel_val
         lambda: model.attribute(feature_maps=partial, phrases=phrases),
         lambda: model.attribute(feature_maps=partial, phrases=phrases, combine="joint"),
         lambda: model.describe(feature_maps=partial),
-        lambda: model.layer_evidence(partial, phrases),
+        lambda: layer_evidence(model, partial, phrases),
         lambda: model.map_directions(vectors, "layer1", feature_maps=partial),
         lambda: model(feature_maps=partial),
     ):

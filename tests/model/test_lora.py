@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, OPTConfig
 
-from devil_hf import DevilConfig, DevilModel
+from devil_hf import DevilModel
 from devil_hf.build import merge_lora
-from devil_hf.build.lora_devil import lora_layers
+from devil_hf.build.lora_devil import add_lora, lora_layers
 from tests.conftest import SMALL_TRANSLATOR
 
 
@@ -124,6 +124,8 @@ def test_every_family_has_default_targets(config, model):
 
 
 @pytest.mark.parametrize(("lora", "text"), [({"rank": 0}, "rank=0"), ({"r": 4}, "'r'"), ({"dropout": 1.5}, "1.5")])
-def test_wrong_settings_are_refused(lora, text):
-    with pytest.raises(Exception, match=text):
-        DevilConfig(lora=lora)
+def test_wrong_settings_are_refused_before_anything_is_loaded(lora, text):
+    with pytest.raises(ValueError, match=text):
+        DevilModel.from_backbone_and_language_model("nowhere", "nowhere", lora=lora)
+    with pytest.raises(ValueError, match=text):
+        add_lora(torch.nn.Linear(2, 2), lora)

@@ -277,10 +277,6 @@ def test_a_direction_is_described_as_a_pooled_feature(model, pixel_values):
     expected = model.generate(pixel_values, layers=-1, max_new_tokens=4)
     output = model.describe_directions(feature, layer=-1, max_new_tokens=4)
     assert output.sequences.tolist() == expected.tolist()
-    base = torch.randn(feature.shape[1])
-    swept = model.describe_directions(feature - base, layer=-1, base=base, strengths=(1.0, -2.0), max_new_tokens=4)
-    assert swept.image_index.tolist() == [0, 0, 1, 1, 2, 2]
-    assert swept.sequences[::2].tolist() == expected.tolist()
 
 
 @torch.no_grad()
@@ -416,10 +412,9 @@ def test_the_shortcut_adds_linear_maps_of_the_visible_layers():
 
 def test_a_combination_rule_registered_from_outside_is_one_everywhere(model, pixel_values, phrases, monkeypatch):
     from devil_hf.evaluation.maps.combining import combine_maps, map_combinations
-    from devil_hf.model import explaining_devil
-    from devil_hf.model.explaining_devil import register_combination, resize_to_finest
+    from devil_hf.model.explaining_devil import COMBINATIONS, register_combination, resize_to_finest
 
-    monkeypatch.setattr(explaining_devil, "COMBINATIONS", dict(explaining_devil.COMBINATIONS))
+    monkeypatch.setitem(COMBINATIONS, "highest", None)  # taken out again afterwards
 
     @register_combination("highest")
     def highest(maps, evidence):

@@ -8,7 +8,6 @@ from torch import nn
 from transformers.utils import is_peft_available
 
 from devil_hf.model.checkpoint_devil import COMPANIONS
-from devil_hf.model.configuration_devil import LORA_DEFAULTS
 from devil_hf.model.modeling_devil import DevilModel
 
 if is_peft_available():
@@ -17,6 +16,7 @@ if is_peft_available():
     from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
 COMPANIONS["lora"] = sys.modules[__name__]
+LORA_DEFAULTS: dict[str, Any] = {"rank": 8, "alpha": 16, "dropout": 0.0, "target_modules": None}
 
 
 def add_lora(language_model: nn.Module, lora: Mapping[str, Any]) -> None:
@@ -31,7 +31,9 @@ def add_lora(language_model: nn.Module, lora: Mapping[str, Any]) -> None:
 
     Raises:
         ImportError: when peft is not installed.
+        ValueError: see `check_lora`.
     """
+    check_lora(lora)
     if not is_peft_available():
         raise ImportError("this model has LoRA adapters, which need peft: pip install peft")
     if next(lora_layers(language_model), None) is not None:
@@ -56,4 +58,15 @@ def lora_layers(language_model: nn.Module) -> Iterator[tuple[str, Any]]:
         yield from ((name, part) for name, part in language_model.named_modules() if isinstance(part, LoraLayer))
 
 
-__all__ = ["DevilModel", "add_lora", "lora_layers"]
+def check_lora(lora: Mapping[str, Any]) -> None:
+    """Raise a ValueError for settings that are unknown or out of range."""
+    if unknown := sorted(set(lora) - set(LORA_DEFAULTS)):
+        raise ValueError(f"lora has settings {unknown}; there are {sorted(LORA_DEFAULTS)}.")
+    full = LORA_DEFAULTS | dict(lora)
+    if full["rank"] < 1:
+        raise ValueError(f"lora rank={full['rank']} must be at least 1.")
+    if not 0 <= full["dropout"] < 1:
+        raise ValueError(f"lora dropout={full['dropout']} must be at least 0 and below 1.")
+
+
+__all__ = ["LORA_DEFAULTS", "DevilModel", "add_lora", "check_lora", "lora_layers"]

@@ -12,10 +12,10 @@ from transformers import PreTrainedModel
 from transformers.utils import cached_file
 from transformers.utils.hub import extract_commit_hash
 
-from devil_hf.build.lora_devil import lora_layers
-from devil_hf.build.slim_devil import load_language_model
+from devil_hf.build.lora_devil import check_lora, lora_layers
+from devil_hf.build.slim_devil import load_language_model, weights_hash
 from devil_hf.build.sources import backbone_from_source
-from devil_hf.model.backbone_devil import FeatureBackbone, weights_hash
+from devil_hf.model.backbone_devil import FeatureBackbone
 from devil_hf.model.configuration_devil import DevilConfig
 from devil_hf.model.modeling_devil import DevilModel
 
@@ -55,6 +55,8 @@ def from_backbone_and_language_model(
     known = {option.name for option in dataclasses.fields(DevilConfig)}
     if unknown := sorted(set(config_fields) - known):
         raise TypeError(f"unknown arguments {unknown}: further arguments are fields of DevilConfig.")
+    if config_fields.get("lora") is not None:
+        check_lora(config_fields["lora"])
     if isinstance(backbone, FeatureBackbone) and (layers is not None or class_tokens or backbone_kwargs):
         raise ValueError("a FeatureBackbone brings its layers: choose them when building it.")
     if isinstance(language_model, nn.Module) and attn_implementation is not None:

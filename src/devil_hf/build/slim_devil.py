@@ -3,6 +3,7 @@
 This file travels with slim checkpoints only, so that the code of self-contained ones has nothing that fetches weights.
 """
 
+import hashlib
 import os
 import sys
 from collections.abc import Mapping
@@ -17,7 +18,6 @@ from torch import Tensor, nn
 from transformers import MODEL_FOR_BACKBONE_MAPPING, AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import cached_file
 
-from devil_hf.model.backbone_devil import weights_hash
 from devil_hf.model.checkpoint_devil import COMPANIONS, companion
 from devil_hf.model.modeling_devil import DevilModel
 
@@ -170,4 +170,23 @@ def source_folder(source: str, revision: str | None, **download: Any) -> str:
     return folder
 
 
-__all__ = ["DevilModel", "is_timm_name", "load_language_model", "load_network", "source_folder", "source_state_dict"]
+def weights_hash(weights: nn.Module | Mapping[str, Tensor]) -> str:
+    """SHA-256 over the name, dtype, shape and bytes of every persistent tensor, sorted by name."""
+    state = weights.state_dict() if isinstance(weights, nn.Module) else weights
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+__all__ = [
+    "DevilModel",
+    "is_timm_name",
+    "load_language_model",
+    "load_network",
+    "source_folder",
+    "source_state_dict",
+    "weights_hash",
+]

@@ -22,8 +22,8 @@ from transformers.image_processing_base import ImageProcessingMixin
 from transformers.utils import logging
 
 from devil_hf.build.layers import choose_layers, offered_layers, probe_images, stage_module
-from devil_hf.build.slim_devil import is_timm_name, load_network, source_folder
-from devil_hf.model.backbone_devil import FeatureBackbone, build_module, first_tensor, run, weights_hash
+from devil_hf.build.slim_devil import is_timm_name, load_network, source_folder, weights_hash
+from devil_hf.model.backbone_devil import FeatureBackbone, build_module, first_tensor, run
 from devil_hf.model.pooling_devil import resolve_layers
 
 logger = logging.get_logger(f"transformers.{__name__}")

@@ -2,9 +2,10 @@
 
 A direction is any vector of a layer's C channels: a row of a classifier's weights, a linear probe, a difference of means, a
 principal or non-negative component, the decoder row of a sparse autoencoder. `DevilModel.describe_directions` says what it
-looks like, `DevilModel.map_directions` where it is, and `UnitReader` makes a unit of it.
+looks like (`sweep` at several strengths), `DevilModel.map_directions` where it is, and `UnitReader` makes a unit of it.
 """
 
+from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,46 @@ def read_directions(path: str | PathLike, channels: int, tensor: str | None = No
     (vectors,) = fitting.values()
     vectors = vectors.float()
     return vectors if vectors.shape[1] == channels else vectors.T.contiguous()
+
+
+def sweep(
+    vectors: Tensor,
+    strengths: Sequence[float] = (1.0,),
+    base: Tensor | None = None,
+    both_signs: bool = False,
+    length: float | None = None,
+) -> tuple[Tensor, list[float]]:
+    """Points along directions, for `DevilModel.describe_directions`.
+
+    Args:
+        vectors: (M, C) directions.
+        strengths: each vector is multiplied by each of these; negative ones turn it around.
+        base: (C,) or (M, C) point that the directions start from (a mean feature, say); None for the origin.
+        both_signs: take every strength twice, as it is and turned around, from the lowest to the highest.
+        length: vectors are brought to this length first (see `typical_length`); None leaves them as they are.
+
+    Returns:
+        Points (M * S, C), by vector, then by strength; and the S factors.
+
+    Raises:
+        ValueError: without a strength, for a vector of zero that should have a length, and a base of another shape.
+    """
+    vectors = vectors.float()
+    if length is not None:
+        norms = vectors.norm(dim=1, keepdim=True)
+        if zero := torch.nonzero(norms[:, 0] == 0)[:5, 0].tolist():
+            raise ValueError(f"vectors {zero} are zero: they have no direction.")
+        vectors = vectors * (length / norms)
+    if not strengths:
+        raise ValueError("strengths are empty: name at least one factor, such as 1.0.")
+    factors = sorted({sign * float(one) for one in strengths for sign in (-1, 1)}) if both_signs else list(strengths)
+    points = vectors[:, None] * torch.tensor(factors, device=vectors.device)[:, None]  # (M, S, C)
+    if base is not None:
+        M, C = vectors.shape
+        if base.shape not in ((C,), (1, C), (M, C)):
+            raise ValueError(f"base of shape {tuple(base.shape)}: expected ({C},) or ({M}, {C}).")
+        points = points + base.to(points).view(-1, 1, C)
+    return points.flatten(0, 1), factors
 
 
 def classifier_directions(module: nn.Module) -> Tensor:

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from devil_hf.build import backbone_from_source, image_processor_of
+from devil_hf.build.slim_devil import weights_hash
 from devil_hf.data.images import ImageStream, NumberedImages
-from devil_hf.model.backbone_devil import FeatureBackbone, weights_hash
+from devil_hf.model.backbone_devil import FeatureBackbone
 from devil_hf.model.image_processing_devil import DevilImageProcessor
 from devil_hf.model.pooling_devil import resolve_layers
 

@@ -31,10 +31,10 @@ from typing import Any
 
 from huggingface_hub import EvalResult
 
+from devil_hf.build.slim_devil import weights_hash
 from devil_hf.data.worlds import HELD_OUT_WORLD, world_label
 from devil_hf.evaluation.maps.combining import map_combinations
 from devil_hf.evaluation.text.metrics import CAPTION_METRICS
-from devil_hf.model.backbone_devil import weights_hash
 from devil_hf.model.modeling_devil import DevilModel
 
 TASK = "image-to-text"

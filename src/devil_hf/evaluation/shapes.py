@@ -28,7 +28,7 @@ from devil_hf.data.shapes import ATTRIBUTE_WORDS, Scene
 from devil_hf.data.worlds import HELD_OUT_WORLD, World
 from devil_hf.evaluation.evaluator import EVALUATORS, EvaluationSettings, Evaluator
 from devil_hf.evaluation.knowledge import VOCABULARY, Rows, choices, knowledge_table, summary
-from devil_hf.evaluation.maps.combining import combine_maps, map_combinations
+from devil_hf.evaluation.maps.combining import combine_maps, layer_evidence, map_combinations
 from devil_hf.evaluation.maps.pointing import chance_pointing, pointing
 from devil_hf.evaluation.results import Evaluation
 from devil_hf.evaluation.text.words import CARRIER
@@ -175,7 +175,7 @@ def word_maps(model: DevilModel, processor: DevilProcessor, features: Sequence[T
     """Maps of every attribute word, (images, `VOCABULARY`, rows, columns), by layer and by combination of the layers."""
     phrases = processor(text=VOCABULARY, carrier=CARRIER, return_tensors="pt")
     maps = model.attribute(phrases=phrases, feature_maps=features).maps
-    whole = model.layer_evidence(features, phrases)
+    whole = layer_evidence(model, features, phrases)
     maps = maps | {rule: combine_maps(maps, rule, whole) for rule in map_combinations()}
     return {name: one.cpu() for name, one in maps.items()}
 

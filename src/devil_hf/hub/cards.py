@@ -10,10 +10,11 @@ from typing import Any
 
 from huggingface_hub import CardData, DatasetCard, DatasetCardData, ModelCard, ModelCardData
 
+from devil_hf.build.lora_devil import LORA_DEFAULTS
 from devil_hf.evaluation.results import CHANCE, CONTROLS, Evaluation, judge_controls, metric_name
 from devil_hf.hub.facts import Facts
 from devil_hf.hub.sources import base_models, source_parts
-from devil_hf.model.configuration_devil import LORA_DEFAULTS, DevilConfig
+from devil_hf.model.configuration_devil import DevilConfig
 from devil_hf.report.templates import Written, code, hub_link, render
 
 TAGS = ["devil", "interpretability", "explainability", "vision-feature-description", "feature-attribution"]

@@ -8,27 +8,14 @@ made from its recorded description, which `devil_hf.build` writes; slim checkpoi
 `NAME:class` is the class token of layer NAME, a map of one location, as the paper uses CLIP-ViT's.
 """
 
-import hashlib
 import importlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import timm
-import torch
 import transformers
 from torch import Tensor, nn
-
-
-def weights_hash(weights: nn.Module | Mapping[str, Tensor]) -> str:
-    """SHA-256 over the name, dtype, shape and bytes of every persistent tensor, sorted by name."""
-    state = weights.state_dict() if isinstance(weights, nn.Module) else weights
-    digest = hashlib.sha256()
-    for name in sorted(state):
-        tensor = state[name].detach().cpu().contiguous()
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 class FeatureBackbone(nn.Module):

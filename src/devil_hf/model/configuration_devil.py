@@ -5,14 +5,12 @@ a prefix of 10, layer and location dropout of one half. Everything beyond the pa
 """
 
 import copy
-from collections.abc import Mapping
 from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 FORMAT_VERSION = 1
-LORA_DEFAULTS: dict[str, Any] = {"rank": 8, "alpha": 16, "dropout": 0.0, "target_modules": None}
 
 
 @strict
@@ -121,10 +119,6 @@ class DevilConfig(PreTrainedConfig):
                 f"translator_width={self.translator_width} is not a multiple of translator_heads={self.translator_heads}."
             )
 
-    def validate_lora(self):
-        if self.lora is not None:
-            check_lora(self.lora)
-
     def validate_prefix_fits_the_context(self):
         # BOS, the prefix and at least one word have to fit.
         needed = self.prefix_length + 2
@@ -135,17 +129,6 @@ class DevilConfig(PreTrainedConfig):
             )
 
 
-def check_lora(lora: Mapping[str, Any]) -> None:
-    """Raise a ValueError for settings that are unknown or out of range."""
-    if unknown := sorted(set(lora) - set(LORA_DEFAULTS)):
-        raise ValueError(f"lora has settings {unknown}; there are {sorted(LORA_DEFAULTS)}.")
-    full = LORA_DEFAULTS | dict(lora)
-    if full["rank"] < 1:
-        raise ValueError(f"lora rank={full['rank']} must be at least 1.")
-    if not 0 <= full["dropout"] < 1:
-        raise ValueError(f"lora dropout={full['dropout']} must be at least 0 and below 1.")
-
-
 DevilConfig.register_for_auto_class()
 
-__all__ = ["LORA_DEFAULTS", "DevilConfig", "check_lora"]
+__all__ = ["DevilConfig"]

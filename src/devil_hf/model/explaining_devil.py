@@ -123,7 +123,7 @@ class ExplainMixin:
         if combine is not None and combine not in COMBINATIONS:
             raise ValueError(f"combine={combine!r} is not one of {(None, *COMBINATIONS)}.")
         visible = resolve_layers(layers, self.layer_names)
-        scorer = _MapScorer(self, self.check_phrases(phrases or {}), measure, chunk_size)
+        scorer = PhraseScorer(self, self.check_phrases(phrases or {}), measure, chunk_size)
         features = self.read_features(pixel_values, feature_maps, visible)
         windows = self._windows(window, visible)
         rule = COMBINATIONS[combine] if combine is not None else None
@@ -134,14 +134,6 @@ class ExplainMixin:
         if combine is not None and rule is not None:
             maps = {combine: rule(maps, lambda: scorer.layer_evidence(features, visible))}
         return AttributionOutput(maps=maps, measure=measure)
-
-    @torch.no_grad()
-    def layer_evidence(
-        self, feature_maps: Sequence[Tensor | None], phrases: Mapping[str, Tensor], layers: Layers = None
-    ) -> Tensor:
-        """(L, B, K) evidence of K phrases for the whole map of each layer alone, in nats per token over the null prefix."""
-        scorer = _MapScorer(self, self.check_phrases(phrases))
-        return scorer.layer_evidence(feature_maps, resolve_layers(layers, self.layer_names))
 
     def _windows(self, window: int | Mapping[str, int], visible: Sequence[int]) -> dict[int, int]:
         """Sides of windows by layer index, 1 for layers that a mapping leaves out."""
@@ -244,54 +236,24 @@ class ExplainMixin:
 
     @torch.no_grad()
     def describe_directions(
-        self,
-        vectors: Tensor,
-        layer: str | int,
-        base: Tensor | None = None,
-        strengths: Sequence[float] = (1.0,),
-        both_signs: bool = False,
-        length: float | None = None,
-        evidence: bool = False,
-        guidance: float = 1.0,
-        **generation_kwargs,
+        self, vectors: Tensor, layer: str | int, evidence: bool = False, guidance: float = 1.0, **generation_kwargs
     ) -> DescribeOutput:
-        """Describe directions of a layer's feature space: class vectors, probes, differences of means, SAE latents.
+        """Describe vectors of a layer's feature space: class vectors, probes, differences of means, SAE latents.
 
         Args:
-            vectors: (M, C_l) directions, entering as pooled features of `layer`.
+            vectors: (M, C_l), entering as pooled features of `layer`, as long as they are: the length of a class vector or of a
+                decoder row means nothing to the translator. `sweep` of devil_hf.data.directions brings them to that of a feature,
+                at several strengths and from a base.
             layer: the layer whose space they live in, by name or index.
-            base: (C_l,) or (M, C_l) point that the directions start from (a mean feature, say); None for the origin.
-            strengths: each vector is multiplied by each of these; negative ones turn it around.
-            both_signs: sweep every strength twice, as it is and turned around, from the lowest to the highest.
-            length: vectors are brought to this length first (that of a typical feature, say), since the length of a class
-                vector or a decoder row means nothing to the translator; None leaves them as they are.
 
         Returns:
-            M * S rows, by vector, then by strength (S of them); `image_index` counts the vectors, `strengths` has the factors.
+            M rows, of which `image_index` counts the vectors.
         """
         index, vectors = self._check_directions(vectors, layer)
-        if length is not None:
-            norms = vectors.norm(dim=1, keepdim=True)
-            if zero := torch.nonzero(norms[:, 0] == 0)[:5, 0].tolist():
-                raise ValueError(f"vectors {zero} are zero: they have no direction.")
-            vectors = vectors * (length / norms)
-        if not strengths:
-            raise ValueError("strengths are empty: name at least one factor, such as 1.0.")
-        swept = sorted({sign * float(one) for one in strengths for sign in (-1, 1)}) if both_signs else list(strengths)
-        factors = torch.tensor(swept, dtype=torch.float32, device=vectors.device)
-        points = vectors[:, None] * factors[:, None]  # (M, S, C_l)
-        if base is not None:
-            M, C = vectors.shape
-            if base.shape not in ((C,), (1, C), (M, C)):
-                raise ValueError(f"base of shape {tuple(base.shape)}: expected ({C},) or ({M}, {C}).")
-            points = points + base.to(points).view(-1, 1, C)
-        prefix = self._translate_one(self.check_finite(points.flatten(0, 1), index), index)
+        prefix = self._translate_one(self.check_finite(vectors, index), index)
         rows = torch.arange(len(prefix))
-        columns = [rows // len(factors), torch.full_like(rows, index), torch.full((len(prefix), 2), -1)]
-        output = self._describe_prefixes(prefix, columns, evidence, guidance, generation_kwargs)
-        repeats = len(output.sequences) // len(prefix)
-        output.strengths = factors.cpu().repeat(len(vectors)).repeat_interleave(repeats)
-        return output
+        columns = [rows, torch.full_like(rows, index), torch.full((len(prefix), 2), -1)]
+        return self._describe_prefixes(prefix, columns, evidence, guidance, generation_kwargs)
 
     @torch.no_grad()
     def map_directions(
@@ -329,7 +291,7 @@ class ExplainMixin:
 
 
 @dataclass
-class _MapScorer:
+class PhraseScorer:
     """Scores of K phrases for many places or whole layers; the null prefix is scored once."""
 
     model: Any
@@ -363,7 +325,7 @@ class _MapScorer:
         return self.measured(torch.cat(scores), self.measure).view(B, H, W, K).permute(0, 3, 1, 2)
 
     def layer_evidence(self, feature_maps: Sequence[Tensor | None], visible: Sequence[int]) -> Tensor:
-        """(L, B, K), see `DevilModel.layer_evidence`."""
+        """(L, B, K) evidence of the phrases for the whole map of each layer alone, in nats per token over the null prefix."""
         prefixes = [self.model.ask(layers=index, feature_maps=feature_maps) for index in visible]
         scores = [self.model.score_prefix(prefix, self.phrases).sum(dim=-1) for prefix in prefixes]
         return self.measured(torch.stack(scores), "evidence")

@@ -56,7 +56,6 @@ class DescribeOutput(ShapesRepr, ModelOutput):
         locations: (N, 2) row and column; (-1, -1) for the whole image.
         token_evidence: (N, T) log p(token | feature) - log p(token | null prefix) in nats, 0 on padding; None if not asked for.
         layer_names: the model's layers, shallowest first.
-        strengths: (N,) the factor that each direction was taken with; None where no direction was described.
     """
 
     sequences: Tensor = None  # type: ignore[assignment]
@@ -65,7 +64,6 @@ class DescribeOutput(ShapesRepr, ModelOutput):
     locations: Tensor = None  # type: ignore[assignment]
     token_evidence: Tensor | None = None
     layer_names: list[str] = None  # type: ignore[assignment]
-    strengths: Tensor | None = None
 
     def layer_of(self, row: int) -> str:
         """Name of the layer that `row` describes, "all" for all layers together."""

@@ -12,8 +12,9 @@ from typing import Any, Literal
 
 import yaml
 
+from devil_hf.build.lora_devil import check_lora
 from devil_hf.data.pairs import REGIONS
-from devil_hf.model.configuration_devil import DevilConfig, check_lora
+from devil_hf.model.configuration_devil import DevilConfig
 from devil_hf.settings import option
 
 RECIPE_FILE = "recipe.yaml"

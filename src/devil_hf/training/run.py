@@ -17,12 +17,12 @@ from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
 from devil_hf.build import from_backbone_and_language_model, image_processor_of, merge_lora
+from devil_hf.build.lora_devil import LORA_DEFAULTS
 from devil_hf.build.sources import select_layers
 from devil_hf.checkpoints.loading import load
 from devil_hf.checkpoints.publishing import HUB, PUBLISHERS
 from devil_hf.data.decoding import BadSamples, PairDecoder, PairTable
 from devil_hf.data.pairs import open_pairs
-from devil_hf.model.configuration_devil import LORA_DEFAULTS
 from devil_hf.model.modeling_devil import DevilModel
 from devil_hf.model.processing_devil import DevilProcessor
 from devil_hf.settings import make, read_yaml

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from devil_hf.data.objects import LocalisedImage
-from devil_hf.evaluation.maps.combining import combine_maps, map_combinations
+from devil_hf.evaluation.maps.combining import combine_maps, layer_evidence, map_combinations
 from devil_hf.evaluation.maps.gradcam import ClassMapper
 from devil_hf.evaluation.maps.measures import centre_prior, tile_crops
 from devil_hf.model.image_processing_devil import load_images
@@ -173,7 +173,7 @@ def _layer_and_combined_maps(model, features, text, names, settings: MapSettings
     """The map of every layer, and each of their `map_combinations`, (1, K, rows, columns) on the CPU."""
     found = model.attribute(phrases=text, feature_maps=features, layers=names, window=settings.windows or 1)
     layers = {name: one.cpu() for name, one in found.maps.items()}
-    weighed = model.layer_evidence(features, text, names).cpu()
+    weighed = layer_evidence(model, features, text, names).cpu()
     return layers | {rule: combine_maps(layers, rule, weighed) for rule in map_combinations()}
 
 

@@ -1,10 +1,12 @@
 """One map from recorded maps of several layers, by the rules that `attribute(combine=...)` knows."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from devil_hf.model.explaining_devil import COMBINATIONS
+from devil_hf.model.explaining_devil import COMBINATIONS, PhraseScorer
+from devil_hf.model.modeling_devil import DevilModel
+from devil_hf.model.pooling_devil import Layers, resolve_layers
 
 
 def map_combinations() -> list[str]:
@@ -32,4 +34,12 @@ def combine_maps(maps: Mapping[str, Tensor], rule: str, whole: Tensor | None = N
     return combine(maps, evidence)
 
 
-__all__ = ["combine_maps", "map_combinations"]
+def layer_evidence(
+    model: DevilModel, feature_maps: Sequence[Tensor | None], phrases: Mapping[str, Tensor], layers: Layers = None
+) -> Tensor:
+    """(L, B, K) evidence of K phrases for the whole map of each layer alone, in nats per token over the null prefix."""
+    scorer = PhraseScorer(model, model.check_phrases(phrases))
+    return scorer.layer_evidence(feature_maps, resolve_layers(layers, model.layer_names))
+
+
+__all__ = ["combine_maps", "layer_evidence", "map_combinations"]
