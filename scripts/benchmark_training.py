@@ -46,9 +46,7 @@ def build(shape: str, device: str, eos_token_id: int | None = 2) -> DevilModel:
     torch.manual_seed(0)
     if shape == "paper":
         backbone, fields = timm.create_model("resnet50", num_classes=0), {}
-        config = OPTConfig(
-            bos_token_id=2, eos_token_id=eos_token_id, pad_token_id=1
-        )  # its defaults are OPT-125M's sizes
+        config = OPTConfig(bos_token_id=2, eos_token_id=eos_token_id, pad_token_id=1)  # its defaults are OPT-125M's sizes
     else:
         backbone, fields = timm.create_model("mobilenetv2_100", num_classes=0), SMALL_TRANSLATOR
         config = GPT2Config(vocab_size=4000, n_embd=256, n_layer=4, n_head=4, n_positions=128, bos_token_id=1)

@@ -79,11 +79,7 @@ def embedded_card() -> str:
 def shapes_card() -> str:
     """The card of the shapes world."""
     data = DatasetCardData(
-        language="en",
-        license="apache-2.0",
-        task_categories=["image-to-text"],
-        pretty_name="Shapes world",
-        tags=["synthetic"],
+        language="en", license="apache-2.0", task_categories=["image-to-text"], pretty_name="Shapes world", tags=["synthetic"]
     )
     card = dataset_card(
         data,

@@ -20,11 +20,7 @@ from devil_hf.checkpoints.loading import load
 from devil_hf.settings import make, option, parse, read_yaml
 from devil_hf.training.recipe import Recipe
 from devil_hf.training.run import train
-from devil_hf.training.small_models.shapes_backbone import (
-    ShapesBackboneSettings,
-    probe_shapes_backbone,
-    train_shapes_backbone,
-)
+from devil_hf.training.small_models.shapes_backbone import ShapesBackboneSettings, probe_shapes_backbone, train_shapes_backbone
 from devil_hf.training.small_models.shapes_language_model import (
     ShapesLanguageModelSettings,
     held_out_document_losses,
@@ -51,9 +47,7 @@ class BuildSettings:
 def build_backbone(settings: BuildSettings) -> None:
     """Train, probe and save the backbone as a directory that timm loads as `local-dir:PATH`."""
     folder = settings.output_dir / "backbone"
-    backbone, history = train_shapes_backbone(
-        ShapesBackboneSettings(seed=settings.seed, max_steps=settings.backbone_steps)
-    )
+    backbone, history = train_shapes_backbone(ShapesBackboneSettings(seed=settings.seed, max_steps=settings.backbone_steps))
     timm.models.save_for_hf(backbone, folder, safe_serialization=True)
     report = {"probe_f1": probe_shapes_backbone(backbone), "history": history}
     folder.with_suffix(".json").write_text(json.dumps(report, indent=1))

@@ -22,12 +22,8 @@ def main() -> None:
     parser.add_argument("comparison", type=Path, help="YAML file, see scripts/comparisons")
     parser.add_argument("--types", nargs="+", help="only these translators of the file")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="default: 0 1 2")
-    parser.add_argument(
-        "--steps", type=int, dest="max_steps", default=argparse.SUPPRESS, help="the same as --max-steps"
-    )
-    parser.add_argument(
-        "--evaluation-data", type=json.loads, metavar="JSON", help="score these sources instead of the file's"
-    )
+    parser.add_argument("--steps", type=int, dest="max_steps", default=argparse.SUPPRESS, help="the same as --max-steps")
+    parser.add_argument("--evaluation-data", type=json.loads, metavar="JSON", help="score these sources instead of the file's")
     parser.add_argument("--output", type=Path, help="JSON file for the summary and every run's scores")
     add_options(parser, Recipe)
     arguments = parser.parse_args(understood(Recipe, sys.argv[1:]))

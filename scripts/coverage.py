@@ -36,12 +36,7 @@ REAL_TIMM = """
 """
 
 # Sizes that let every default configuration of transformers build and run in seconds.
-TINY = {
-    "hidden_size": 48,
-    "intermediate_size": 96,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-}
+TINY = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4}
 
 # What a default configuration leaves open.
 REQUIRED = {"timm_backbone": {"backbone": "test_resnet"}}

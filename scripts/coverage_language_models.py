@@ -114,9 +114,7 @@ def plain_scores(model: DevilModel, pixels, tokens, mask) -> torch.Tensor:
         for phrase, length in zip(tokens, mask.sum(dim=1).tolist(), strict=True):
             start = model.embed_prefix(one[None])
             embeds = torch.cat([start, embedding(phrase[None, :length])], dim=1)
-            output = model.language_model(
-                inputs_embeds=embeds, attention_mask=torch.ones(embeds.shape[:2], dtype=torch.long)
-            )
+            output = model.language_model(inputs_embeds=embeds, attention_mask=torch.ones(embeds.shape[:2], dtype=torch.long))
             log_probs = output.logits[0, start.shape[1] - 1 : -1].float().log_softmax(dim=-1)
             row.append(log_probs.gather(-1, phrase[:length, None]).sum())
         rows.append(torch.stack(row))
@@ -141,11 +139,7 @@ def main():
         try:
             row = {"family": family, "passed": True, "remark": check(family)}
         except Exception as error:
-            row = {
-                "family": family,
-                "passed": False,
-                "remark": f"{type(error).__name__}: {str(error).splitlines()[0][:160]}",
-            }
+            row = {"family": family, "passed": False, "remark": f"{type(error).__name__}: {str(error).splitlines()[0][:160]}"}
         signal.alarm(0)
         table.append(row)
         print(f"{'pass' if row['passed'] else 'FAIL'}  {family:28} {row['remark']}", flush=True)

@@ -20,10 +20,7 @@ from transformers.utils import logging
 from devil_hf.data.pairs.files import read_coco_captions, read_flickr_captions, without_images
 from devil_hf.data.pairs.folder import read_caption_folder
 from devil_hf.settings import option, parse
-from devil_hf.training.small_models.caption_language_model import (
-    CaptionLanguageModelSettings,
-    train_caption_language_model,
-)
+from devil_hf.training.small_models.caption_language_model import CaptionLanguageModelSettings, train_caption_language_model
 
 
 @dataclass

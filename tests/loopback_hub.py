@@ -148,9 +148,7 @@ class LoopbackHub:
             raise Refusal(409, "", "You already created this model repo")
         private = body.get("private") or body.get("visibility") == "private"
         self.repositories[key] = Repository(*key, private=bool(private))
-        self.repositories[key].commit(
-            "main", {".gitattributes": Entry(b"*.safetensors filter=lfs\n", False)}, "initial"
-        )
+        self.repositories[key].commit("main", {".gitattributes": Entry(b"*.safetensors filter=lfs\n", False)}, "initial")
         return {"url": url, "name": name, "id": name}
 
     def commit(self, repository: Repository, branch: str, lines: list[dict]) -> dict:
@@ -201,9 +199,7 @@ class Handler(BaseHTTPRequestHandler):
         self.send_response(status)
         self.send_header("Content-Length", str(len(data)))
         if self.close_connection:
-            self.send_header(
-                "Connection", "close"
-            )  # else the client may send its next request into the closing connection
+            self.send_header("Connection", "close")  # else the client may send its next request into the closing connection
         for name, value in headers.items():
             self.send_header(name.replace("_", "-"), value)
         self.end_headers()
@@ -238,9 +234,7 @@ class Handler(BaseHTTPRequestHandler):
         if self.user is None:
             raise Refusal(401, "", "Invalid username or password.")
         token = {"displayName": "test", "role": "write"}
-        self.answer_json(
-            {"type": "user", "name": self.user, "orgs": [], "auth": {"type": "access_token", "accessToken": token}}
-        )
+        self.answer_json({"type": "user", "name": self.user, "orgs": [], "auth": {"type": "access_token", "accessToken": token}})
 
     def create(self) -> None:
         body = json.loads(self.body())

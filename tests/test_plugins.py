@@ -111,7 +111,5 @@ def test_a_layout_is_read_and_a_question_asked(installed):
         "print(thing.colour == my_plugin.which(model, processor, scene.image, [*others, thing.colour]))\n"
     )
     path = os.pathsep.join([str(installed), str(ROOT / "src")])
-    done = subprocess.run(
-        [sys.executable, "-c", program], env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, "-c", program], env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True)
     assert done.stdout == "True\n", done.stderr

@@ -14,9 +14,7 @@ def room(tmp_path, monkeypatch):
     """A package whose files register entries, one of which is there by an entry point as well."""
     folder = tmp_path / "some_room"
     folder.mkdir()
-    (folder / "__init__.py").write_text(
-        "from devil_hf.registry import Registry\nTHINGS = Registry('thing', 'some_room')\n"
-    )
+    (folder / "__init__.py").write_text("from devil_hf.registry import Registry\nTHINGS = Registry('thing', 'some_room')\n")
     for name in ("chair", "table"):
         (folder / f"{name}.py").write_text(
             textwrap.dedent(f"""
@@ -44,9 +42,7 @@ def test_files_of_the_room_are_found_when_somebody_asks(room):
 def test_an_unknown_name_is_answered_with_those_that_there_are(room):
     from some_room import THINGS
 
-    with pytest.raises(
-        ValueError, match=r"there is no thing 'chairs' \(did you mean 'chair'\?\); there are chair, table"
-    ):
+    with pytest.raises(ValueError, match=r"there is no thing 'chairs' \(did you mean 'chair'\?\); there are chair, table"):
         THINGS["chairs"]
     assert "chairs" not in THINGS
 

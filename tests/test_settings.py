@@ -67,9 +67,7 @@ def test_a_file_gives_what_the_command_line_does_not(tmp_path):
     assert again == settings
 
 
-@pytest.mark.parametrize(
-    "words", ["", "a.png --side top", "a.png --max-strokes many", "a.png --mixture {", "a.png --x"]
-)
+@pytest.mark.parametrize("words", ["", "a.png --side top", "a.png --max-strokes many", "a.png --mixture {", "a.png --x"])
 def test_a_wrong_command_line_ends_with_2(words, capsys):
     with pytest.raises(SystemExit, match="2"):
         parse(PaintSettings, words.split())

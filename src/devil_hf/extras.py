@@ -18,11 +18,7 @@ from importlib.metadata import PackageNotFoundError, requires
 from importlib.util import find_spec
 
 EXTRAS = ("train", "evaluate", "demo")
-DISTRIBUTIONS = {
-    "sklearn": "scikit-learn",
-    "pytorch_grad_cam": "grad-cam",
-    "bert_score": "bert-score",
-}  # by imported name
+DISTRIBUTIONS = {"sklearn": "scikit-learn", "pytorch_grad_cam": "grad-cam", "bert_score": "bert-score"}  # by imported name
 
 
 class MissingExtraError(ImportError):

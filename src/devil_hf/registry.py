@@ -41,9 +41,7 @@ class Registry(Mapping[str, Entry]):
             return lambda decorated: self.register(name, decorated)
         known = self._entries.setdefault(name, entry)
         if known is not entry and _origin(known) != _origin(entry):
-            raise ValueError(
-                f"there are two entries {name!r} among the {self.kind}s: {_origin(known)}, {_origin(entry)}"
-            )
+            raise ValueError(f"there are two entries {name!r} among the {self.kind}s: {_origin(known)}, {_origin(entry)}")
         self._entries[name] = entry
         return entry
 

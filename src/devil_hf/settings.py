@@ -79,9 +79,7 @@ def add_options(parser: argparse.ArgumentParser, cls: type, relaxed: bool = Fals
 
 def _in_order_of_help(cls: type) -> list[dataclasses.Field]:
     """Positional fields, then the options that a class adds to those that it inherits, then these."""
-    depth = {
-        name: at for at, one in reversed(list(enumerate(cls.__mro__))) for name in vars(one).get("__annotations__", {})
-    }
+    depth = {name: at for at, one in reversed(list(enumerate(cls.__mro__))) for name in vars(one).get("__annotations__", {})}
     fields = dataclasses.fields(cls)
     return sorted(fields, key=lambda field: -1 if field.metadata.get("positional") else depth[field.name])
 
@@ -102,9 +100,7 @@ def _add_option(parser: argparse.ArgumentParser, field: dataclasses.Field, hint:
         return
     inner, several = _element(hint)
     given["type"] = _reader(inner)
-    given["metavar"] = metadata.get("metavar") or _metavar(
-        field.name.rstrip("s") if several else field.name, given["type"]
-    )
+    given["metavar"] = metadata.get("metavar") or _metavar(field.name.rstrip("s") if several else field.name, given["type"])
     if choices := allowed_values(field, inner):
         given["metavar"] = "{" + ",".join(choices) + "}"
     needed = default is dataclasses.MISSING and not relaxed
@@ -319,9 +315,7 @@ def check_names(cls: type, values: Mapping[str, Any], where: str = "") -> None:
         close = difflib.get_close_matches(unknown[0], names, n=1)
         guess = f" (did you mean {close[0]!r}?)" if close else ""
         place = f"{where} has " if where else ""
-        raise ValueError(
-            f"{place}fields {sorted(unknown)} that {cls.__name__} does not have{guess}; fields are {names}"
-        )
+        raise ValueError(f"{place}fields {sorted(unknown)} that {cls.__name__} does not have{guess}; fields are {names}")
 
 
 def _checked(field: dataclasses.Field, hint: Any, value: Any) -> Any:

@@ -118,9 +118,7 @@ def test_slim_and_full_checkpoints_answer_the_same(name, checkpoints, baselines,
     slim, full = (AutoModel.from_pretrained(checkpoints / name / kind) for kind in ("slim", "full"))
     for loaded in (slim, full):
         assert type(loaded.translator) is type(model.translator)
-        assert torch.equal(
-            loaded.generate(pixel_values, max_new_tokens=5), model.generate(pixel_values, max_new_tokens=5)
-        )
+        assert torch.equal(loaded.generate(pixel_values, max_new_tokens=5), model.generate(pixel_values, max_new_tokens=5))
         expected = model.attribute(pixel_values, phrases).maps["layer4"]
         torch.testing.assert_close(loaded.attribute(pixel_values, phrases).maps["layer4"], expected, atol=1e-5, rtol=0)
         guided = loaded.describe(pixel_values, guidance=1.5, evidence=True, max_new_tokens=3)

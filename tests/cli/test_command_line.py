@@ -123,12 +123,8 @@ def test_the_evaluations_are_listed_and_each_helps_with_an_example(capsys):
 def documented() -> list[str]:
     """Every command line in the code blocks of README and documentation."""
     root = Path(__file__).parents[2]
-    texts = [
-        file.read_text() for file in (root / "README.md", root / "CONTRIBUTING.md", *(root / "docs").rglob("*.md"))
-    ]
-    blocks = [
-        block for text in texts for block in re.findall(r"^ *```(?:bash|sh|console)?\n(.*?)^ *```", text, re.M | re.S)
-    ]
+    texts = [file.read_text() for file in (root / "README.md", root / "CONTRIBUTING.md", *(root / "docs").rglob("*.md"))]
+    blocks = [block for text in texts for block in re.findall(r"^ *```(?:bash|sh|console)?\n(.*?)^ *```", text, re.M | re.S)]
     lines = [line.strip().removeprefix("$ ") for block in blocks for line in block.replace("\\\n", " ").splitlines()]
     commands = [line.partition("devil ")[2] for line in lines if re.match(r"(.* && )?devil [a-z]", line)]
     return sorted({command.partition(" # ")[0].partition(" |")[0].strip() for command in commands})

@@ -99,9 +99,7 @@ def test_describe_and_attribute_speak_json(scene_file, capsys, tmp_path):
     rows = json.loads(capsys.readouterr().out)
     assert [(row["layer"], row["location"]) for row in rows] == [("layer4", [0, 0]), ("layer4", [1, 3])]
     picture = str(tmp_path / "maps.png")
-    cli.main(
-        ["attribute", scene_file, "red", "a circle", "--layers", "layer3", "layer4", "--json", "--output", picture]
-    )
+    cli.main(["attribute", scene_file, "red", "a circle", "--layers", "layer3", "layer4", "--json", "--output", picture])
     maps = json.loads(capsys.readouterr().out)
     assert set(maps) == {"layer3", "layer4"} and len(maps["layer4"]) == 2 and len(maps["layer4"][0]) == 4
 

@@ -187,9 +187,7 @@ def test_two_processes_find_what_one_finds(network, pictures, found, tmp_path):
         for name in ("images", "peaks", "activations"):
             torch.testing.assert_close(shared.tensors[layer][name], found.tensors[layer][name])
         # Sketches that were merged answer as exactly as others, and not the same.
-        torch.testing.assert_close(
-            shared.tensors[layer]["threshold"], found.tensors[layer]["threshold"], rtol=0.05, atol=0
-        )
+        torch.testing.assert_close(shared.tensors[layer]["threshold"], found.tensors[layer]["threshold"], rtol=0.05, atol=0)
 
 
 def test_a_stream_and_a_list_give_the_same_exemplars(network, pictures, found, tmp_path):
@@ -358,9 +356,7 @@ def test_memory_does_not_grow_with_the_number_of_images(tmp_path):
     peaks = {}
     for count in (1_000, 10_000):
         command = [sys.executable, "-c", MEMORY, str(count), str(tmp_path / str(count))]
-        done = subprocess.run(
-            command, check=True, stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
-        )
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
         peaks[count] = int(done.stdout.split()[-1])
     assert peaks[10_000] < 1.1 * peaks[1_000], json.dumps(peaks)
 

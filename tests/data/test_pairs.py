@@ -84,8 +84,7 @@ def folder(tmp_path):
     for number in range(6):
         picture(number).save(root / f"images/{number}.jpg")
     lines = [
-        {"image": f"images/{n}.jpg", "captions": [f"c {n}", f"d {n}"], "split": "val" if n > 3 else "train"}
-        for n in range(6)
+        {"image": f"images/{n}.jpg", "captions": [f"c {n}", f"d {n}"], "split": "val" if n > 3 else "train"} for n in range(6)
     ]
     (root / "captions.jsonl").write_text("\n".join(map(json.dumps, lines)))
     return root
@@ -142,14 +141,10 @@ def test_flickr_and_coco_files_give_the_images_of_a_split(folder, tmp_path):
         file.writelines(f"{n}.jpg#{c}\ttext {n} {c}\n" for n in (2, 0, 9) for c in range(2))
     names.write_text("0.jpg\n2.jpg\n")
     annotations = [{"image_id": n, "caption": f"coco {n}"} for n in (4, 3)]
-    coco.write_text(
-        json.dumps({"images": [{"id": n, "file_name": f"{n}.jpg"} for n in (3, 4, 5)], "annotations": annotations})
-    )
+    coco.write_text(json.dumps({"images": [{"id": n, "file_name": f"{n}.jpg"} for n in (3, 4, 5)], "annotations": annotations}))
     images = str(folder / "images")
     flickr = {"kind": "flickr", "captions": str(tokens), "images": images}
-    pairs = open_pairs(
-        [flickr | {"names": str(names)}, {"kind": "coco", "annotations": str(coco), "images": images}], 0, False
-    )
+    pairs = open_pairs([flickr | {"names": str(names)}, {"kind": "coco", "annotations": str(coco), "images": images}], 0, False)
     assert keys(pairs) == ["0.jpg", "2.jpg", "4.jpg", "3.jpg"]
     assert pairs[1]["captions"] == ["text 2 0", "text 2 1"] and pairs[2]["captions"] == ["coco 4"]
     with pytest.raises(FileNotFoundError, match=r"1 of 3 images are absent.*9\.jpg"):
@@ -179,8 +174,7 @@ def test_data_sets_are_opened_by_their_column_names(tmp_path, layout, streaming)
 
 def test_shapes_are_drawn_alike_streamed_and_stored():
     stored, streamed = (
-        open_pairs([{"kind": "shapes", "size": 7, "seed": 3, "streaming": streaming}], 0, False)
-        for streaming in (False, True)
+        open_pairs([{"kind": "shapes", "size": 7, "seed": 3, "streaming": streaming}], 0, False) for streaming in (False, True)
     )
     assert list(stored) == list(streamed) and len(stored[0]["captions"]) == 5
     assert PairDecoder(BadSamples())(stored[0])["image"].size == (128, 128)

@@ -34,8 +34,7 @@ def labels(images, tmp_path):
     names = list(BOXES)
     content = {
         "images": [
-            {"id": number, "file_name": f"{number}.png", "width": WIDTH, "height": HEIGHT}
-            for number in range(len(images))
+            {"id": number, "file_name": f"{number}.png", "width": WIDTH, "height": HEIGHT} for number in range(len(images))
         ],
         "categories": [{"id": names.index(name), "name": name} for name in names],
         "annotations": [
@@ -209,9 +208,7 @@ def test_cached_draws_stay_inside_of_the_region_in_every_view(model, processor, 
 
     masks = [box_mask("dog"), box_mask("cat"), None]
     images = [picture_of(mask) for mask in masks[:2]] + [picture_of(np.zeros((HEIGHT, WIDTH), bool))]
-    plain = processor(images=[images[2], Image.new("RGB", (WIDTH, HEIGHT), "white")], return_tensors="pt")[
-        "pixel_values"
-    ]
+    plain = processor(images=[images[2], Image.new("RGB", (WIDTH, HEIGHT), "white")], return_tensors="pt")["pixel_values"]
     black, white = plain[:, 0].amin(dim=(1, 2))
     monkeypatch.setattr(model, "extract_features", features_of)
     samples = [{"image": image, "region": mask} for image, mask in zip(images, masks, strict=True)]

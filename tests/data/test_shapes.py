@@ -44,9 +44,7 @@ def test_scenes_hold_one_to_three_objects_of_every_kind_inside_the_picture():
     assert np.allclose(counts, [0, 0.3, 0.4, 0.3], atol=0.06)
     objects = [item for scene in scenes for item in scene.objects]
     for attribute, words in ATTRIBUTE_WORDS.items():
-        shares = np.array([sum(item.attributes[attribute] == word for item in objects) for word in words]) / len(
-            objects
-        )
+        shares = np.array([sum(item.attributes[attribute] == word for item in objects) for word in words]) / len(objects)
         assert np.allclose(shares, 1 / len(words), atol=0.05), attribute
     assert all(item.radius <= value <= SCENE_SIZE - item.radius for item in objects for value in item.centre)
     assert [len(sample_scene(np.random.default_rng(0), count).objects) for count in (1, 2, 3)] == [1, 2, 3]
@@ -147,9 +145,7 @@ def test_full_captions_name_every_object_and_fragments_one():
             assert set(item.attributes.values()) <= set(full)
         fragment = set(scene.caption(rng, fragment_share=1.0).split())
         said = {attribute: fragment & set(words) for attribute, words in ATTRIBUTE_WORDS.items()}
-        assert any(
-            all(words <= {item.attributes[attribute]} for attribute, words in said.items()) for item in scene.objects
-        )
+        assert any(all(words <= {item.attributes[attribute]} for attribute, words in said.items()) for item in scene.objects)
 
 
 def test_captions_vary_and_repeat_with_the_generator():
@@ -165,9 +161,7 @@ def test_relations_hold_for_the_centres_and_come_with_their_converse():
         scene = make_scene(9, index)
         for subject, relation, other in scene.relations:
             (x, y), (other_x, other_y) = scene.objects[subject].centre, scene.objects[other].centre
-            assert {"left of": x < other_x, "right of": x > other_x, "above": y < other_y, "below": y > other_y}[
-                relation
-            ]
+            assert {"left of": x < other_x, "right of": x > other_x, "above": y < other_y, "below": y > other_y}[relation]
             assert (other, converse[relation], subject) in scene.relations
 
 

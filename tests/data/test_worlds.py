@@ -32,9 +32,7 @@ def test_every_room_reads_the_same_scenes(text):
     world = parse_world(text)
     scenes = [scene.image for scene in world.scenes()]
     images = open_images(text)
-    assert images.name == world.name and all(
-        (np.asarray(images.load(n)) == scene).all() for n, scene in enumerate(scenes)
-    )
+    assert images.name == world.name and all((np.asarray(images.load(n)) == scene).all() for n, scene in enumerate(scenes))
     captioned = open_captioned(text)
     assert captioned.name == world.label and np.array_equal([scene.image for scene in captioned.scenes], scenes)
     for one in open_localised(text):

@@ -35,9 +35,7 @@ from devil_hf.report.features import feature_picture
 def served():
     """The address of the running demo of the embedded checkpoint."""
     demo = build_demo(Checkpoints(models="none"))
-    _, address, _ = demo.queue().launch(
-        prevent_thread_lock=True, quiet=True, max_file_size=uploads.MAX_BYTES, ssr_mode=False
-    )
+    _, address, _ = demo.queue().launch(prevent_thread_lock=True, quiet=True, max_file_size=uploads.MAX_BYTES, ssr_mode=False)
     yield address.rstrip("/")
     demo.close()
 
@@ -104,9 +102,7 @@ def test_clicks_and_numbers_reach_the_same_place(explorer, images):
         x, y = explorer.pixel_of(look, layer, *place)
         (row,) = explorer.describe_pixel(look, x, y, [layer])
         assert row["location"] == place
-        expected = explorer.model.describe(
-            feature_maps=look.feature_maps, layers=layer, locations=[place], max_new_tokens=30
-        )
+        expected = explorer.model.describe(feature_maps=look.feature_maps, layers=layer, locations=[place], max_new_tokens=30)
         assert explorer.processor.post_process_descriptions(expected)[0]["description"] == row["description"]
     with pytest.raises(ValueError, match="is outside"):
         explorer.pixel_of(look, explorer.layers[-1], 99, 0)

@@ -71,9 +71,7 @@ def fit_probes(features: Tensor, truths: Tensor, ridge: float = 1.0) -> tuple[Te
         Directions (M, C) and biases (M,): `features @ directions.T + biases` estimates the truths.
     """
     mean, deviation = features.mean(dim=0).double(), features.std(dim=0).double().clamp_min(1e-6)
-    inputs = torch.cat(
-        [(features.double() - mean) / deviation, torch.ones(len(features), 1, dtype=torch.double)], dim=1
-    )
+    inputs = torch.cat([(features.double() - mean) / deviation, torch.ones(len(features), 1, dtype=torch.double)], dim=1)
     penalty = ridge * torch.eye(inputs.shape[1], dtype=torch.double)
     penalty[-1, -1] = 0
     directions, biases = [], []

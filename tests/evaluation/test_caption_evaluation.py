@@ -57,9 +57,7 @@ def whole(model, processor, folder, tmp_path_factory):
 
 
 def _predictions(output):
-    return {
-        row["key"]: row["row"] for row in map(json.loads, (output / "predictions.jsonl").read_text().splitlines()[1:])
-    }
+    return {row["key"]: row["row"] for row in map(json.loads, (output / "predictions.jsonl").read_text().splitlines()[1:])}
 
 
 def test_every_image_is_described_by_every_layer_in_order(model, processor, images, whole):

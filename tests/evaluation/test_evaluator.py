@@ -105,9 +105,7 @@ def test_what_was_changed_is_put_back_when_rows_fail(model, processor, tmp_path)
     assert Failing.closed == 1
 
 
-def test_an_evaluator_that_registers_itself_is_a_subject_of_the_command(
-    model, processor, tmp_path, monkeypatch, capsys
-):
+def test_an_evaluator_that_registers_itself_is_a_subject_of_the_command(model, processor, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(EVALUATORS, "_entries", dict(EVALUATORS))
     EVALUATORS.register("length", Length)
     monkeypatch.setattr("devil_hf.checkpoints.loading.open_checkpoint", lambda *arguments: (model, processor))

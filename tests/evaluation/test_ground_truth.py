@@ -36,11 +36,7 @@ def test_depth_shows_in_shape_and_not_in_colour(answers):
     places = result["places_chosen"]
     assert places["layer4"]["shape"] > 0.8 > 0.5 > places["layer1"]["shape"]
     assert places["layer2"]["colour"] > 0.8
-    assert (
-        result["chosen"]["all"]["texture"]
-        > result["chosen"]["constant"]["texture"]
-        > result["chosen"]["chance"]["texture"]
-    )
+    assert result["chosen"]["all"]["texture"] > result["chosen"]["constant"]["texture"] > result["chosen"]["chance"]["texture"]
     assert result["described"]["all"]["colour"]["f1"] > result["described"]["constant"]["colour"]["f1"]
     assert result["described"]["all"]["shape"]["f1"] > result["described"]["shuffled"]["shape"]["f1"]
 
@@ -73,9 +69,7 @@ def test_some_questions_have_the_same_answers_as_all(answers, tmp_path):
     _, result, rows = answers
     settings = truth.ShapesSettings(limit=4, questions=["described", "pointing"], pointing_limit=2, output_dir=tmp_path)
     few = evaluate("shapes", settings, *load(device="cpu"))
-    found = {
-        line["key"]: line["row"] for line in map(json.loads, (tmp_path / "shapes.jsonl").read_text().splitlines()[1:])
-    }
+    found = {line["key"]: line["row"] for line in map(json.loads, (tmp_path / "shapes.jsonl").read_text().splitlines()[1:])}
     for key in "0123":
         assert found[key]["said"] == rows[key]["said"]
         assert found[key]["pointing"] == (rows[key]["pointing"] if int(key) < 2 else [])
@@ -151,9 +145,7 @@ def test_a_translator_that_sees_nothing_chooses_no_better_than_chance():
         features = model.extract_features(truth.pixel_values(processor, scenes))
         chosen = truth._choose(model, processor, features, scenes, range(6))
     for name, chance in (("size", 1 / 3), ("relation", 1 / 2)):
-        right = [
-            row["all"][name] == knowledge.choices(scene)[name][0] for row, scene in zip(chosen, scenes, strict=True)
-        ]
+        right = [row["all"][name] == knowledge.choices(scene)[name][0] for row, scene in zip(chosen, scenes, strict=True)]
         assert np.mean(right) == pytest.approx(chance)
 
 
@@ -174,9 +166,7 @@ def test_places_hold_most_of_an_object_or_nothing(grid):
 
 
 def test_no_constant_answer_beats_the_constant_row():
-    truths = [
-        {name: knowledge._true_words(make_scene(6, index), name) for name in knowledge.CLASSES} for index in range(40)
-    ]
+    truths = [{name: knowledge._true_words(make_scene(6, index), name) for name in knowledge.CLASSES} for index in range(40)]
     best = knowledge.constant_scores(truths)
     generator = np.random.default_rng(0)
     for name, words in knowledge.CLASSES.items():

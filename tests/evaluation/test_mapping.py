@@ -80,9 +80,7 @@ def test_a_combination_keeps_the_unit_of_its_maps(model, pixel_values, phrases):
     """sum = tokens * evidence + prior, for the combination as for every layer."""
     layers = model.layer_names[-2:]
     maps = {
-        measure: model.attribute(pixel_values, phrases, layers=layers, combine="informed", measure=measure).maps[
-            "informed"
-        ]
+        measure: model.attribute(pixel_values, phrases, layers=layers, combine="informed", measure=measure).maps["informed"]
         for measure in ("sum", "evidence")
     }
     tokens = phrases["attention_mask"].sum(dim=1)[:, None, None]
@@ -129,9 +127,7 @@ def test_curves_agree_with_one_question_at_a_time(model, processor, pixel_values
                 for name in names:
                     index = model.layer_names.index(name)
                     rows, columns = features[index].shape[-2:]
-                    ranked = (
-                        F.adaptive_avg_pool2d(order[phrase][None], (rows, columns)).flatten().argsort(descending=True)
-                    )
+                    ranked = F.adaptive_avg_pool2d(order[phrase][None], (rows, columns)).flatten().argsort(descending=True)
                     count = min(max(round(share * rows * columns), 1), rows * columns - 1)
                     chosen = ranked[:count] if kind == "insertion" else ranked[count:]
                     weight = torch.zeros(rows * columns).index_fill(0, chosen, 1 / len(chosen))
@@ -163,9 +159,7 @@ def test_a_killed_evaluation_goes_on_and_scores_need_no_model(model, mapped, tmp
         assert resumed[key].keys() == records[key].keys()
         masks, maps = read_arrays(whole / "maps" / records[key]["file"])
         masks_again, maps_again = read_arrays(stopped / "maps" / resumed[key]["file"])
-        assert (masks == masks_again).all() and all(
-            np.allclose(maps[name], maps_again[name], atol=1e-5) for name in maps
-        )
+        assert (masks == masks_again).all() and all(np.allclose(maps[name], maps_again[name], atol=1e-5) for name in maps)
     with pytest.raises(ValueError, match="carrier"):
         mapped(stopped, carrier="a")
 
@@ -212,8 +206,7 @@ def test_images_that_are_added_leave_every_map_with_its_image(mapped, tmp_path):
     for key in whole:
         assert grown[key]["phrases"] == whole[key]["phrases"]
         one, other = (
-            read_arrays(tmp_path / folder / "maps" / rows[key]["file"])
-            for folder, rows in (("grown", grown), ("whole", whole))
+            read_arrays(tmp_path / folder / "maps" / rows[key]["file"]) for folder, rows in (("grown", grown), ("whole", whole))
         )
         assert (one[0] == other[0]).all() and one[1]["informed"] == pytest.approx(other[1]["informed"], abs=1e-5)
     with pytest.raises(ValueError, match="names"):
@@ -245,12 +238,8 @@ def test_random_maps_score_the_printed_chance_on_boards(size, grid):
     assert tiles == pytest.approx([1 / size] * len(tiles))
     assert found["centre prior"][f"pointing_{size}"][0] == found["layer"][f"pointing_centre_{size}"][0]
     if grid == (8, 8):
-        alone = [
-            pointing(centre_prior((4, 4)), masks[at][16 * (at // 2) :, 16 * (at % 2) :][:16, :16]) for at in range(size)
-        ]
-        assert np.mean(alone) > 0 and found["centre prior"][f"pointing_{size}"][0] == pytest.approx(
-            np.mean(alone) / size
-        )
+        alone = [pointing(centre_prior((4, 4)), masks[at][16 * (at // 2) :, 16 * (at % 2) :][:16, :16]) for at in range(size)]
+        assert np.mean(alone) > 0 and found["centre prior"][f"pointing_{size}"][0] == pytest.approx(np.mean(alone) / size)
 
 
 def test_scores_of_nothing_are_an_error(tmp_path):

@@ -150,9 +150,7 @@ def test_words_are_chosen_by_evidence(model, processor, pooled):
 def test_silent_units_get_no_label(model, processor, pooled):
     hidden = pooled.hidden.clone()
     hidden[1] = True
-    rows = label_units(
-        model, processor, PooledUnits(pooled.units, pooled.features, hidden), candidates=2, max_new_tokens=4
-    )
+    rows = label_units(model, processor, PooledUnits(pooled.units, pooled.features, hidden), candidates=2, max_new_tokens=4)
     assert rows[1]["label"] == "" and rows[1]["evidence"] is None and rows[0]["label"]
 
 

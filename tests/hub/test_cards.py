@@ -244,9 +244,7 @@ def test_text_of_files_and_names_is_shown_letter_by_letter_and_never_run(facts, 
     assert yaml.safe_load(blocks[1][2]) == {"backbone": text, "train_data": [text]}
     prose = re.sub(r"^(`{3,})(python|yaml)\n.*?\n\1$", "", card.text, flags=re.DOTALL | re.MULTILINE)
     shown, tags = seen(prose)
-    assert (
-        shown.count(once) == 18 and not tags
-    )  # scope, layer, title, settings, reason, names of rows and of sources, ...
+    assert shown.count(once) == 18 and not tags  # scope, layer, title, settings, reason, names of rows and of sources, ...
     assert len({line.count("|") - line.count("\\|") for line in prose.splitlines() if line.startswith("| 0 |")}) == 1
     assert [line for line in prose.splitlines() if line.startswith("#")] == HEADINGS
     assert not (tmp_path / "ran").exists()
@@ -257,9 +255,7 @@ def test_a_recipe_of_any_text_stays_in_its_block():
     assert block.startswith("`````yaml\n") and block.endswith("\n`````")
 
 
-@pytest.mark.parametrize(
-    "text", ["a 2 * 3 b", "snake_case.name", "-0.25", "all layers together", "1.5 nats", "C# and C++"]
-)
+@pytest.mark.parametrize("text", ["a 2 * 3 b", "snake_case.name", "-0.25", "all layers together", "1.5 nats", "C# and C++"])
 def test_plain_text_stays_as_it_is_written(text):
     assert markdown(text) == text
 

@@ -40,9 +40,7 @@ def test_a_space_runs_the_package_that_it_was_published_with(hub, tmp_path, caps
     assert not any(line.startswith(("devil-hf", "gradio")) for line in needed)
     assert not any(path.suffix == ".pyc" or path.name == ".git" for path in tmp_path.rglob("*"))
     environment = os.environ | {"SPACE_ID": "tester/demo", "PYTHONPATH": str(tmp_path), "HF_HUB_OFFLINE": "1"}
-    run = subprocess.run(
-        [sys.executable, "-c", RUN_SPACE], cwd=tmp_path, env=environment, capture_output=True, text=True
-    )
+    run = subprocess.run([sys.executable, "-c", RUN_SPACE], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert run.stdout.split("\n")[0] == "shapes world (built in) True"
     assert "layer1" in run.stdout
@@ -64,12 +62,8 @@ def test_a_space_of_a_checkpoint_names_it(hub, published, capsys):
     assert card.data.to_dict()["models"] == ["tester/devil"] and card.data.to_dict()["sdk"] == "gradio"
     assert "shapes world only" not in card.text and 'Client("tester/other-demo")' in card.text
     # Files of an older package go; what the owner has added stays.
-    HfApi().upload_file(
-        path_or_fileobj=b"x = 1", path_in_repo="devil_hf/old.py", repo_id="tester/other-demo", repo_type="space"
-    )
-    HfApi().upload_file(
-        path_or_fileobj=b"mine", path_in_repo="NOTES.md", repo_id="tester/other-demo", repo_type="space"
-    )
+    HfApi().upload_file(path_or_fileobj=b"x = 1", path_in_repo="devil_hf/old.py", repo_id="tester/other-demo", repo_type="space")
+    HfApi().upload_file(path_or_fileobj=b"mine", path_in_repo="NOTES.md", repo_id="tester/other-demo", repo_type="space")
     assert main(arguments[:2]) == 0
     files = hub.files("tester/other-demo", kind="space")
     assert "devil_hf/old.py" not in files and "devil_hf/cli/main.py" in files and files["NOTES.md"] == b"mine"

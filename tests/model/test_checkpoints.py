@@ -246,9 +246,7 @@ def test_language_models_without_needed_parts_are_refused(sources):
     headless = GPT2Model(GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=50))
     with pytest.raises(ValueError, match="AutoModelForCausalLM"):
         DevilModel.from_backbone_and_language_model(sources["backbone"], headless, **SMALL_TRANSLATOR)
-    encoder_decoder = T5ForConditionalGeneration(
-        T5Config(d_model=32, d_kv=16, d_ff=32, num_layers=1, num_heads=2, vocab_size=50)
-    )
+    encoder_decoder = T5ForConditionalGeneration(T5Config(d_model=32, d_kv=16, d_ff=32, num_layers=1, num_heads=2, vocab_size=50))
     with pytest.raises(ValueError, match="encoder-decoder"):
         DevilModel.from_backbone_and_language_model(sources["backbone"], encoder_decoder, **SMALL_TRANSLATOR)
     with pytest.raises(StrictDataclassClassValidationError, match="context"):

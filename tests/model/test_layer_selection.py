@@ -116,9 +116,7 @@ def test_what_is_no_layer_is_refused_with_the_names_that_there_are(asked, call):
 def test_windows_locations_and_directions_name_layers_in_the_same_way(model, pixel_values, phrases):
     features = model.extract_features(pixel_values[:1])
     vectors = torch.randn(2, model.backbone.channels[2])
-    expected = model.attribute(phrases=phrases, feature_maps=features, layers="layer3", window={"layer3": 3}).maps[
-        "layer3"
-    ]
+    expected = model.attribute(phrases=phrases, feature_maps=features, layers="layer3", window={"layer3": 3}).maps["layer3"]
     directions = model.describe_directions(vectors, "layer3", max_new_tokens=2).sequences
     maps = model.map_directions(vectors, "layer3", feature_maps=features)
     places = model.describe(feature_maps=features, locations={"layer3": [(0, 1)]}, max_new_tokens=2).sequences
@@ -161,9 +159,7 @@ def test_feature_maps_that_lack_a_layer_are_refused_by_its_name(model, pixel_val
     ):
         with pytest.raises(ValueError, match="feature_maps hold nothing of layer 'layer1'"):
             call()
-    assert torch.equal(
-        model.ask(feature_maps=partial, layers="layer3"), model.ask(pixel_values[:1], layers=model.layer_names[2])
-    )
+    assert torch.equal(model.ask(feature_maps=partial, layers="layer3"), model.ask(pixel_values[:1], layers=model.layer_names[2]))
     with pytest.raises(ValueError, match="one map for each of"):
         model.ask(feature_maps=partial[:2])
 

@@ -116,9 +116,7 @@ def test_only_what_is_trained_is_in_training_mode(sources, tokenizer):
 )
 def test_every_family_has_default_targets(config, model):
     language_model = AutoModelForCausalLM.from_config(config)
-    lora = DevilModel.from_backbone_and_language_model(
-        model.backbone, language_model, lora={"rank": 2}, **SMALL_TRANSLATOR
-    )
+    lora = DevilModel.from_backbone_and_language_model(model.backbone, language_model, lora={"rank": 2}, **SMALL_TRANSLATOR)
     assert any(True for _ in lora_layers(lora.language_model))
     assert not any("lm_head" in name for name, _ in lora_layers(lora.language_model))
 

@@ -243,9 +243,9 @@ def test_describe_equals_asking_one_by_one(model, pixel_values):
     assert len(output.sequences) == 2 * 3 * 2 and output.layer_of(0) == model.layer_names[-1]
     for row in range(len(output.sequences)):
         image, place = int(output.image_index[row]), tuple(output.locations[row].tolist())
-        alone = model.generate(
-            pixel_values[image : image + 1], layers=output.layer_of(row), locations=[place], max_new_tokens=5
-        )[0]
+        alone = model.generate(pixel_values[image : image + 1], layers=output.layer_of(row), locations=[place], max_new_tokens=5)[
+            0
+        ]
         assert output.sequences[row].tolist()[: len(alone)] == alone.tolist()
         prefix = model.ask(pixel_values[image : image + 1], layers=output.layer_of(row), locations=[place])
         tokens = output.sequences[row][model.word_mask(output.sequences)[row]]

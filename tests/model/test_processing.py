@@ -47,9 +47,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=300, special_tokens=["</s>"], initial_alphabet=alphabet, show_progress=False
-    )
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["</s>"], initial_alphabet=alphabet, show_progress=False)
     bpe.train_from_iterator(["a red dog on the grass", "the blue cat of the man"] * 3, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="</s>", eos_token="</s>", model_max_length=48)
 
@@ -417,9 +415,7 @@ def test_images_of_different_sizes_and_turned_ones_get_maps_of_their_own_size(pr
     exif = Image.Exif()
     exif[0x0112] = 6
     picture(120, 80).save(tmp_path / "turned.png", exif=exif)
-    placed = processor.post_process_attribution(
-        {"l": torch.rand(2, 1, 7, 7)}, images=[tmp_path / "turned.png", picture(50, 60)]
-    )
+    placed = processor.post_process_attribution({"l": torch.rand(2, 1, 7, 7)}, images=[tmp_path / "turned.png", picture(50, 60)])
     assert [tuple(one.shape) for one in placed["l"]] == [(1, 120, 80), (1, 60, 50)]
 
 

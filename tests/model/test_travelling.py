@@ -6,7 +6,7 @@ import pytest
 
 from devil_hf.hub.travelling import ACCESSES, COMPANIONS, accesses, table, travelling_files, violations
 
-FILES, LINES, LONGEST = 12, 3_130, 500
+FILES, LINES, LONGEST = 12, 2_800, 500
 PAGE = Path(__file__).parents[2] / "docs" / "security.md"
 
 

@@ -112,9 +112,7 @@ def page(tmp_path_factory):
         pytest.skip("no Chromium on this machine")
     root = tmp_path_factory.mktemp("page")
     labels, checks = rows(4000)
-    index = write_atlas(
-        exemplar_set(root / "exemplars", 4000), labels, root / "atlas", checks, {"title": "Four thousand"}
-    )
+    index = write_atlas(exemplar_set(root / "exemplars", 4000), labels, root / "atlas", checks, {"title": "Four thousand"})
     with playwright.sync_playwright() as browsers:
         browser = browsers.chromium.launch(executable_path=executable, args=["--no-sandbox"])
         context = browser.new_context(offline=True, viewport={"width": 1280, "height": 800})

@@ -76,9 +76,7 @@ def test_every_place_gets_its_words(processor, written):
     assert set(descriptions.values()) <= set(written)
     assert figure.height >= 4 * 120
     some = figures.locations_figure(processor, image, {(0, 0): "here"}, (4, 4), "stage3")
-    assert np.asarray(some, dtype=int).mean() > np.asarray(figure, dtype=int).mean() + 40, (
-        "only asked places are darkened"
-    )
+    assert np.asarray(some, dtype=int).mean() > np.asarray(figure, dtype=int).mean() + 40, "only asked places are darkened"
 
 
 def test_long_descriptions_are_cut_with_an_ellipsis_not_drawn_over_their_neighbours(processor, written):

@@ -22,9 +22,7 @@ def test_every_template_can_be_read(name):
     assert _environment().get_template(name)
 
 
-@pytest.mark.parametrize(
-    "text", ['"><script>alert(1)</script>', "{{ 7 * 7 }}", "' onclick='x", "{% endraw %}{{ self }}"]
-)
+@pytest.mark.parametrize("text", ['"><script>alert(1)</script>', "{{ 7 * 7 }}", "' onclick='x", "{% endraw %}{{ self }}"])
 def test_text_in_a_page_stays_text(text):
     rows = [{"layer": "all", "location": (0, 0), "description": text, "evidence": 0.5, "words": [(text, 1.0)]}]
     rows.append(rows[0] | {"layer": text})

@@ -75,9 +75,7 @@ def comparison_file(fields, tmp_path):
     return file
 
 
-def test_a_comparison_trains_each_translator_once_and_scores_all_on_the_same_images(
-    comparison_file, tmp_path, monkeypatch
-):
+def test_a_comparison_trains_each_translator_once_and_scores_all_on_the_same_images(comparison_file, tmp_path, monkeypatch):
     monkeypatch.setattr(comparison, "NEW_TOKENS", 8)
     asked = read_comparison(comparison_file, fields={"max_steps": 4})
     assert asked.recipes["linear"].model == SMALL_TRANSLATOR | {"translator_type": "limber", "location_dropout": 0.0}

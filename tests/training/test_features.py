@@ -35,9 +35,7 @@ def test_samples_pair_an_images_draw_with_one_of_its_captions():
     captions = [["a", "b"], ["c"], ["d", "e", "f"]]
     dataset = PooledCaptions(features, captions)
     items = [dataset.sample(2, epoch) for epoch in range(60)]
-    assert {(i["pooled_features"][0].item(), i["caption"]) for i in items} == {
-        (v, t) for v in (4.0, 5.0) for t in "def"
-    }
+    assert {(i["pooled_features"][0].item(), i["caption"]) for i in items} == {(v, t) for v in (4.0, 5.0) for t in "def"}
     assert dataset.sample(2, 7) == items[7]
     assert [text for _, text in dataset.every_caption()] == ["a", "c", "d", "b", "e", "f"]
     with pytest.raises(ValueError, match="no caption"):

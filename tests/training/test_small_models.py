@@ -44,9 +44,7 @@ def test_the_tokenizer_knows_every_word_and_marks_others():
 
 def test_documents_are_labelled_on_the_caption_only():
     tokenizer = build_shapes_tokenizer()
-    documents = KeywordDocuments(
-        tokenizer, ShapesLanguageModelSettings(bare_share=0.0, partial_share=0.0, packed_share=1.0)
-    )
+    documents = KeywordDocuments(tokenizer, ShapesLanguageModelSettings(bare_share=0.0, partial_share=0.0, packed_share=1.0))
     input_ids, labels = documents.batch(40, np.random.default_rng(0))
     assert input_ids.shape[:2] == labels.shape
     for ids, wanted in zip(input_ids, labels, strict=True):
@@ -71,9 +69,7 @@ def test_frozen_parts_train_reproducibly(tmp_path):
     settings = ShapesBackboneSettings(max_steps=2, batch_size=4, warmup_steps=1)
     backbone, history = train_shapes_backbone(settings)
     again, _ = train_shapes_backbone(settings)
-    assert all(
-        torch.equal(a, b) for a, b in zip(backbone.state_dict().values(), again.state_dict().values(), strict=True)
-    )
+    assert all(torch.equal(a, b) for a, b in zip(backbone.state_dict().values(), again.state_dict().values(), strict=True))
     assert history[-1]["step"] == 2 and not backbone.training
     scenes = [make_scene(0, index) for index in range(3)]
     assert [feature.shape for feature in pooled_features(backbone, scenes).values()] == [
@@ -82,9 +78,7 @@ def test_frozen_parts_train_reproducibly(tmp_path):
         (3, 128),
         (3, 256),
     ]
-    settings = ShapesLanguageModelSettings(
-        max_steps=2, batch_size=4, warmup_steps=1, single_steps=1, width=32, layers=1, heads=2
-    )
+    settings = ShapesLanguageModelSettings(max_steps=2, batch_size=4, warmup_steps=1, single_steps=1, width=32, layers=1, heads=2)
     model, tokenizer, _ = train_shapes_language_model(settings)
     again, _, _ = train_shapes_language_model(settings)
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True))

@@ -97,9 +97,7 @@ def test_losses_do_not_depend_on_the_batch_size(model, processor, pixel_values, 
     data = PooledCaptions(pooled_feature_draws(model, [pixel_values]), [CAPTIONS[:2], CAPTIONS[1:3], CAPTIONS[2:]])
     metrics = []
     for size in (1, 2, 4):  # 4: more than the first captions
-        arguments = TrainingArguments(
-            str(tmp_path), max_steps=1, per_device_eval_batch_size=size, report_to="none", use_cpu=True
-        )
+        arguments = TrainingArguments(str(tmp_path), max_steps=1, per_device_eval_batch_size=size, report_to="none", use_cpu=True)
         metrics.append(DevilTrainer(model, arguments, processor, data, data).evaluate())
     names = [name for name in metrics[0] if name == "eval_evidence" or name.startswith("eval_loss")]
     assert len(names) == 2 + len(model.layer_names)
@@ -208,9 +206,7 @@ def test_the_cc3m_recipe_runs_on_a_miniature_with_a_truncated_shard(sources, ima
     last = [entry for entry in history if "loss" in entry][-1]
     assert 0 < last["bad_samples"] < 0.2
     assert set(last) >= {"images_per_second", "learning_rate", "visible/none"}
-    monkeypatch.setattr(
-        run, "BadSamples", partial(BadSamples, minimum=20)
-    )  # thousands of samples are read first otherwise
+    monkeypatch.setattr(run, "BadSamples", partial(BadSamples, minimum=20))  # thousands of samples are read first otherwise
     with pytest.raises(TooManyBadSamples, match=r"limit of 1\.0%"):
         train(dataclasses.replace(recipe, output_dir=str(tmp_path / "strict"), bad_samples=0.01))
 

@@ -138,10 +138,4 @@ class LimberTranslator(PooledFeatureTranslator):
         return self._split(self.output(features))
 
 
-__all__ = [
-    "ClipCapMLPTranslator",
-    "ClipCapTranslator",
-    "DevilModel",
-    "LimberTranslator",
-    "PooledFeatureTranslator",
-]
+__all__ = ["ClipCapMLPTranslator", "ClipCapTranslator", "DevilModel", "LimberTranslator", "PooledFeatureTranslator"]

@@ -48,10 +48,7 @@ def _timm_layers(module: Any, config: dict[str, Any]) -> list[dict[str, Any]]:
     infos = module.feature_info
     plain = [info["module"] for info in infos]
     # Branches of one module (CrossViT, CoaT) share its name; their stride tells them apart.
-    names = [
-        f"{name}@{info['reduction']}" if plain.count(name) > 1 else name
-        for name, info in zip(plain, infos, strict=True)
-    ]
+    names = [f"{name}@{info['reduction']}" if plain.count(name) > 1 else name for name, info in zip(plain, infos, strict=True)]
     # Networks without such tokens may fail when asked for them.
     takes_prefix = "return_prefix_tokens" in inspect.signature(module.forward_intermediates).parameters
     carries_prefix = bool(getattr(module, "num_prefix_tokens", 0))
@@ -128,9 +125,7 @@ def choose_layers(
         if token is not None and token["name"] not in [other["name"] for other in chosen]:
             with_tokens.append(token)
     if len(with_tokens) == len(chosen):
-        raise ValueError(
-            f"class_tokens=True, but layers {[layer['name'] for layer in chosen]} of {names} have no class token"
-        )
+        raise ValueError(f"class_tokens=True, but layers {[layer['name'] for layer in chosen]} of {names} have no class token")
     return with_tokens
 
 
@@ -145,9 +140,7 @@ def _requested_layer(module: nn.Module, config: dict, offered: list[dict], item:
             raise ValueError(f"the output of {base!r} is no feature map; choose from {names} or another submodule")
         layer = found[0]
     else:
-        raise ValueError(
-            f"unknown layer {item!r}; choose from {names}, an index into these, or the name of any submodule"
-        )
+        raise ValueError(f"unknown layer {item!r}; choose from {names}, an index into these, or the name of any submodule")
     if base is item:
         return layer
     token = _class_token(module, layer)
@@ -160,11 +153,7 @@ def _class_token(module: nn.Module, layer: dict[str, Any]) -> dict[str, Any] | N
     """The class token of a layer as a layer of its own, if there is one in front of the register tokens."""
     if layer["reader"]["token"] or layer["prefix"] <= _register_tokens(module):
         return None
-    return layer | {
-        "name": layer["name"] + CLASS_SUFFIX,
-        "grid": (1, 1),
-        "reader": layer["reader"] | {"token": True},
-    }
+    return layer | {"name": layer["name"] + CLASS_SUFFIX, "grid": (1, 1), "reader": layer["reader"] | {"token": True}}
 
 
 def _register_tokens(module: nn.Module) -> int:

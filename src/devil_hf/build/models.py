@@ -55,8 +55,7 @@ def from_backbone_and_language_model(
     known = {option.name for option in dataclasses.fields(DevilConfig)}
     if unknown := sorted(set(config_fields) - known):
         raise TypeError(f"unknown arguments {unknown}: further arguments are fields of DevilConfig.")
-    if config_fields.get("lora") is not None:
-        check_lora(config_fields["lora"])
+    check_lora(config_fields.get("lora") or {})
     if isinstance(backbone, FeatureBackbone) and (layers is not None or class_tokens or backbone_kwargs):
         raise ValueError("a FeatureBackbone brings its layers: choose them when building it.")
     if isinstance(language_model, nn.Module) and attn_implementation is not None:
@@ -69,9 +68,7 @@ def from_backbone_and_language_model(
         backbone = backbone if given else backbone.to(dtype)
     source = None
     if not isinstance(language_model, nn.Module):
-        language_model, source = _sourced_language_model(
-            language_model, language_model_revision, token, attn_implementation
-        )
+        language_model, source = _sourced_language_model(language_model, language_model_revision, token, attn_implementation)
         nn.Module.to(language_model, dtype)
     _check_language_model(language_model)
     parts = {"text_config": language_model.config, "language_model_source": source}
@@ -101,16 +98,12 @@ def _check_language_model(language_model: Any) -> None:
     if not isinstance(language_model, PreTrainedModel):
         raise TypeError(f"{name} is no language model of transformers: give an id, a directory, or one that it loaded.")
     if getattr(language_model.config, "is_encoder_decoder", False):
-        raise ValueError(
-            f"{name} is an encoder-decoder: DeViL needs a causal language model, such as OPT, GPT-2 or Llama."
-        )
+        raise ValueError(f"{name} is an encoder-decoder: DeViL needs a causal language model, such as OPT, GPT-2 or Llama.")
     if language_model.get_output_embeddings() is None:
         raise ValueError(f"{name} has no language-model head: load it with AutoModelForCausalLM.")
     embedding = language_model.get_input_embeddings()
     if not isinstance(embedding, nn.Module) or not hasattr(embedding, "weight"):
-        raise ValueError(
-            f"{name} has no input embedding table, so it cannot read a prefix: choose another language model."
-        )
+        raise ValueError(f"{name} has no input embedding table, so it cannot read a prefix: choose another language model.")
 
 
 def _special_tokens(tokenizer: Any, text_config: Any) -> dict[str, int | None]:

@@ -25,9 +25,7 @@ WEIGHTS_FILE = "model.safetensors"
 COMPANIONS["slim"] = sys.modules[__name__]
 
 
-def slim_state_dict(
-    path: Any, config: Any, backbone: Any, language_model: Any, hub: Mapping[str, Any]
-) -> dict[str, Tensor]:
+def slim_state_dict(path: Any, config: Any, backbone: Any, language_model: Any, hub: Mapping[str, Any]) -> dict[str, Tensor]:
     """Every weight of a slim checkpoint: what was trained from its own file, the rest from its sources.
 
     Args:
@@ -99,9 +97,7 @@ def source_state_dict(
     if not isinstance(module, nn.Module):
         source = module or config["source"]
         if source is None:
-            raise ValueError(
-                "the backbone was given as a module, so no source of its weights is known; pass `backbone=...`"
-            )
+            raise ValueError("the backbone was given as a module, so no source of its weights is known; pass `backbone=...`")
         module = load_network(config, source, None if module else config["revision"], **download)
     found = weights_hash(module)
     if found != config["sha256"]:
@@ -135,9 +131,7 @@ def load_network(
             if revision and repository:
                 overlay["hf_hub_id"] = f"{repository}@{revision}"
             cache = download.get("cache_dir")
-            return timm.create_model(
-                name, pretrained=True, pretrained_cfg_overlay=overlay or None, cache_dir=cache, **kwargs
-            )
+            return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay or None, cache_dir=cache, **kwargs)
         folder = source_folder(name, revision, **download)
         if description["kind"] == "timm":
             return timm.create_model(f"local-dir:{folder}", pretrained=True, **kwargs)

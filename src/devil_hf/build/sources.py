@@ -120,9 +120,7 @@ def load_source(
     if timms:
         description = _timm_description(module, kwargs)
     else:
-        description = _transformers_description(module, kwargs) | {
-            "data_config": _processor_data_config(folder, module)
-        }
+        description = _transformers_description(module, kwargs) | {"data_config": _processor_data_config(folder, module)}
     local = os.path.isdir(name)
     place = os.path.abspath(name) if local else name
     return module, description | {"source": place, "revision": None if local else folder.name}
@@ -226,9 +224,7 @@ def _transformers_description(module: PreTrainedModel, kwargs: dict[str, Any]) -
 
 def _default_data_config(module: nn.Module) -> dict[str, Any]:
     size = getattr(getattr(module, "config", None), "image_size", None) or 224
-    size = (
-        list(size.values()) if isinstance(size, dict) else list(size) if isinstance(size, list | tuple) else [size] * 2
-    )
+    size = list(size.values()) if isinstance(size, dict) else list(size) if isinstance(size, list | tuple) else [size] * 2
     return {
         "input_size": [3, *size],
         "interpolation": "bicubic",
@@ -263,11 +259,7 @@ def _processor_crop(settings: dict[str, Any], default: list[int]) -> dict[str, A
     if crop and settings.get("do_center_crop"):
         crop = [crop["height"], crop["width"]] if "height" in crop else [crop["shortest_edge"]] * 2
         return {"input_size": [3, *crop], "crop_pct": crop[0] / given[0], "crop_mode": "squash" if squash else "center"}
-    return {
-        "input_size": [3, *given],
-        "crop_pct": settings.get("crop_pct", 1.0),
-        "crop_mode": "squash" if squash else "center",
-    }
+    return {"input_size": [3, *given], "crop_pct": settings.get("crop_pct", 1.0), "crop_mode": "squash" if squash else "center"}
 
 
 def _check_rebuild(module: nn.Module, description: dict[str, Any]) -> None:
@@ -282,9 +274,7 @@ def _check_rebuild(module: nn.Module, description: dict[str, Any]) -> None:
     shapes, expected = ({k: v.shape for k, v in state.items()} for state in (rebuilt.state_dict(), weights))
     wrong = sorted(key for key in shapes.keys() | expected.keys() if shapes.get(key) != expected.get(key))
     if wrong:
-        raise ValueError(
-            _rebuild_message(description, f"{len(wrong)} weights differ in name or shape, such as {wrong[0]!r}")
-        )
+        raise ValueError(_rebuild_message(description, f"{len(wrong)} weights differ in name or shape, such as {wrong[0]!r}"))
     if on_meta:
         return
     reference = next(module.parameters())
@@ -295,9 +285,7 @@ def _check_rebuild(module: nn.Module, description: dict[str, Any]) -> None:
     with torch.no_grad():
         found, wanted = (_last_features(network.eval(), images) for network in (rebuilt, module))
     module.train(before)
-    if found.shape != wanted.shape or not torch.allclose(
-        found, wanted, rtol=1e-3, atol=1e-4 * wanted.abs().max().item()
-    ):
+    if found.shape != wanted.shape or not torch.allclose(found, wanted, rtol=1e-3, atol=1e-4 * wanted.abs().max().item()):
         raise ValueError(_rebuild_message(description, "its features differ"))
 
 

@@ -26,9 +26,7 @@ def load(
     return model, AutoProcessor.from_pretrained(source)
 
 
-def open_checkpoint(
-    checkpoint: str | PathLike | None = None, device: str | None = None
-) -> tuple[DevilModel, DevilProcessor]:
+def open_checkpoint(checkpoint: str | PathLike | None = None, device: str | None = None) -> tuple[DevilModel, DevilProcessor]:
     """Load a model and its processor, see `load`, and say on stderr what the checkpoint knows, where it says so."""
     model, processor = load(checkpoint, device)
     if model.config.scope:

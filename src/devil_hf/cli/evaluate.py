@@ -20,10 +20,5 @@ def subjects() -> Mapping[str, Verb]:
 
 VERBS.register(
     "evaluate",
-    Verb(
-        "evaluate",
-        "measure a checkpoint against ground truth",
-        "devil evaluate shapes CHECKPOINT",
-        subjects=subjects,
-    ),
+    Verb("evaluate", "measure a checkpoint against ground truth", "devil evaluate shapes CHECKPOINT", subjects=subjects),
 )

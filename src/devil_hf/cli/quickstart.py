@@ -84,18 +84,12 @@ def run(settings: QuickstartSettings) -> None:
     scores = quickstart(settings, say=print if not settings.json else lambda text: print(text, file=sys.stderr))
     checkpoint = settings.output_dir / "checkpoint"
     following = f"devil describe {settings.output_dir}/pictures/scene_0.png --checkpoint {checkpoint}"
-    show(
-        settings, scores, f"\ndone in {scores['seconds']:.0f} s; the model to use next is {checkpoint}:\n  {following}"
-    )
+    show(settings, scores, f"\ndone in {scores['seconds']:.0f} s; the model to use next is {checkpoint}:\n  {following}")
 
 
 VERBS.register(
     "quickstart",
     Verb(
-        "quickstart",
-        "train, measure and draw a DeViL of the shapes world",
-        "devil quickstart",
-        lambda: QuickstartSettings,
-        run,
+        "quickstart", "train, measure and draw a DeViL of the shapes world", "devil quickstart", lambda: QuickstartSettings, run
     ),
 )

@@ -64,9 +64,7 @@ def open_captioned(data: str = SHAPES, split: str | None = None, limit: int = 20
     for row in open_pairs(sources, seed=0, shuffle=False):
         usable = decode(row)  # an image that is broken is found now, and not in the middle of the work
         if usable is not None:
-            rows[row["key"] if row["key"] not in rows else f"{row['key']} ({len(rows)})"] = row | {
-                "captions": usable["captions"]
-            }
+            rows[row["key"] if row["key"] not in rows else f"{row['key']} ({len(rows)})"] = row | {"captions": usable["captions"]}
         if len(rows) == limit:
             break
     if len(rows) < 2:

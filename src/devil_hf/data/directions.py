@@ -116,9 +116,7 @@ def difference_of_means(features: Tensor, labels: Tensor) -> Tensor:
 def principal_directions(features: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Principal components (count, C) of features (n, C), each as long as one standard deviation along it, and the mean (C,)."""
     if not 1 <= count <= min(features.shape):
-        raise ValueError(
-            f"count={count} must be 1 to {min(features.shape)} for features of shape {tuple(features.shape)}"
-        )
+        raise ValueError(f"count={count} must be 1 to {min(features.shape)} for features of shape {tuple(features.shape)}")
     mean = features.double().mean(dim=0)
     _, scale, components = torch.linalg.svd(features.double() - mean, full_matrices=False)
     deviation = scale / max(len(features) - 1, 1) ** 0.5

@@ -139,9 +139,7 @@ def check_settings(asked: dict, found: dict, folder: Path) -> None:
     """Raise a ValueError when a folder holds exemplars of other settings than those asked for."""
     # The same weights may lie elsewhere by now: their hash says more than where they came from.
     different = {
-        name: (found.get(name), value)
-        for name, value in asked.items()
-        if name != "network" and found.get(name) != value
+        name: (found.get(name), value) for name, value in asked.items() if name != "network" and found.get(name) != value
     }
     if different:
         shown = "; ".join(f"{name} is {old!r}, asked for {new!r}" for name, (old, new) in different.items())

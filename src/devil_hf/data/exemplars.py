@@ -58,9 +58,7 @@ def find_exemplars(
         ValueError: if the folder holds exemplars of other settings, or no image could be read.
     """
     if k < 1 or not 0 < quantile < 1 or batch_size < 1:
-        raise ValueError(
-            f"k={k} and batch_size={batch_size} must be at least 1, and quantile={quantile} between 0 and 1"
-        )
+        raise ValueError(f"k={k} and batch_size={batch_size} must be at least 1, and quantile={quantile} between 0 and 1")
     output_dir = Path(output_dir)
     settings = _settings(reader, processor, images, k, quantile)
     if (output_dir / SUMMARY).is_file():
@@ -87,9 +85,7 @@ def find_exemplars(
     return ExemplarSet(output_dir)
 
 
-def _settings(
-    reader: UnitReader, processor: DevilImageProcessor, images: ImageStream, k: int, quantile: float
-) -> dict[str, Any]:
+def _settings(reader: UnitReader, processor: DevilImageProcessor, images: ImageStream, k: int, quantile: float) -> dict[str, Any]:
     """What decides the exemplars."""
     return {
         "network": str(reader.backbone.config["source"]),
@@ -172,11 +168,7 @@ def _finish(reader, processor, images, output_dir: Path, settings: dict, share: 
         }
         save_file({key: value.contiguous().cpu() for key, value in tensors.items()}, output_dir / layer_file(name))
         channels = 0 if not reader.channels else pooled.shape[1]
-        summary["shapes"][name] = {
-            "units": len(top.peaks),
-            "channels": channels,
-            "grid": list(top.activations.shape[2:]),
-        }
+        summary["shapes"][name] = {"units": len(top.peaks), "channels": channels, "grid": list(top.activations.shape[2:])}
     found = ExemplarSet(output_dir, summary)
     found.write_parquet()
     (output_dir / SUMMARY).write_text(json.dumps(summary, indent=1) + "\n")

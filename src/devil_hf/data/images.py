@@ -150,17 +150,13 @@ def open_images(
     return _first(NumberedImages(name, range(len(images)), lambda number: images[number], str), limit)
 
 
-def _named_images(
-    named: World | Sources | Path | str, split: str | None, column: str, limit: int | None
-) -> ImageStream:
+def _named_images(named: World | Sources | Path | str, split: str | None, column: str, limit: int | None) -> ImageStream:
     if isinstance(named, World):
         return _first(_scenes(named), limit)
     if isinstance(named, Path) and named.is_dir():
         return _first(_folder(named, split, column), limit)
     if not isinstance(named, str) or named.count("/") != 1:
-        raise ValueError(
-            f"{named!s:.200} is neither a folder of images, nor {SHAPES}:COUNT, nor the id of a Hub data set"
-        )
+        raise ValueError(f"{named!s:.200} is neither a folder of images, nor {SHAPES}:COUNT, nor the id of a Hub data set")
     split = split or "train"
     rows = load_dataset(named, split=split, streaming=True)
     return StreamedImages(_named(f"{named}, split {split}", limit), lambda: rows, column, limit=limit)
@@ -183,10 +179,7 @@ def _stream_name(stream: IterableDataset) -> str:
 
 def _scenes(world: World) -> NumberedImages:
     return NumberedImages(
-        world.name,
-        range(len(world)),
-        lambda number: Image.fromarray(world.scene(number).image),
-        lambda number: f"scene {number}",
+        world.name, range(len(world)), lambda number: Image.fromarray(world.scene(number).image), lambda number: f"scene {number}"
     )
 
 
@@ -205,9 +198,7 @@ def _folder(folder: Path, split: str | None, column: str) -> NumberedImages:
         paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in EXTENSIONS)
     if not paths:
         raise FileNotFoundError(f"{folder} holds no image with one of the extensions {sorted(EXTENSIONS)}")
-    return NumberedImages(
-        name, range(len(paths)), paths.__getitem__, lambda number: str(paths[number].relative_to(folder))
-    )
+    return NumberedImages(name, range(len(paths)), paths.__getitem__, lambda number: str(paths[number].relative_to(folder)))
 
 
 def _dataset(dataset: Dataset, column: str, name: str) -> NumberedImages:

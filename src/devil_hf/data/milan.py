@@ -54,8 +54,7 @@ class MilanSplit:
 
 def _splits() -> dict[str, MilanSplit]:
     splits = {
-        f"within-{network}-{dataset}": MilanSplit(((network, dataset),), ((network, dataset),))
-        for network, dataset in BASE
+        f"within-{network}-{dataset}": MilanSplit(((network, dataset),), ((network, dataset),)) for network, dataset in BASE
     }
     for left_out in BASE:
         rest = tuple(pair for pair in BASE if pair != left_out)
@@ -128,9 +127,7 @@ class MilanUnits:
         self.keys = list(self.summaries) if keys is None else list(keys)
         unknown = [key for key in self.keys if key not in self.summaries]
         if unknown:
-            raise ValueError(
-                f"{self.folder / ANNOTATIONS} has no summary of {len(unknown)} units, such as {unknown[0]}"
-            )
+            raise ValueError(f"{self.folder / ANNOTATIONS} has no summary of {len(unknown)} units, such as {unknown[0]}")
         self._rows: dict[str, dict[int, int]] = {}
 
     def __len__(self) -> int:
@@ -189,9 +186,7 @@ class SeveralUnits:
     def names(self) -> list[str]:
         """NETWORK/DATASET layer unit, of every unit."""
         return [
-            f"{part.folder.parent.name}/{part.folder.name} {layer} {unit}"
-            for part in self.parts
-            for layer, unit in part.keys
+            f"{part.folder.parent.name}/{part.folder.name} {layer} {unit}" for part in self.parts for layer, unit in part.keys
         ]
 
     @cached_property
@@ -230,9 +225,7 @@ def split_units(
             content = read_split(file)
             train, test = ([_key(entry, keys, file) for entry in content[part]] for part in ("train", "test"))
             return train, test
-    logger.warning(
-        f"{stem}.pth is absent: units are divided at random, so figures are not comparable with published ones"
-    )
+    logger.warning(f"{stem}.pth is absent: units are divided at random, so figures are not comparable with published ones")
     order = torch.randperm(len(keys), generator=torch.Generator().manual_seed(0)).tolist()
     cut = round(WITHIN_SHARE * len(keys))
     return [keys[at] for at in sorted(order[:cut])], [keys[at] for at in sorted(order[cut:])]
@@ -272,6 +265,4 @@ def _key(entry: Any, keys: Sequence[tuple[str, int]], file: Path) -> tuple[str, 
         return match[1], int(match[2])
     if isinstance(entry, int) and 0 <= entry < len(keys):
         return keys[entry]
-    raise ValueError(
-        f"{file} names the unit {entry!r}: expected (layer, unit), 'layer-unit' or a position below {len(keys)}"
-    )
+    raise ValueError(f"{file} names the unit {entry!r}: expected (layer, unit), 'layer-unit' or a position below {len(keys)}")

@@ -50,9 +50,7 @@ class QuantileSketch:
             ValueError: if nothing was added, or for a share outside [0, 1].
         """
         if not 0 <= share <= 1 or self.count == 0:
-            raise ValueError(
-                f"quantile {share} of {self.count} values: it needs a share in [0, 1] of at least one value"
-            )
+            raise ValueError(f"quantile {share} of {self.count} values: it needs a share in [0, 1] of at least one value")
         items, order = torch.cat(self.levels, dim=1).sort(dim=1)
         weights = torch.cat([torch.full((level.shape[1],), 2.0**h) for h, level in enumerate(self.levels)])
         mass = weights.double().to(order.device)[order].cumsum(dim=1)
@@ -61,9 +59,7 @@ class QuantileSketch:
 
     def state(self) -> dict[str, Tensor]:
         """All buffers by name, for a file; `from_state` makes the sketch again."""
-        return {f"level_{h}": level.contiguous() for h, level in enumerate(self.levels)} | {
-            "count": torch.tensor(self.count)
-        }
+        return {f"level_{h}": level.contiguous() for h, level in enumerate(self.levels)} | {"count": torch.tensor(self.count)}
 
     @classmethod
     def from_state(cls, state: dict[str, Tensor], size: int = 1024, device=None) -> "QuantileSketch":

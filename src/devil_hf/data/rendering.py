@@ -123,9 +123,7 @@ def _star_distance(u: np.ndarray, v: np.ndarray, radius: float) -> np.ndarray:
     angle = np.arctan2(u, -v)
     folded = np.abs(angle - 2 * sector * np.round(angle / (2 * sector)))  # 0 on a point's axis, pi / 5 in a notch
     distance = np.hypot(u, v)
-    edge = np.asarray(
-        [inner * np.cos(sector) - 1.0, inner * np.sin(sector)], dtype=np.float32
-    )  # from the point to the notch
+    edge = np.asarray([inner * np.cos(sector) - 1.0, inner * np.sin(sector)], dtype=np.float32)  # from the point to the notch
     edge /= np.hypot(*edge)
     return (distance * np.cos(folded) - radius) * edge[1] - distance * np.sin(folded) * edge[0]
 

@@ -109,9 +109,7 @@ class Scene:
             return []
         counts = Counter(word for item in self.objects for word in item.attributes.values())
         every = [
-            UniquePhrase(word, attribute, i)
-            for i, item in enumerate(self.objects)
-            for attribute, word in item.attributes.items()
+            UniquePhrase(word, attribute, i) for i, item in enumerate(self.objects) for attribute, word in item.attributes.items()
         ]
         return [phrase for phrase in every if counts[phrase.text] == 1]
 
@@ -244,9 +242,7 @@ def _fragment(item: SceneObject, rng: np.random.Generator) -> str:
         dropped = int(rng.random() * 3)
         return " ".join(word for position, word in enumerate(words) if position != dropped)
     if form < 0.75:
-        return (
-            _with_article(f"{_pick(words[:2], rng)} {item.shape}") if rng.random() < 0.6 else _with_article(item.shape)
-        )
+        return _with_article(f"{_pick(words[:2], rng)} {item.shape}") if rng.random() < 0.6 else _with_article(item.shape)
     if form < 0.85:
         return f"something {_pick((item.texture, item.colour, f'{item.texture} and {item.colour}'), rng)}"
     return f"the {_pick((item.shape, f'{_pick(words[:2], rng)} one', f'{_pick(words[:2], rng)} {item.shape}'), rng)}"

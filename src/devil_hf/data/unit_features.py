@@ -59,9 +59,7 @@ def own_features(model: DevilModel, exemplars: ExemplarSet) -> PooledUnits:
         )
     unknown = [name for name in exemplars.layers if name not in model.layer_names]
     if unknown:
-        raise ValueError(
-            f'mode "features" needs layers among {model.layer_names}, not {unknown}: use the mode "pixels".'
-        )
+        raise ValueError(f'mode "features" needs layers among {model.layer_names}, not {unknown}: use the mode "pixels".')
     total, start = len(exemplars), 0
     features: list[Tensor | None] = [None] * len(model.layer_names)
     hidden = torch.ones(total, len(model.layer_names), dtype=torch.bool)
@@ -124,33 +122,24 @@ class _Sums:
 
 def pool_masked(feature_map: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
     """Pool map n of `feature_map` (n, C, H, W) with mask n of `masks` (n, h, w): features (n, C), and vanished (n,)."""
-    weights, empty = region_weights(
-        masks[:, None].to(feature_map.device), (feature_map.shape[-2], feature_map.shape[-1])
-    )
+    weights, empty = region_weights(masks[:, None].to(feature_map.device), (feature_map.shape[-2], feature_map.shape[-1]))
     return pool(feature_map.float(), weights).cpu(), empty[:, 0].cpu()
 
 
 def _mask_in_crop(masks: Tensor, processor: DevilProcessor) -> Tensor:
     """Masks (k, H, W) over pictures as masks over the translator's crop of them."""
     geometry = processor.image_processor.geometry(masks.shape[-2:])
-    resized = F.interpolate(
-        masks[:, None].float(), geometry.resized_size, mode="bilinear", antialias=True, align_corners=False
-    )[:, 0]
+    resized = F.interpolate(masks[:, None].float(), geometry.resized_size, mode="bilinear", antialias=True, align_corners=False)[
+        :, 0
+    ]
     (top, left), (height, width) = geometry.offset, geometry.crop_size
-    padding = (
-        max(-left, 0),
-        max(width + left - resized.shape[2], 0),
-        max(-top, 0),
-        max(height + top - resized.shape[1], 0),
-    )
+    padding = (max(-left, 0), max(width + left - resized.shape[2], 0), max(-top, 0), max(height + top - resized.shape[1], 0))
     padded = F.pad(resized, padding)
     top, left = max(top, 0), max(left, 0)
     return padded[:, top : top + height, left : left + width]
 
 
-def _encode_exemplars(
-    model: DevilModel, processor: DevilProcessor, exemplars: ExemplarSet, batch_size: int
-) -> PooledUnits:
+def _encode_exemplars(model: DevilModel, processor: DevilProcessor, exemplars: ExemplarSet, batch_size: int) -> PooledUnits:
     sums = _Sums(len(exemplars), model)
     starts, start = {}, 0
     for name in exemplars.layers:

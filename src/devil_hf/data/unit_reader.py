@@ -48,9 +48,7 @@ class UnitReader:
                 raise ValueError(f"directions of layer {name!r}: this network reads the layers {backbone.layers}")
             width = backbone.channels[backbone.layers.index(name)]
             if vectors.ndim != 2 or vectors.shape[1] != width:
-                raise ValueError(
-                    f"directions of shape {tuple(vectors.shape)}: layer {name!r} needs (directions, {width})"
-                )
+                raise ValueError(f"directions of shape {tuple(vectors.shape)}: layer {name!r} needs (directions, {width})")
         if not channels and not directions:
             raise ValueError("without channels there are no units but directions: give some")
         self.backbone, self.directions, self.biases, self.channels = backbone, directions, biases, channels
@@ -72,10 +70,7 @@ class UnitReader:
         positions = [self.backbone.layers.index(name) for name in self.layers]
         pixel_values = pixel_values.to(parameter).contiguous(memory_format=torch.channels_last)
         maps = self.backbone(pixel_values, positions)
-        return [
-            (self._units(name, maps[at].float()), maps[at].float())
-            for name, at in zip(self.layers, positions, strict=True)
-        ]
+        return [(self._units(name, maps[at].float()), maps[at].float()) for name, at in zip(self.layers, positions, strict=True)]
 
     def _units(self, name: str, feature_map: Tensor) -> Tensor:
         if name not in self.directions:
@@ -95,12 +90,7 @@ def open_network(
 
 
 def pixel_batches(
-    images: ImageStream,
-    processor: DevilImageProcessor,
-    batch_size: int,
-    start: int = 0,
-    step: int = 1,
-    workers: int = 0,
+    images: ImageStream, processor: DevilImageProcessor, batch_size: int, start: int = 0, step: int = 1, workers: int = 0
 ) -> Iterator[tuple[list[int], Tensor, int]]:
     """(numbers, pixel values, positions read) of batches of a source; images that cannot be read are left out, with a warning."""
     if isinstance(images, NumberedImages):

@@ -97,12 +97,4 @@ def parse_world(text: str, count: int = USUAL_COUNT) -> World | None:
     return World(*[int(number) for number in numbers] or [count])
 
 
-__all__ = [
-    "HELD_OUT_WORLD",
-    "SHAPES",
-    "TRAINING_WORLD",
-    "USUAL_COUNT",
-    "World",
-    "parse_world",
-    "world_label",
-]
+__all__ = ["HELD_OUT_WORLD", "SHAPES", "TRAINING_WORLD", "USUAL_COUNT", "World", "parse_world", "world_label"]

@@ -25,9 +25,7 @@ def build_demo(checkpoints: Checkpoints) -> gr.Blocks:
     """The app, not yet launched. Loads the default checkpoint, so that the first visitor does not wait for it."""
     explorer = checkpoints.get(checkpoints.default)
     examples = [Image.fromarray(make_scene(EXAMPLE_SEED, index).image) for index in EXAMPLES]
-    with gr.Blocks(
-        title="devil-hf: what does a vision network see?", analytics_enabled=False, delete_cache=(600, 3600)
-    ) as demo:
+    with gr.Blocks(title="devil-hf: what does a vision network see?", analytics_enabled=False, delete_cache=(600, 3600)) as demo:
         Page(Visits(checkpoints, examples), ANSWERS).build(demo)
         build_endpoints(Endpoints(checkpoints.default, explorer), **ANSWERS)
     refuse_addresses(demo)
@@ -35,11 +33,7 @@ def build_demo(checkpoints: Checkpoints) -> gr.Blocks:
 
 
 def launch(
-    checkpoint: str | None = None,
-    device: str | None = None,
-    host: str | None = None,
-    port: int | None = None,
-    block: bool = True,
+    checkpoint: str | None = None, device: str | None = None, host: str | None = None, port: int | None = None, block: bool = True
 ) -> gr.Blocks:
     """Start the demo.
 
@@ -53,11 +47,7 @@ def launch(
     demo = build_demo(Checkpoints(checkpoint, device=device))
     demo.queue(max_size=QUEUE_SIZE)
     theme = gr.themes.Base(
-        primary_hue="orange",
-        neutral_hue="slate",
-        radius_size="md",
-        font=FONT,
-        font_mono=("ui-monospace", "monospace"),
+        primary_hue="orange", neutral_hue="slate", radius_size="md", font=FONT, font_mono=("ui-monospace", "monospace")
     )
     demo.launch(
         server_name=host,

@@ -37,11 +37,7 @@ class Checkpoints:
     """
 
     def __init__(
-        self,
-        default: str | None = None,
-        models: str | None = None,
-        public: bool | None = None,
-        device: str | None = None,
+        self, default: str | None = None, models: str | None = None, public: bool | None = None, device: str | None = None
     ):
         named = (os.environ.get("DEVIL_MODELS", "any") if models is None else models).strip()
         self.default = default or os.environ.get("DEVIL_CHECKPOINT") or EMBEDDED
@@ -106,9 +102,7 @@ class Checkpoints:
         if not HUB_ID.fullmatch(name) or "/" not in name or ".." in name or Path(name).exists():
             raise ValueError(f"'{name[:80]}' is not a Hub id; they look like user/devil-resnet50-opt125m.")
         if self.listed is not None and name not in self.listed:
-            raise ValueError(
-                f"{name} is not among the checkpoints of this demo: {', '.join(self.listed) or 'one only'}."
-            )
+            raise ValueError(f"{name} is not among the checkpoints of this demo: {', '.join(self.listed) or 'one only'}.")
         size = repository_bytes(name, token)
         check_size(name, size)
         return size

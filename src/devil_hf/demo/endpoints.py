@@ -42,11 +42,7 @@ class Endpoints:
         return attribution_figure(self.explorer.processor, look.image, outputs, names), peaks
 
     def model(self) -> dict:
-        return {
-            "checkpoint": self.name,
-            "layers": self.explorer.layers,
-            "scope": self.explorer.model.config.scope,
-        }
+        return {"checkpoint": self.name, "layers": self.explorer.layers, "scope": self.explorer.model.config.scope}
 
 
 def build_endpoints(endpoints: Endpoints, **queue: Any) -> None:

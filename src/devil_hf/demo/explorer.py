@@ -61,9 +61,7 @@ class Explorer:
         output = self.model.describe(feature_maps=look.feature_maps, evidence=True, max_new_tokens=MAX_NEW_TOKENS)
         return self.processor.post_process_descriptions(output)
 
-    def describe_pixel(
-        self, look: Look, x: float, y: float, layers: Sequence[str] | None = None
-    ) -> list[dict[str, Any]]:
+    def describe_pixel(self, look: Look, x: float, y: float, layers: Sequence[str] | None = None) -> list[dict[str, Any]]:
         """What the place under pixel (x, y) of the image says, at each layer, with the evidence of each word."""
         size = (look.image.height, look.image.width)
         places = {}

@@ -115,9 +115,7 @@ class Page:
             label="Hub id of a DeViL checkpoint, such as user/devil-resnet50-opt125m",
         )
         tickable = not checkpoints.public or bool(checkpoints.listed)
-        self.trust = gr.Checkbox(
-            False, label="I trust this repository and let its code run", info=TRUST, visible=tickable
-        )
+        self.trust = gr.Checkbox(False, label="I trust this repository and let its code run", info=TRUST, visible=tickable)
         self.load_button = gr.Button("Load this checkpoint")
 
     def listen(self, demo: gr.Blocks) -> None:

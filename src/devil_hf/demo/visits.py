@@ -60,15 +60,11 @@ class Visits:
         look = _opened(session).look
         return self.open(look.image, name, bool(trust), layer, session.example)
 
-    def open(
-        self, image: Image.Image, checkpoint: str, trust: bool, layer: str | None, example: int | None = None
-    ) -> Answer:
+    def open(self, image: Image.Image, checkpoint: str, trust: bool, layer: str | None, example: int | None = None) -> Answer:
         """Everything anew for one image and checkpoint."""
         explorer = self.checkpoints.get(checkpoint, trust)
         look = explorer.look(image)
-        features = {
-            name: feature_picture(maps[0]) for name, maps in zip(explorer.layers, look.feature_maps, strict=True)
-        }
+        features = {name: feature_picture(maps[0]) for name, maps in zip(explorer.layers, look.feature_maps, strict=True)}
         session = Session(checkpoint, trust, look, explorer.describe(look), features, example=example)
         if layer not in explorer.layers:
             layer = explorer.layers[max(len(explorer.layers) - 2, 0)]

@@ -39,16 +39,12 @@ class CaptionsSettings(EvaluationSettings):
     checkpoint: str = option("directory, Hub id, or shapes: the shipped one", positional=True)  # type: ignore[assignment]
     source: str = option("caption folder, shapes:COUNT[:SEED], or YAML file of sources", positional=True)
     split: str | None = option("of a caption folder; look at a test split once", None)
-    metrics: list[str] | None = option(
-        "bleu meteor rouge_l cider spice bertscore, or single scores (default: all)", None
-    )
+    metrics: list[str] | None = option("bleu meteor rouge_l cider spice bertscore, or single scores (default: all)", None)
     guidance: float = option("above 1: favour what the features add", 1.0)
     num_beams: int = option("1 is greedy", 1)
     max_new_tokens: int = option("at most so many tokens", 30)
     seed: int = option("of the shuffled control", 0)
-    output_dir: Path = option(
-        "of predictions.jsonl, where a stopped run goes on, and scores.json", Path("devil-captions")
-    )
+    output_dir: Path = option("of predictions.jsonl, where a stopped run goes on, and scores.json", Path("devil-captions"))
     bert_model: str = option("name or directory", BERT_MODEL)
     bert_layers: int | None = option("of a directory, how many layers to use (roberta-large: 17)", None)
     bert_baseline: Path | None = option("of a directory, the file of values to rescale by", None)
@@ -119,9 +115,7 @@ class CaptionsEvaluator(Evaluator):
             first = next(iter(rows.values()))["problem"] if rows else "no pairs"
             raise ValueError(f"none of {len(rows)} pairs can be used; the first: {first}")
         if len(good) < len(rows):
-            logger.warning(
-                f"{len(rows) - len(good)} of {len(rows)} pairs cannot be used and are left out of the scores"
-            )
+            logger.warning(f"{len(rows) - len(good)} of {len(rows)} pairs cannot be used and are left out of the scores")
         texts = {name: [row["descriptions"][name] for row in good] for name in good[0]["descriptions"]}
         metrics = list(CAPTION_METRICS) if settings.metrics is None else settings.metrics
         found = score_descriptions(texts, [row["references"] for row in good], settings.seed, metrics, self.bert)
@@ -153,9 +147,7 @@ class CaptionsEvaluator(Evaluator):
         return "\n".join(lines)
 
 
-def describe_images(
-    model: DevilModel, processor: DevilProcessor, images: Sequence, **generation_kwargs
-) -> dict[str, list[str]]:
+def describe_images(model: DevilModel, processor: DevilProcessor, images: Sequence, **generation_kwargs) -> dict[str, list[str]]:
     """Descriptions of every image, by "all" layers together and by each layer alone."""
     texts: dict[str, list[str]] = {name: [] for name in ("all", *model.layer_names)}
     pixels = processor(images=list(images), return_tensors="pt").to(model.device)

@@ -331,8 +331,7 @@ class ControlsEvaluator(Evaluator):
             title="Controls",
             scores=result["scores"],
             controls=result["controls"],
-            dataset={"name": self.data.name, "size": len(self.data)}
-            | ({"split": self.data.split} if self.data.split else {}),
+            dataset={"name": self.data.name, "size": len(self.data)} | ({"split": self.data.split} if self.data.split else {}),
             settings={
                 "decoding": "greedy",
                 "mapped images": self.mapped,
@@ -350,13 +349,9 @@ class ControlsEvaluator(Evaluator):
         for key, row in rows.items():
             by_condition.setdefault(self.tasks[key].condition, []).append((self.tasks[key], row))
         for condition, own in by_condition.items():
-            maps: dict[str, Any] = next(
-                (row for task, row in own if task.kind == "maps"), {"correlation": [], "by_layer": {}}
-            )
+            maps: dict[str, Any] = next((row for task, row in own if task.kind == "maps"), {"correlation": [], "by_layer": {}})
             correlation = np.full(count, np.nan)
-            correlation[: len(maps["correlation"])] = [
-                np.nan if value is None else value for value in maps["correlation"]
-            ]
+            correlation[: len(maps["correlation"])] = [np.nan if value is None else value for value in maps["correlation"]]
             images = [(task, row) for task, row in own if task.kind in ("describe", "evidence")]
             texts = [row.get("text", *task.captions[:1]) for task, row in images]
             evidence = np.array([np.mean(row["evidence"]) for _, row in images])
@@ -393,8 +388,6 @@ def frequent_words(captions: Sequence[Sequence[str]], count: int = 12) -> list[s
     """The words that most images' captions have, without those of more than half the images and the commonest of English."""
     images = Counter(word for texts in captions for word in {word for text in texts for word in words_of(text)})
     known = [
-        (word, n)
-        for word, n in images.items()
-        if n <= max(len(captions) / 2, 1) and word not in STOP_WORDS and len(word) > 2
+        (word, n) for word, n in images.items() if n <= max(len(captions) / 2, 1) and word not in STOP_WORDS and len(word) > 2
     ]
     return [word for word, _ in sorted(known, key=lambda item: (-item[1], item[0]))[:count]]

@@ -60,9 +60,7 @@ END = "end"  # key of the record that says how many rows a stream had
 class EvaluationSettings(JsonSettings):
     """What every evaluator can be told."""
 
-    checkpoint: str | None = option(
-        "directory, Hub id, or name of a shipped one (default: shapes)", None, positional=True
-    )
+    checkpoint: str | None = option("directory, Hub id, or name of a shipped one (default: shapes)", None, positional=True)
     limit: int | None = option("only this many images from the beginning", None)
     batch_size: int = option("images at once, per process", 32)
     seed: int = option("of whatever is drawn", 0)

@@ -48,9 +48,7 @@ class CaptionTable:
         return {"cider": np.array(self.cider(tokens)), "rouge_l": np.array(rouge_l(tokens, self.references))}
 
     def of_corpus(self, texts: Sequence[str]) -> dict[str, float]:
-        return {
-            f"bleu_{n}": value for n, value in enumerate(bleu([ptb_tokens(text) for text in texts], self.references), 1)
-        }
+        return {f"bleu_{n}": value for n, value in enumerate(bleu([ptb_tokens(text) for text in texts], self.references), 1)}
 
 
 def _word_f1(texts: Sequence[str], data: CaptionedImages) -> Ratio:
@@ -76,9 +74,7 @@ def judge(measured: Mapping[str, Measured], data: CaptionedImages, seed: int = 0
         "scores": {INTACT: rows[INTACT]},
         "controls": {name: row for name, row in rows.items() if name != INTACT},
         "intervals": {name: {m: interval(values) for m, values in row.items()} for name, row in over.items()},
-        "map_correlation_by_layer": {
-            name: one.by_layer for name, one in measured.items() if one.by_layer and name != INTACT
-        },
+        "map_correlation_by_layer": {name: one.by_layer for name, one in measured.items() if one.by_layer and name != INTACT},
         "texts": {name: measured[name].texts[0] for name in ("null", "constant")},
         "verdict": _verdict(rows, over, bool(np.isfinite(measured[INTACT].correlation).any())),
     }
@@ -118,14 +114,7 @@ def _compared(rows, over, control: str, metric: str) -> dict[str, Any]:
         low, high = interval(over[control][metric])
         rule = f"correlation with the intact maps < {MAP_CORRELATION_LIMIT}"
         value, passed = rows[control][metric], high < MAP_CORRELATION_LIMIT
-    return {
-        "control": control,
-        "metric": metric,
-        "rule": rule,
-        "value": value,
-        "interval": [low, high],
-        "passed": passed,
-    }
+    return {"control": control, "metric": metric, "rule": rule, "value": value, "interval": [low, high], "passed": passed}
 
 
 def _reason(rows, comparisons, failed, mapped: bool) -> str:

@@ -58,9 +58,7 @@ def summary(rows: Rows, scenes: Sequence[Scene]) -> dict[str, Any]:
         parts["pointing"] = pointing_scores([row["pointing"] for row in rows])
         chances = [chance for phrase in played for _, chance in phrase["games"].values()]
         parts["chance_pointing"] = float(np.mean(chances)) if chances else 0.0
-        parts["pointing_phrases"] = {
-            name: sum(phrase["attribute"] == name for phrase in played) for name in ATTRIBUTE_WORDS
-        }
+        parts["pointing_phrases"] = {name: sum(phrase["attribute"] == name for phrase in played) for name in ATTRIBUTE_WORDS}
     names = dict.fromkeys(name for part in FLAT for name in parts.get(part, {}) if name not in BESIDE)
     flat = {name: _flat(parts, name) for name in (*names, CHANCE)}
     scores = {name: row for name, row in flat.items() if row and name != CHANCE}
@@ -110,9 +108,7 @@ def constant_scores(truths: Sequence[Mapping[str, set[str]]]) -> dict[str, Any]:
     for name in truths[0]:
         often = sorted(CLASSES[name], key=lambda word: -sum(word in truth[name] for truth in truths))
         answers = [" ".join(often[:n]) for n in range(1, len(often) + 1)]
-        scores = [
-            word_scores([text] * len(truths), [{name: truth[name]} for truth in truths])[name] for text in answers
-        ]
+        scores = [word_scores([text] * len(truths), [{name: truth[name]} for truth in truths])[name] for text in answers]
         best[name] = max(scores, key=lambda score: score["f1"])
     return best
 
@@ -139,16 +135,14 @@ def _chosen_scores(rows: Rows, scenes: Sequence[Scene], truths) -> dict[str, dic
     for layer in rows[0]["chosen"]:
         found = [row["chosen"][layer] for row in rows]
         scores[layer] = {
-            name: _share(one[name] in truth[name] for one, truth in zip(found, truths, strict=True))
-            for name in ATTRIBUTE_WORDS
+            name: _share(one[name] in truth[name] for one, truth in zip(found, truths, strict=True)) for name in ATTRIBUTE_WORDS
         }
         for name in ("size", "relation"):
             right = [one[name] == given[name][0] for one, given in zip(found, options, strict=True) if name in given]
             if right:
                 scores[layer][name] = _share(right)
     scores["constant"] = {
-        name: max(_share(word in truth[name] for truth in truths) for word in words)
-        for name, words in ATTRIBUTE_WORDS.items()
+        name: max(_share(word in truth[name] for truth in truths) for word in words) for name, words in ATTRIBUTE_WORDS.items()
     }
     first = [scene.objects[0].size for scene in scenes]
     scores["constant"]["size"] = max(first.count(size) for size in SIZES) / len(first)
@@ -158,8 +152,7 @@ def _chosen_scores(rows: Rows, scenes: Sequence[Scene], truths) -> dict[str, dic
             max(given.count(one), given.count(OPPOSITE[one])) for one in ("left of", "above")
         ) / len(given)
     scores["chance"] = {
-        name: float(np.mean([len(truth[name]) / len(words) for truth in truths]))
-        for name, words in ATTRIBUTE_WORDS.items()
+        name: float(np.mean([len(truth[name]) / len(words) for truth in truths])) for name, words in ATTRIBUTE_WORDS.items()
     } | {"size": 1 / len(SIZES), "relation": 0.5}
     return scores
 
@@ -172,16 +165,14 @@ def _place_scores(rows: Rows, scenes: Sequence[Scene]) -> dict[str, Any]:
         truths = [{name: {_attribute(item, name)} for name in CLASSES} for _, item in of_objects]
         described[layer] = word_scores([one["text"] for one, _ in of_objects], truths)
         chosen[layer] = {
-            name: _share(one["likeliest"][name] == item.attributes[name] for one, item in of_objects)
-            for name in ATTRIBUTE_WORDS
+            name: _share(one["likeliest"][name] == item.attributes[name] for one, item in of_objects) for name in ATTRIBUTE_WORDS
         }
         nothing = [set(word_list(one["text"])) & set(VOCABULARY) for one, _ in answers if one["object"] is None]
         if nothing:
             empty[layer] = _share(bool(words) for words in nothing)
     described["constant"] = constant_scores(truths)
     chosen["constant"] = {
-        name: max(_share(word in truth[name] for truth in truths) for word in words)
-        for name, words in ATTRIBUTE_WORDS.items()
+        name: max(_share(word in truth[name] for truth in truths) for word in words) for name, words in ATTRIBUTE_WORDS.items()
     }
     chosen["chance"] = {name: 1 / len(words) for name, words in ATTRIBUTE_WORDS.items()}
     return {"places": described, "places_chosen": chosen, "empty_places": empty}
@@ -266,9 +257,7 @@ def knowledge_panels(result: Mapping[str, Any]) -> tuple[dict, dict]:
         pointing[together] = result["pointing"][map_combinations()[0]]
     panels = {
         "whole image: which answer has the most evidence? (count: as described)": chosen,
-        "one place on an object: which word has the most evidence?": {
-            layer: result["places_chosen"][layer] for layer in layers
-        },
+        "one place on an object: which word has the most evidence?": {layer: result["places_chosen"][layer] for layer in layers},
         "where is it? the maximum of the word's map (all: of the combined map)": pointing,
     }
     bases = zip(panels, (chance, result["places_chosen"]["chance"], result["pointing"].get("chance", {})), strict=True)

@@ -98,9 +98,7 @@ class MilanEvaluator(Evaluator):
         if settings.bert_model != "none":
             bert = BertScoreSettings(settings.bert_model, settings.bert_layers, settings.bert_baseline)
         references = [self.units.summaries[self.positions[key]] for key in rows]
-        found = label_scores(
-            [row["label"] for row in rows.values()], references, null_label(self.model, self.processor), bert
-        )
+        found = label_scores([row["label"] for row in rows.values()], references, null_label(self.model, self.processor), bert)
         scores = found["scores"]
         noted = {"units": len(rows), "strategy": settings.strategy}
         noted |= {"bertscore": str(bert)} if "bertscore" in scores[LABELS] else {}

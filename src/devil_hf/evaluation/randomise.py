@@ -50,9 +50,7 @@ def weight_stages(backbone: FeatureBackbone, pixel_values: Tensor) -> list[Stage
 
 
 @contextmanager
-def randomised_backbone(
-    model: DevilModel, stages: Sequence[Stage], batches: Sequence[Tensor], seed: int = 0
-) -> Iterator[None]:
+def randomised_backbone(model: DevilModel, stages: Sequence[Stage], batches: Sequence[Tensor], seed: int = 0) -> Iterator[None]:
     """The model with the parameters of `stages` drawn anew.
 
     Args:

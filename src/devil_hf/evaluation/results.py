@@ -196,9 +196,7 @@ def read_evaluations(path: str | PathLike) -> list[Evaluation]:
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is no JSON ({error}): results are read from JSON files only") from error
     found = [
-        evaluation
-        for part in (content if isinstance(content, list) else [content])
-        for evaluation in _evaluations_of(part, path)
+        evaluation for part in (content if isinstance(content, list) else [content]) for evaluation in _evaluations_of(part, path)
     ]
     for evaluation in found:
         for table in (evaluation.scores, evaluation.controls):
@@ -245,9 +243,7 @@ def _check_table(table: Table, path: Path) -> None:
     for row, values in table.items():
         for metric, value in values.items():
             if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-                raise ValueError(
-                    f"{path}: {metric} of {row!r} is {value!r}, not a finite number; leave it out, or measure again"
-                )
+                raise ValueError(f"{path}: {metric} of {row!r} is {value!r}, not a finite number; leave it out, or measure again")
 
 
 __all__ = [

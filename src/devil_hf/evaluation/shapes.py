@@ -49,9 +49,7 @@ class ShapesSettings(EvaluationSettings):
     seed: int = option("of the world; 1 is held out in everything that this package trains", HELD_OUT_WORLD)
     batch_size: int = option("scenes at once, per process", 25)
     questions: list[Literal["described", "chosen", "places", "pointing"]] = option("which questions", list(QUESTIONS))
-    pointing_limit: int | None = option(
-        "only this many of the scenes for the pointing game, which asks every place", None
-    )
+    pointing_limit: int | None = option("only this many of the scenes for the pointing game, which asks every place", None)
     output_dir: Path = option("scores, answers and the figure; a stopped run goes on from there", Path("devil-shapes"))
 
     def validate(self) -> None:
@@ -92,9 +90,7 @@ class ShapesEvaluator(Evaluator):
         """Every answer about each scene."""
         indices = [int(key) for key in keys]
         scenes = [self.world.scene(index) for index in indices]
-        return scene_rows(
-            self.model, self.processor, scenes, indices, self.settings.questions, self.settings.pointing_limit
-        )
+        return scene_rows(self.model, self.processor, scenes, indices, self.settings.questions, self.settings.pointing_limit)
 
     def score(self, rows: Mapping[str, Any]) -> Evaluation:
         """See `summary`."""
@@ -188,10 +184,7 @@ def play_pointing(maps: Mapping[str, Tensor], scenes: Sequence[Scene]) -> list[l
         for phrase in scene.unique_phrases():
             mask, column = scene.masks[phrase.object_index], VOCABULARY.index(phrase.text)
             games = {
-                name: [
-                    pointing(values[image, column].numpy(), mask),
-                    chance_pointing((values.shape[-2], values.shape[-1]), mask),
-                ]
+                name: [pointing(values[image, column].numpy(), mask), chance_pointing((values.shape[-2], values.shape[-1]), mask)]
                 for name, values in maps.items()
             }
             played[-1].append({"attribute": phrase.attribute, "text": phrase.text, "games": games})
@@ -236,9 +229,7 @@ def _likeliest(evidence: Tensor) -> dict[str, str]:
     return {name: max(words, key=lambda word: values[word]) for name, words in ATTRIBUTE_WORDS.items()}
 
 
-def _choose(
-    model, processor, features, scenes: Sequence[Scene], indices: Sequence[int]
-) -> list[dict[str, dict[str, Any]]]:
+def _choose(model, processor, features, scenes: Sequence[Scene], indices: Sequence[int]) -> list[dict[str, dict[str, Any]]]:
     """By layer, the choices by evidence about each whole image: class -> chosen text."""
     names = ["all", *model.layer_names]
     chosen: list[dict[str, dict[str, Any]]] = [{name: {} for name in names} for _ in scenes]

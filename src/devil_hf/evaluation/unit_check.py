@@ -53,9 +53,7 @@ class UnitsSettings(CheckSettings, EvaluationSettings):
     """Which labels of which units, and how they are checked."""
 
     labels: Path = option("labels.json of devil neurons", positional=True)
-    images: str = option(
-        "folder of images without exemplars, caption folder, Hub data set or shapes:COUNT", positional=True
-    )
+    images: str = option("folder of images without exemplars, caption folder, Hub data set or shapes:COUNT", positional=True)
     layers: list[str] | None = option("of the network, as the labels have them (default: those of the labels)", None)
     carrier: str | None = option('a neutral word read before each label, such as "the"', None)
     output_dir: Path = option("activations, evidence, and scores.json", Path("devil-units"))
@@ -121,13 +119,7 @@ class UnitsEvaluator(Evaluator):
                 f"{tuple(activations.shape)} activations do not fit {evidence.shape[1]} images and "
                 f"{len(self.unit_labels)} labels: some images cannot be read, or layers differ from those of the labels"
             )
-        found = check_all(
-            activations,
-            evidence,
-            self.labels,
-            self.unit_labels,
-            **settings.check(),
-        )
+        found = check_all(activations, evidence, self.labels, self.unit_labels, **settings.check())
         scores = {name: {measure: row[measure] for measure in MEASURES} for name, row in found["summaries"].items()}
         return Evaluation(
             title="Labels of units, checked",

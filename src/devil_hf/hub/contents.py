@@ -20,10 +20,7 @@ PUBLISHED = (
 )
 PRIVATE = (".*", "evaluations/.*", "trainer_state.json", "*training_args*")
 # Files of an earlier push that would contradict this one.
-OUTDATED = (
-    *("*.safetensors", "*.safetensors.index.json", CODE),
-    *("pictures/*", "evaluations/*", "scores.json", RECIPE_FILE),
-)
+OUTDATED = (*("*.safetensors", "*.safetensors.index.json", CODE), *("pictures/*", "evaluations/*", "scores.json", RECIPE_FILE))
 
 
 def is_outdated(path: str) -> bool:

@@ -61,9 +61,7 @@ def commit(
     published = api.list_repo_files(repo_id, repo_type=repo_type, revision=revision)
     deletions = [CommitOperationDelete(path) for path in published if path not in tree and outdated(path)]
     additions = [CommitOperationAdd(path, draft.folder / path) for path in tree]
-    return api.create_commit(
-        repo_id, [*deletions, *additions], commit_message=message, repo_type=repo_type, revision=revision
-    )
+    return api.create_commit(repo_id, [*deletions, *additions], commit_message=message, repo_type=repo_type, revision=revision)
 
 
 @contextmanager

@@ -34,11 +34,7 @@ def layer_table(model: DevilModel) -> list[Layer]:
 
 
 def draw_examples(
-    model: DevilModel,
-    processor: DevilProcessor,
-    folder: Path,
-    images: Sequence[Image.Image] = (),
-    phrases: Sequence[str] = (),
+    model: DevilModel, processor: DevilProcessor, folder: Path, images: Sequence[Image.Image] = (), phrases: Sequence[str] = ()
 ) -> Examples | None:
     """Let the checkpoint describe and map images, into `folder/pictures`; None where there is no image."""
     world = EXAMPLE_WORLD if not images and model.config.scope == SCOPE else None

@@ -20,14 +20,7 @@ from devil_hf.checkpoints.publishing import HUB, PUBLISHERS, Publisher
 from devil_hf.evaluation.results import Evaluation, check_measured, read_evaluations
 from devil_hf.hub.cards import model_card
 from devil_hf.hub.checks import CODE, check_code, check_parts, check_repo_id, check_weights
-from devil_hf.hub.contents import (
-    RECIPE_FILE,
-    add_scores,
-    copy_checkpoint,
-    forget_this_machine,
-    is_outdated,
-    score_files,
-)
+from devil_hf.hub.contents import RECIPE_FILE, add_scores, copy_checkpoint, forget_this_machine, is_outdated, score_files
 from devil_hf.hub.drafts import Draft, commit, new_folder, reaching_the_hub
 from devil_hf.hub.examples import draw_examples, layer_table
 from devil_hf.hub.facts import UNKNOWN_LICENSE, Facts

@@ -25,10 +25,7 @@ def source_parts(config: DevilConfig) -> list[dict[str, Any]]:
     model_class = vision.get("model_class", "").rpartition(".")[-1]
     architecture = vision.get("architecture") or model_class or vision.get("kind")
     size = getattr(config.text_config, "hidden_size", None)
-    named = [
-        ("backbone", vision, str(architecture)),
-        ("language model", text, config.text_config.model_type),
-    ]
+    named = [("backbone", vision, str(architecture)), ("language model", text, config.text_config.model_type)]
     parts = [
         {"part": part, "id": hub_id(entry.get("source")), "name": name, "width": None}
         | {key: entry.get(key) for key in ("revision", "sha256")}

@@ -13,9 +13,7 @@ from typing import Any
 
 ROOM = Path(__file__).parents[1] / "model"
 # Those that travel only with checkpoints that need them, see `COMPANIONS` in checkpoint_devil.py.
-COMPANIONS = tuple(
-    ROOM.parent / file for file in ("baselines/baselines_devil.py", "build/lora_devil.py", "build/slim_devil.py")
-)
+COMPANIONS = tuple(ROOM.parent / file for file in ("baselines/baselines_devil.py", "build/lora_devil.py", "build/slim_devil.py"))
 LIBRARIES = {"PIL", "huggingface_hub", "numpy", "peft", "safetensors", "timm", "torch", "transformers"}
 STANDARD = {
     "base64", "binascii", "collections", "contextlib", "copy", "dataclasses", "functools", "hashlib", "importlib", "inspect",

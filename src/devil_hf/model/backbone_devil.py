@@ -62,9 +62,7 @@ class FeatureBackbone(nn.Module):
             One map of shape `(batch_size, channels, rows, columns)` per chosen layer, None where not asked for.
         """
         if pixel_values.ndim != 4 or pixel_values.shape[1] != 3:
-            raise ValueError(
-                f"pixel_values must have the shape (batch, 3, height, width), got {tuple(pixel_values.shape)}"
-            )
+            raise ValueError(f"pixel_values must have the shape (batch, 3, height, width), got {tuple(pixel_values.shape)}")
         wanted = range(len(self.layers)) if layers is None else layers
         maps: list[Tensor | None] = [None] * len(self.layers)
         for way, read in READERS.items():
@@ -240,9 +238,7 @@ def build_module(description: dict[str, Any]) -> nn.Module:
     if description["kind"] == "timm":
         return timm.create_model(description["architecture"], pretrained=False, **description["kwargs"])
     if description["kind"] == "custom":
-        raise ValueError(
-            "a custom backbone cannot be built from its configuration; pass the module itself as `backbone=`"
-        )
+        raise ValueError("a custom backbone cannot be built from its configuration; pass the module itself as `backbone=`")
     module, _, name = description["model_class"].rpartition(".")
     if not module.startswith("transformers."):
         raise ValueError(f"backbone class {name!r} is not one of transformers; pass the module itself as `backbone=`")

@@ -42,9 +42,7 @@ def write_companions(needs: Sequence[str], folder: Path) -> None:
     lines = ['"""The model, with the code that this checkpoint needs beside the files that always travel."""', ""]
     for file in sorted({Path(COMPANIONS[need].__file__) for need in needs}):
         code = (
-            file.read_text(encoding="utf-8")
-            .replace("from devil_hf.model.", "from .")
-            .replace("from devil_hf.build.", "from .")
+            file.read_text(encoding="utf-8").replace("from devil_hf.model.", "from .").replace("from devil_hf.build.", "from .")
         )
         (folder / file.name).write_text(code, encoding="utf-8")
         lines.append(f"from .{file.stem} import DevilModel")
@@ -91,9 +89,7 @@ class DevilPreTrainedModel(PreTrainedModel):
         given = (self.state_dict() if state_dict is None else state_dict).items()
         return {name: tensor for name, tensor in given if name.startswith(TRAINED_PREFIX) or LORA_NAME in name}
 
-    def save_pretrained(  # type: ignore[override]
-        self, save_directory: str | PathLike, *, slim: bool = False, state_dict=None, **kwargs
-    ):
+    def save_pretrained(self, save_directory, *, slim: bool = False, state_dict=None, **kwargs):  # type: ignore[override]
         """Save a checkpoint with the code that loads it.
 
         Args:
@@ -105,13 +101,12 @@ class DevilPreTrainedModel(PreTrainedModel):
         # This import is also what makes the pipeline's code travel with the checkpoint.
         from .pipeline_devil import CUSTOM_PIPELINES
 
-        config, needs = self.config, ["lora"] if self.config.lora else []
+        config = self.config
         if slim:
             companion("slim")
-            needs.append("slim")
-            for part in self.parts_without_source:
+            if parts := self.parts_without_source:
                 raise ValueError(
-                    f"a slim checkpoint needs a source of the {part}, but it was given as a module: "
+                    f"a slim checkpoint needs a source of the {parts[0]}, but it was given as a module: "
                     "build the model from an id or a directory, or save with slim=False."
                 )
             state_dict = self.trainable_state_dict() if state_dict is None else state_dict
@@ -121,8 +116,9 @@ class DevilPreTrainedModel(PreTrainedModel):
         config.custom_pipelines = CUSTOM_PIPELINES
         try:
             super().save_pretrained(save_directory, state_dict=state_dict, **kwargs)
-            if needed := [need for need in (config.translator_type, *needs) if need in COMPANIONS]:
-                write_companions(needed, Path(save_directory))
+            needs = (config.translator_type, "lora" if config.lora else "", "slim" if slim else "")
+            if needs := [need for need in needs if need in COMPANIONS]:
+                write_companions(needs, Path(save_directory))
                 config.auto_map |= dict.fromkeys(AUTO_CLASSES, f"{ENTRY}.DevilModel")
                 config.save_pretrained(save_directory)
         finally:
@@ -136,14 +132,7 @@ class DevilPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(
-        cls,
-        pretrained_model_name_or_path,
-        *args,
-        config=None,
-        state_dict=None,
-        backbone=None,
-        language_model=None,
-        **kwargs,
+        cls, pretrained_model_name_or_path, *args, config=None, state_dict=None, backbone=None, language_model=None, **kwargs
     ):
         """Load a self-contained or a slim checkpoint.
 
@@ -165,9 +154,7 @@ class DevilPreTrainedModel(PreTrainedModel):
             overrides = {name: kwargs.pop(name) for name in list(kwargs) if name in fields}
             config = cls.config_class.from_pretrained(config or path, **hub, **overrides)
         if isinstance(language_model, nn.Module):
-            raise TypeError(
-                "language_model must be an id or a directory; a module goes to from_backbone_and_language_model."
-            )
+            raise TypeError("language_model must be an id or a directory; a module goes to from_backbone_and_language_model.")
         if config.frozen_weights == "embedded" and (language_model or isinstance(backbone, str | PathLike)):
             raise ValueError(f"{path} holds its frozen weights itself: leave backbone and language_model out.")
         if isinstance(backbone, FeatureBackbone):
@@ -183,9 +170,7 @@ class DevilPreTrainedModel(PreTrainedModel):
                 source, *args, config=config, state_dict=state_dict, output_loading_info=True, **kwargs
             )
         if missing := sorted(info["missing_keys"]):
-            raise ValueError(
-                f"{path} lacks {len(missing)} weights, {missing[0]} among them: the checkpoint is incomplete."
-            )
+            raise ValueError(f"{path} lacks {len(missing)} weights, {missing[0]} among them: the checkpoint is incomplete.")
         model.config.name_or_path = model.name_or_path = str(path)
         model.freeze()
         return (model, info) if report else model

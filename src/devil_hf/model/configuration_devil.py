@@ -101,11 +101,7 @@ class DevilConfig(PreTrainedConfig):
         return super().from_dict(config_dict, **kwargs)
 
     def validate_probabilities(self):
-        for name in (
-            "layer_dropout",
-            "location_dropout",
-            *(name for name in vars(self) if name.endswith("_probability")),
-        ):
+        for name in ("layer_dropout", "location_dropout", *(name for name in vars(self) if name.endswith("_probability"))):
             value = getattr(self, name)
             if not 0.0 <= value <= 1.0:
                 raise ValueError(f"{name}={value} is not a probability: give a number between 0 and 1.")

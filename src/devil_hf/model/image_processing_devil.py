@@ -54,9 +54,7 @@ class CropGeometry:
         return y * (resized_height / height) - top, x * (resized_width / width) - left
 
 
-def _resized_size(
-    image_size: tuple[int, int], crop_size: tuple[int, int], crop_pct: float, crop_mode: str
-) -> tuple[int, int]:
+def _resized_size(image_size: tuple[int, int], crop_size: tuple[int, int], crop_pct: float, crop_mode: str) -> tuple[int, int]:
     """Size after timm's resize; the roundings are timm's and torchvision's own, which differ from case to case."""
     height, width = image_size
     scaled_height, scaled_width = (math.floor(edge / crop_pct) for edge in crop_size)
@@ -131,9 +129,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 def _array_to_image(array: np.ndarray, data_format: str) -> Image.Image:
     if array.ndim not in (2, 3) or array.size == 0:
-        raise ValueError(
-            f"an image array must be (H, W), (C, H, W) or (H, W, C) and not empty, got shape {array.shape}"
-        )
+        raise ValueError(f"an image array must be (H, W), (C, H, W) or (H, W, C) and not empty, got shape {array.shape}")
     if array.dtype.kind not in "buif":
         raise TypeError(f"an image array must hold numbers, got dtype {array.dtype}")
     return _to_rgb(Image.fromarray(np.ascontiguousarray(_to_uint8(_channels_last(array, data_format)))))
@@ -256,11 +252,7 @@ class DevilImageProcessor(PilBackend):
         return load_images(image_url_or_urls)
 
     def geometry(
-        self,
-        image_size: Sequence[int],
-        crop_size: Any = None,
-        crop_pct: float | None = None,
-        crop_mode: str | None = None,
+        self, image_size: Sequence[int], crop_size: Any = None, crop_pct: float | None = None, crop_mode: str | None = None
     ) -> CropGeometry:
         """Where the crop lies in an upright image of `image_size` (height, width); None takes the processor's own settings."""
         size = crop_size or self.crop_size
@@ -301,9 +293,7 @@ class DevilImageProcessor(PilBackend):
         return BatchFeature(data={"pixel_values": pixel_values}, tensor_type=return_tensors)
 
     @staticmethod
-    def _resize_and_crop(
-        image: Image.Image, geometry: CropGeometry, resample: int, fill: tuple[int, ...]
-    ) -> Image.Image:
+    def _resize_and_crop(image: Image.Image, geometry: CropGeometry, resample: int, fill: tuple[int, ...]) -> Image.Image:
         (height, width), (top, left) = geometry.resized_size, geometry.offset
         crop_height, crop_width = geometry.crop_size
         x0, y0, x1, y1 = 0, 0, width, height

@@ -53,9 +53,7 @@ class DevilModel(ExplainMixin, ScoreMixin, DevilPreTrainedModel):
             lora = companion("lora")
             lora.add_lora(self.language_model, config.lora)
             # The language model would initialise them as its own layers, and fresh adapters would say something.
-            built += [
-                part for _, layer in lora.lora_layers(self.language_model) for part in (layer.lora_A, layer.lora_B)
-            ]
+            built += [part for _, layer in lora.lora_layers(self.language_model) for part in (layer.lora_A, layer.lora_B)]
         # What is already built is marked as initialised, so that `post_init` leaves it alone.
         for part in built:
             for one in (*part.modules(), *part.parameters(), *part.buffers()):
@@ -118,9 +116,7 @@ class DevilModel(ExplainMixin, ScoreMixin, DevilPreTrainedModel):
         for index in visible:
             found, channels = feature_maps[index], self.backbone.channels[index]
             if found is None:
-                raise ValueError(
-                    f"feature_maps hold nothing of layer {names[index]!r}: extract it, or do not ask for it."
-                )
+                raise ValueError(f"feature_maps hold nothing of layer {names[index]!r}: extract it, or do not ask for it.")
             if found.ndim != 4 or found.shape[1] != channels:
                 raise ValueError(
                     f"the feature map of layer {names[index]!r} has the shape {tuple(found.shape)}: expected (images, "
@@ -132,9 +128,7 @@ class DevilModel(ExplainMixin, ScoreMixin, DevilPreTrainedModel):
         """Prefix (N, k, D_lm) for pooled features, one (N, C_l) per layer or None where hidden (paper, section 3.1)."""
         weight = next(self.translator.parameters())
         if weight.is_meta:
-            raise ValueError(
-                "the translator's weights are offloaded: keep them on a device, by device_map for instance."
-            )
+            raise ValueError("the translator's weights are offloaded: keep them on a device, by device_map for instance.")
         pooled = [None if vectors is None else vectors.to(weight) for vectors in pooled]
         if layer_mask is not None:
             layer_mask = layer_mask.to(weight.device)
@@ -199,9 +193,7 @@ class DevilModel(ExplainMixin, ScoreMixin, DevilPreTrainedModel):
         grids = {self.layer_names[i]: (maps.shape[-2], maps.shape[-1]) for i, maps in feature_maps.items()}
         name, grid = next(iter(grids.items()))
         if len(set(grids.values())) > 1:
-            raise ValueError(
-                f"locations need one grid, but the visible layers have {grids}: name one layer, or use regions."
-            )
+            raise ValueError(f"locations need one grid, but the visible layers have {grids}: name one layer, or use regions.")
         return window_weights(read_locations(locations, grid, name), grid, window)
 
     def _region_weights(self, regions: Tensor, feature_maps: Mapping[int, Tensor]) -> tuple[dict[int, Tensor], Tensor]:
@@ -282,9 +274,7 @@ class DevilModel(ExplainMixin, ScoreMixin, DevilPreTrainedModel):
             if regions is not None:
                 weights, vanished = self._region_weights(regions, dict(enumerate(feature_maps)))
             if self.training and location_weights is None:
-                drawn = companion("training").draw_location_weights(
-                    self.config, len(feature_maps[0]), feature_maps, regions
-                )
+                drawn = companion("training").draw_location_weights(self.config, len(feature_maps[0]), feature_maps, regions)
                 weights = [one[:, None] for one in drawn]
             pooled_features = [self.check_finite(pool(feature_maps[i], weights[i]), i) for i in layers]
         if layer_mask is None and self.training:

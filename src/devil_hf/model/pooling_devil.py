@@ -88,9 +88,7 @@ def read_locations(locations: Any, grid: tuple[int, int], layer: str) -> list[tu
     try:
         places = [(operator.index(row), operator.index(column)) for row, column in locations]
     except TypeError as error:
-        raise ValueError(
-            f"locations {locations!r} are not (row, column) pairs of whole numbers, such as [(3, 4)]."
-        ) from error
+        raise ValueError(f"locations {locations!r} are not (row, column) pairs of whole numbers, such as [(3, 4)].") from error
     if not places:
         raise ValueError("locations are empty: name at least one (row, column), or leave them out for the whole image.")
     for row, column in places:

@@ -50,9 +50,7 @@ class DevilProcessor(ProcessorMixin):
     def __init__(self, image_processor: Any, tokenizer: PreTrainedTokenizerBase):
         if tokenizer.pad_token is None:
             if tokenizer.eos_token is None:
-                raise ValueError(
-                    f"tokenizer {tokenizer.name_or_path!r} has neither a padding nor an EOS token: set one"
-                )
+                raise ValueError(f"tokenizer {tokenizer.name_or_path!r} has neither a padding nor an EOS token: set one")
             tokenizer.pad_token = tokenizer.eos_token
         super().__init__(image_processor, tokenizer)
 
@@ -146,9 +144,7 @@ class DevilProcessor(ProcessorMixin):
                 raise ValueError(f"phrase {phrase!r} has no word that the language model knows: choose another")
             logger.warning(f"phrase {phrase!r} holds words that the language model does not know, read as unknown")
 
-    def post_process_descriptions(
-        self, output: DescribeOutput, images: Sequence[str] | None = None
-    ) -> list[dict[str, Any]]:
+    def post_process_descriptions(self, output: DescribeOutput, images: Sequence[str] | None = None) -> list[dict[str, Any]]:
         """The words of what `model.describe` or `model.describe_directions` returned, a dict per description.
 
         Args:
@@ -184,9 +180,7 @@ class DevilProcessor(ProcessorMixin):
         geometries = [self.image_processor.geometry(size) for size in target_sizes or ()]
         for layer, values in maps.items():
             if len(values) != len(geometries):
-                raise ValueError(
-                    f"layer {layer!r} has maps of {len(values)} images, but {len(geometries)} images were given"
-                )
+                raise ValueError(f"layer {layer!r} has maps of {len(values)} images, but {len(geometries)} images were given")
         return {layer: list(map(_place_maps, values.detach(), geometries)) for layer, values in maps.items()}
 
     def overlay(self, outputs: Any, images: ImageSource) -> AttributionOverlays:
@@ -228,9 +222,7 @@ class DevilProcessor(ProcessorMixin):
         for mask in masks:
             values = torch.as_tensor(np.asarray(mask)).float()
             if values.ndim not in (2, 3) or 0 in values.shape:
-                raise ValueError(
-                    f"a mask must be (height, width) or (regions, height, width), got {tuple(values.shape)}"
-                )
+                raise ValueError(f"a mask must be (height, width) or (regions, height, width), got {tuple(values.shape)}")
             values = values[None] if values.ndim == 2 else values
             geometry = self.image_processor.geometry(values.shape[-2:])
             resized = F.interpolate(values[None], geometry.resized_size, mode="bilinear", antialias=True)[0]

@@ -46,9 +46,7 @@ class ScoreMixin:
         log_probs = token_log_probs.sum(dim=-1)
         null_log_probs = self.score_prefix(self.null_prefix(), phrases).sum(dim=-1)[0]
         evidence = (log_probs - null_log_probs) / phrases["scored_mask"].sum(dim=-1).to(log_probs.device)
-        return ScoreOutput(
-            log_probs=log_probs, null_log_probs=null_log_probs, evidence=evidence, token_log_probs=token_log_probs
-        )
+        return ScoreOutput(log_probs=log_probs, null_log_probs=null_log_probs, evidence=evidence, token_log_probs=token_log_probs)
 
     def check_phrases(self, phrases: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
         """Phrase tensors `input_ids`, `attention_mask`, `scored_mask` (K, T), checked, on the language model's device.
@@ -84,9 +82,7 @@ class ScoreMixin:
         self.check_context(length, "the prefix and the longest phrase", "shorten that phrase")
         return {"input_ids": ids, "attention_mask": read, "scored_mask": scored}
 
-    def score_prefix(
-        self, prefix: Tensor, phrases: Mapping[str, Tensor | None], chunk_size: int | None = None
-    ) -> Tensor:
+    def score_prefix(self, prefix: Tensor, phrases: Mapping[str, Tensor | None], chunk_size: int | None = None) -> Tensor:
         """Log-probability of given phrases under prefixes, token by token; what `score` and `attribute` add up.
 
         Args:
@@ -100,9 +96,7 @@ class ScoreMixin:
         phrases = self.check_phrases(phrases)
         ids, mask = phrases["input_ids"], phrases["attention_mask"]
         chunk_size = chunk_size or rows_per_chunk(self.language_model, prefix.shape[1] + 1, *ids.shape)
-        log_probs = [
-            score_phrases(self.language_model, self.embed_prefix(rows), ids, mask) for rows in prefix.split(chunk_size)
-        ]
+        log_probs = [score_phrases(self.language_model, self.embed_prefix(rows), ids, mask) for rows in prefix.split(chunk_size)]
         return torch.cat(log_probs) * phrases["scored_mask"].to(log_probs[0].device)
 
     @torch.no_grad()
@@ -206,9 +200,7 @@ def _score_without_cache(language_model, embeds, cache, rest, rest_mask) -> Tens
     return gather_log_probs(output.logits, rest[:, 1:].repeat(N, 1)).view(N, K, R - 1)
 
 
-def run_language_model(
-    language_model, embeds: Tensor, keep: int, attention_mask: Tensor | None = None, use_cache=False
-):
+def run_language_model(language_model, embeds: Tensor, keep: int, attention_mask: Tensor | None = None, use_cache=False):
     """Run on input embeddings (N, S, D_lm) and return logits of the last `keep` positions only, (N, keep, V)."""
     if attention_mask is None:
         attention_mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)

@@ -96,14 +96,11 @@ class Translator(nn.Module):
         visible = [index for index, vectors in enumerate(pooled) if vectors is not None]
         features = [self.feature_norms[index](pooled[index]) for index in visible]
         tokens = [
-            self.projections[index](values) + self.layer_embedding[index]
-            for index, values in zip(visible, features, strict=True)
+            self.projections[index](values) + self.layer_embedding[index] for index, values in zip(visible, features, strict=True)
         ]
         rows = tokens[0].shape[0] if tokens else rows
         queries = self.queries.expand(rows, -1, -1)
-        sequence = (
-            torch.cat([torch.stack(tokens, dim=1), queries], dim=1) if tokens else queries
-        )  # (N, L_visible + k, D)
+        sequence = torch.cat([torch.stack(tokens, dim=1), queries], dim=1) if tokens else queries  # (N, L_visible + k, D)
         attention_mask = None
         if layer_mask is not None and visible:
             shown = ~layer_mask[:, visible]
@@ -164,7 +161,5 @@ def register_translator(name: str) -> Callable[[type[nn.Module]], type[nn.Module
 def translator_class(name: str) -> type[nn.Module]:
     """The translator of this name; a ValueError when none is registered."""
     if name not in TRANSLATORS:
-        raise ValueError(
-            f"translator_type={name!r} is not one of {sorted(TRANSLATORS)}: import the code that registers it."
-        )
+        raise ValueError(f"translator_type={name!r} is not one of {sorted(TRANSLATORS)}: import the code that registers it.")
     return TRANSLATORS[name]

@@ -44,9 +44,7 @@ OPENING = re.compile(
     r" (?:of|shows|showing)\b)"
 )
 # Directions name no object of their own: "to the left of", "next to", "in front of".
-DIRECTION = re.compile(
-    r"\b(?:(?:to|on|at|in) )?(?:the )?(?:left|right|front|top|back|middle|side) of\b|\b(?:next|close) to\b"
-)
+DIRECTION = re.compile(r"\b(?:(?:to|on|at|in) )?(?:the )?(?:left|right|front|top|back|middle|side) of\b|\b(?:next|close) to\b")
 
 
 def noun_phrases(text: str) -> list[str]:
@@ -165,14 +163,7 @@ def describe_grounded(
     regions = tile_regions(grid).to(whole.device).expand(len(whole), -1, -1, -1)
     places = model.ask(layers=layers, regions=regions, feature_maps=feature_maps)
     return choose_grounded(
-        model,
-        processor,
-        whole,
-        places.unflatten(0, (len(whole), -1)),
-        candidates,
-        strength,
-        phrases_of,
-        **generation_kwargs,
+        model, processor, whole, places.unflatten(0, (len(whole), -1)), candidates, strength, phrases_of, **generation_kwargs
     )
 
 
@@ -194,9 +185,9 @@ def choose_grounded(
         raise ValueError(f"strength={strength} would choose what the places speak against: give 0 or more.")
     if decided := sorted(DECIDED & set(generation_kwargs)):
         raise ValueError(f"{', '.join(decided)}: the number of beams and what they return follow from candidates.")
-    sequences = model.decode(
-        whole, num_beams=candidates, num_return_sequences=candidates, **generation_kwargs
-    ).unflatten(0, (len(whole), candidates))
+    sequences = model.decode(whole, num_beams=candidates, num_return_sequences=candidates, **generation_kwargs).unflatten(
+        0, (len(whole), candidates)
+    )
     null = model.null_prefix()
     chosen = []
     for row in range(len(whole)):
@@ -227,8 +218,6 @@ def _read_candidates(model, processor, whole, places, null, sequences, phrases_o
         found = {phrase: GroundedPhrase(phrase, value) for phrase, value in zip(every, evidence.tolist(), strict=True)}
     candidates = [
         GroundedDescription(text, log_prob, tokens, tuple(found[phrase] for phrase in phrases))
-        for text, log_prob, tokens, phrases in zip(
-            texts, log_probs.tolist(), mask.sum(dim=1).tolist(), cut, strict=True
-        )
+        for text, log_prob, tokens, phrases in zip(texts, log_probs.tolist(), mask.sum(dim=1).tolist(), cut, strict=True)
     ]
     return sorted(candidates, key=lambda candidate: -candidate.score(0.0))

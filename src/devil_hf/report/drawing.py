@@ -114,9 +114,7 @@ def _peak(values: np.ndarray) -> tuple[int, int]:
     return int(x), int(y)
 
 
-def map_tile(
-    picture: Image.Image, values: np.ndarray, value_range: tuple[float, float], symmetric: bool
-) -> Image.Image:
+def map_tile(picture: Image.Image, values: np.ndarray, value_range: tuple[float, float], symmetric: bool) -> Image.Image:
     """One map over its image, a ring at the peak and the peak's value in the corner."""
     tile = overlay_map(picture, values, value_range, symmetric=symmetric)
     if np.isnan(values).all():

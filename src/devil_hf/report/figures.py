@@ -12,19 +12,7 @@ from PIL import Image, ImageDraw
 from devil_hf.model.image_processing_devil import load_images
 from devil_hf.model.processing_devil import DevilProcessor, attribution_maps, shared_value_range
 from devil_hf.report.colours import INK, MUTED, PAPER, RULE, VEIL
-from devil_hf.report.drawing import (
-    GAP,
-    MARGIN,
-    color_bar,
-    fit,
-    font,
-    line_height,
-    map_tile,
-    only_image,
-    scaled,
-    wrap,
-    write,
-)
+from devil_hf.report.drawing import GAP, MARGIN, color_bar, fit, font, line_height, map_tile, only_image, scaled, wrap, write
 from devil_hf.report.places import location_to_box
 
 Box = tuple[float, float, float, float]
@@ -37,13 +25,7 @@ HEADING, CAPTION, BAR = 30, 24, 56  # heights: of the line of layers, of a phras
 
 
 def attribution_figure(
-    processor: DevilProcessor,
-    image: Any,
-    outputs: Any,
-    phrases: Sequence[str],
-    *,
-    index: int = 0,
-    tile: int = 220,
+    processor: DevilProcessor, image: Any, outputs: Any, phrases: Sequence[str], *, index: int = 0, tile: int = 220
 ) -> Image.Image:
     """The image, and its maps for every phrase (rows) and layer (columns) on one colour scale with a colour bar.
 
@@ -172,11 +154,7 @@ def _write_cell(picture: Image.Image, box: tuple[int, int, int, int], text: str)
 
 
 def layers_figure(
-    images: Any,
-    descriptions: Sequence[Sequence[tuple[str, str]]],
-    *,
-    tile: int = 260,
-    text_width: int = 620,
+    images: Any, descriptions: Sequence[Sequence[tuple[str, str]]], *, tile: int = 260, text_width: int = 620
 ) -> Image.Image:
     """Images beside what each layer says about them.
 
@@ -190,10 +168,7 @@ def layers_figure(
     if len(pictures) != len(descriptions):
         raise ValueError(f"{len(pictures)} images, but descriptions of {len(descriptions)}")
     label_width = max((font(14).getlength(layer) for rows in descriptions for layer, _ in rows), default=0) + 18
-    blocks = [
-        [(layer, wrap(text or "(nothing)", 18, text_width - label_width)) for layer, text in rows]
-        for rows in descriptions
-    ]
+    blocks = [[(layer, wrap(text or "(nothing)", 18, text_width - label_width)) for layer, text in rows] for rows in descriptions]
     line, row_gap = line_height(18), 12
     heights = [
         max(picture.height, sum(len(lines) * line + row_gap for _, lines in block) - row_gap)

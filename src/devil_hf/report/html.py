@@ -28,11 +28,7 @@ def data_uri(image: Image.Image, lossless: bool = False) -> str:
 
 
 def stage_html(
-    image: Image.Image,
-    crop: tuple[float, float, float, float],
-    grid: tuple[int, int],
-    place: tuple[int, int] | None,
-    layer: str,
+    image: Image.Image, crop: tuple[float, float, float, float], grid: tuple[int, int], place: tuple[int, int] | None, layer: str
 ) -> str:
     """The image under the grid of one layer, with one place marked.
 
@@ -130,10 +126,7 @@ def _map_tile(picture: Image.Image, layer: str, grid: Any, values: Any, value_ra
 
 
 def features_html(
-    pictures: Mapping[str, Image.Image],
-    rows: Sequence[Mapping[str, Any]],
-    grids: Mapping[str, tuple[int, int]],
-    layer: str,
+    pictures: Mapping[str, Image.Image], rows: Sequence[Mapping[str, Any]], grids: Mapping[str, tuple[int, int]], layer: str
 ) -> str:
     """The feature grid of each layer in colours, with what the layer says; a tile is a button (`data-layer`, clicked at a place).
 

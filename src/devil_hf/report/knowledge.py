@@ -12,13 +12,7 @@ HEADINGS = 96  # height of the title, the questions and the classes
 NOTE = "Per cent right. Colour: from chance (white) to always right (blue)."
 
 
-def knowledge_figure(
-    panels: Mapping[str, Table],
-    chance: Table,
-    title: str,
-    *,
-    cell: tuple[int, int] = (76, 38),
-) -> Image.Image:
+def knowledge_figure(panels: Mapping[str, Table], chance: Table, title: str, *, cell: tuple[int, int] = (76, 38)) -> Image.Image:
     """Heat tables side by side: one question each, layers by classes of words, coloured from chance (white) to always right.
 
     Args:

@@ -72,8 +72,7 @@ def _line(processor, example, row, folder, turn: int, tile: int):
     masks, maps = read_arrays(folder / "maps" / row["file"])
     pixels = processor(images=load_images(example.read()), return_tensors="np")["pixel_values"][0]
     mean, std = (
-        np.array(values)[:, None, None]
-        for values in (processor.image_processor.image_mean, processor.image_processor.image_std)
+        np.array(values)[:, None, None] for values in (processor.image_processor.image_mean, processor.image_processor.image_std)
     )
     crop = Image.fromarray(np.round(np.clip(pixels * std + mean, 0, 1) * 255).astype(np.uint8).transpose(1, 2, 0))
     scale = tile / max(crop.size)

@@ -56,8 +56,7 @@ class NeuronsSettings(LayerSettings, LabelSettings, CheckSettings):
     held_out: int = option("check on every N-th image, which is kept from the exemplars", 5)
     check_images: str | None = option("check on these images instead", None)
     mode: Literal["pixels", "features"] | None = option(
-        "re-encode the exemplars by the checkpoint's backbone, or take the unit's own features (default, where possible)",
-        None,
+        "re-encode the exemplars by the checkpoint's backbone, or take the unit's own features (default, where possible)", None
     )
     batch_size: int = option("images at once", 32)
     workers: int = option("processes that read images ahead", 0)
@@ -66,9 +65,7 @@ class NeuronsSettings(LayerSettings, LabelSettings, CheckSettings):
         """Raise a ValueError for what can be seen to be wrong before anything is computed."""
         super().validate()
         if self.held_out == 1 or self.held_out < 0:
-            raise ValueError(
-                f"held_out={self.held_out}: keep every n-th image from the exemplars, n of 2 or more, or 0"
-            )
+            raise ValueError(f"held_out={self.held_out}: keep every n-th image from the exemplars, n of 2 or more, or 0")
         if self.directions and (self.network or len(self.layers or ()) != 1):
             raise ValueError("directions belong to one layer of the checkpoint's backbone: name it by --layers")
 
@@ -99,10 +96,7 @@ class Objects:
 
 
 def neurons(
-    settings: NeuronsSettings,
-    model: DevilModel | None = None,
-    processor: DevilProcessor | None = None,
-    **objects: Any,
+    settings: NeuronsSettings, model: DevilModel | None = None, processor: DevilProcessor | None = None, **objects: Any
 ) -> dict[str, Any]:
     """Run a stage, or all of them.
 
@@ -142,9 +136,7 @@ class _Run:
     reader: UnitReader
     reading: DevilImageProcessor
 
-    def __init__(
-        self, settings: NeuronsSettings, objects: Objects, model: DevilModel | None, processor: DevilProcessor | None
-    ):
+    def __init__(self, settings: NeuronsSettings, objects: Objects, model: DevilModel | None, processor: DevilProcessor | None):
         self.settings, self.objects, self.folder = settings, objects, settings.output_dir
         self.source = settings.images if objects.images is None else objects.images
         self.check_source = settings.check_images if objects.check_images is None else objects.check_images
@@ -246,9 +238,7 @@ class _Run:
         asked = {"weights_sha256": self.reader.fingerprint, "layers": self.reader.layers}
         if self.check_source is None:
             asked["source"] = kept.name  # holds limit and split, and which images are held out
-        different = [
-            f"{name} is {found[name]!r}, asked for {value!r}" for name, value in asked.items() if found[name] != value
-        ]
+        different = [f"{name} is {found[name]!r}, asked for {value!r}" for name, value in asked.items() if found[name] != value]
         if different:
             raise ValueError(
                 f"the exemplars in {self.folder} cannot be checked like this: {'; '.join(different)}. Name the same images, "
@@ -260,18 +250,14 @@ class _Run:
         labels = _read(self.folder / "labels.json", "describe")
         checks = _read(self.folder / "checks.json", "check") if (self.folder / "checks.json").is_file() else None
         if checks is not None and checks["labels"] != [row["label"] for row in labels["units"]]:
-            raise ValueError(
-                f"{self.folder / 'checks.json'} checks other labels than labels.json holds: run the check again"
-            )
+            raise ValueError(f"{self.folder / 'checks.json'} checks other labels than labels.json holds: run the check again")
         names = self.objects.direction_names
         if self.settings.direction_names:
             lines = self.settings.direction_names.read_text().splitlines()
             names = {exemplars.layers[0]: [line.strip() for line in lines]}
         network = Path(str(exemplars.summary["network"])).name
         title = f"{', '.join(exemplars.layers)} of {network if network != 'None' else 'the network'}"
-        about = {"title": title, "labels": labels["settings"]} | (
-            {} if checks is None else {"check": checks["summary"]}
-        )
+        about = {"title": title, "labels": labels["settings"]} | ({} if checks is None else {"check": checks["summary"]})
         checked_units = None if checks is None else checks["units"]
         return write_atlas(exemplars, labels["units"], self.folder / "atlas", checked_units, about, names)
 

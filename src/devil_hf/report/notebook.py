@@ -61,9 +61,7 @@ def _map_rows(output: AttributionOutput, phrases: Sequence[str]) -> list[tuple]:
 
 def _check_phrases(phrases: Sequence[str], expected: int) -> None:
     if len(phrases) != expected:
-        raise ValueError(
-            f"{len(phrases)} phrases were given, but {expected} were asked for: name them in the same order"
-        )
+        raise ValueError(f"{len(phrases)} phrases were given, but {expected} were asked for: name them in the same order")
 
 
 class Html:

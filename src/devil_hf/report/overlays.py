@@ -21,12 +21,7 @@ def colorize(values: np.ndarray, value_range: tuple[float, float], symmetric: bo
 
 
 def overlay_map(
-    image: Image.Image,
-    values: np.ndarray,
-    value_range: tuple[float, float],
-    *,
-    symmetric: bool = True,
-    opacity: float = 0.8,
+    image: Image.Image, values: np.ndarray, value_range: tuple[float, float], *, symmetric: bool = True, opacity: float = 0.8
 ) -> Image.Image:
     """One image under one map.
 

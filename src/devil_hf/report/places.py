@@ -5,11 +5,7 @@ from devil_hf.model.image_processing_devil import CropGeometry, DevilImageProces
 
 def crop_to_image(geometry: CropGeometry, y: float, x: float) -> tuple[float, float]:
     """Continuous (y, x) in the crop that the backbone sees -> (y, x) in the image; pixel i covers [i, i + 1)."""
-    (height, width), (resized_height, resized_width), (top, left) = (
-        geometry.image_size,
-        geometry.resized_size,
-        geometry.offset,
-    )
+    (height, width), (resized_height, resized_width), (top, left) = (geometry.image_size, geometry.resized_size, geometry.offset)
     return (y + top) * (height / resized_height), (x + left) * (width / resized_width)
 
 
@@ -21,10 +17,7 @@ def crop_box(geometry: CropGeometry) -> tuple[float, float, float, float]:
 
 
 def location_to_box(
-    image_processor: DevilImageProcessor,
-    location: tuple[int, int],
-    grid_size: tuple[int, int],
-    image_size: tuple[int, int],
+    image_processor: DevilImageProcessor, location: tuple[int, int], grid_size: tuple[int, int], image_size: tuple[int, int]
 ) -> tuple[float, float, float, float]:
     """The part of an image that a location stands for: its cell of the grid that a layer lays over the crop.
 
@@ -38,9 +31,7 @@ def location_to_box(
     """
     (row, column), (rows, columns) = location, grid_size
     if not (0 <= row < rows and 0 <= column < columns):
-        raise ValueError(
-            f"location {tuple(location)} is outside the {rows} x {columns} grid; rows and columns start at 0"
-        )
+        raise ValueError(f"location {tuple(location)} is outside the {rows} x {columns} grid; rows and columns start at 0")
     geometry = image_processor.geometry(image_size)
     crop_height, crop_width = geometry.crop_size
     top, left = crop_to_image(geometry, row * crop_height / rows, column * crop_width / columns)
@@ -66,9 +57,7 @@ def pixel_to_location(
         raise ValueError(f"pixel x={x}, y={y} is outside the image of width {width} and height {height}")
     geometry = image_processor.geometry(image_size)
     crop_y, crop_x = geometry.image_to_crop(int(y) + 0.5, int(x) + 0.5)
-    row, column = (
-        int(v * n // edge) for v, n, edge in zip((crop_y, crop_x), grid_size, geometry.crop_size, strict=True)
-    )
+    row, column = (int(v * n // edge) for v, n, edge in zip((crop_y, crop_x), grid_size, geometry.crop_size, strict=True))
     return (row, column) if 0 <= row < grid_size[0] and 0 <= column < grid_size[1] else None
 
 

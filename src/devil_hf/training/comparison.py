@@ -119,9 +119,7 @@ def _check_same_run(recipe: Recipe) -> None:
     folder = Path(recipe.output_dir)
     newest = get_last_checkpoint(str(folder)) if folder.is_dir() else None
     if newest is not None and (changed := recipe.differences(read_yaml(Recipe, Path(newest)))):
-        raise ValueError(
-            f"{folder} holds a run with other values of {changed}: name another --output-dir, or delete it"
-        )
+        raise ValueError(f"{folder} holds a run with other values of {changed}: name another --output-dir, or delete it")
 
 
 def run(name: str, recipe: Recipe, images: "EvaluationImages", decodings: Mapping[str, dict]) -> dict[str, Any]:
@@ -173,9 +171,7 @@ class EvaluationImages:
 
     def __init__(self, sources: Sequence[dict]):
         if any(source.get("kind") == REGIONS for source in sources):
-            raise ValueError(
-                f"evaluation_data {list(sources)} name regions, but whole images are described: leave them out"
-            )
+            raise ValueError(f"evaluation_data {list(sources)} name regions, but whole images are described: leave them out")
         self.sources = list(sources)
         self.keys: list[str] = []
         self.captions: list[list[str]] = []

@@ -56,12 +56,7 @@ def location_dropout(
 
 
 def layer_dropout(
-    rows: int,
-    layers: int,
-    probability: float,
-    null_probability: float,
-    all_layers_probability: float = 0.0,
-    device=None,
+    rows: int, layers: int, probability: float, null_probability: float, all_layers_probability: float = 0.0, device=None
 ) -> Tensor:
     """Draw a training layer mask (rows, L), True = hidden: never all hidden unless the null prefix is drawn.
 
@@ -79,9 +74,7 @@ def layer_dropout(
     return hidden | null
 
 
-def draw_location_weights(
-    config, rows: int, feature_maps: Sequence[Tensor], regions: Tensor | None = None
-) -> list[Tensor]:
+def draw_location_weights(config, rows: int, feature_maps: Sequence[Tensor], regions: Tensor | None = None) -> list[Tensor]:
     """Training weights as `config` (a `DevilConfig`) wants them, one (rows, H_l, W_l) per layer; inside of `regions`."""
     return location_dropout(
         rows,
@@ -96,9 +89,7 @@ def draw_location_weights(
 
 def draw_layer_mask(config, rows: int, layers: int, device=None) -> Tensor:
     """A training layer mask (rows, L) as `config` (a `DevilConfig`) wants it."""
-    return layer_dropout(
-        rows, layers, config.layer_dropout, config.null_probability, config.all_layers_probability, device
-    )
+    return layer_dropout(rows, layers, config.layer_dropout, config.null_probability, config.all_layers_probability, device)
 
 
 __all__ = ["draw_layer_mask", "draw_location_weights", "layer_dropout", "location_dropout"]

@@ -262,9 +262,7 @@ class CachedFeatures:
         shard = int(np.searchsorted(self.starts, index, side="right")) - 1
         if shard not in self._open:
             file = safe_open(self.shards[shard], framework="pt")
-            self._open[shard] = [
-                file.get_tensor(f"layer.{layer}") for layer in range(len(file.keys()))
-            ]  # mapped, not read
+            self._open[shard] = [file.get_tensor(f"layer.{layer}") for layer in range(len(file.keys()))]  # mapped, not read
         layers, row = self._open[shard], index - int(self.starts[shard])
         rng = np.random.default_rng((self.seed, epoch, index))
         draw, text = int(rng.integers(layers[0].shape[1])), rng.integers(len(self.captions[index]))

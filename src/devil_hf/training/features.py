@@ -19,11 +19,7 @@ from devil_hf.training.draws import draw_location_weights
 
 @torch.no_grad()
 def pooled_feature_draws(
-    model: DevilModel,
-    batches: Iterable[Tensor],
-    draws: int | None = None,
-    description: str = "features",
-    progress: bool = True,
+    model: DevilModel, batches: Iterable[Tensor], draws: int | None = None, description: str = "features", progress: bool = True
 ) -> list[Tensor]:
     """Pool every image `draws` times with the model's own location dropout, or once over all locations.
 
@@ -43,9 +39,7 @@ def pooled_feature_draws(
 
 
 @torch.no_grad()
-def pool_draws(
-    model: DevilModel, pixel_values: Tensor, draws: int | None = None, regions: Tensor | None = None
-) -> list[Tensor]:
+def pool_draws(model: DevilModel, pixel_values: Tensor, draws: int | None = None, regions: Tensor | None = None) -> list[Tensor]:
     """The features of one batch, per layer an fp16 tensor (B, draws or 1, C_l).
 
     Args:
@@ -121,10 +115,7 @@ class PooledCaptions:
         """An image with one of its draws and one of its captions, both drawn by (seed, epoch, index)."""
         rng = np.random.default_rng((self.seed, epoch, index))
         draw, text = int(rng.integers(self.features[0].shape[1])), int(rng.integers(len(self.captions[index])))
-        return {
-            "pooled_features": [layer[index, draw] for layer in self.features],
-            "caption": self.captions[index][text],
-        }
+        return {"pooled_features": [layer[index, draw] for layer in self.features], "caption": self.captions[index][text]}
 
     def every_caption(self) -> list[tuple[int, str]]:
         """(index of the image, caption) of all captions: every image's first, then every image's second, ..."""

@@ -94,13 +94,7 @@ class CaptionStream(torch.utils.data.IterableDataset):
         places: where each worker begins (default: at the start).
     """
 
-    def __init__(
-        self,
-        dataset: IterableDataset,
-        decoder: PairDecoder,
-        smallest_crop: float = 1.0,
-        places: Sequence[Place] = (),
-    ):
+    def __init__(self, dataset: IterableDataset, decoder: PairDecoder, smallest_crop: float = 1.0, places: Sequence[Place] = ()):
         self.dataset, self.decoder, self.smallest_crop, self.places = dataset, decoder, smallest_crop, places
 
     def part(self, process: int, processes: int, places: Sequence[Place] = ()) -> "CaptionStream":
@@ -256,14 +250,7 @@ class StreamLoader:
     """
 
     def __init__(
-        self,
-        stream: CaptionStream,
-        collate,
-        batch_size: int,
-        position: StreamPosition,
-        process=0,
-        processes=1,
-        **options,
+        self, stream: CaptionStream, collate, batch_size: int, position: StreamPosition, process=0, processes=1, **options
     ):
         self.ahead = position.batches % position.workers
         places = position.before[: self.ahead] + position.after[self.ahead :]

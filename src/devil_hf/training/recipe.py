@@ -40,17 +40,13 @@ class Recipe:
     checkpoint: str = option("instead of both: a DeViL checkpoint to go on from; `shapes` is the shipped one", "")
     new_translator: bool = option("with a checkpoint: keep its frozen parts only", False)
     backbone_kwargs: dict = option("further arguments of the backbone's architecture", {})
-    layers: list | None = option(
-        "names or indices of layers; default: the backbone's stages, or those of the checkpoint", None
-    )
+    layers: list | None = option("names or indices of layers; default: the backbone's stages, or those of the checkpoint", None)
     class_tokens: bool = option("also read class tokens, as layers of their own", False)
     resize: Literal["backbone", "paper"] = option(
         "`backbone`: its own evaluation preprocessing; `paper`: short side to the crop", "backbone"
     )
     model: dict = option("fields of DevilConfig: translator type and sizes, dropouts, null_probability", {})
-    lora: dict | None = option(
-        "LoRA on the language model: rank, alpha, dropout, target_modules; {} for the defaults", None
-    )
+    lora: dict | None = option("LoRA on the language model: rank, alpha, dropout, target_modules; {} for the defaults", None)
 
     train_data: list = option("sources of captioned images, each with a `kind`; see devil_hf/data/pairs", [])
     validation_data: list = option("sources whose loss chooses the checkpoint; never the test split", [])
@@ -81,9 +77,7 @@ class Recipe:
     seed: int = option("of initialisation, views, draws and order", 0)
 
     evaluation_steps: int = option("steps between two validations", 100)
-    save_steps: int = option(
-        "steps between two checkpoints; 0: evaluation_steps, as it must be with validation_data", 0
-    )
+    save_steps: int = option("steps between two checkpoints; 0: evaluation_steps, as it must be with validation_data", 0)
     logging_steps: int = option("steps between two records of loss and throughput", 10)
     keep_checkpoints: int = option("checkpoints that are kept, the best and the newest always among them; 0: all", 2)
     patience: int = option("validations without gain after which training stops; 0: never", 0)
@@ -173,9 +167,7 @@ class Recipe:
                 f"keep_checkpoints={self.keep_checkpoints} must be at least 2, for the best and the newest, or 0 for all"
             )
         if not 0 <= self.final_learning_rate < self.learning_rate:
-            raise ValueError(
-                f"final_learning_rate={self.final_learning_rate} must be below learning_rate={self.learning_rate}"
-            )
+            raise ValueError(f"final_learning_rate={self.final_learning_rate} must be below learning_rate={self.learning_rate}")
 
     def _validate_views(self) -> None:
         if not 0 < self.smallest_crop <= 1:

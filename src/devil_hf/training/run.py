@@ -137,9 +137,7 @@ def build(recipe: Recipe) -> tuple[DevilModel, DevilProcessor]:
     if recipe.checkpoint:
         return _build_on_checkpoint(recipe)
     revision = recipe.language_model_revision or None
-    tokenizer = AutoTokenizer.from_pretrained(
-        recipe.language_model, revision=recipe.tokenizer_revision or revision or "main"
-    )
+    tokenizer = AutoTokenizer.from_pretrained(recipe.language_model, revision=recipe.tokenizer_revision or revision or "main")
     model = from_backbone_and_language_model(
         recipe.backbone,
         recipe.language_model,
@@ -160,11 +158,7 @@ def build(recipe: Recipe) -> tuple[DevilModel, DevilProcessor]:
 def _build_on_checkpoint(recipe: Recipe) -> tuple[DevilModel, DevilProcessor]:
     loaded, processor = load(recipe.checkpoint, device="cpu")
     config = loaded.config
-    if (
-        recipe.lora is not None
-        and config.lora is not None
-        and LORA_DEFAULTS | recipe.lora != LORA_DEFAULTS | config.lora
-    ):
+    if recipe.lora is not None and config.lora is not None and LORA_DEFAULTS | recipe.lora != LORA_DEFAULTS | config.lora:
         raise ValueError(
             f"{recipe.checkpoint} has LoRA adapters already ({config.lora}): leave lora out to train them on, or merge them."
         )
@@ -186,11 +180,7 @@ def _build_on_checkpoint(recipe: Recipe) -> tuple[DevilModel, DevilProcessor]:
 
 
 def _training_data(
-    recipe: Recipe,
-    model: DevilModel,
-    processor: DevilProcessor,
-    dataset: Dataset | IterableDataset,
-    bad_samples: BadSamples,
+    recipe: Recipe, model: DevilModel, processor: DevilProcessor, dataset: Dataset | IterableDataset, bad_samples: BadSamples
 ) -> ImageTable | CaptionStream | CachedFeatures:
     decoder = PairDecoder(bad_samples, recipe.seed, sees_with(processor))
     if recipe.cache_features:
@@ -203,9 +193,7 @@ def _training_data(
             recipe.smallest_crop,
             recipe.cache_seed,
         )
-        return cached_features(
-            Path(recipe.cache_features), key, model, processor, dataset, decoder, sample_seed=recipe.seed
-        )
+        return cached_features(Path(recipe.cache_features), key, model, processor, dataset, decoder, sample_seed=recipe.seed)
     if isinstance(dataset, Dataset):
         if not len(dataset):
             raise ValueError(f"train_data {recipe.train_data} hold not one image with a caption")
@@ -264,9 +252,7 @@ def _newest_checkpoint(recipe: Recipe) -> str | None:
     if newest is None:
         return None
     if not recipe.resume:
-        raise ValueError(
-            f"{newest} is there from an earlier run: --resume to go on from it, or name another --output_dir."
-        )
+        raise ValueError(f"{newest} is there from an earlier run: --resume to go on from it, or name another --output_dir.")
     file = Path(newest) / RECIPE_FILE
     if file.is_file() and (changed := recipe.differences(read_yaml(Recipe, file))):
         logger.warning(f"going on from {newest}, but its recipe had other values of {changed}: this is another run")
@@ -293,9 +279,7 @@ def _is_slim(recipe: Recipe, model: DevilModel) -> bool:
 def _check_saving(recipe: Recipe, model: DevilModel) -> None:
     """Raise an error when the run could not be saved as it should be: no such kind of checkpoint, or no room on the disk."""
     if recipe.save == "slim" and model.parts_without_source:
-        raise ValueError(
-            "save='slim' needs sources of both frozen parts, which this model does not have: use save='full'"
-        )
+        raise ValueError("save='slim' needs sources of both frozen parts, which this model does not have: use save='full'")
     if recipe.save == "merged" and model.config.lora is None:
         raise ValueError("save='merged' merges LoRA adapters, but the model has none")
     slim = _is_slim(recipe, model)
@@ -303,9 +287,7 @@ def _check_saving(recipe: Recipe, model: DevilModel) -> None:
         try:
             PUBLISHERS[HUB].check_parts(model, slim)
         except ValueError as error:
-            raise ValueError(
-                f"push_to_hub={recipe.push_to_hub!r}: {error}. In a recipe that is save='full'."
-            ) from error
+            raise ValueError(f"push_to_hub={recipe.push_to_hub!r}: {error}. In a recipe that is save='full'.") from error
 
     def size(tensors: Any) -> int:
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -26,15 +26,7 @@ from devil_hf.model.modeling_devil import DevilModel
 from devil_hf.model.processing_devil import DevilProcessor
 from devil_hf.training.draws import draw_layer_mask
 from devil_hf.training.features import PooledCaptions
-from devil_hf.training.feed import (
-    CaptionCollator,
-    CaptionStream,
-    StreamLoader,
-    StreamPosition,
-    Table,
-    seed_of,
-    table_loader,
-)
+from devil_hf.training.feed import CaptionCollator, CaptionStream, StreamLoader, StreamPosition, Table, seed_of, table_loader
 
 logger = logging.get_logger(f"transformers.{__name__}")
 
@@ -151,17 +143,12 @@ class DevilTrainer(Trainer):
         """Where the best checkpoint lies: in the output folder of now, whatever that was called when it was written."""
         if not state.best_global_step:
             return None
-        saved, here = (
-            state.best_model_checkpoint,
-            Path(str(self.args.output_dir)) / f"checkpoint-{state.best_global_step}",
-        )
+        saved, here = (state.best_model_checkpoint, Path(str(self.args.output_dir)) / f"checkpoint-{state.best_global_step}")
         if saved is not None and Path(saved).is_dir() and not (here.is_dir() and here.samefile(saved)):
             return saved  # of another run, which this one goes on from
         if here.is_dir():
             return str(here)
-        logger.warning(
-            f"the best checkpoint, of step {state.best_global_step}, is gone; the last weights may stand in for it"
-        )
+        logger.warning(f"the best checkpoint, of step {state.best_global_step}, is gone; the last weights may stand in for it")
         return None
 
     def _take_up(self, folder: Path, state: TrainerState) -> None:
@@ -207,13 +194,7 @@ class DevilTrainer(Trainer):
         if isinstance(data, CaptionStream):
             options["num_workers"] = min(args.dataloader_num_workers, self._position.workers)
             return StreamLoader(
-                data,
-                self.collator,
-                args.train_batch_size,
-                self._position,
-                args.process_index,
-                args.world_size,
-                **options,
+                data, self.collator, args.train_batch_size, self._position, args.process_index, args.world_size, **options
             )
         return table_loader(
             data,  # type: ignore[arg-type]
@@ -248,9 +229,7 @@ class DevilTrainer(Trainer):
         """Log; beside a training loss, throughput and how often each layer was visible (of this process's rows)."""
         if "loss" in logs and self._rows:
             names = self.accelerator.unwrap_model(self.model).layer_names
-            logs |= {
-                f"visible/{name}": share for name, share in zip(names, (self._shown / self._rows).tolist(), strict=True)
-            }
+            logs |= {f"visible/{name}": share for name, share in zip(names, (self._shown / self._rows).tolist(), strict=True)}
             logs["visible/none"] = (self._empty_rows / self._rows).item()
             now = time.perf_counter()
             logs["images_per_second"] = self._rows * self.args.world_size / (now - self._clock)
@@ -279,9 +258,7 @@ class DevilTrainer(Trainer):
         clock, model = time.perf_counter(), cast(DevilModel, self.model).eval()
         pairs = data.every_caption()
         names = self.accelerator.unwrap_model(model).layer_names
-        sums = torch.zeros(
-            3 + len(names), 2, dtype=torch.float64, device=self.args.device
-        )  # (which loss, nats and tokens)
+        sums = torch.zeros(3 + len(names), 2, dtype=torch.float64, device=self.args.device)  # (which loss, nats and tokens)
         size = self.args.eval_batch_size
         firsts = len(data)  # first captions come first, and share no batch with others
         for start in (*range(0, firsts, size), *range(firsts, len(pairs), size)):
@@ -321,9 +298,7 @@ class DevilTrainer(Trainer):
     def _caption_scores(self, data: PooledCaptions) -> dict[str, float]:
         images, size = min(self.described, len(data)), self.args.eval_batch_size
         texts = [
-            text
-            for start in range(0, images, size)
-            for text in self._describe(data, range(start, min(start + size, images)))
+            text for start in range(0, images, size) for text in self._describe(data, range(start, min(start + size, images)))
         ]
         found = gather_object(list(zip(texts, data.captions[:images], strict=True)))
         scores: list[dict[str, float]] = [{}]
@@ -341,11 +316,7 @@ class DevilTrainer(Trainer):
         texts = self._describe(data, images, torch.cat([torch.zeros_like(alone[0]), *alone]))  # in one go
         rows = {name: texts[i * len(images) : (i + 1) * len(images)] for i, name in enumerate(names)}
         captions = [data.captions[i][0] for i in images]
-        record = {
-            "step": self.state.global_step,
-            "captions": captions,
-            "descriptions": rows,
-        }
+        record = {"step": self.state.global_step, "captions": captions, "descriptions": rows}
         with (Path(str(self.args.output_dir)) / SAMPLES_FILE).open("a") as file:
             file.write(json.dumps(record) + "\n")
         lines = [f"| {'layer'} | " + " | ".join(captions) + " |", "|---" * (len(images) + 1) + "|"]
@@ -403,9 +374,7 @@ class DevilTrainer(Trainer):
         trained = self.accelerator.unwrap_model(self.model).trainable_state_dict()
         wrong = sorted(set(load_result.missing_keys) & set(trained)) + sorted(load_result.unexpected_keys)
         if wrong:
-            raise ValueError(
-                f"the checkpoint is not one of this recipe: {len(wrong)} weights differ, {wrong[0]} among them."
-            )
+            raise ValueError(f"the checkpoint is not one of this recipe: {len(wrong)} weights differ, {wrong[0]} among them.")
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         folder = Path(output_dir or str(self.args.output_dir))

@@ -44,9 +44,7 @@ def _read_annotations(file: Path) -> tuple[list[dict], dict[Any, dict[str, list[
         names = {category["id"]: category["name"] for category in content["categories"]}
         rows, annotations = content["images"], content["annotations"]
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{file} is no COCO instances file ({error!r}): expected images, annotations, categories"
-        ) from error
+        raise ValueError(f"{file} is no COCO instances file ({error!r}): expected images, annotations, categories") from error
     of_image: dict[Any, dict[str, list[dict]]] = {}
     for annotation in annotations:
         category = annotation["category_id"]
@@ -69,9 +67,7 @@ def _image_folder(file: Path, images: str | PathLike | None, rows: Sequence[dict
                 raise FileNotFoundError(f"{len(missing)} images of {file} are not in {folder}, such as {missing[0]}")
             return folder
     looked = images or ", ".join(str(folder) for folder in usual)
-    raise FileNotFoundError(
-        f"{rows[0]['file_name']} of {file} is not in {looked}: name the folder of the images (--images)"
-    )
+    raise FileNotFoundError(f"{rows[0]['file_name']} of {file} is not in {looked}: name the folder of the images (--images)")
 
 
 def _part(annotation: dict) -> Part:
@@ -85,6 +81,5 @@ def _part(annotation: dict) -> Part:
 
 
 OBJECT_SOURCES.register(
-    "coco",
-    ObjectSource("COCO instances JSON", lambda text: Path(text).suffix == ".json" and Path(text).is_file(), read_coco),
+    "coco", ObjectSource("COCO instances JSON", lambda text: Path(text).suffix == ".json" and Path(text).is_file(), read_coco)
 )

@@ -53,9 +53,7 @@ def read_voc(source: str, images: str | PathLike | None = None, names=None) -> l
 
 def _voc_box(item: ElementTree.Element) -> tuple[float, ...]:
     """(left, top, right, bottom) in continuous pixels: VOC counts from 1 and includes both ends."""
-    left, top, right, bottom = (
-        float(item.findtext(f"bndbox/{edge}") or "missing") for edge in ("xmin", "ymin", "xmax", "ymax")
-    )
+    left, top, right, bottom = (float(item.findtext(f"bndbox/{edge}") or "missing") for edge in ("xmin", "ymin", "xmax", "ymax"))
     return left - 1, top - 1, right, bottom
 
 

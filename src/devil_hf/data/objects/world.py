@@ -26,6 +26,4 @@ def read_world(source: str, images=None, names=None) -> list[LocalisedImage]:
     return found
 
 
-OBJECT_SOURCES.register(
-    SHAPES, ObjectSource(f"{SHAPES}:COUNT:SEED", lambda text: text.partition(":")[0] == SHAPES, read_world)
-)
+OBJECT_SOURCES.register(SHAPES, ObjectSource(f"{SHAPES}:COUNT:SEED", lambda text: text.partition(":")[0] == SHAPES, read_world))

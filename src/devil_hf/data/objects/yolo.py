@@ -10,9 +10,7 @@ from devil_hf.data.objects import OBJECT_SOURCES, LocalisedImage, ObjectSource, 
 from devil_hf.data.objects.masks import Part
 
 
-def read_yolo(
-    source: str, images: str | PathLike | None = None, names: str | PathLike | None = None
-) -> list[LocalisedImage]:
+def read_yolo(source: str, images: str | PathLike | None = None, names: str | PathLike | None = None) -> list[LocalisedImage]:
     """YOLO labels: a line per object, its class and a box (centre, size) or a polygon, in shares of the image.
 
     Args:
@@ -51,9 +49,7 @@ def _read_label(line: str, names: dict[int, str], where: str) -> tuple[str, Part
     except ValueError as error:
         raise ValueError(f"{where} is no YOLO label ({error}): {line[:80]!r}") from error
     if int(number) not in names:
-        raise ValueError(
-            f"{where} is of class {int(number)}, which has no name; the names are of {sorted(names)[:10]}..."
-        )
+        raise ValueError(f"{where} is of class {int(number)}, which has no name; the names are of {sorted(names)[:10]}...")
     if len(values) == 4:
         x, y, width, height = values
         box = [x - width / 2, y - height / 2, x + width / 2, y + height / 2]

@@ -3,16 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from datasets import (
-    Dataset,
-    DatasetDict,
-    Features,
-    Image,
-    IterableDataset,
-    concatenate_datasets,
-    load_dataset,
-    load_from_disk,
-)
+from datasets import Dataset, DatasetDict, Features, Image, IterableDataset, concatenate_datasets, load_dataset, load_from_disk
 from datasets.utils.file_utils import xexists
 
 from devil_hf.data.pairs import MAX_SHARDS, PAIR_FEATURES, PAIR_SOURCES

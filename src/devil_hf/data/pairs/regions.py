@@ -24,9 +24,7 @@ LAYOUT = 1  # of the rows; another number makes them anew
 
 
 @PAIR_SOURCES.register(REGIONS)
-def open_regions(
-    path: str, images: str | None = None, names: str | None = None, templates: list | None = None
-) -> Dataset:
+def open_regions(path: str, images: str | None = None, names: str | None = None, templates: list | None = None) -> Dataset:
     """Objects with masks and names, without decoding an image or drawing a mask.
 
     All objects of a class in an image are one region, of which training reads what fills its locations most: beside a large

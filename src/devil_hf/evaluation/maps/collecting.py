@@ -139,9 +139,7 @@ def _map_one(
     features = model.extract_features(pixels, resolve_layers(names, model.layer_names))
     maps = _layer_and_combined_maps(model, features, text, names, settings)
     if settings.joint:
-        joint = model.attribute(
-            phrases=text, feature_maps=features, layers=names, combine="joint", window=settings.windows or 1
-        )
+        joint = model.attribute(phrases=text, feature_maps=features, layers=names, combine="joint", window=settings.windows or 1)
         maps["joint"] = joint.maps["joint"].cpu()
     whole = model.score(feature_maps=features, layers=names, **text)
     scored = text.get("scored_mask", text["attention_mask"])
@@ -149,9 +147,7 @@ def _map_one(
     orders = {DEFAULT_COMBINATION: maps[DEFAULT_COMBINATION][0]}
     grid = orders[DEFAULT_COMBINATION].shape[-2:]
     orders[CENTRE] = torch.tensor(centre_prior((grid[0], grid[1]))).float().expand(len(phrases), -1, -1)
-    generator = torch.Generator().manual_seed(
-        (settings.seed << 32) ^ crc32(key.encode())
-    )  # each image has orders of its own
+    generator = torch.Generator().manual_seed((settings.seed << 32) ^ crc32(key.encode()))  # each image has orders of its own
     orders[RANDOM] = torch.rand(len(phrases), *grid, generator=generator)
     curves = location_curves(model, features, names, text, orders)
     row = {

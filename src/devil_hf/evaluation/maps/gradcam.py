@@ -48,9 +48,7 @@ class ClassMapper:
         for handle in handles:
             handle.remove()
         if not isinstance(logits, Tensor) or logits.ndim != 2 or not getattr(self.module, "num_classes", 1):
-            raise ValueError(
-                "Grad-CAM needs the backbone's classifier, and this backbone was made without one (num_classes=0)"
-            )
+            raise ValueError("Grad-CAM needs the backbone's classifier, and this backbone was made without one (num_classes=0)")
         if not shapes or len(shapes[0]) != 4 or shapes[0][1] != model.backbone.channels[-1]:
             raise ValueError(
                 f"Grad-CAM needs a feature map (images, channels, rows, columns) of the deepest layer, and {self.layer!r} gives "
@@ -60,9 +58,7 @@ class ClassMapper:
             info = ImageNetInfo()
             names = [info.index_to_description(index) for index in range(info.num_classes())]
         if len(names) != logits.shape[1]:
-            raise ValueError(
-                f"{len(names)} class names for the {logits.shape[1]} classes of the backbone: give its own names"
-            )
+            raise ValueError(f"{len(names)} class names for the {logits.shape[1]} classes of the backbone: give its own names")
         self.names = [[part.strip().lower() for part in name.split(",")] for name in names]
         self.cam = GradCAM
 
@@ -93,9 +89,7 @@ class ClassMapper:
                         enlarged = cam(pixels, targets=[lambda logits, of=classes: logits[of].logsumexp(dim=0)])
                     grid = cam.activations_and_grads.activations[0].shape[-2:]
                     # Enlarged bilinearly by the library; its own grid is what lies at the centres of the cells.
-                    values = F.interpolate(
-                        torch.tensor(enlarged)[None].float(), grid, mode="bilinear", align_corners=False
-                    )
+                    values = F.interpolate(torch.tensor(enlarged)[None].float(), grid, mode="bilinear", align_corners=False)
                     found[phrase] = values[0, 0].numpy()
         return found
 

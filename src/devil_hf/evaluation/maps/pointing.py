@@ -29,15 +29,11 @@ def hit_cells(grid: tuple[int, int], mask: ArrayLike, tolerance_cells: float = 0
     """
     mask = np.asarray(mask).astype(bool)
     if mask.ndim != 2 or not mask.any():
-        raise ValueError(
-            f"a mask of shape {mask.shape} with {int(mask.sum())} pixels shows no object; leave hidden objects out"
-        )
+        raise ValueError(f"a mask of shape {mask.shape} with {int(mask.sum())} pixels shows no object; leave hidden objects out")
     if tolerance_cells < 0:
         raise ValueError(f"tolerance_cells {tolerance_cells} is negative; 0 means no tolerance")
     rows, columns = grid
-    y, x = (
-        (axis + 0.5) * cells / size for axis, cells, size in zip(np.nonzero(mask), grid, mask.shape, strict=True)
-    )  # in cells
+    y, x = ((axis + 0.5) * cells / size for axis, cells, size in zip(np.nonzero(mask), grid, mask.shape, strict=True))  # in cells
     hits = np.zeros(grid, dtype=bool)
     # Without tolerance a centre counts when it lies in a pixel of the mask, which is half a pixel away at most.
     slack = max(tolerance_cells, 0.5 * float(np.hypot(rows / mask.shape[0], columns / mask.shape[1])))

@@ -77,9 +77,7 @@ def score_maps(
             _score_board(number, row, masks, maps, boards)
             continue
         tags = {phrase: _tags(phrase, row, seen) for phrase in row["phrases"]}
-        areas += [
-            Sample(number, p, tags[p], {"area": float(m.mean())}) for p, m in zip(row["phrases"], masks, strict=True)
-        ]
+        areas += [Sample(number, p, tags[p], {"area": float(m.mean())}) for p, m in zip(row["phrases"], masks, strict=True)]
         _score_image(number, row, masks, maps, tags, table)
     content: dict[str, Any] = {"groups": {}, "intervals": {}, "counts": {}}
     for tag in dict.fromkeys(tag for sample in areas for tag in sample.tags):
@@ -237,8 +235,7 @@ def beside(content: Mapping[str, Any]) -> dict[str, Any]:
     """The levels to compare with: measure -> group -> row -> value, and those of boards."""
     levels: dict[str, Any] = {
         metric: {
-            group: {name: row[metric] for name, row in rows.items() if metric in row}
-            for group, rows in content["groups"].items()
+            group: {name: row[metric] for name, row in rows.items() if metric in row} for group, rows in content["groups"].items()
         }
         for metric, measure in MAP_MEASURES.items()
         if measure.beside
@@ -263,10 +260,7 @@ def maps_text(details: Mapping[str, Any]) -> str:
         ]
     if boards := details["boards"]:
         columns = list(next(iter(boards.values())))
-        lines += [
-            "several images on one board, a phrase each",
-            written(boards, columns, intervals=details["board_intervals"]),
-        ]
+        lines += ["several images on one board, a phrase each", written(boards, columns, intervals=details["board_intervals"])]
     return "\n".join(lines).rstrip()
 
 

@@ -179,9 +179,7 @@ def check_metrics(metrics: Sequence[str] | None) -> dict[str, str]:
     if unknown or not asked:
         raise ValueError(f"unknown metrics {unknown}; choose from {tuple(dict.fromkeys((*CAPTION_METRICS, *single)))}")
     return {
-        score: single[score]
-        for name in asked
-        for score in (CAPTION_METRICS[name].scores if name in CAPTION_METRICS else (name,))
+        score: single[score] for name in asked for score in (CAPTION_METRICS[name].scores if name in CAPTION_METRICS else (name,))
     }
 
 

@@ -18,9 +18,7 @@ SIGMA = 6.0
 
 def ngrams(tokens: Tokens) -> Counter[tuple[str, ...]]:
     """How often each run of one to four tokens occurs."""
-    return Counter(
-        tuple(tokens[start : start + n]) for n in range(1, N + 1) for start in range(max(0, len(tokens) - n + 1))
-    )
+    return Counter(tuple(tokens[start : start + n]) for n in range(1, N + 1) for start in range(max(0, len(tokens) - n + 1)))
 
 
 def bleu(predictions: Sequence[Tokens], references: Sequence[Sequence[Tokens]]) -> list[float]:
@@ -109,9 +107,7 @@ def _similarity(one: tuple[list[Weights], list[float], int], other: tuple[list[W
     (weights, norms, pairs), (others, other_norms, other_pairs) = one, other
     total = 0.0
     for n in range(N):
-        value = sum(
-            min(weight, others[n].get(run, 0.0)) * others[n].get(run, 0.0) for run, weight in weights[n].items()
-        )
+        value = sum(min(weight, others[n].get(run, 0.0)) * others[n].get(run, 0.0) for run, weight in weights[n].items())
         norm = norms[n] * other_norms[n]
         total += value / norm if norm else value
     return total / N * math.exp(-((pairs - other_pairs) ** 2) / (2 * SIGMA**2))

@@ -97,13 +97,7 @@ def label_units(
         else:
             labelled = _choose_texts(model, processor, prefix, strategy, candidates, prior_weight, max_new_tokens)
         for (layer, unit), row, silent in zip(pooled.units[part], labelled, pooled.silent[part].tolist(), strict=True):
-            nothing: dict[str, Any] = {
-                "label": "",
-                "evidence": None,
-                "runner_up": "",
-                "runner_up_evidence": None,
-                "words": [],
-            }
+            nothing: dict[str, Any] = {"label": "", "evidence": None, "runner_up": "", "runner_up_evidence": None, "words": []}
             rows.append({"layer": layer, "unit": unit} | (nothing if silent else row))
         bar.update(len(labelled))
     bar.close()

@@ -31,14 +31,10 @@ PHRASES = 256  # labels scored at once
 
 
 @torch.no_grad()
-def held_out_activations(
-    reader: UnitReader, processor: DevilImageProcessor, images: ImageStream, batch_size: int = 32
-) -> Tensor:
+def held_out_activations(reader: UnitReader, processor: DevilImageProcessor, images: ImageStream, batch_size: int = 32) -> Tensor:
     """Peak activations (U, N) of all units, layer by layer, at N images."""
     peaks = []
-    for _, pixel_values, _ in tqdm(
-        pixel_batches(images, processor, batch_size), desc="held-out activations", unit="batch"
-    ):
+    for _, pixel_values, _ in tqdm(pixel_batches(images, processor, batch_size), desc="held-out activations", unit="batch"):
         peaks.append(torch.cat([activations.amax(dim=(2, 3)) for activations, _ in reader(pixel_values)], dim=1).cpu())
     if sum(len(part) for part in peaks) < FEWEST_IMAGES:
         raise ValueError(
@@ -116,8 +112,7 @@ def check_labels(
     simulated = evidence - evidence.mean(dim=0) if len(labels) > 1 else evidence
     tested = [unit for unit, label in enumerate(unit_labels) if label]
     rows: list[dict] = [
-        {"pearson": None, "pearson_p": None, "q": None, "auprc": None, "auprc_p": None, "passed": False}
-        for _ in unit_labels
+        {"pearson": None, "pearson_p": None, "q": None, "auprc": None, "auprc_p": None, "passed": False} for _ in unit_labels
     ]
     if not tested:
         return rows
@@ -148,9 +143,7 @@ def check_summary(rows: Sequence[dict]) -> dict[str, float]:
     return {"units": len(rows), **mean, "passed": sum(row["passed"] for row in rows) / len(rows)}
 
 
-def check_constant(
-    activations: Tensor, evidence: Tensor, labels: Sequence[str], unit_labels: Sequence[str], **options
-) -> dict:
+def check_constant(activations: Tensor, evidence: Tensor, labels: Sequence[str], unit_labels: Sequence[str], **options) -> dict:
     """The same test of the most frequent label, given to every unit that has one."""
     constant = most_frequent(unit_labels)
     rows = check_labels(activations, evidence, labels, [constant if label else "" for label in unit_labels], **options)
@@ -161,9 +154,7 @@ def check_shuffled(
     activations: Tensor, evidence: Tensor, labels: Sequence[str], unit_labels: Sequence[str], seed: int = 0, **options
 ) -> dict:
     """The same test of labels that were dealt to other units at random; none keeps its own where that can be avoided."""
-    return check_summary(
-        check_labels(activations, evidence, labels, shuffled_labels(unit_labels, seed), seed=seed, **options)
-    )
+    return check_summary(check_labels(activations, evidence, labels, shuffled_labels(unit_labels, seed), seed=seed, **options))
 
 
 def shuffled_labels(unit_labels: Sequence[str], seed: int = 0) -> list[str]:

@@ -118,10 +118,7 @@ class KeywordCaptions:
     """
 
     def __init__(
-        self,
-        groups: Sequence[Sequence[str]],
-        tokenizer: PreTrainedTokenizerFast,
-        settings: CaptionLanguageModelSettings,
+        self, groups: Sequence[Sequence[str]], tokenizer: PreTrainedTokenizerFast, settings: CaptionLanguageModelSettings
     ):
         self.settings, self.tokenizer = settings, tokenizer
         self.words = [[content_words(caption) for caption in group] for group in groups]
@@ -130,9 +127,7 @@ class KeywordCaptions:
         self.captions = [[next(tokens) for _ in group] for group in groups]
         vocabulary = sorted({word for group in self.words for words in group for word in words})
         self.word_tokens = (
-            dict(zip(vocabulary, tokenizer(vocabulary, add_special_tokens=False)["input_ids"], strict=True))
-            if vocabulary
-            else {}
+            dict(zip(vocabulary, tokenizer(vocabulary, add_special_tokens=False)["input_ids"], strict=True)) if vocabulary else {}
         )
         self.places = [(image, index) for image, group in enumerate(groups) for index in range(len(group))]
 
@@ -161,9 +156,7 @@ class KeywordCaptions:
         start = [[tokenizer.bos_token_id], *context[: room - len(caption)], [tokenizer.sep_token_id]]
         return [*start, *([token] for token in [*caption, tokenizer.eos_token_id])], len(start)
 
-    def batches(
-        self, generator: random.Random, size: int, pool: int = 8
-    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def batches(self, generator: random.Random, size: int, pool: int = 8) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yield `input_ids` (B, T, W) and `labels` (B, T) without end; documents of similar length share a batch."""
         places: list[tuple[int, int]] = []
         while True:

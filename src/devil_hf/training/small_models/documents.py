@@ -90,11 +90,4 @@ def caption_loss(model: PreTrainedModel, input_ids: Tensor, labels: Tensor, redu
     return F.cross_entropy(logits.float(), targets[wanted], reduction=reduction)
 
 
-__all__ = [
-    "IGNORED_INDEX",
-    "Document",
-    "LanguageModelSettings",
-    "build_language_model",
-    "caption_loss",
-    "collate",
-]
+__all__ = ["IGNORED_INDEX", "Document", "LanguageModelSettings", "build_language_model", "caption_loss", "collate"]

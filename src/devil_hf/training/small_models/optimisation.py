@@ -76,9 +76,7 @@ def minimise(
         schedule.step()
         value = float(loss.detach())
         if not np.isfinite(value):
-            raise FloatingPointError(
-                f"the loss is {value} at step {step}; lower learning_rate {settings.learning_rate}"
-            )
+            raise FloatingPointError(f"the loss is {value} at step {step}; lower learning_rate {settings.learning_rate}")
         running = value if running is None else SMOOTHING * running + (1 - SMOOTHING) * value
         if step % settings.logging_steps == 0 or step == settings.max_steps:
             seconds = time.perf_counter() - began

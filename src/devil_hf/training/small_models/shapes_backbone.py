@@ -26,12 +26,7 @@ from devil_hf.settings import option
 from devil_hf.training.small_models.optimisation import OptimisationSettings, minimise
 
 BACKBONE_ARCHITECTURE = "resnet10t"
-BACKBONE_ARGUMENTS: dict[str, Any] = {
-    "stem_width": 12,
-    "channels": [32, 64, 128, 256],
-    "layers": [1, 1, 2, 1],
-    "num_classes": 0,
-}
+BACKBONE_ARGUMENTS: dict[str, Any] = {"stem_width": 12, "channels": [32, 64, 128, 256], "layers": [1, 1, 2, 1], "num_classes": 0}
 PIXEL_MEAN, PIXEL_STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
 BACKBONE_DATA_CONFIG: dict[str, Any] = {
     "input_size": (3, SCENE_SIZE, SCENE_SIZE),
@@ -71,10 +66,7 @@ class AttributeLabels:
     def of(self, item: SceneObject) -> list[int]:
         """The labels of one object."""
         places = [words.index(value) for words, value in zip(self.words, item.attributes.values(), strict=True)]
-        return [
-            int(start) + self._rank(subset, places)
-            for start, subset in zip(self.starts[:-1], self.subsets, strict=True)
-        ]
+        return [int(start) + self._rank(subset, places) for start, subset in zip(self.starts[:-1], self.subsets, strict=True)]
 
     def _rank(self, subset: tuple[int, ...], places: Sequence[int]) -> int:
         rank = 0

@@ -19,13 +19,7 @@ from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from devil_hf.data.shapes import VOCABULARY, Scene, sample_scene
 from devil_hf.settings import option
-from devil_hf.training.small_models.documents import (
-    Document,
-    LanguageModelSettings,
-    build_language_model,
-    caption_loss,
-    collate,
-)
+from devil_hf.training.small_models.documents import Document, LanguageModelSettings, build_language_model, caption_loss, collate
 from devil_hf.training.small_models.optimisation import minimise
 
 
@@ -84,11 +78,7 @@ class KeywordDocuments:
                 groups.append([word for word in kind if rng.random() >= missing])
             return [_shuffled(group, rng) for group in _shuffled(groups, rng) if group]
         for item in scene.objects:
-            words = [
-                *item.attributes.values(),
-                *([item.size] if with_size else []),
-                *(item.zone.split() if with_zone else []),
-            ]
+            words = [*item.attributes.values(), *([item.size] if with_size else []), *(item.zone.split() if with_zone else [])]
             groups.append([word for word in words if rng.random() >= missing])
         if rng.random() < 0.3:
             groups.append([scene.background, "background"])
@@ -117,9 +107,7 @@ class KeywordDocuments:
         return collate(documents, cast(int, self.tokenizer.pad_token_id))
 
 
-def build_shapes_language_model(
-    tokenizer: PreTrainedTokenizerFast, settings: ShapesLanguageModelSettings
-) -> GPT2LMHeadModel:
+def build_shapes_language_model(tokenizer: PreTrainedTokenizerFast, settings: ShapesLanguageModelSettings) -> GPT2LMHeadModel:
     """Build the untrained language model, a GPT-2 with tied embeddings and without dropout: documents never repeat."""
     model = build_language_model(tokenizer, settings)
     # Learned embeddings of words put colours into opposite pairs, and then the mean of red and yellow is that of cyan and
@@ -149,9 +137,7 @@ def train_shapes_language_model(
     rng = np.random.default_rng((settings.seed, 2))
 
     def loss_of_step(step: int) -> torch.Tensor:
-        input_ids, labels = documents.batch(
-            settings.batch_size, rng, count=1 if step <= settings.single_steps else None
-        )
+        input_ids, labels = documents.batch(settings.batch_size, rng, count=1 if step <= settings.single_steps else None)
         return caption_loss(model, input_ids.to(device), labels.to(device))
 
     return model, tokenizer, minimise(model, loss_of_step, settings)
@@ -163,11 +149,7 @@ def held_out_document_losses(
 ) -> dict[str, float]:
     """Loss in nats per token on fresh documents with keywords, one per position or packed, and without."""
     losses = {}
-    for name, bare, packed in (
-        ("with_keywords", 0.0, 0.0),
-        ("with_packed_keywords", 0.0, 1.0),
-        ("without_keywords", 1.0, 0.0),
-    ):
+    for name, bare, packed in (("with_keywords", 0.0, 0.0), ("with_packed_keywords", 0.0, 1.0), ("without_keywords", 1.0, 0.0)):
         settings = ShapesLanguageModelSettings(bare_share=bare, packed_share=packed, partial_share=0.0)
         batch = KeywordDocuments(tokenizer, settings).batch(documents, np.random.default_rng(seed))
         losses[name] = float(caption_loss(model, *batch))
