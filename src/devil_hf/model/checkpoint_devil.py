@@ -117,8 +117,8 @@ class DevilPreTrainedModel(PreTrainedModel):
         try:
             super().save_pretrained(save_directory, state_dict=state_dict, **kwargs)
             needs = (config.translator_type, "lora" if config.lora else "", "slim" if slim else "")
-            if needs := [need for need in needs if need in COMPANIONS]:
-                write_companions(needs, Path(save_directory))
+            if found := [need for need in needs if need in COMPANIONS]:
+                write_companions(found, Path(save_directory))
                 config.auto_map |= dict.fromkeys(AUTO_CLASSES, f"{ENTRY}.DevilModel")
                 config.save_pretrained(save_directory)
         finally:
