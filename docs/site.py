@@ -3,7 +3,7 @@
 Two comments in a page are replaced:
 
 * `<!-- verb: evaluate maps -->` by example and settings of a verb of `devil`;
-* `<!-- registry: devil_hf.data.sources:SOURCES -->` by the names of a registry, each with the first line of its docstring.
+* `<!-- registry: devil_hf.data.pairs:PAIR_SOURCES -->` by the names of a registry, each with the first line of its docstring.
 """
 
 import importlib

@@ -61,7 +61,7 @@ def test_flags_may_say_what_they_are(words, dry, frame):
 def test_a_file_gives_what_the_command_line_does_not(tmp_path):
     file = tmp_path / "paint.yaml"
     file.write_text("images: [a.png]\nwidth: 1e-3\ncolours: [blue]\nmax_strokes: 4\n")
-    settings = parse(PaintSettings, ["--config", str(file), "--max-strokes", "5"])
+    settings = parse(PaintSettings, [f"--config={file}", "--max-strokes", "5"])
     assert (settings.images, settings.width, settings.colours, settings.max_strokes) == (["a.png"], 1e-3, ["blue"], 5)
     again = make(PaintSettings, yaml.safe_load(yaml.safe_dump(as_record(settings))))
     assert again == settings

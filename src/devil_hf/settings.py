@@ -74,7 +74,8 @@ def add_options(parser: argparse.ArgumentParser, cls: type, relaxed: bool = Fals
     hints = typing.get_type_hints(cls)
     for field in _in_order_of_help(cls):
         _add_option(parser, field, hints[field.name], relaxed)
-    parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file of these settings; options win over it")
+    place = "YAML file of these settings" + (", or a folder or name that has one" if hasattr(cls, "locate") else "")
+    parser.add_argument("--config", type=Path, metavar="FILE", help=f"{place}; options win over it")
 
 
 def _in_order_of_help(cls: type) -> list[dataclasses.Field]:
@@ -123,7 +124,7 @@ def parse(cls: type[Settings], arguments: Sequence[str], **parser_settings: Any)
     """
     parser = argparse.ArgumentParser(**parser_settings)
     words = understood(cls, arguments)
-    add_options(parser, cls, relaxed="--config" in words)
+    add_options(parser, cls, relaxed=names_file(words))
     return from_namespace(cls, parser.parse_args(words))
 
 
@@ -131,6 +132,11 @@ def from_namespace(cls: type[Settings], namespace: argparse.Namespace) -> Settin
     """Settings of parsed options: the fields of the file `--config`, and over them those of the command line."""
     file = getattr(namespace, "config", None)
     return make(cls, (read_yaml(cls, file) if file is not None else {}) | given(cls, namespace))
+
+
+def names_file(arguments: Sequence[str]) -> bool:
+    """Whether a command line has `--config FILE`, so that required settings may stand in the file."""
+    return any(word.partition("=")[0] == "--config" for word in arguments)
 
 
 def given(cls: type, namespace: argparse.Namespace) -> dict[str, Any]:
@@ -402,6 +408,7 @@ __all__ = [
     "hyphenated",
     "make",
     "markdown_table",
+    "names_file",
     "option",
     "parse",
     "read_layers",

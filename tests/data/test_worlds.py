@@ -12,7 +12,7 @@ from devil_hf.data.images import open_images
 from devil_hf.data.objects import open_localised
 from devil_hf.data.pairs import open_pairs
 from devil_hf.data.shapes import make_scene
-from devil_hf.data.specifications import caption_sources
+from devil_hf.data.specifications import caption_sources, named_sources
 from devil_hf.data.world_dataset import world_dataset
 from devil_hf.data.worlds import USUAL_COUNT, World, parse_world
 from devil_hf.evaluation.results import read_evaluations
@@ -47,6 +47,17 @@ def test_labels_follow_from_the_world_and_not_from_a_hope():
     assert World(3).label == "shapes world, seed 1 (held-out scenes)"
     assert World(3, 9).label == "shapes world, seed 9 (scenes of another world)"
     assert open_captioned("{kind: shapes, size: 3, seed: 0}").name == World(3, 0).label
+
+
+def test_results_name_every_source_that_was_read():
+    shapes, hub = {"kind": "shapes", "size": 3, "seed": 0}, {"kind": "hub", "path": "user/data", "split": "val"}
+    assert named_sources([hub]) == {"name": "user/data", "split": "val", "id": "user/data"}
+    coco = {"kind": "coco", "annotations": "a/captions_val.json", "split": "test"}
+    assert named_sources([shapes, hub, coco]) == {"name": f"{World(3, 0).label} + user/data + captions_val.json"}
+    assert named_sources([shapes, {"kind": "own", "of": "us"}])["name"] == f"{World(3, 0).label} + own"
+    assert open_captioned("[{kind: shapes, size: 1, seed: 0}, {kind: shapes, size: 1, seed: 1}]").name == (
+        f"{World(1, 0).label} + {World(1, 1).label}"
+    )
 
 
 def test_a_recipe_says_which_world_it_trains_on():

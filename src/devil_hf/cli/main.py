@@ -9,7 +9,7 @@ from typing import Any
 
 from devil_hf.cli.verb import VERBS, Verb
 from devil_hf.extras import explain
-from devil_hf.settings import add_options, from_namespace, understood
+from devil_hf.settings import add_options, from_namespace, names_file, understood
 
 EPILOG = "Checkpoints are directories or Hub ids; without one, the shapes-world checkpoint of the package answers."
 
@@ -74,7 +74,7 @@ class _VerbParser(argparse.ArgumentParser):
         else:
             settings_class = self.verb.settings()  # type: ignore[misc]
             words = understood(settings_class, words)
-            add_options(self, settings_class, relaxed="--config" in words)
+            add_options(self, settings_class, relaxed=names_file(words))
             _add_global_options(self, argparse.SUPPRESS)
             self.set_defaults(chosen=(self.verb, settings_class, self.prog))
         return super().parse_known_args(words, namespace)

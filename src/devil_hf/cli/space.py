@@ -14,7 +14,7 @@ class SpaceSettings(JsonSettings):
     """Which Space, and which checkpoint answers in it."""
 
     space_id: str = option("created if need be", positional=True, metavar="USER/SPACE")
-    checkpoint: str | None = option("Hub id (default: the embedded shapes world)", None, metavar="USER/REPO")
+    checkpoint: str | None = option("Hub id (default: the shapes world of the package)", None, metavar="USER/REPO")
     private: bool | None = option("only you can see a new Space", None)
     commit_message: str | None = option("default: Upload DeViL demo", None)
     dry_run: bool = option("show files and card, and send nothing", False)

@@ -1,8 +1,8 @@
 """Captioned images to measure on, by a word of the command line: held-out scenes, a caption folder, or any source of a recipe."""
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import cast
 
 from PIL import Image as PILImage
@@ -10,7 +10,7 @@ from PIL import Image as PILImage
 from devil_hf.data.decoding import BadSamples, PairDecoder
 from devil_hf.data.pairs import REGIONS, open_pairs
 from devil_hf.data.shapes import Scene
-from devil_hf.data.specifications import caption_sources
+from devil_hf.data.specifications import caption_sources, named_sources
 from devil_hf.data.worlds import SHAPES, World
 
 
@@ -20,7 +20,7 @@ class CaptionedImages:
 
     Args:
         name: what they are, for people.
-        source: what was asked for, as it was written.
+        source: what was read: the world, or the sources as JSON.
         keys: one name per image.
         captions: at least one per image.
         load: the image at a position.
@@ -70,14 +70,14 @@ def open_captioned(data: str = SHAPES, split: str | None = None, limit: int = 20
     if len(rows) < 2:
         raise ValueError(f"{data} holds {len(rows)} images with captions that can be used: at least 2 are needed")
     encoded = list(rows.values())
-    first = sources[0]
+    dataset = named_sources(sources)
     return CaptionedImages(
-        name=Path(str(first.get("path", first["kind"]))).name,
-        source=data,
+        name=dataset["name"],
+        source=json.dumps(sources, default=str),
         keys=list(rows),
         captions=[row["captions"] for row in encoded],
         load=lambda at: cast(dict, decode(encoded[at]))["image"],
-        split=first.get("split"),
+        split=dataset.get("split"),
     )
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from devil_hf.data.worlds import SHAPES, USUAL_COUNT, World, parse_world
+from devil_hf.data.worlds import SHAPES, USUAL_COUNT, World, parse_world, world_label
 
 Sources = list[dict[str, Any]]
 
@@ -60,6 +60,24 @@ def caption_sources(text: str, split: str | None = None, count: int = USUAL_COUN
     return [{"kind": SHAPES, "size": named.count, "seed": named.seed}] if isinstance(named, World) else named
 
 
+def named_sources(sources: Sources) -> dict[str, Any]:
+    """What was read, as results name it: `name` of all sources, their `split` where it is one, `id` of a Hub data set."""
+    dataset: dict[str, Any] = {"name": " + ".join(map(_source_name, sources))}
+    splits = {source["split"] for source in sources if "split" in source}
+    if len(splits) == 1:
+        (dataset["split"],) = splits
+    if len(sources) == 1 and sources[0]["kind"] == "hub":
+        dataset["id"] = sources[0]["path"]
+    return dataset
+
+
+def _source_name(source: dict[str, Any]) -> str:
+    if source["kind"] == SHAPES:
+        return world_label(source["seed"])
+    place = next((source[name] for name in ("path", "annotations", "captions", "urls") if source.get(name)), source["kind"])
+    return place if source["kind"] == "hub" else Path(place if isinstance(place, str) else place[0]).name
+
+
 def _sources(content: str, where: str) -> Sources:
     try:
         found = yaml.safe_load(content)
@@ -71,4 +89,4 @@ def _sources(content: str, where: str) -> Sources:
     return sources
 
 
-__all__ = ["Sources", "caption_sources", "read_specification"]
+__all__ = ["Sources", "caption_sources", "named_sources", "read_specification"]

@@ -18,8 +18,7 @@ from transformers.utils import logging
 
 from devil_hf.data.decoding import BadSamples, PairDecoder
 from devil_hf.data.pairs import open_pairs
-from devil_hf.data.specifications import caption_sources
-from devil_hf.data.worlds import world_label
+from devil_hf.data.specifications import caption_sources, named_sources
 from devil_hf.evaluation.evaluator import EVALUATORS, EvaluationSettings, Evaluator
 from devil_hf.evaluation.results import CONTROLS, Evaluation, metric_name
 from devil_hf.evaluation.tables import table
@@ -126,7 +125,7 @@ class CaptionsEvaluator(Evaluator):
             title="Captions of features",
             scores=found["scores"],
             controls=found["controls"],
-            dataset=_dataset(self.sources, len(good)),
+            dataset=named_sources(self.sources) | {"size": len(good)},
             settings=noted,
             details={"missing": found["missing"], "texts": found["texts"]},
         )
@@ -187,21 +186,3 @@ def score_descriptions(
         missing |= rows[name].pop("missing", {})
     controls = {name: rows.pop(name) for name in ("shuffled", "constant")}
     return {"scores": rows, "controls": controls, "missing": missing, "texts": {"constant": constant}}
-
-
-def _dataset(sources: Sequence[dict[str, Any]], images: int) -> dict[str, Any]:
-    """What was read, as results name it."""
-    dataset: dict[str, Any] = {"name": " + ".join(_source_name(source) for source in sources), "size": images}
-    splits = {source["split"] for source in sources if "split" in source}
-    if len(splits) == 1:
-        (dataset["split"],) = splits
-    if len(sources) == 1 and sources[0]["kind"] == "hub":
-        dataset["id"] = sources[0]["path"]
-    return dataset
-
-
-def _source_name(source: dict[str, Any]) -> str:
-    if source["kind"] == "shapes":
-        return world_label(source["seed"])
-    place = source.get("path") or source.get("annotations") or source.get("captions") or source["urls"]
-    return source["path"] if source["kind"] == "hub" else Path(place if isinstance(place, str) else place[0]).name

@@ -50,9 +50,10 @@ class MapsSettings(EvaluationSettings):
         [],
         metavar="FOLDER:SPLIT",
     )
-    seen: int = option("images", 10)
+    seen: int = option("of the training's images must name a class that counts as known", 10)
     gradcam: bool = option("also Grad-CAM of the backbone's classifier", False)
     class_names: Path | None = option("of that classifier, one a line (default: ImageNet's)", None)
+    batch_size: int = option("images between two records, per process; each is mapped alone", 1)
     seed: int = option("of boards, random orders and intervals", 0)
     output_dir: Path = option("maps, records, scores.json and maps.png; goes on where it stopped", Path("devil-maps"))
 

@@ -57,8 +57,10 @@ class ShapesSettings(EvaluationSettings):
         super().validate()
         if self.limit is None or self.limit < 2:
             raise ValueError(f"--limit {self.limit}: at least 2 scenes are needed, to deal descriptions to others")
-        if unknown := sorted(set(self.questions) - set(QUESTIONS)) or not self.questions:
-            raise ValueError(f"questions {unknown or 'of none'}: choose from {', '.join(QUESTIONS)}")
+        if not self.questions:
+            raise ValueError(f"there are no questions: choose from {', '.join(QUESTIONS)}")
+        if self.pointing_limit is not None and self.pointing_limit < 1:
+            raise ValueError(f"--pointing-limit {self.pointing_limit} must be at least 1, or leave pointing out of --questions")
 
 
 @EVALUATORS.register("shapes")
@@ -140,7 +142,8 @@ def scene_rows(
         for row, places in zip(rows, _answer_places(model, processor, features, maps, scenes), strict=True):
             row["places"] = places
     if "pointing" in questions:
-        play = [at for at, i in enumerate(indices) if i < (pointing_limit or i + 1) and scenes[at].unique_phrases()]
+        last = float("inf") if pointing_limit is None else pointing_limit
+        play = [at for at, index in enumerate(indices) if index < last and scenes[at].unique_phrases()]
         for row in rows:
             row["pointing"] = []
         if play:

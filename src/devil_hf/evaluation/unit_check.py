@@ -96,6 +96,10 @@ class UnitsEvaluator(Evaluator):
         network = {"network": self.reader.fingerprint, "layers": self.reader.layers}
         return {**network, "labels": self.unit_labels, "images": self.images.name, "carrier": self.settings.carrier}
 
+    def group(self, key: str) -> str:
+        """Each pass is recorded when it is done."""
+        return key
+
     def rows(self, keys: Sequence[str]) -> list[dict[str, Any]]:
         """The file of each pass, and its shape."""
         settings, folder, found = self.settings, Path(self.settings.output_dir), []
@@ -114,11 +118,6 @@ class UnitsEvaluator(Evaluator):
         """See `check_labels`."""
         settings, folder = self.settings, Path(self.settings.output_dir)
         activations, evidence = (load_file(folder / rows[key]["file"])[key] for key in (ACTIVATIONS, EVIDENCE))
-        if activations.shape[1] != evidence.shape[1] or len(activations) != len(self.unit_labels):
-            raise ValueError(
-                f"{tuple(activations.shape)} activations do not fit {evidence.shape[1]} images and "
-                f"{len(self.unit_labels)} labels: some images cannot be read, or layers differ from those of the labels"
-            )
         found = check_all(activations, evidence, self.labels, self.unit_labels, **settings.check())
         scores = {name: {measure: row[measure] for measure in MEASURES} for name, row in found["summaries"].items()}
         return Evaluation(
@@ -150,7 +149,15 @@ def check_all(
     Returns:
         `units`: what `check_labels` returns; `summaries`: "labels", "constant", "shuffled" -> what `check_summary` returns;
         `texts`: the constant label.
+
+    Raises:
+        ValueError: for activations of other images than the evidence, or of other units than the labels.
     """
+    if activations.shape[1] != evidence.shape[1] or len(activations) != len(unit_labels):
+        raise ValueError(
+            f"{tuple(activations.shape)} activations do not fit {evidence.shape[1]} images and {len(unit_labels)} labels: some "
+            "images cannot be read, or layers differ from those of the labels"
+        )
     units = check_labels(activations, evidence, labels, unit_labels, **options)
     constant = check_constant(activations, evidence, labels, unit_labels, **options)
     shuffled = check_shuffled(activations, evidence, labels, unit_labels, **options)

@@ -213,14 +213,9 @@ class _Run:
         labels = sorted({label for label in unit_labels if label})
         activations = held_out_activations(self.reader, self.reading, images, settings.batch_size)
         evidence = held_out_evidence(self.model, self.processor, images, labels, settings.batch_size, settings.carrier)
-        if activations.shape[1] != evidence.shape[1] or len(activations) != len(rows):
-            raise ValueError(
-                f"{tuple(activations.shape)} activations do not fit {evidence.shape[1]} images and {len(rows)} labels: "
-                "some images cannot be read, or layers differ from those of the exemplars"
-            )
+        found = check_all(activations, evidence, labels, unit_labels, **settings.check())
         content = {"activations": activations, "evidence": evidence}
         save_file(content, self.folder / "held_out.safetensors", {"labels": json.dumps(labels)})
-        found = check_all(activations, evidence, labels, unit_labels, **settings.check())
         summaries = found["summaries"]
         summary = {
             "images": activations.shape[1],

@@ -55,7 +55,7 @@ class Recipe:
     shuffle_buffer: int = option("rows in the shuffle buffer of a stream, per worker", 1_000)
     workers: int = option("processes that decode images, per training process", 0)
     smallest_crop: float = option("smallest share of an image in a random view of it; 1: whole and as it is", 1.0)
-    cache_features: str = option("folder of frozen features, computed once; training then reads no pixels", "")
+    cache_features: str = option("folder of frozen features, computed once; training then reads no pixels", "", metavar="DIR")
     views: int = option("cached views of each image: itself, then random views", 1)
     draws: int = option("cached draws of location dropout of each view", 8)
     cache_seed: int = option("of cached views and draws: runs of several seeds can share one cache", 0)
@@ -85,8 +85,10 @@ class Recipe:
     save: Literal["auto", "slim", "full", "merged"] = option(
         "final checkpoint: `slim`, `full`, `merged` (LoRA), or `auto`: slim where possible", "auto"
     )
-    report_to: str = option(f"trackers, separated by commas, of {', '.join(TRACKERS)}; `auto`: those installed", "auto")
-    push_to_hub: str = option("Hub repository (user/name) that gets the final checkpoint", "")
+    report_to: str = option(
+        f"trackers, separated by commas, of {', '.join(TRACKERS)}; `auto`: those installed", "auto", metavar="TRACKERS"
+    )
+    push_to_hub: str = option("Hub repository that gets the final checkpoint", "", metavar="USER/REPO")
     processes: int = option("stop unless the run has this many processes; 0: any number", 0)
     resume: bool = option("go on from the newest checkpoint of output_dir, if there is one", False)
 
