@@ -56,10 +56,11 @@ def register_when_needed() -> None:
 
 
 class _Watch(MetaPathFinder):
-    """Finds what Python finds, and knows how many imports of watched modules are under way in a thread."""
+    """Finds what Python finds, and knows how many imports of watched modules are under way, in all threads."""
 
     def __init__(self) -> None:
-        self.here = threading.local()
+        self.lock = threading.Lock()
+        self.depth = 0
         self.wanted = False
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
@@ -70,11 +71,20 @@ class _Watch(MetaPathFinder):
             spec.loader = _Counting(spec.loader, self, name)
         return spec
 
-    def finished(self, name: str, depth: int) -> None:
-        """After a module has been imported, with `depth` others under way."""
-        self.wanted = self.wanted or name in TRIGGERS
-        if self.wanted and depth == 0 and self in sys.meta_path:
-            sys.meta_path.remove(self)
+    def begin(self) -> None:
+        """Before a module is imported."""
+        with self.lock:
+            self.depth += 1
+
+    def end(self, name: str) -> None:
+        """After a module has been imported, or could not be."""
+        with self.lock:
+            self.depth -= 1
+            self.wanted = self.wanted or name in TRIGGERS
+            ready = self.wanted and self.depth == 0 and self in sys.meta_path
+            if ready:
+                sys.meta_path.remove(self)
+        if ready:
             register()
 
 
@@ -92,13 +102,13 @@ class _Counting(Loader):
 
     def exec_module(self, module: Any) -> None:
         module.__loader__ = module.__spec__.loader = self.loader
-        here = self.watch.here
-        here.depth = getattr(here, "depth", 0) + 1
+        self.watch.begin()
         try:
             self.loader.exec_module(module)
-        finally:
-            here.depth -= 1
-        self.watch.finished(self.name, here.depth)
+        except BaseException:
+            self.watch.end("")
+            raise
+        self.watch.end(self.name)
 
 
 __all__ = ["register", "register_when_needed"]

@@ -143,6 +143,14 @@ def test_a_slim_checkpoint_fetches_its_frozen_parts_from_the_hub(elsewhere, slim
     assert elsewhere["slim"] == slim_model.generate(**inputs, max_new_tokens=6).tolist()
 
 
+def test_what_transformers_itself_pushes_is_complete(hub, slim_model, tmp_path):
+    slim_model.save_pretrained(tmp_path / "slim", slim=True, push_to_hub=True, repo_id="tester/saved")
+    files = hub.files("tester/saved")
+    assert {"modeling_devil.py", "slim_devil.py", "companions_devil.py", "model.safetensors"} <= files.keys()
+    config = json.loads(files["config.json"])
+    assert config["frozen_weights"] == "reference" and config["auto_map"]["AutoModel"] == "companions_devil.DevilModel"
+
+
 def test_a_slim_checkpoint_names_the_commits_of_its_frozen_parts(hub, slim_repository, slim_model):
     config = json.loads(slim_repository["config.json"])
     assert config["backbone_config"]["revision"] == hub.repositories["model", "timm/test_resnet.r160_in1k"].refs["main"]

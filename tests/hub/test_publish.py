@@ -77,6 +77,15 @@ def test_a_model_of_its_repositorys_own_code_can_be_published(checkpoint, unchec
     assert {"model.safetensors", "modeling_devil.py", "processor_config.json", "README.md"} <= draft.tree().keys()
 
 
+def test_code_of_the_other_kind_does_not_come_along(slim_model, processor, unchecked, tmp_path):
+    slim_model.save_pretrained(tmp_path / "slim", slim=True)
+    processor.save_pretrained(tmp_path / "slim")
+    assert (tmp_path / "slim" / "slim_devil.py").exists()
+    files = prepare(tmp_path / "slim", "tester/full", tmp_path / "full", slim=False).tree()
+    assert {"modeling_devil.py", "processing_devil.py", "image_processing_devil.py"} <= files.keys()
+    assert not {"slim_devil.py", "companions_devil.py"} & files.keys()
+
+
 def test_scores_of_other_weights_are_not_published(model, processor, checkpoint, unchecked, tmp_path):
     (tmp_path / "own.json").write_text(json.dumps(SCORES | {"weights": fingerprint(model)}))
     (tmp_path / "other.json").write_text(json.dumps([SCORES, SCORES | {"weights": "0" * 64}]))

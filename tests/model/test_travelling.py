@@ -33,6 +33,7 @@ def test_the_list_has_nothing_that_the_code_does_not_do():
     [
         ("eval('1')", "uses eval"),
         ("import os\nos.remove('x')", "uses os.remove"),
+        ("from os import remove", "imports of os remove"),
         ("from .other import x", "imports .other"),
         ("import pickle", "imports pickle"),
         ("from urllib.request import urlopen", "imports urllib"),

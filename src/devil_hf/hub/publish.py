@@ -184,7 +184,8 @@ def _stage(
     if isinstance(checkpoint, str | PathLike):
         copy_checkpoint(checkpoint, folder)
     if given or slim != kind or not any(folder.glob(CODE)):
-        for stale in folder.glob("*.safetensors*"):
+        # Code, too: what fetches the frozen parts of a slim checkpoint has no place beside a self-contained one.
+        for stale in (*folder.glob("*.safetensors*"), *folder.glob(CODE)):
             stale.unlink()
         model.save_pretrained(folder, slim=slim)
         processor.save_pretrained(folder)

@@ -47,7 +47,7 @@ ACCESSES = (
     Access("checkpoint_devil.py", "cls.config_class.from_pretrained", "loading", "the checkpoint's config.json"),
     Access("checkpoint_devil.py", "super().from_pretrained", "loading", "the checkpoint's safetensors files"),
     Access("checkpoint_devil.py", "super().save_pretrained", "saving", "the directory that you name"),
-    Access("checkpoint_devil.py", "config.save_pretrained", "saving with companions", "the directory that you name"),
+    Access("checkpoint_devil.py", "self.config.save_pretrained", "saving with companions", "the directory that you name"),
     Access("checkpoint_devil.py", "file.read_text", "saving with companions", "the companion's own file"),
     Access("checkpoint_devil.py", "(folder / file.name).write_text", "saving with companions",
            "the companion's file in the directory that you name"),
@@ -95,6 +95,8 @@ def violations(file: Path) -> Iterator[str]:
         elif isinstance(node, ast.ImportFrom):
             beside = node.level == 1 and (file.parent / f"{node.module}.py").exists()
             names = [] if beside else ["." * node.level + (node.module or "")]
+            if node.module == "os":
+                names += [f"of os {alias.name}" for alias in node.names if alias.name not in OF_OS]
         else:
             names = []
             of_os = isinstance(node, ast.Attribute) and ast.unparse(node.value) == "os" and node.attr not in OF_OS

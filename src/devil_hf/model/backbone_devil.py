@@ -236,7 +236,8 @@ def to_token(output: Tensor, layout: str) -> Tensor:
 def build_module(description: dict[str, Any]) -> nn.Module:
     """The architecture of a description, with random weights, on the current default device."""
     if description["kind"] == "timm":
-        return timm.create_model(description["architecture"], pretrained=False, **description["kwargs"])
+        name = description["architecture"].split(":")[-1]  # neither a repository nor a directory, and no file of weights
+        return timm.create_model(name, pretrained=False, checkpoint_path="", **description["kwargs"])
     if description["kind"] == "custom":
         raise ValueError("a custom backbone cannot be built from its configuration; pass the module itself as `backbone=`")
     module, _, name = description["model_class"].rpartition(".")

@@ -31,9 +31,7 @@ COMPANIONS: dict[str, Any] = {}
 def companion(need: str) -> Any:
     """The module for what a checkpoint needs beyond the files that always travel; an ImportError where it is not there."""
     if need not in COMPANIONS:
-        raise ImportError(
-            f"the code for {need!r} is not among this checkpoint's files: pip install devil-hf, and import devil_hf."
-        )
+        raise ImportError(f"this checkpoint has no code for {need!r}: pip install devil-hf, and import devil_hf before loading.")
     return COMPANIONS[need]
 
 
@@ -41,9 +39,8 @@ def write_companions(needs: Sequence[str], folder: Path) -> None:
     """Write the files that a checkpoint needs beside the usual ones, and one that imports them with the model."""
     lines = ['"""The model, with the code that this checkpoint needs beside the files that always travel."""', ""]
     for file in sorted({Path(COMPANIONS[need].__file__) for need in needs}):
-        code = (
-            file.read_text(encoding="utf-8").replace("from devil_hf.model.", "from .").replace("from devil_hf.build.", "from .")
-        )
+        code = file.read_text(encoding="utf-8")
+        code = code.replace("from devil_hf.model.", "from .").replace("from devil_hf.build.", "from .")
         (folder / file.name).write_text(code, encoding="utf-8")
         lines.append(f"from .{file.stem} import DevilModel")
     (folder / f"{ENTRY}.py").write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -63,6 +60,7 @@ class DevilPreTrainedModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
+    _needs: tuple[str, ...] = ()  # companions that a folder lacks while it is being saved
 
     def freeze(self) -> "DevilPreTrainedModel":
         """Switch the gradients of the frozen parts off: loading makes every weight trainable again."""
@@ -114,15 +112,24 @@ class DevilPreTrainedModel(PreTrainedModel):
         config.auto_map |= dict.fromkeys(AUTO_CLASSES, "modeling_devil.DevilModel")
         before, config.frozen_weights = config.frozen_weights, "reference" if slim else "embedded"
         config.custom_pipelines = CUSTOM_PIPELINES
+        needs = (config.translator_type, "lora" if config.lora else "", "slim" if slim else "")
+        self._needs = tuple(need for need in needs if need in COMPANIONS) if kwargs.get("is_main_process", True) else ()
         try:
             super().save_pretrained(save_directory, state_dict=state_dict, **kwargs)
-            needs = (config.translator_type, "lora" if config.lora else "", "slim" if slim else "")
-            if found := [need for need in needs if need in COMPANIONS]:
-                write_companions(found, Path(save_directory))
-                config.auto_map |= dict.fromkeys(AUTO_CLASSES, f"{ENTRY}.DevilModel")
-                config.save_pretrained(save_directory)
+            self._add_companions(save_directory)
         finally:
-            config.frozen_weights = before
+            config.frozen_weights, self._needs = before, ()
+
+    def _upload_modified_files(self, working_dir, *args, **kwargs):
+        self._add_companions(working_dir)  # before `save_pretrained(push_to_hub=True)` sends the folder
+        return super()._upload_modified_files(working_dir, *args, **kwargs)
+
+    def _add_companions(self, folder: str | PathLike) -> None:
+        if self._needs:
+            write_companions(self._needs, Path(folder))
+            self.config.auto_map |= dict.fromkeys(AUTO_CLASSES, f"{ENTRY}.DevilModel")
+            self.config.save_pretrained(folder)
+            self._needs = ()
 
     @property
     def parts_without_source(self) -> list[str]:
@@ -157,11 +164,9 @@ class DevilPreTrainedModel(PreTrainedModel):
             raise TypeError("language_model must be an id or a directory; a module goes to from_backbone_and_language_model.")
         if config.frozen_weights == "embedded" and (language_model or isinstance(backbone, str | PathLike)):
             raise ValueError(f"{path} holds its frozen weights itself: leave backbone and language_model out.")
-        if isinstance(backbone, FeatureBackbone):
-            backbone = backbone.module
-        module = backbone if isinstance(backbone, nn.Module) else None
-        if module is not None:
-            kwargs["backbone"] = module
+        backbone = backbone.module if isinstance(backbone, FeatureBackbone) else backbone
+        if isinstance(backbone, nn.Module):
+            kwargs["backbone"] = backbone
         with _told_when_cut(path):
             if path is not None and state_dict is None and config.frozen_weights == "reference":
                 state_dict = companion("slim").slim_state_dict(path, config, backbone, language_model, hub)

@@ -92,12 +92,8 @@ class DevilConfig(PreTrainedConfig):
         # Before the fields are read: those of a newer format may well be wrong for this one.
         version = config_dict.get("format_version", FORMAT_VERSION)
         if version > FORMAT_VERSION:
-            raise ValueError(
-                f"this checkpoint has format_version {version}, newer than the {FORMAT_VERSION} that this code reads: "
-                "upgrade devil-hf."
-            )
-        # An option of earlier checkpoints that nothing could set.
-        config_dict = {name: value for name, value in config_dict.items() if name != "translator_norm_eps"}
+            raise ValueError(f"this checkpoint has format_version {version}, this code reads {FORMAT_VERSION}: upgrade devil-hf.")
+        config_dict = {name: value for name, value in config_dict.items() if name != "translator_norm_eps"}  # a former option
         return super().from_dict(config_dict, **kwargs)
 
     def validate_probabilities(self):

@@ -365,9 +365,7 @@ class DevilModel(ExplainMixin, ScoreMixin, DevilPreTrainedModel):
         new_tokens = config.max_new_tokens or config.max_length or DEFAULT_NEW_TOKENS
         chunk = rows_per_chunk(self.language_model, start.shape[1], rows, new_tokens, logit_positions=1)
         if len(start) > chunk and config.return_dict_in_generate:
-            raise ValueError(
-                f"return_dict_in_generate works for up to {chunk} questions at once, not for {len(start)}: ask fewer."
-            )
+            raise ValueError(f"return_dict_in_generate works for {chunk} questions at once, not for {len(start)}: ask fewer.")
         outputs = []
         for part in start.split(chunk):
             mask = torch.ones(part.shape[:2], dtype=torch.long, device=part.device)

@@ -148,7 +148,7 @@ def register_translator(name: str) -> Callable[[type[nn.Module]], type[nn.Module
     """Decorator of another way to turn pooled features into a prefix, chosen by `config.translator_type=name`.
 
     The class is made, called and initialised like `Translator`. Where its checkpoints should load without the package that
-    defines it, its module is one file that enters itself in `COMPANIONS` by the same name, and travels with them.
+    defines it, its module is one file that imports `DevilModel`, enters itself in `COMPANIONS` by the same name, and travels.
     """
 
     def register(translator: type[nn.Module]) -> type[nn.Module]:
