@@ -23,10 +23,11 @@ OF_OS = {"PathLike", "fspath", "listdir", "path"}
 FORBIDDEN = {"__import__", "breakpoint", "compile", "eval", "exec", "globals", "input", "open"}
 # The last name of every call that touches files, the network, or code by name.
 TOUCHING = {
-    "cached_file", "create_model", "exists", "from_pretrained", "fromfile", "get_session", "import_module", "isdir", "listdir",
-    "load", "load_file", "load_state_dict", "makedirs", "memmap", "mkdir", "open", "popen", "push_to_hub", "read_bytes",
-    "read_text", "rename", "rmtree", "save", "save_file", "save_pretrained", "savez",
-    "snapshot_download", "system", "tofile", "unlink", "urlopen", "urlretrieve", "write_bytes", "write_text",
+    "cached_file", "create_commit", "create_model", "exists", "from_pretrained", "fromfile", "get_session", "hf_hub_download",
+    "import_module", "isdir", "listdir", "load", "load_file", "load_state_dict", "makedirs", "memmap", "mkdir", "open",
+    "popen", "push_to_hub", "read_bytes", "read_text", "rename", "rmdir", "rmtree", "save", "save_file", "save_pretrained",
+    "savez", "snapshot_download", "system", "tofile", "touch", "unlink", "upload_file", "upload_folder", "urlopen",
+    "urlretrieve", "write_bytes", "write_text",
 }  # fmt: skip
 
 
