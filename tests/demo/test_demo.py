@@ -350,7 +350,8 @@ def test_few_models_stay_in_memory(model, processor, monkeypatch):
 
 
 def test_words_are_buttons_that_say_their_evidence_and_cannot_break_out():
-    text = html.words_html([("red", 1.5), ('"><script>', -0.5)])
+    words = [("red", 1.5), ('"><script>', -0.5)]
+    text = html.image_html([{"layer": "all", "location": None, "description": "", "evidence": 0.5, "words": words}])
     assert text.count("<button") == 2 and 'data-word="red"' in text and "+1.50 nats" in text
     assert "<script" not in text
     assert "240, 130, 40" in text and "63, 142, 206" in text

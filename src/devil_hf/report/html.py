@@ -61,11 +61,6 @@ def _box(left: float, top: float, width: float, height: float) -> str:
     return f"left:{100 * left:.3f}%;top:{100 * top:.3f}%;width:{100 * width:.3f}%;height:{100 * height:.3f}%"
 
 
-def words_html(words: Sequence[tuple[str, float]]) -> str:
-    """Words as buttons, tinted by evidence; `data-word` holds the word."""
-    return render(f"{TEMPLATES}/words.html", words=tinted(words))
-
-
 def place_html(rows: Sequence[Mapping[str, Any]], layer: str, where: str) -> str:
     """What one place says: large at `layer`, and small at the others, whose names are buttons (`data-layer`)."""
     shown = _shown(rows)
@@ -150,4 +145,4 @@ def features_html(
     return render(f"{TEMPLATES}/features.html", tiles=tiles, chosen=layer)
 
 
-__all__ = ["data_uri", "features_html", "image_html", "maps_html", "place_html", "stage_html", "tinted", "words_html"]
+__all__ = ["data_uri", "features_html", "image_html", "maps_html", "place_html", "stage_html", "tinted"]
