@@ -4,6 +4,7 @@ import copy
 import json
 import re
 import shutil
+import sys
 
 import pytest
 import torch
@@ -69,8 +70,19 @@ def test_a_model_without_a_processor_is_refused(model, tmp_path):
         prepare(nameless, "tester/devil", tmp_path)
 
 
-def test_a_model_of_its_repositorys_own_code_can_be_published(checkpoint, unchecked, tmp_path, monkeypatch):
+@pytest.fixture
+def modules_cache(tmp_path, monkeypatch):
+    """A cache of remote code of this test alone: what other tests imported is not found in its stead."""
+    for name in [name for name in sys.modules if name.split(".")[0] == "transformers_modules"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path != dynamic_module_utils.HF_MODULES_CACHE])
     monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    yield
+    for name in [name for name in sys.modules if name.split(".")[0] == "transformers_modules"]:
+        del sys.modules[name]
+
+
+def test_a_model_of_its_repositorys_own_code_can_be_published(checkpoint, unchecked, tmp_path, modules_cache):
     own = dynamic_module_utils.get_class_from_dynamic_module("modeling_devil.DevilModel", str(checkpoint))
     assert not issubclass(own, DevilModel)
     draft = prepare(own.from_pretrained(checkpoint), "tester/own", tmp_path / "out")
