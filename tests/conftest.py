@@ -4,6 +4,7 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import hypothesis
 import pytest
 import timm
 import torch
@@ -11,6 +12,23 @@ from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 from transformers.utils import logging
+
+# Models and folders of the session are read, not written, and loading takes its time.
+CALM = {"deadline": None, "suppress_health_check": [*hypothesis.HealthCheck]}
+hypothesis.settings.register_profile("default", max_examples=15, derandomize=True, database=None, **CALM)
+hypothesis.settings.register_profile("fuzz", max_examples=1000, print_blob=True, **CALM)
+
+
+def pytest_configure(config):
+    """`pytest -m fuzz` asks the property tests for many inputs, every other run for a few, always the same."""
+    hypothesis.settings.load_profile("fuzz" if config.option.markexpr == "fuzz" else "default")
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if hypothesis.is_hypothesis_test(getattr(item, "obj", None)):
+            item.add_marker("fuzz")
+
 
 torch.set_num_threads(1)  # tiny matrices: threads that wait for each other cost more than they do
 logging.enable_propagation()  # pytest listens at the root of all loggers
