@@ -8,7 +8,7 @@ from typing import cast
 from PIL import Image as PILImage
 
 from devil_hf.data.decoding import BadSamples, PairDecoder
-from devil_hf.data.pairs import REGIONS, open_pairs
+from devil_hf.data.pairs import REGION_KINDS, open_pairs
 from devil_hf.data.shapes import Scene
 from devil_hf.data.specifications import caption_sources, named_sources
 from devil_hf.data.worlds import SHAPES, World
@@ -55,7 +55,7 @@ def open_captioned(data: str = SHAPES, split: str | None = None, limit: int = 20
     if limit < 2:
         raise ValueError(f"limit {limit}: at least 2 images are needed, to tell what belongs to which")
     sources = caption_sources(data, split, limit)
-    if any(source.get("kind") == REGIONS for source in sources):
+    if any(source.get("kind") in REGION_KINDS for source in sources):
         raise ValueError(f"{data} names regions, but whole images are described here: name captioned images")
     if [source.get("kind") for source in sources] == [SHAPES]:
         return captioned_scenes(World(sources[0]["size"], sources[0]["seed"]).first(limit))

@@ -31,7 +31,9 @@ class MapsSettings(EvaluationSettings):
     """Localised phrases, and how they are mapped."""
 
     source: str = option(
-        "shapes:COUNT[:SEED], COCO instances JSON, VOC folder, or folder of YOLO labels", "shapes:150", positional=True
+        "shapes:COUNT[:SEED], COCO instances JSON, VOC folder, folder of YOLO labels, or Flickr30k Entities: FOLDER[:SPLIT]",
+        "shapes:150",
+        positional=True,
     )
     images: Path | None = option("folder of the images, where it is not the usual one", None)
     names: str | None = option("class names of YOLO labels: data.yaml, a text file, or FILE#KEY in JSON or YAML", None)

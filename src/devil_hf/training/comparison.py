@@ -22,7 +22,7 @@ from transformers.utils import logging
 
 from devil_hf.checkpoints.loading import load
 from devil_hf.data.decoding import BadSamples, PairDecoder
-from devil_hf.data.pairs import REGIONS, open_pairs
+from devil_hf.data.pairs import REGION_KINDS, open_pairs
 from devil_hf.evaluation.tables import table
 from devil_hf.evaluation.text.metrics import caption_scores
 from devil_hf.model.modeling_devil import DevilModel
@@ -170,7 +170,7 @@ class EvaluationImages:
     """
 
     def __init__(self, sources: Sequence[dict]):
-        if any(source.get("kind") == REGIONS for source in sources):
+        if any(source.get("kind") in REGION_KINDS for source in sources):
             raise ValueError(f"evaluation_data {list(sources)} name regions, but whole images are described: leave them out")
         self.sources = list(sources)
         self.keys: list[str] = []

@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 
 from devil_hf.data.decoding import PairDecoder
 from devil_hf.data.objects.masks import region_digest
-from devil_hf.data.pairs import REGIONS, open_pairs
+from devil_hf.data.pairs import REGION_KINDS, open_pairs
 from devil_hf.data.pairs.shards import expand_urls
 from devil_hf.model.modeling_devil import DevilModel
 from devil_hf.model.processing_devil import DevilProcessor
@@ -60,7 +60,7 @@ def data_fingerprint(sources: Sequence[dict], dataset: Dataset | IterableDataset
         for source in sources:
             files = expand_urls(source["urls"]) if source["kind"] == "webdataset" else []
             digest.update(json.dumps([_file_state(file) for file in files]).encode())
-            if source["kind"] == REGIONS:
+            if source["kind"] in REGION_KINDS:
                 digest.update(data_fingerprint([], open_pairs([source], seed=0, shuffle=False)).encode())
     return digest.hexdigest()
 

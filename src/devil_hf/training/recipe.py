@@ -13,7 +13,7 @@ from typing import Any, Literal
 import yaml
 
 from devil_hf.build.lora_devil import check_lora
-from devil_hf.data.pairs import REGIONS
+from devil_hf.data.pairs import REGION_KINDS
 from devil_hf.model.configuration_devil import DevilConfig
 from devil_hf.settings import option
 
@@ -201,7 +201,7 @@ class Recipe:
                 "validation_data names the split 'test': the best checkpoint is chosen on them, so a score on that split would "
                 "no longer be held out; name another split"
             )
-        if any(source.get("kind") == REGIONS for source in self.validation_data):
+        if any(source.get("kind") in REGION_KINDS for source in self.validation_data):
             raise ValueError(
                 "validation_data names regions, but validation reads whole images: name captioned images, and leave regions to "
                 "train_data"

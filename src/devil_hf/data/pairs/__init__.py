@@ -9,6 +9,7 @@ A source is a dictionary of a recipe, its `kind` and the keyword arguments of th
     {"kind": "hub", "path": "user/pairs", "split": "train", "image_column": "image", "caption_column": "caption"}
     {"kind": "shapes", "size": 100000, "seed": 0}
     {"kind": "regions", "path": "instances_train2017.json", "images": "train2017"}
+    {"kind": "entities", "path": "flickr30k_entities", "images": "flickr30k-images"}
 
 A kind is a function of a file of this folder (or of another package) that registers itself and returns rows with the columns of
 `PAIR_FEATURES`. A source is opened completely checked: what is missing is an error here, not in the middle of a run. The one
@@ -43,7 +44,7 @@ PAIR_FEATURES = Features(
         "problem": Value("string"),  # why the row cannot be used, where its source knows it
     }
 )
-REGIONS = "regions"
+REGION_KINDS = ("regions", "entities")  # whose captions speak of a part of the image
 MAX_SHARDS = 64  # of a map-style source that joins a stream
 
 
@@ -113,4 +114,4 @@ def _as_stream(dataset: Dataset | IterableDataset) -> IterableDataset:
     return dataset
 
 
-__all__ = ["PAIR_FEATURES", "PAIR_SOURCES", "REGIONS", "open_pairs"]
+__all__ = ["PAIR_FEATURES", "PAIR_SOURCES", "REGION_KINDS", "open_pairs"]

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from devil_hf.data.objects import LocalisedImage, open_localised
 from devil_hf.data.objects.masks import covers_nothing, pack_region
-from devil_hf.data.pairs import PAIR_FEATURES, PAIR_SOURCES, REGIONS
+from devil_hf.data.pairs import PAIR_FEATURES, PAIR_SOURCES
 from devil_hf.data.pairs.world import png
 from devil_hf.model.image_processing_devil import load_images
 
@@ -23,7 +23,7 @@ REGION_TEMPLATES = ("{}", "a {}", "the {}")
 LAYOUT = 1  # of the rows; another number makes them anew
 
 
-@PAIR_SOURCES.register(REGIONS)
+@PAIR_SOURCES.register("regions")
 def open_regions(path: str, images: str | None = None, names: str | None = None, templates: list | None = None) -> Dataset:
     """Objects with masks and names, without decoding an image or drawing a mask.
 
@@ -32,7 +32,7 @@ def open_regions(path: str, images: str | None = None, names: str | None = None,
     when it is read, as those that the model would not see are.
 
     Args:
-        path: COCO instances JSON, Pascal VOC folder, folder of YOLO labels, or `shapes:COUNT[:SEED]`; see
+        path: COCO instances JSON, Pascal VOC folder, folder of YOLO labels, Flickr30k Entities, or `shapes:COUNT[:SEED]`; see
             `devil_hf.data.objects.open_localised`.
         images: folder of the images, where it is not the usual one.
         names: class names of YOLO labels.

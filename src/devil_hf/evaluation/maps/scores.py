@@ -12,6 +12,7 @@ row has its own `pointing_chance` beside it, and in `pointing_centre` the centre
 classes of the backbone only, since it has a map for these phrases only.
 """
 
+import itertools
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -31,6 +32,7 @@ from devil_hf.evaluation.statistics import bootstrap
 from devil_hf.evaluation.tables import table as written
 
 CLASSIFIED = "classes of the backbone"
+EVERY_PHRASE = "all phrases"  # where they are of several groups
 RANDOM_ORDER = "random order"
 POINTING_CHANCE, POINTING_CENTRE = "pointing_chance", "pointing_centre"
 
@@ -80,6 +82,9 @@ def score_maps(
         areas += [Sample(number, p, tags[p], {"area": float(m.mean())}) for p, m in zip(row["phrases"], masks, strict=True)]
         _score_image(number, row, masks, maps, tags, table)
     content: dict[str, Any] = {"groups": {}, "intervals": {}, "counts": {}}
+    if len({sample.tags[0] for sample in areas}) > 1:
+        for sample in itertools.chain(areas, *table.values()):
+            sample.tags = (*sample.tags, EVERY_PHRASE) if sample.tags != (CLASSIFIED,) else sample.tags
     for tag in dict.fromkeys(tag for sample in areas for tag in sample.tags):
         chosen = [sample for sample in areas if tag in sample.tags]
         content["counts"][tag] = {

@@ -3,6 +3,7 @@
 | measure | what it is | chance |
 |---|---|---|
 | pointing | is the maximum on the object, within half a cell | cells that count as hits (`pointing_chance`) |
+| pointing_exact | the same without tolerance, the field's own rule | cells (`pointing_exact_centre`: the middle of the image) |
 | energy | share of the positive evidence that lies on the object | area |
 | average_precision | pixels ranked by the map | area |
 | iou | overlap with the pixels that have at least half of the map's maximum | area |
@@ -37,6 +38,17 @@ def _pointing_chance(view: MapView) -> float:
 @map_measure("pointing_centre", by_order=True, beside=True)
 def _pointing_centre(view: MapView) -> float:
     return pointing(measures.centre_prior(view.grid), view.mask)
+
+
+@map_measure("pointing_exact", by_order=True)
+def _pointing_exact(view: MapView) -> float:
+    return pointing(view.values, view.mask, 0)
+
+
+@map_measure("pointing_exact_centre", by_order=True, beside=True)
+def _pointing_exact_centre(view: MapView) -> float:
+    height, width = view.mask.shape
+    return float(view.mask[height // 2, width // 2])
 
 
 @map_measure("energy")
