@@ -183,7 +183,7 @@ def test_the_shapes_world_asks_for_words_that_one_object_of_several_has():
     [
         (lambda f: f / "absent", {}, "does not exist"),
         (lambda f: "shapes:many", {}, "shapes:COUNT"),
-        (lambda f: f / "images", {}, "is no COCO instances JSON or VOC folder"),
+        (lambda f: f / "images", {}, "is no COCO instances JSON or Flickr30k Entities folder or VOC folder"),
         (lambda f: coco(f, {"category_id": 9, "bbox": [0, 0, 1, 1]}), {}, "category 9, unnamed"),
         (
             lambda f: coco(f, {"category_id": 3, "bbox": [0, 0, 1, 1]}, file_name="two.jpg"),

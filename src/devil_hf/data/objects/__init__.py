@@ -81,7 +81,8 @@ def open_localised(
     Args:
         source: `shapes:COUNT` or `shapes:COUNT:SEED` (words that one object of several has); a COCO instances `.json`; a VOC
             folder (`Annotations`, `JPEGImages`, and `SegmentationClass` where there are masks); or a folder of YOLO `.txt`
-            labels, boxes or polygons; a folder of Flickr30k Entities, with `:SPLIT` where it has any; or what another entry of `OBJECT_SOURCES` reads.
+            labels, boxes or polygons; a folder of Flickr30k Entities, with `:SPLIT` where it has any; or what another entry of
+            `OBJECT_SOURCES` reads.
         images: folder of the images, where it is not the usual one.
         names: class names for YOLO labels: a `data.yaml`, a text file with one name a line, or JSON or YAML that maps ids to
             names; `FILE#KEY` for a table inside the file.
