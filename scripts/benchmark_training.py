@@ -169,7 +169,7 @@ def same_loss(model: DevilModel, device: str) -> float:
 def peak_memory(variant: str, shape: str, batch: int, device: str, threads: int) -> float:
     """GB of a process of its own that trains two steps."""
     command = [sys.executable, str(Path(__file__)), variant, shape, str(batch), device, str(threads)]
-    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+    return float(subprocess.run(command, check=True, capture_output=True, text=True, encoding="utf-8").stdout.split()[-1])
 
 
 def measure(shape: str, device: str, threads: int, repeats: int, batch: int) -> dict:
@@ -230,7 +230,7 @@ def main():
 
 def _peak_resident_memory() -> float:
     """GB, on Linux. `getrusage` would give the parent's peak where that is higher: it survives the start of a new program."""
-    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
+    (line,) = (line for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines() if line.startswith("VmHWM:"))
     return int(line.split()[1]) / 2**20
 
 

@@ -42,7 +42,7 @@ COLUMNS = {
 
 def recipe_card(path: Path) -> str:
     """The card of a recipe that nobody has trained yet."""
-    recipe = yaml.safe_load(path.read_text())
+    recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
     name = recipe["backbone"].removeprefix("timm/")
     with torch.device("meta"):
         module = timm.create_model(name, num_classes=0)
@@ -63,7 +63,7 @@ def recipe_card(path: Path) -> str:
         config=config,
         layers=[Layer(n, *m.shape[1:], size) for n, m in zip(backbone.layers, maps, strict=True)],
         trained_parameters=sum(parameter.numel() for parameter in translator.parameters()),
-        recipe=readable_recipe(path.read_text()),
+        recipe=readable_recipe(path.read_text(encoding="utf-8")),
         data="Conceptual Captions 3M (CC3M)",
         published=False,
     )

@@ -50,7 +50,7 @@ def build_backbone(settings: BuildSettings) -> None:
     backbone, history = train_shapes_backbone(ShapesBackboneSettings(seed=settings.seed, max_steps=settings.backbone_steps))
     timm.models.save_for_hf(backbone, folder, safe_serialization=True)
     report = {"probe_f1": probe_shapes_backbone(backbone), "history": history}
-    folder.with_suffix(".json").write_text(json.dumps(report, indent=1))
+    folder.with_suffix(".json").write_text(json.dumps(report, indent=1), encoding="utf-8")
     print(f"{folder}: F1 of linear probes {report['probe_f1']}")
 
 
@@ -63,7 +63,7 @@ def build_language_model(settings: BuildSettings) -> None:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     report = {"held_out_losses": held_out_document_losses(model, tokenizer), "history": history}
-    folder.with_suffix(".json").write_text(json.dumps(report, indent=1))
+    folder.with_suffix(".json").write_text(json.dumps(report, indent=1), encoding="utf-8")
     print(f"{folder}: held-out losses {report['held_out_losses']}")
 
 

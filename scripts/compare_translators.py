@@ -43,7 +43,7 @@ def main() -> None:
     print(comparison_table(summary))
     if arguments.output:
         runs = [{name: value for name, value in run.items() if name != "descriptions"} for run in results]
-        arguments.output.write_text(json.dumps({"summary": summary, "runs": runs}, indent=1))
+        arguments.output.write_text(json.dumps({"summary": summary, "runs": runs}, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -170,7 +170,7 @@ def main() -> int:
     failed = [row["name"] for row in rows if not row["ok"]]
     print(f"\n{len(rows) - len(failed)} of {len(rows)} pass" + (f"; failed: {', '.join(failed)}" if failed else ""))
     if options.json:
-        options.json.write_text(json.dumps(rows, indent=1))
+        options.json.write_text(json.dumps(rows, indent=1), encoding="utf-8")
     return int(bool(failed))
 
 

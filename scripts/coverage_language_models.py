@@ -146,7 +146,7 @@ def main():
     passed = sum(row["passed"] for row in table)
     print(f"{passed} of {len(table)} language-model families pass")
     if arguments.json:
-        arguments.json.write_text(json.dumps(table, indent=1))
+        arguments.json.write_text(json.dumps(table, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -38,13 +38,13 @@ def make_labels(folder: Path, images: int) -> Path:
             content["annotations"].append(shape | {"segmentation": [outline.round(2).ravel().tolist()]})
     content["categories"] = [{"id": number, "name": f"class {number}"} for number in range(CLASSES)]
     file = folder / "instances.json"
-    file.write_text(json.dumps(content))
+    file.write_text(json.dumps(content), encoding="utf-8")
     return file
 
 
 def memory() -> tuple[float, float]:
     """Megabytes of this process: its own now, and the peak of all."""
-    status = Path("/proc/self/status").read_text()
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
     own, peak = (int(status.split(f"{name}:")[1].split()[0]) / 1024 for name in ("RssAnon", "VmHWM"))
     return own, peak
 
@@ -84,7 +84,7 @@ def main() -> None:
         found: dict[str, object] = {"images": arguments.images}
         for name in ("first", "again"):
             command = [sys.executable, __file__, "--labels", str(labels)]
-            done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+            done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True, encoding="utf-8")
             found[name] = json.loads(done.stdout.splitlines()[-1])
     print(json.dumps(found, indent=1))
 

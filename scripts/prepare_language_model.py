@@ -61,7 +61,7 @@ def main() -> None:
     model, tokenizer, history = train_caption_language_model(groups, settings, measured, device)
     model.save_pretrained(settings.output_dir)
     tokenizer.save_pretrained(settings.output_dir)
-    (settings.output_dir / "training_log.json").write_text(json.dumps(history, indent=1))
+    (settings.output_dir / "training_log.json").write_text(json.dumps(history, indent=1), encoding="utf-8")
     print(f"language model with {model.num_parameters():,} parameters in {settings.output_dir}: {history[-1]}")
 
 

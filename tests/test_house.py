@@ -2,6 +2,7 @@
 
 import ast
 import functools
+import re
 import subprocess
 import sys
 import tomllib
@@ -136,6 +137,31 @@ def test_no_file_and_no_function_is_too_long():
                 length = node.end_lineno - node.lineno + 1
                 if length > LONGEST_FUNCTION:
                     wrong.append(f"{file.relative_to(SOURCE)}: {node.name} has {length} lines")
+    assert not wrong, "\n".join(wrong)
+
+
+def names_no_encoding(node: ast.AST) -> bool:
+    """Whether a call opens text as the locale has it."""
+    if not isinstance(node, ast.Call) or {"encoding", None} & (words := {word.arg for word in node.keywords}):
+        return False
+    name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+    given = [*node.args, *(word.value for word in node.keywords if word.arg == "mode")]
+    modes = [one.value for one in given if isinstance(one, ast.Constant) and re.fullmatch("[rwaxbt+]+", str(one.value))]
+    if name == "open":
+        opens = isinstance(node.func, ast.Name) or modes or "newline" in words
+        return bool(opens) and not any("b" in mode for mode in modes)
+    method = isinstance(node.func, ast.Attribute) and name in ("read_text", "write_text")
+    return method or (name in ("run", "Popen", "check_output") and "text" in words)
+
+
+def test_whoever_opens_text_says_that_it_is_utf8():
+    """Else a locale (Windows, LC_ALL=C) would decide; `devil_hf.text_files` reads what users bring."""
+    wrong = [
+        f"{file.relative_to(ROOT)}:{node.lineno}: {ast.unparse(node):.80}"
+        for file in [*FILES, *(ROOT / "scripts").glob("*.py"), *(ROOT / "space").glob("*.py")]
+        for node in ast.walk(tree(file))
+        if names_no_encoding(node)
+    ]
     assert not wrong, "\n".join(wrong)
 
 

@@ -26,14 +26,13 @@ neither of them checks YAML and Python calls by the same rules, so this file doe
 import argparse
 import dataclasses
 import difflib
-import json
 import types
 import typing
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
+from devil_hf import text_files
 
 Settings = TypeVar("Settings")
 NOTHING: tuple[Any, ...] = ("", None, [], {}, (), dataclasses.MISSING)  # defaults that need not be told
@@ -187,9 +186,9 @@ def _shown(value: Any) -> str:
 
 def _json(text: str) -> Any:
     try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not JSON ({error})") from error
+        return text_files.parse_json(text, repr(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _reader(hint: Any) -> Callable[[str], Any]:
@@ -372,10 +371,9 @@ def read_yaml(cls: type, file: Path) -> dict[str, Any]:
     file = getattr(cls, "locate", Path)(file)
     if not file.is_file():
         raise FileNotFoundError(f"there is no file {file}")
-    try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"{file} is no YAML: {error}") from error
+    values = text_files.read_yaml(file)
+    if values is None:
+        return {}
     if not isinstance(values, dict):
         raise ValueError(f"{file} holds a {type(values).__name__}, not fields of {cls.__name__} by name")
     check_names(cls, values, str(file))

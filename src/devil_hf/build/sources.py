@@ -112,7 +112,7 @@ def load_source(
     if is_timm_name(name):
         return _load_timm_name(name, {"num_classes": 0} | kwargs, revision)
     folder = _existing_folder(name, revision, token)
-    settings = json.loads((folder / "config.json").read_text())
+    settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     timms = "architecture" in settings
     if timms:
         kwargs = {"num_classes": 0} | settings.get("model_args", {}) | kwargs

@@ -63,7 +63,7 @@ class ExemplarSet:
             file = self.folder / SUMMARY
             if not file.is_file():
                 raise FileNotFoundError(f"{self.folder} holds no {SUMMARY}: find exemplars first")
-            summary = json.loads(file.read_text())
+            summary = json.loads(file.read_text(encoding="utf-8"))
         self.summary: dict[str, Any] = summary
         self.layers: list[str] = summary["layers"]
 

@@ -171,7 +171,7 @@ def _finish(reader, processor, images, output_dir: Path, settings: dict, share: 
         summary["shapes"][name] = {"units": len(top.peaks), "channels": channels, "grid": list(top.activations.shape[2:])}
     found = ExemplarSet(output_dir, summary)
     found.write_parquet()
-    (output_dir / SUMMARY).write_text(json.dumps(summary, indent=1) + "\n")
+    (output_dir / SUMMARY).write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     shutil.rmtree(output_dir / PARTIAL)
 
 

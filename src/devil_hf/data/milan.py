@@ -10,8 +10,6 @@ Splits within a network are in `ROOT/NETWORK_DATASET-splits.pth` (or `.json`): l
 here is unpickled with code: arrays without pickled objects, splits as plain lists, text and numbers alone.
 """
 
-import csv
-import json
 import pickle
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,6 +25,7 @@ from torch import Tensor
 from transformers.utils import logging
 
 from devil_hf.data.exemplar_set import Unit
+from devil_hf.text_files import read_csv, read_json
 
 logger = logging.get_logger(f"transformers.{__name__}")
 
@@ -86,26 +85,24 @@ def read_annotations(path: str | PathLike) -> dict[tuple[str, int], tuple[str, .
         ValueError: if a column is absent, or a unit is no number.
     """
     summaries: dict[tuple[str, int], list[str]] = {}
-    for number, row in _rows(path):
-        summaries.setdefault((row["layer"], _unit(row["unit"], path, number)), []).append(row["summary"].strip())
+    for where, row in _rows(path):
+        summaries.setdefault((row["layer"], _unit(row["unit"], where)), []).append(row["summary"].strip())
     return {key: tuple(texts) for key, texts in summaries.items()}
 
 
-def _rows(path: str | PathLike) -> Iterator[tuple[int, dict[str, str]]]:
+def _rows(path: str | PathLike) -> Iterator[tuple[str, dict[str, str]]]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no annotations at {path}")
-    with path.open(newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
-        missing = [name for name in COLUMNS if name not in (reader.fieldnames or ())]
-        if missing:
-            raise ValueError(f"{path} has no column {missing}; it has {reader.fieldnames}")
-        yield from enumerate(reader, 2)
+    for where, row in read_csv(path):
+        if missing := [name for name in COLUMNS if name not in row]:
+            raise ValueError(f"{path} has no column {missing}; it has {list(row)}")
+        yield where, row
 
 
-def _unit(text: str, path: Any, line: int) -> int:
-    if not re.fullmatch(r"\s*\d+\s*", text or ""):
-        raise ValueError(f"{path}:{line} names the unit {text!r}, which is no number")
+def _unit(text: str, where: str) -> int:
+    if not re.fullmatch(r"\s*[0-9]{1,9}\s*", text):
+        raise ValueError(f"{where} names the unit {text!r:.80}, which is no number")
     return int(text)
 
 
@@ -239,7 +236,7 @@ def read_split(file: str | PathLike) -> Mapping[str, list]:
     """
     file = Path(file)
     if file.suffix == ".json":
-        content = json.loads(file.read_text())
+        content = read_json(file)
     else:
         try:
             content = torch.load(file, weights_only=True)

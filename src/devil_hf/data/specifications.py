@@ -1,12 +1,12 @@
 """What a text on the command line stands for, read in one place for every verb."""
 
+import os
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from devil_hf.data.worlds import SHAPES, USUAL_COUNT, World, parse_world, world_label
+from devil_hf.text_files import parse_yaml, read_yaml
 
 Sources = list[dict[str, Any]]
 
@@ -30,10 +30,10 @@ def read_specification(text: str | PathLike, count: int = USUAL_COUNT) -> World 
         return world
     path = Path(text)
     if str(text).lstrip().startswith(("{", "[")):
-        return _sources(str(text), str(text))
-    if path.is_file() and path.suffix in (".yaml", ".yml"):
-        return _sources(path.read_text(encoding="utf-8"), str(path))
-    return path if path.exists() else str(text)
+        return _sources(parse_yaml(str(text), str(text)), str(text))
+    if path.suffix in (".yaml", ".yml") and path.is_file():
+        return _sources(read_yaml(path), str(path))
+    return path if os.path.exists(path) else str(text)
 
 
 def caption_sources(text: str, split: str | None = None, count: int = USUAL_COUNT) -> Sources:
@@ -78,11 +78,7 @@ def _source_name(source: dict[str, Any]) -> str:
     return place if source["kind"] == "hub" else Path(place if isinstance(place, str) else place[0]).name
 
 
-def _sources(content: str, where: str) -> Sources:
-    try:
-        found = yaml.safe_load(content)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{where} is no YAML: {error}") from error
+def _sources(found: Any, where: str) -> Sources:
     sources = found if isinstance(found, list) else [found]
     if not sources or not all(isinstance(source, dict) for source in sources):
         raise ValueError(f"{where} holds no sources, each a mapping with a `kind`")

@@ -36,6 +36,7 @@ from devil_hf.data.worlds import HELD_OUT_WORLD, world_label
 from devil_hf.evaluation.maps.combining import map_combinations
 from devil_hf.evaluation.text.metrics import CAPTION_METRICS
 from devil_hf.model.modeling_devil import DevilModel
+from devil_hf.text_files import read_json
 
 TASK = "image-to-text"
 # Rows that need no image, or not the right one, by what they take away.
@@ -191,10 +192,7 @@ def read_evaluations(path: str | PathLike) -> list[Evaluation]:
         ValueError: for a file that is no JSON, has another layout, or holds a score that is not a finite number.
     """
     path = Path(path)
-    try:
-        content = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is no JSON ({error}): results are read from JSON files only") from error
+    content = read_json(path)
     found = [
         evaluation for part in (content if isinstance(content, list) else [content]) for evaluation in _evaluations_of(part, path)
     ]

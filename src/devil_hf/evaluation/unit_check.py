@@ -4,7 +4,6 @@ It checks a `labels.json` of `devil neurons`, or any of its form, on any images,
 whoever named them. The two passes over the images (activations of the units, evidence of the labels) are its two rows.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +26,7 @@ from devil_hf.evaluation.units.simulation import (
     held_out_evidence,
 )
 from devil_hf.settings import option, read_layers
+from devil_hf.text_files import read_json
 
 ACTIVATIONS, EVIDENCE = "activations", "evidence"
 MEASURES = ("pearson", "auprc", "passed")
@@ -74,7 +74,7 @@ class UnitsEvaluator(Evaluator):
         """The labels, and the two passes over the images."""
         if not self.settings.labels.is_file():
             raise FileNotFoundError(f"{self.settings.labels} is not there: `devil neurons` writes it")
-        units = json.loads(self.settings.labels.read_text(encoding="utf-8"))["units"]
+        units = read_json(self.settings.labels)["units"]
         self.unit_labels = [row["label"] for row in units]
         self.labels = sorted({label for label in self.unit_labels if label})
         self.layers = list(dict.fromkeys(row["layer"] for row in units))

@@ -38,7 +38,7 @@ def check_weights(folder: str | PathLike) -> None:
         raise ValueError(f"{folder} is no checkpoint: it has no config.json")
     files = {path.name for path in folder.glob("*.safetensors")}
     for index in folder.glob("*.safetensors.index.json"):
-        files |= set(json.loads(index.read_text())["weight_map"].values())
+        files |= set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
     if not files:
         raise ValueError(f"{folder} holds no weights (*.safetensors): save the model there first, with save_pretrained")
     for name in sorted(files):
@@ -86,7 +86,7 @@ def check_code(folder: str | PathLike) -> None:
     with tempfile.TemporaryDirectory() as home:
         environment = os.environ | {"HF_HOME": home, "HF_MODULES_CACHE": home, "HF_HUB_OFFLINE": "1"}
         command = [sys.executable, "-c", ALONE, str(folder.resolve())]
-        run = subprocess.run(command, env=environment, cwd=home, capture_output=True, text=True)
+        run = subprocess.run(command, env=environment, cwd=home, capture_output=True, text=True, encoding="utf-8")
     if run.returncode:
         module = (run.stdout.split() or ["config.json"])[-1].split(".")[0]
         reason = (run.stderr.strip().splitlines() or ["no reason was given"])[-1]

@@ -43,8 +43,10 @@ def prepare_space(space_id: str, folder: str | PathLike, checkpoint: str | None 
     shutil.copytree(_template_folder(), folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*LEFT_OUT[:2]))
     shutil.copytree(PACKAGE, folder / "devil_hf", ignore=shutil.ignore_patterns(*LEFT_OUT))
     needed = folder / "requirements.txt"
-    lines = [line for line in needed.read_text().splitlines() if not line.startswith("#")]
-    needed.write_text("\n".join(line for one in lines for line in (_dependencies() if one == THIS_PACKAGE else [one])) + "\n")
+    lines = [line for line in needed.read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
+    needed.write_text(
+        "\n".join(line for one in lines for line in (_dependencies() if one == THIS_PACKAGE else [one])) + "\n", encoding="utf-8"
+    )
     card = SpaceCard.load(folder / "README.md")
     card.text = card.text.replace("USER/SPACE", space_id)
     if checkpoint is not None:

@@ -83,13 +83,13 @@ def travelling_files() -> list[Path]:
 
 def accesses(file: Path) -> set[str]:
     """The calls of a file that touch files, the network, or code by name."""
-    calls = (node.func for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Call))
+    calls = (node.func for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))) if isinstance(node, ast.Call))
     return {ast.unparse(call) for call in calls if ast.unparse(call).rpartition(".")[2] in TOUCHING}
 
 
 def violations(file: Path) -> Iterator[str]:
     """What a travelling file must not have: other imports, code from text, its own ways to files and network."""
-    nodes: Iterator[Any] = ast.walk(ast.parse(file.read_text()))
+    nodes: Iterator[Any] = ast.walk(ast.parse(file.read_text(encoding="utf-8")))
     for node in nodes:
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]

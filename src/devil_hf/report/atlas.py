@@ -83,8 +83,10 @@ def write_atlas(
     )
     write_rows(_parquet_rows(exemplars, rows), features, output_dir / "atlas.parquet")
     plain = [{name: row[name] for name in (*COLUMNS, "words")} for row in rows]
-    (output_dir / "atlas.json").write_text(json.dumps({"summary": dict(summary or {}), "units": plain}, indent=1) + "\n")
-    (output_dir / "data.js").write_text(_data(exemplars, rows, checks is not None))
+    (output_dir / "atlas.json").write_text(
+        json.dumps({"summary": dict(summary or {}), "units": plain}, indent=1) + "\n", encoding="utf-8"
+    )
+    (output_dir / "data.js").write_text(_data(exemplars, rows, checks is not None), encoding="utf-8")
     title = (summary or {}).get("title", "Atlas of units")
     page = render(TEMPLATE, title=title, about=_about(exemplars, rows, checks is not None))
     (output_dir / "index.html").write_text(page, encoding="utf-8")

@@ -30,6 +30,7 @@ from devil_hf.model.pooling_devil import resolve_layer
 from devil_hf.model.processing_devil import DevilProcessor
 from devil_hf.report.atlas import write_atlas
 from devil_hf.settings import LayerSettings, checked, option, read_layers
+from devil_hf.text_files import read_json, text_lines
 
 Stage = Literal["exemplars", "describe", "check", "atlas", "all"]
 STAGES = get_args(Stage)
@@ -125,7 +126,7 @@ def neurons(
         summary["atlas"] = str(run.write_atlas(exemplars))
     for name in ("labels", "checks"):
         if (run.folder / f"{name}.json").is_file():
-            content = json.loads((run.folder / f"{name}.json").read_text())
+            content = json.loads((run.folder / f"{name}.json").read_text(encoding="utf-8"))
             summary[name] = content["settings"] if name == "labels" else content["summary"]
     return summary
 
@@ -248,7 +249,7 @@ class _Run:
             raise ValueError(f"{self.folder / 'checks.json'} checks other labels than labels.json holds: run the check again")
         names = self.objects.direction_names
         if self.settings.direction_names:
-            lines = self.settings.direction_names.read_text().splitlines()
+            lines = text_lines(self.settings.direction_names)
             names = {exemplars.layers[0]: [line.strip() for line in lines]}
         network = Path(str(exemplars.summary["network"])).name
         title = f"{', '.join(exemplars.layers)} of {network if network != 'None' else 'the network'}"
@@ -260,11 +261,11 @@ class _Run:
 def _read(file: Path, stage: str) -> dict:
     if not file.is_file():
         raise FileNotFoundError(f"{file} is not there: run the stage {stage!r} first")
-    return json.loads(file.read_text())
+    return read_json(file)
 
 
 def _write(content: dict, file: Path) -> None:
-    file.write_text(json.dumps(content, indent=1) + "\n")
+    file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 __all__ = ["NeuronsSettings", "Objects", "neurons"]

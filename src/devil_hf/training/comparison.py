@@ -129,7 +129,7 @@ def run(name: str, recipe: Recipe, images: "EvaluationImages", decodings: Mappin
     digest = hashlib.sha256(json.dumps(evaluation, sort_keys=True).encode()).hexdigest()
     file = folder / f"scores_{digest[:8]}.json"
     if file.is_file():
-        return json.loads(file.read_text())
+        return json.loads(file.read_text(encoding="utf-8"))
     checkpoint = folder / CHECKPOINT_FOLDER
     if not checkpoint.is_dir():
         logger.warning(f"training {name}, seed {recipe.seed}")
@@ -151,14 +151,14 @@ def run(name: str, recipe: Recipe, images: "EvaluationImages", decodings: Mappin
         "descriptions": texts,
     }
     partial = file.with_suffix(".partial")
-    partial.write_text(json.dumps(result, indent=1))
+    partial.write_text(json.dumps(result, indent=1), encoding="utf-8")
     os.replace(partial, file)
     return result
 
 
 def _training_record(folder: Path) -> dict[str, Any]:
     """The best validation loss and its step, where there are validation data."""
-    state = json.loads((Path(str(get_last_checkpoint(str(folder)))) / "trainer_state.json").read_text())
+    state = json.loads((Path(str(get_last_checkpoint(str(folder)))) / "trainer_state.json").read_text(encoding="utf-8"))
     return {"validation_loss": state["best_metric"], "best_step": state["best_global_step"]}
 
 

@@ -115,7 +115,7 @@ def cached_features(
         folder.mkdir(parents=True, exist_ok=True)
         _write_json(file, {"key": key, "processes": state.num_processes, "complete": False})
     state.wait_for_everyone()
-    found = json.loads(file.read_text())
+    found = json.loads(file.read_text(encoding="utf-8"))
     _check_key(folder, found["key"], key)
     if not found["complete"]:
         _check_room(folder, key, model, dataset)
@@ -161,7 +161,7 @@ def _compute_part(folder, part, parts, key, model, processor, dataset, decoder) 
             name = folder / f"features-{part:05d}-{number:05d}"
             sidecar = name.with_suffix(".json")
             if name.with_suffix(".safetensors").is_file():
-                read = json.loads(sidecar.read_text())["rows"]
+                read = json.loads(sidecar.read_text(encoding="utf-8"))["rows"]
                 bar.update(sum(1 for _ in itertools.islice(rows, read)))
                 continue
             drawn: list[dict[str, torch.Tensor]] = []
@@ -232,7 +232,7 @@ def _write(path: Path, write: Callable[[Path], Any]) -> None:
 
 
 def _write_json(path: Path, content: dict) -> None:
-    _write(path, lambda partial: partial.write_text(json.dumps(content)))
+    _write(path, lambda partial: partial.write_text(json.dumps(content), encoding="utf-8"))
 
 
 class CachedFeatures:
@@ -246,7 +246,7 @@ class CachedFeatures:
     def __init__(self, folder: Path, seed: int):
         self.seed = seed
         self.shards = sorted(folder.glob("features-*.safetensors"))
-        contents = [json.loads(shard.with_suffix(".json").read_text()) for shard in self.shards]
+        contents = [json.loads(shard.with_suffix(".json").read_text(encoding="utf-8")) for shard in self.shards]
         self.captions: list[list[str]] = [texts for content in contents for texts in content["captions"]]
         self.starts = np.cumsum([0, *(len(content["captions"]) for content in contents)])
         self._open: dict[int, list[torch.Tensor]] = {}

@@ -327,7 +327,7 @@ def _finish(recipe: Recipe, trainer: DevilTrainer) -> Path:
             state_dict = model.trainable_state_dict(state_dict)
         model.save_pretrained(partial, slim=slim, state_dict=state_dict)
         trainer.processor.save_pretrained(partial)
-        (partial / RECIPE_FILE).write_text(recipe.to_yaml())
+        (partial / RECIPE_FILE).write_text(recipe.to_yaml(), encoding="utf-8")
         shutil.rmtree(checkpoint, ignore_errors=True)
         os.replace(partial, checkpoint)
     trainer.accelerator.wait_for_everyone()  # the others need not wait for the push, which may take long

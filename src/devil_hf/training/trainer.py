@@ -178,7 +178,7 @@ class DevilTrainer(Trainer):
         file = folder / f"stream_{self.args.process_index}.json"
         if not file.is_file():
             raise ValueError(f"{folder} has no {file.name}: go on with as many processes as the run had before.")
-        content = json.loads(file.read_text())
+        content = json.loads(file.read_text(encoding="utf-8"))
         now = (self.args.world_size, self._position.workers)
         if (content["processes"], content["workers"]) != now:
             raise ValueError(
@@ -317,7 +317,7 @@ class DevilTrainer(Trainer):
         rows = {name: texts[i * len(images) : (i + 1) * len(images)] for i, name in enumerate(names)}
         captions = [data.captions[i][0] for i in images]
         record = {"step": self.state.global_step, "captions": captions, "descriptions": rows}
-        with (Path(str(self.args.output_dir)) / SAMPLES_FILE).open("a") as file:
+        with (Path(str(self.args.output_dir)) / SAMPLES_FILE).open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
         lines = [f"| {'layer'} | " + " | ".join(captions) + " |", "|---" * (len(images) + 1) + "|"]
         lines += [f"| {name} | " + " | ".join(texts) + " |" for name, texts in rows.items()]
@@ -353,7 +353,7 @@ class DevilTrainer(Trainer):
             if isinstance(self.train_dataset, CaptionStream):
                 whole.mkdir(parents=True, exist_ok=True)
                 content = self._position.state() | {"processes": self.args.world_size}
-                (whole / f"stream_{self.args.process_index}.json").write_text(json.dumps(content))
+                (whole / f"stream_{self.args.process_index}.json").write_text(json.dumps(content), encoding="utf-8")
             if self.state.best_global_step == self.state.global_step:
                 best = str(output_dir / name)
             self.state.best_model_checkpoint = best
@@ -388,7 +388,7 @@ class DevilTrainer(Trainer):
         model.save_pretrained(folder, slim=slim, state_dict=state_dict)
         self.processor.save_pretrained(folder)
         if self.recipe_file is not None:
-            (folder / self.recipe_file[0]).write_text(self.recipe_file[1])
+            (folder / self.recipe_file[0]).write_text(self.recipe_file[1], encoding="utf-8")
 
 
 def _masks(layers: int, rows: int, device):

@@ -10,6 +10,7 @@ A part is a dictionary that JSON can hold:
 
 A region is `{"parts": [...], "size": [height, width] or None}`: the union of its parts. pycocotools fills polygons, with its
 convention (a pixel belongs to a polygon that holds its centre, to a tenth of a pixel), so that figures compare with COCO's own.
+It never gets a packed code, nor a number that it cannot hold: where these are damaged, it ends the process.
 """
 
 import json
@@ -26,21 +27,27 @@ from devil_hf.data.shapes import Scene, make_scene
 from devil_hf.extras import needs
 
 Part = Mapping[str, Any]
+FARTHEST = 10**6  # pixels from the origin, and of all edges together, of polygons; pycocotools fills the memory beyond
+PACKED_BITS, LAST_BITS = 5, 60  # of a packed run-length code: in a character, and in a number
 
 
 def draw_region(region: Mapping[str, Any], size: tuple[int, int]) -> np.ndarray:
     """The mask of a region, bool of `size` (height, width).
 
     Raises:
-        ValueError: if the parts were drawn on an image of another size, or are of an unknown kind.
-        MissingExtraError: for polygons and packed run-length codes without pycocotools.
+        ValueError: if the parts were drawn on an image of another size, are of an unknown kind, or damaged.
+        OSError: if a mask file cannot be opened.
+        MissingExtraError: for polygons without pycocotools.
     """
     drawn = region.get("size")
     if drawn is not None and tuple(drawn) != size:
         raise ValueError(f"the image is {size} pixels (height, width), but its objects were drawn on {tuple(drawn)}")
     union = np.zeros(size, dtype=bool)
     for part in region["parts"]:
-        union |= _draw(part, size)
+        try:
+            union |= _draw(part, size)
+        except (TypeError, KeyError, IndexError, OverflowError) as error:
+            raise ValueError(f"a part of an object is damaged ({error!r}): {dict(part)!s:.80}") from error
     return union
 
 
@@ -72,7 +79,12 @@ def polygon_mask(outlines: Sequence[np.ndarray], size: tuple[int, int]) -> np.nd
     from pycocotools import mask as coco
 
     # Of fewer than three points nothing is inside; pycocotools would read two of them as a box.
-    flat = [np.asarray(outline, dtype=float).ravel().tolist() for outline in outlines if len(outline) > 2]
+    points = [np.asarray(outline, dtype=float) for outline in outlines if len(outline) > 2]
+    for outline in points:
+        edges = np.abs(outline - np.roll(outline, 1, axis=0)).sum()
+        if not np.abs(outline).max() <= FARTHEST or not edges <= FARTHEST:
+            raise ValueError("an outline of an object lies far outside of the image, or holds what is no number")
+    flat = [outline.ravel().tolist() for outline in points]
     if not flat:
         return np.zeros(size, dtype=bool)
     return coco.decode(coco.merge(coco.frPyObjects(flat, *size))).view(bool)
@@ -81,14 +93,29 @@ def polygon_mask(outlines: Sequence[np.ndarray], size: tuple[int, int]) -> np.nd
 def _runs_mask(code: Part, size: tuple[int, int]) -> np.ndarray:
     if tuple(code["size"]) != size:
         raise ValueError(f"a run-length code of size {code['size']} does not fit an image of {size} (height, width)")
-    runs = code["runs"]
-    if isinstance(runs, str):
-        needs("pycocotools", "evaluate")
-        from pycocotools import mask as coco
-
-        return coco.decode({"size": list(size), "counts": runs}).view(bool)
+    runs = _unpacked(code["runs"]) if isinstance(code["runs"], str) else code["runs"]
+    if sum(runs) != size[0] * size[1] or min(runs) < 0:
+        raise ValueError(f"a run-length code of {sum(runs)} pixels does not fit an image of {size} (height, width)")
     values = np.arange(len(runs)) % 2 == 1  # a run of background comes first
     return np.repeat(values, runs).reshape(size[::-1]).T
+
+
+def _unpacked(text: str) -> list[int]:
+    """The runs of COCO's packed code: numbers of five bits a character, from the fourth on the difference to the last but one."""
+    runs: list[int] = []
+    value = bits = 0
+    for code in (ord(character) - 48 for character in text):
+        if not 0 <= code < 2 ** (PACKED_BITS + 1) or bits > LAST_BITS:
+            raise ValueError("a packed run-length code holds a character that it cannot hold, or a number without an end")
+        value |= (code & 31) << bits
+        bits += PACKED_BITS
+        if not code & 32:  # the number's last character, whose highest bit is the sign
+            value -= (code & 16) << (bits - PACKED_BITS + 1)
+            runs.append(value + runs[-2] if len(runs) > 2 else value)
+            value = bits = 0
+    if bits:
+        raise ValueError("a packed run-length code ends in the middle of a number")
+    return runs
 
 
 def runs_of(mask: np.ndarray) -> dict[str, Any]:
@@ -99,8 +126,13 @@ def runs_of(mask: np.ndarray) -> dict[str, Any]:
 
 
 def _class_mask(part: Part, size: tuple[int, int]) -> np.ndarray:
-    with Image.open(part["classes"]) as picture:
-        classes = np.asarray(picture)
+    try:
+        with Image.open(part["classes"]) as picture:
+            classes = np.asarray(picture)
+    except OSError:
+        raise
+    except Exception as error:  # Pillow's plugins raise almost anything
+        raise ValueError(f"{part['classes']} cannot be read as an image: {error}") from error
     if classes.shape != size:
         raise ValueError(f"{part['classes']} is {classes.shape} pixels, its image {size} (height, width)")
     return classes == part["index"]

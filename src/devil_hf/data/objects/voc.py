@@ -1,11 +1,13 @@
 """Pascal VOC folders as images with objects."""
 
+import math
 from os import PathLike
 from pathlib import Path
 from xml.etree import ElementTree
 
 from devil_hf.data.objects import OBJECT_SOURCES, LocalisedImage, ObjectSource, of_file
 from devil_hf.data.objects.masks import Part
+from devil_hf.text_files import existing_file
 
 VOC_CLASSES = (
     *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog"),
@@ -29,18 +31,21 @@ def read_voc(source: str, images: str | PathLike | None = None, names=None) -> l
     for file in sorted((folder / "Annotations").glob("*.xml")):
         try:
             root = ElementTree.parse(file).getroot()
-            objects = [(item.findtext("name", ""), _voc_box(item)) for item in root.iter("object")]
-        except (ElementTree.ParseError, TypeError, ValueError) as error:
-            raise ValueError(f"{file} is no VOC annotation ({error})") from error
+            objects = [(_voc_name(item), _voc_box(item)) for item in root.iter("object")]
+        except (ElementTree.ParseError, LookupError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{file} is no VOC annotation ({error}): an object needs a name, and a bndbox of four numbers"
+            ) from error
         segmentation = folder / "SegmentationClass" / f"{file.stem}.png"
         present = frozenset(name for name, _ in objects)
         if segmentation.is_file():
             objects = [(name, box) for name, box in objects if name in VOC_CLASSES]
         if not objects:
             continue
-        image = pictures / (root.findtext("filename") or f"{file.stem}.jpg")
-        if not image.is_file():
-            raise FileNotFoundError(f"{image} of {file} does not exist: name the folder of the images (--images)")
+        name = (root.findtext("filename") or f"{file.stem}.jpg").strip()
+        image = existing_file(pictures, name)
+        if image is None:
+            raise FileNotFoundError(f"{pictures / name} of {file} does not exist: name the folder of the images (--images)")
 
         parts: dict[str, list[Part]] = {}
         for name, box in objects:
@@ -51,9 +56,17 @@ def read_voc(source: str, images: str | PathLike | None = None, names=None) -> l
     return found
 
 
+def _voc_name(item: ElementTree.Element) -> str:
+    if not (name := item.findtext("name", "").strip()):
+        raise ValueError("an object has no name")
+    return name
+
+
 def _voc_box(item: ElementTree.Element) -> tuple[float, ...]:
     """(left, top, right, bottom) in continuous pixels: VOC counts from 1 and includes both ends."""
     left, top, right, bottom = (float(item.findtext(f"bndbox/{edge}") or "missing") for edge in ("xmin", "ymin", "xmax", "ymax"))
+    if not all(map(math.isfinite, (left, top, right, bottom))):
+        raise ValueError(f"a box of {left}, {top}, {right}, {bottom}")
     return left - 1, top - 1, right, bottom
 
 

@@ -1,13 +1,14 @@
 """Folders of YOLO labels as images with objects."""
 
+import math
+import unicodedata
 from os import PathLike
 from pathlib import Path
-
-import yaml
 
 from devil_hf.data.images import EXTENSIONS
 from devil_hf.data.objects import OBJECT_SOURCES, LocalisedImage, ObjectSource, of_file
 from devil_hf.data.objects.masks import Part
+from devil_hf.text_files import numbered_lines, read_list, read_yaml
 
 
 def read_yolo(source: str, images: str | PathLike | None = None, names: str | PathLike | None = None) -> list[LocalisedImage]:
@@ -23,22 +24,27 @@ def read_yolo(source: str, images: str | PathLike | None = None, names: str | Pa
     pictures = Path(images) if images else usual
     if not pictures.is_dir():
         raise FileNotFoundError(f"{pictures} does not exist: name the folder of the images (--images)")
-    by_stem = {path.stem: path for path in pictures.iterdir() if path.suffix.lower() in EXTENSIONS}
+    by_stem: dict[str, list[Path]] = {}
+    for path in sorted(pictures.iterdir()):
+        if path.suffix.lower() in EXTENSIONS and path.is_file():
+            by_stem.setdefault(unicodedata.normalize("NFC", path.stem), []).append(path)
     table = _read_names(_names_file(folder, names))
     found = []
     for file in sorted(folder.glob("*.txt")):
-        if file.name == "classes.txt":
+        if file.name == "classes.txt" or not file.is_file():
             continue
         parts: dict[str, list[Part]] = {}
-        for number, line in enumerate(file.read_text().splitlines(), 1):
-            if line.strip():
-                name, part = _read_label(line, table, f"{file}:{number}")
-                parts.setdefault(name, []).append(part)
+        for where, line in numbered_lines(file):
+            name, part = _read_label(line, table, where)
+            parts.setdefault(name, []).append(part)
         if not parts:
             continue
-        if file.stem not in by_stem:
+        own = by_stem.get(unicodedata.normalize("NFC", file.stem), [])
+        if not own:
             raise FileNotFoundError(f"no image {file.stem}.* in {pictures} for {file}")
-        found.append(of_file(by_stem[file.stem], parts))
+        if len(own) > 1:
+            raise ValueError(f"{file} may be of {own[0].name} or of {own[1].name} in {pictures}: keep one of them there")
+        found.append(of_file(own[0], parts))
     return found
 
 
@@ -48,6 +54,8 @@ def _read_label(line: str, names: dict[int, str], where: str) -> tuple[str, Part
         number, *values = [float(field) for field in line.split()]
     except ValueError as error:
         raise ValueError(f"{where} is no YOLO label ({error}): {line[:80]!r}") from error
+    if not number.is_integer() or not all(map(math.isfinite, values)):
+        raise ValueError(f"{where} is no YOLO label: its class must be a whole number, and what follows numbers: {line[:80]!r}")
     if int(number) not in names:
         raise ValueError(f"{where} is of class {int(number)}, which has no name; the names are of {sorted(names)[:10]}...")
     if len(values) == 4:
@@ -73,18 +81,20 @@ def _read_names(spec: str) -> dict[int, str]:
     file, _, key = spec.partition("#")
     if not Path(file).is_file():
         raise FileNotFoundError(f"{file} does not exist: it should give the class names")
-    text = Path(file).read_text(encoding="utf-8")
     if file.endswith(".txt"):
-        return dict(enumerate(line.strip() for line in text.splitlines() if line.strip()))
-    table = yaml.safe_load(text)  # reads JSON as well
+        return dict(enumerate(read_list(file)))
+    table = read_yaml(file)  # reads JSON as well
     if key or (isinstance(table, dict) and "names" in table):
-        table = table.get(key or "names")
+        table = table.get(key or "names") if isinstance(table, dict) else None
     if isinstance(table, list):
         table = dict(enumerate(table))
     try:
-        return {int(number): str(name) for number, name in table.items()}
-    except (AttributeError, ValueError) as error:
+        names = {int(number): str(name) for number, name in table.items() if name is not None}
+    except (AttributeError, TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"{spec} maps no class ids to names; FILE#KEY names a table inside a file") from error
+    if not names:
+        raise ValueError(f"{spec} names no class; FILE#KEY names a table inside a file")
+    return names
 
 
 OBJECT_SOURCES.register(

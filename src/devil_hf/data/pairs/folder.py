@@ -4,9 +4,7 @@ The one reader of `captions.jsonl`, `metadata.jsonl` and `metadata.csv`, as `ima
 (`image` or `file_name`, relative to the file), captions, and perhaps a split.
 """
 
-import csv
-import json
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -14,6 +12,7 @@ from pathlib import Path
 from datasets import Dataset
 
 from devil_hf.data.pairs import PAIR_FEATURES, PAIR_SOURCES
+from devil_hf.text_files import existing_file, read_csv, read_json_lines
 
 METADATA_FILES = ("captions.jsonl", "metadata.jsonl", "metadata.csv")
 IMAGE_COLUMNS = ("image", "file_name")
@@ -52,7 +51,9 @@ def read_caption_folder(
         ValueError: if a line is no JSON object or names no image, a column is not there, or no image is in `split`.
     """
     file = metadata_file(Path(folder), split)
-    lines = list(_read_csv(file) if file.suffix == ".csv" else read_json_lines(file))
+    lines = list((read_csv if file.suffix == ".csv" else read_json_lines)(file))
+    if not lines:
+        raise ValueError(f"{file} is empty: it should name an image in each line")
     columns = {name for _, line in lines for name in line}
     image_column = next((name for name in IMAGE_COLUMNS if name in columns), None)
     if image_column is None:
@@ -62,9 +63,11 @@ def read_caption_folder(
     found = []
     for where, line in lines:
         if not isinstance(line.get(image_column), str) or not line[image_column]:
-            raise ValueError(f"{where} names no {image_column}: {str(line)[:80]}")
-        captions = [text for name in chosen for text in texts_of(line.get(name))]
-        found.append(CaptionedFile(line[image_column], file.parent / line[image_column], captions, line.get("split")))
+            raise ValueError(f"{where} names no {image_column}: its fields are {sorted(line)}")
+        name = texts_of(line[image_column])[0]
+        captions = [text for column in chosen for text in texts_of(line.get(column))]
+        path = existing_file(file.parent, name) or file.parent / name
+        found.append(CaptionedFile(name, path, captions, line.get("split")))
     return found if split is None or inner else _in_split(found, split, file, "split" in columns)
 
 
@@ -96,13 +99,14 @@ def rows_of_files(folder: Path, names: Sequence[str], captions: Sequence[list[st
     """
     if not names:
         raise ValueError(f"no image of {folder} has captions")
-    missing = [name for name in names if not (folder / name).is_file()]
+    paths = [existing_file(folder, name) for name in names]
+    missing = [name for name, path in zip(names, paths, strict=True) if path is None]
     if missing:
         raise FileNotFoundError(f"{len(missing)} of {len(names)} images are absent, the first is {folder / missing[0]}")
     nothing = [None] * len(names)
     columns = {
         "key": list(names),
-        "image": [{"path": str(folder / name), "bytes": None} for name in names],
+        "image": [{"path": str(path), "bytes": None} for path in paths],
         "captions": list(captions),
         "region": nothing,
         "problem": nothing,
@@ -126,9 +130,12 @@ def caption_columns(wanted: str | list | None, columns: Collection[str], where: 
 
 
 def texts_of(value: str | Sequence | None) -> list[str]:
-    """A caption, a list of captions or nothing -> list of captions; what is no text counts as nothing."""
+    """A caption, a list of captions or nothing -> list of captions; what is no text counts as nothing.
+
+    Half a pair of surrogates, which JSON may hold and Arrow refuses, becomes a question mark.
+    """
     values = value if isinstance(value, list) else [value]
-    return [text for text in values if isinstance(text, str)]
+    return [text.encode("utf-8", "replace").decode() for text in values if isinstance(text, str)]
 
 
 def metadata_file(folder: Path, split: str | None = None) -> Path:
@@ -154,30 +161,3 @@ def _in_split(found: list[CaptionedFile], split: str, file: Path, has_splits: bo
         known = sorted({str(one.split) for one in found})
         raise ValueError(f"no image of {file} is in split {split!r}; its splits are {known}")
     return chosen
-
-
-def _read_csv(file: Path) -> Iterator[tuple[str, dict]]:
-    with file.open(encoding="utf-8-sig", newline="") as lines:
-        reader = csv.DictReader(lines)
-        for row in reader:
-            yield f"{file}:{reader.line_num}", row
-
-
-def read_json_lines(path: Path) -> Iterator[tuple[str, dict]]:
-    """Yield `file:number` and the object of every line that is not blank.
-
-    Raises:
-        ValueError: for a line that is not a JSON object.
-    """
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            where = f"{path}:{number}"
-            try:
-                fields = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{where} is not JSON: {error}") from error
-            if not isinstance(fields, dict):
-                raise ValueError(f"{where} is not a JSON object: {line.strip()[:80]}")
-            yield where, fields

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from devil_hf.model.modeling_devil import DevilModel
+from devil_hf.text_files import read_list
 
 
 class ClassMapper:
@@ -96,4 +97,4 @@ class ClassMapper:
 
 def read_class_names(file: str | Path) -> list[str]:
     """Class names from a text file, one class a line in the order of the logits."""
-    return [line.strip() for line in Path(file).read_text(encoding="utf-8").splitlines() if line.strip()]
+    return read_list(file)

@@ -20,6 +20,7 @@ from devil_hf.data.unit_features import PooledUnits
 from devil_hf.model.modeling_devil import DevilModel
 from devil_hf.model.processing_devil import DevilProcessor
 from devil_hf.settings import option
+from devil_hf.text_files import read_list
 
 STRATEGIES = ("greedy", "beam", "rerank", "words")
 ROWS = 256  # units decoded at once
@@ -46,7 +47,7 @@ class LabelSettings:
         """The arguments of `label_units`."""
         words = None
         if self.words is not None:
-            words = [line.strip() for line in self.words.read_text().splitlines() if line.strip()]
+            words = read_list(self.words)
         names = ("strategy", "candidates", "prior_weight", "carrier")
         return {name: getattr(self, name) for name in names} | {"words": words}
 
