@@ -141,6 +141,58 @@ def test_a_killed_pass_goes_on_and_gives_the_same(network, pictures, found, tmp_
         find_exemplars(*arguments, k=5, batch_size=5)
 
 
+@pytest.fixture
+def folder(pictures, tmp_path):
+    (tmp_path / "pictures").mkdir()
+    for number, picture in enumerate(pictures):
+        picture.save(tmp_path / "pictures" / f"{number:02d}.png")
+    return tmp_path / "pictures"
+
+
+def stopped_at(images, number):
+    """A source that ends in an error once, when an image is read."""
+    load, once = images.load, [1]
+
+    def read(asked):
+        if asked == number and once:
+            once.clear()
+            raise KeyboardInterrupt
+        return load(asked)
+
+    images.load = read
+    return images
+
+
+def test_a_stopped_pass_does_not_go_on_over_other_images(network, pictures, folder, tmp_path):
+    backbone, processor = network
+    stopping = stopped_at(open_images(folder), 13)
+    with pytest.raises(KeyboardInterrupt):
+        find_exemplars(UnitReader(backbone), processor, stopping, tmp_path / "out", k=4, batch_size=5, save_every=5)
+    pictures[3].rotate(90).save(folder / "-first.png")  # every number is another picture's now
+    with pytest.raises(ValueError, match=r"of other images: those of .*pictures have changed since"):
+        find_exemplars(UnitReader(backbone), processor, open_images(folder), tmp_path / "out", k=4)
+    (folder / "-first.png").unlink()
+    (folder / "03.png").touch()  # the same again, though later
+    again = find_exemplars(UnitReader(backbone), processor, open_images(folder), tmp_path / "out", k=4, batch_size=5)
+    whole = find_exemplars(UnitReader(backbone), processor, open_images(folder), tmp_path / "whole", k=4, batch_size=5)
+    assert again.keys == whole.keys and torch.equal(again.tensors["first"]["images"], whole.tensors["first"]["images"])
+    pictures[0].save(folder / "07.png")
+    with pytest.raises(ValueError, match="have changed since"):  # of a finished one, too
+        find_exemplars(UnitReader(backbone), processor, open_images(folder), tmp_path / "out", k=4)
+
+
+def test_images_that_change_between_the_two_passes_are_found(network, pictures, tmp_path):
+    backbone, processor = network
+    read = []
+
+    def rows():
+        read.append(1)
+        return [{"image": picture} for picture in (pictures if len(read) == 1 else [pictures[1], *pictures])]
+
+    with pytest.raises(ValueError, match=r"image \d+ is another one than when the pass read it"):
+        find_exemplars(UnitReader(backbone), processor, StreamedImages("rows", rows), tmp_path, k=4, batch_size=5)
+
+
 SHARED = """
 import sys
 from pathlib import Path

@@ -12,11 +12,12 @@ from PIL import Image
 
 from devil_hf.data.captioned import open_captioned
 from devil_hf.data.decoding import BadSamples, PairDecoder, PairTable, TooManyBadSamples
+from devil_hf.data.identity import PairIdentities
 from devil_hf.data.objects.masks import draw_region, unpack_region
 from devil_hf.data.pairs import open_pairs
 from devil_hf.model.pooling_devil import region_weights
 from devil_hf.training.draws import location_dropout
-from devil_hf.training.feature_cache import _draw, data_fingerprint
+from devil_hf.training.feature_cache import _draw
 from devil_hf.training.feed import CaptionCollator, ImageTable, batch_regions, sees_with, view_of
 from devil_hf.training.recipe import Recipe
 from devil_hf.training.run import train
@@ -116,7 +117,7 @@ def test_a_cache_knows_the_regions_and_what_is_said_of_them_also_in_a_stream(lab
 
     def fingerprint(**more) -> str:
         sources = [scenes, {"kind": "regions", "path": str(labels), "images": str(labels.parent)} | more]
-        return data_fingerprint(sources, open_pairs(sources, 0, False))
+        return PairIdentities(sources, open_pairs(sources, 0, False)).all()
 
     first = fingerprint()
     assert fingerprint() == first != fingerprint(templates=["{}"])

@@ -85,10 +85,14 @@ def test_results_are_read_for_model_cards(model, whole):
     } and metrics[0]["value"] == content["scores"]["all"]["bleu_1"]
 
 
+def gone(*args, **kwargs):
+    raise FileNotFoundError("the folder was removed")
+
+
 def test_a_later_metric_needs_no_inference_and_no_data(model, processor, folder, whole, monkeypatch):
     output, content = whole
     monkeypatch.setattr(type(model), "describe", None)
-    monkeypatch.setattr("devil_hf.evaluation.captions.open_pairs", None)
+    monkeypatch.setattr("devil_hf.evaluation.captions.open_pairs", gone)
     again = captions(model, processor, folder, output, metrics=["rouge_l"])
     assert again["scores"]["all"] == {"rouge_l": content["scores"]["all"]["rouge_l"]}
     fewer = captions(model, processor, folder, output, limit=3)

@@ -1,14 +1,18 @@
 """The contract of evaluations: one class is an evaluation with records, streams, weights and the one layout of results."""
 
 import json
+import os
+import socket
 from dataclasses import dataclass
 from itertools import count
+from pathlib import Path
 
 import pytest
 
 from devil_hf.cli.main import main
 from devil_hf.evaluation.evaluator import EVALUATORS, EvaluationSettings, Evaluator, evaluate
 from devil_hf.evaluation.results import Evaluation, fingerprint, read_evaluations
+from devil_hf.folders import CLAIM, FolderInUse
 from devil_hf.settings import option
 
 
@@ -115,3 +119,39 @@ def test_an_evaluator_that_registers_itself_is_a_subject_of_the_command(model, p
     assert main(["evaluate", "length", "--words", "a", "bbb", "--output-dir", str(tmp_path), "--json"]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["scores"] == {"all": {"letters": 2.0}}
     assert main(["evaluate", "length", "--limit", "0"]) == 1 and "--limit 0" in capsys.readouterr().err
+
+
+class Files(Length):
+    """Counts the letters of files, which may change; of a stream of them where none is named."""
+
+    def open(self):
+        return list(self.settings.words)
+
+    def identity(self, key):
+        return Path(key).read_text()
+
+    def rows(self, keys):
+        self.asked.extend(Path(key).name for key in keys)
+        return [len(Path(key).read_text()) for key in keys]
+
+
+def test_rows_of_files_that_changed_are_made_anew(model, processor, tmp_path, asked):
+    for name in "abc":
+        (tmp_path / name).write_text(name)
+    settings = LengthSettings(output_dir=tmp_path / "out", words=[str(tmp_path / name) for name in "abc"])
+    evaluate(Files, settings, model, processor)
+    (tmp_path / "b").write_text("longer")
+    asked.clear()
+    assert evaluate(Files, settings, model, processor).scores["all"]["letters"] == 8 / 3
+    assert asked == ["b"]
+
+
+def test_two_evaluations_in_one_folder_are_not_mixed(model, processor, tmp_path, monkeypatch):
+    settings = LengthSettings(output_dir=tmp_path)
+    claim = {"pid": os.getppid(), "host": socket.gethostname(), "work": "devil evaluate maps", "since": "now"}
+    (tmp_path / CLAIM).write_text(json.dumps(claim))
+    with pytest.raises(FolderInUse, match="devil evaluate maps since now"):
+        evaluate(Length, settings, model, processor)
+    (tmp_path / CLAIM).unlink()
+    evaluate(Length, settings, model, processor)
+    assert not (tmp_path / CLAIM).exists()

@@ -8,6 +8,7 @@ from typing import cast
 from PIL import Image as PILImage
 
 from devil_hf.data.decoding import BadSamples, PairDecoder
+from devil_hf.data.identity import pair_identity
 from devil_hf.data.pairs import REGION_KINDS, open_pairs
 from devil_hf.data.shapes import Scene
 from devil_hf.data.specifications import caption_sources, named_sources
@@ -26,6 +27,7 @@ class CaptionedImages:
         load: the image at a position.
         scenes: of the shapes world, what is known of each image; else empty.
         split: of the source, if it has any.
+        identities: a hash of each image with its captions; none where the keys say it.
     """
 
     name: str
@@ -35,6 +37,7 @@ class CaptionedImages:
     load: Callable[[int], PILImage.Image]
     scenes: list[Scene] = field(default_factory=list)
     split: str | None = None
+    identities: list[str] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -78,6 +81,7 @@ def open_captioned(data: str = SHAPES, split: str | None = None, limit: int = 20
         captions=[row["captions"] for row in encoded],
         load=lambda at: cast(dict, decode(encoded[at]))["image"],
         split=dataset.get("split"),
+        identities=[pair_identity(row) for row in encoded],
     )
 
 

@@ -4,7 +4,6 @@ Memory does not depend on the number of images. States of several processes merg
 """
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from devil_hf.data.quantiles import QuantileSketch
+from devil_hf.folders import written
 
 # Locations of each image that the quantile sketch sees; all of them on grids up to 16 x 16.
 SKETCHED_LOCATIONS = 256
@@ -116,9 +116,8 @@ def save_state(share: PassState, file: Path, settings: dict) -> None:
         parts = {"peaks": top.peaks, "images": top.images, "activations": top.activations} | sketch.state()
         tensors |= {f"{layer}.{name}": tensor.contiguous() for name, tensor in parts.items()}
     metadata = {"settings": json.dumps(settings), "position": str(share.position), "seen": str(share.seen)}
-    waiting = file.with_suffix(".writing")
-    save_file(tensors, waiting, metadata)
-    os.replace(waiting, file)
+    with written(file, f"The state of before is kept in {file.parent}") as unfinished:
+        save_file(tensors, unfinished, metadata)
 
 
 def load_state(file: Path, settings: dict, device) -> PassState:
@@ -143,7 +142,10 @@ def check_settings(asked: dict, found: dict, folder: Path) -> None:
     }
     if different:
         shown = "; ".join(f"{name} is {old!r}, asked for {new!r}" for name, (old, new) in different.items())
-        raise ValueError(f"{folder} holds exemplars of other settings: {shown}. Choose another folder, or remove it.")
+        what = "exemplars of other settings"
+        if list(different) == ["images_sha256"]:
+            what = f"exemplars of other images: those of {asked['source']} have changed since"
+        raise ValueError(f"{folder} holds {what}: {shown}. Choose another folder, or remove it.")
 
 
 __all__ = ["PassState", "TopImages", "check_settings", "load_state", "save_state"]

@@ -11,7 +11,6 @@ Layout of the output folder:
 
 import io
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -30,6 +29,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.transforms.functional import pil_to_tensor
 from tqdm.auto import tqdm
+
+from devil_hf.folders import written
 
 SUMMARY, PARTIAL, PARQUET, IMAGES = "exemplars.json", "partial", "exemplars.parquet", "images"
 ROUNDING = 1e-5  # relative, of up-sampled activations in fp32
@@ -189,14 +190,12 @@ def layer_file(layer: str) -> str:
 
 def write_rows(rows: Iterator[dict], features: Features, file: Path, chunk: int = 256) -> None:
     """Write rows to a parquet file, a chunk at a time; the file appears when it is whole."""
-    waiting = file.with_suffix(".writing")
     # The schema carries the features, so that any reader of `datasets` finds them again.
     schema = features.arrow_schema
-    with parquet.ParquetWriter(waiting, schema) as writer:
+    with written(file) as unfinished, parquet.ParquetWriter(unfinished, schema) as writer:
         for batch in iter(lambda: list(islice(rows, chunk)), []):
             table = Dataset.from_list(batch, features=features).data.table
             writer.write_table(table.select(schema.names).cast(schema))
-    os.replace(waiting, file)
 
 
 def _png(mask: Tensor) -> bytes:

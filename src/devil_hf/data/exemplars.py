@@ -26,9 +26,11 @@ from devil_hf.data.exemplar_pass import PassState, TopImages, check_settings, lo
 from devil_hf.data.exemplar_set import IMAGES, PARTIAL, SUMMARY, ExemplarSet, layer_file
 from devil_hf.data.images import ImageStream, NumberedImages
 from devil_hf.data.unit_reader import UnitReader, pixel_batches
+from devil_hf.folders import claimed, write_json, written
 from devil_hf.model.image_processing_devil import DevilImageProcessor
 
 JPEG_QUALITY = 95
+SAME = 0.02  # relative difference of activations that batches and number formats may make
 
 
 def find_exemplars(
@@ -56,16 +58,21 @@ def find_exemplars(
 
     Raises:
         ValueError: if the folder holds exemplars of other settings, or no image could be read.
+        FolderInUse: when another run works in the folder.
     """
     if k < 1 or not 0 < quantile < 1 or batch_size < 1:
         raise ValueError(f"k={k} and batch_size={batch_size} must be at least 1, and quantile={quantile} between 0 and 1")
-    output_dir = Path(output_dir)
+    output_dir, state = Path(output_dir), PartialState()
     settings = _settings(reader, processor, images, k, quantile)
-    if (output_dir / SUMMARY).is_file():
-        found = ExemplarSet(output_dir)
-        check_settings(settings, found.summary, output_dir)
-        return found
-    state = PartialState()
+    with claimed(output_dir, "a search for exemplars", state.is_main_process):
+        if (output_dir / SUMMARY).is_file():
+            found = ExemplarSet(output_dir)
+            check_settings(settings, found.summary, output_dir)
+            return found
+        return _find(reader, processor, images, output_dir, settings, batch_size, save_every, workers, state)
+
+
+def _find(reader, processor, images, output_dir: Path, settings, batch_size, save_every, workers, state) -> "ExemplarSet":
     (output_dir / PARTIAL).mkdir(parents=True, exist_ok=True)
     settings["processes"] = state.num_processes
     files = [output_dir / PARTIAL / f"process_{process}.safetensors" for process in range(state.num_processes)]
@@ -91,6 +98,7 @@ def _settings(reader: UnitReader, processor: DevilImageProcessor, images: ImageS
         "network": str(reader.backbone.config["source"]),
         "weights_sha256": reader.fingerprint,
         "source": images.name,  # with limit, split and held-out part
+        "images_sha256": images.identity,
         "layers": reader.layers,
         "k": k,
         "quantile": quantile,
@@ -147,7 +155,8 @@ def _finish(reader, processor, images, output_dir: Path, settings: dict, share: 
                 picture = Image.fromarray(pixels.permute(1, 2, 0).numpy())
                 picture.save(output_dir / IMAGES / name, quality=JPEG_QUALITY, subsampling=0)
                 metadata.write(json.dumps({"file_name": name, "number": number, "key": key}) + "\n")
-            for layer, (_, feature_map) in enumerate(reader(pixel_values)):
+            for layer, (activations, feature_map) in enumerate(reader(pixel_values)):
+                _check_same(share.top[layer], batch, activations, output_dir)
                 pooled = sums[layer]
                 if pooled is None:
                     pooled = torch.zeros(len(thresholds[layer]), feature_map.shape[1], device=feature_map.device)
@@ -166,13 +175,26 @@ def _finish(reader, processor, images, output_dir: Path, settings: dict, share: 
             "features": pooled / counted.clamp(min=1)[:, None],
             "counted": counted,
         }
-        save_file({key: value.contiguous().cpu() for key, value in tensors.items()}, output_dir / layer_file(name))
+        with written(output_dir / layer_file(name), f"The pass itself is kept in {output_dir / PARTIAL}") as unfinished:
+            save_file({key: value.contiguous().cpu() for key, value in tensors.items()}, unfinished)
         channels = 0 if not reader.channels else pooled.shape[1]
         summary["shapes"][name] = {"units": len(top.peaks), "channels": channels, "grid": list(top.activations.shape[2:])}
     found = ExemplarSet(output_dir, summary)
     found.write_parquet()
-    (output_dir / SUMMARY).write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    write_json(output_dir / SUMMARY, summary)
     shutil.rmtree(output_dir / PARTIAL)
+
+
+def _check_same(top: TopImages, batch: list, activations: Tensor, folder: Path) -> None:
+    """Raise a ValueError when an image (number, key, image) drives its units (B, U, H, W) otherwise than in the first pass."""
+    for (number, key, _), seen in zip(batch, activations.amax(dim=(2, 3)), strict=True):
+        unit, slot = torch.nonzero(top.images == number, as_tuple=True)
+        before = top.peaks[unit, slot]
+        if not torch.isclose(seen[unit], before, rtol=SAME, atol=SAME * float(top.peaks[top.images >= 0].abs().max())).all():
+            raise ValueError(
+                f"image {key} is another one than when the pass read it: the images changed meanwhile. Remove {folder}, and run "
+                "again on images that stay as they are."
+            )
 
 
 def _add_own_features(sums: Tensor, top: TopImages, threshold: Tensor, number: int, feature_map: Tensor) -> None:

@@ -5,14 +5,17 @@ A source gives its images twice: in order (`stream`), and a chosen few of them o
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, IterableDataset, load_dataset, load_from_disk
+from datasets import Image as ImageFeature
 from PIL import Image
 
+from devil_hf.data.identity import combined, identities, image_identity
 from devil_hf.data.pairs.folder import METADATA_FILES, read_caption_folder
 from devil_hf.data.specifications import Sources, read_specification
 from devil_hf.data.worlds import SHAPES, World
@@ -29,12 +32,21 @@ class NumberedImages:
         numbers: the number of each image, ascending.
         load: image of a number: anything that `load_images` reads.
         key: name of a number.
+        hashes: of the images of numbers, by content; None where the name of the source says which images they are.
     """
 
     name: str
     numbers: Sequence[int]
     load: Callable[[int], Any]
     key: Callable[[int], str]
+    hashes: Callable[[Sequence[int]], Sequence[str]] | None = None
+
+    @cached_property
+    def identity(self) -> str | None:
+        """Hash of all these images by content, with their keys; None where the name says it all."""
+        if self.hashes is None:
+            return None
+        return combined([*map(self.key, self.numbers), *self.hashes(self.numbers)])
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -54,7 +66,7 @@ class NumberedImages:
         parts = []
         for held_out, name in _part_names(self.name, every):
             chosen = [n for position, n in enumerate(self.numbers) if _is_held_out(position, every) == held_out]
-            parts.append(NumberedImages(name, chosen, self.load, self.key))
+            parts.append(NumberedImages(name, chosen, self.load, self.key, self.hashes))
         return parts[0], parts[1]
 
 
@@ -76,6 +88,11 @@ class StreamedImages:
     every: int = 0
     held_out: bool = False
     limit: int | None = None
+
+    @property
+    def identity(self) -> None:
+        """Nobody knows the images of a stream before they are read."""
+        return None
 
     def _rows(self) -> Iterator[tuple[int, dict]]:
         for number, row in enumerate(islice(self.read(), self.limit)):
@@ -147,7 +164,9 @@ def open_images(
         return _first(_dataset(source, column, f"data set of {len(source)} images"), limit)
     images = source
     name = f"list of {len(images)} images"
-    return _first(NumberedImages(name, range(len(images)), lambda number: images[number], str), limit)
+    listed = NumberedImages(name, range(len(images)), lambda number: images[number], str)
+    listed.hashes = lambda numbers: [image_identity(images[number]) for number in numbers]
+    return _first(listed, limit)
 
 
 def _named_images(named: World | Sources | Path | str, split: str | None, column: str, limit: int | None) -> ImageStream:
@@ -198,7 +217,13 @@ def _folder(folder: Path, split: str | None, column: str) -> NumberedImages:
         paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in EXTENSIONS)
     if not paths:
         raise FileNotFoundError(f"{folder} holds no image with one of the extensions {sorted(EXTENSIONS)}")
-    return NumberedImages(name, range(len(paths)), paths.__getitem__, lambda number: str(paths[number].relative_to(folder)))
+    return NumberedImages(
+        name,
+        range(len(paths)),
+        paths.__getitem__,
+        lambda number: str(paths[number].relative_to(folder)),
+        lambda numbers: identities([paths[number] for number in numbers], name),
+    )
 
 
 def _dataset(dataset: Dataset, column: str, name: str) -> NumberedImages:
@@ -208,4 +233,10 @@ def _dataset(dataset: Dataset, column: str, name: str) -> NumberedImages:
     def key(number: int) -> str:
         return str(dataset[number]["key"]) if "key" in dataset.column_names else str(number)
 
-    return NumberedImages(name, range(len(dataset)), lambda number: dataset[number][column], key)
+    def hashes(numbers: Sequence[int]) -> list[str]:
+        rows = dataset.select_columns([column])
+        if isinstance(rows.features[column], ImageFeature):
+            rows = rows.cast_column(column, ImageFeature(decode=False))
+        return [image_identity(rows[number][column]) for number in numbers]
+
+    return NumberedImages(name, range(len(dataset)), lambda number: dataset[number][column], key, hashes)

@@ -7,6 +7,7 @@ neither data nor inference.
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,10 @@ from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from devil_hf.data.decoding import BadSamples, PairDecoder
+from devil_hf.data.identity import PairIdentities
 from devil_hf.data.pairs import open_pairs
 from devil_hf.data.specifications import caption_sources, named_sources
-from devil_hf.evaluation.evaluator import EVALUATORS, EvaluationSettings, Evaluator
+from devil_hf.evaluation.evaluator import END, EVALUATORS, EvaluationSettings, Evaluator
 from devil_hf.evaluation.results import CONTROLS, Evaluation, metric_name
 from devil_hf.evaluation.tables import table
 from devil_hf.evaluation.text.bertscore import BERT_MODEL, MILAN, BertScoreSettings
@@ -82,6 +84,15 @@ class CaptionsEvaluator(Evaluator):
     def decides(self) -> dict[str, Any]:
         """The data and the decoding; rows are told apart by their place in the sources."""
         return {"sources": self.sources, "generation": self.generation}
+
+    @cached_property
+    def identities(self) -> PairIdentities:
+        """Of the rows of the sources."""
+        return PairIdentities(self.sources, open_pairs(self.sources, seed=0, shuffle=False))
+
+    def identity(self, key: str) -> str | None:
+        """Of the image and its captions; of a stream, of its shards."""
+        return self.identities.extent if key == END else self.identities(int(key))
 
     def rows(self, keys: Sequence[str]) -> list[dict[str, Any]]:
         """`image`, `references` and `descriptions` by layer of each pair, or the `problem` of one that cannot be used."""

@@ -39,6 +39,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from devil_hf.data.captioned import open_captioned
+from devil_hf.data.identity import combined
 from devil_hf.evaluation.evaluator import EVALUATORS, EvaluationSettings, Evaluator
 from devil_hf.evaluation.judgement import INTACT, WORDS, CaptionTable, Measured, control_text, judge
 from devil_hf.evaluation.randomise import randomised_backbone, untrained_translator, weight_stages
@@ -48,6 +49,7 @@ from devil_hf.evaluation.text.metrics import best_constant
 from devil_hf.evaluation.text.tokens import ptb_tokens
 from devil_hf.evaluation.text.words import CARRIER, words_of
 from devil_hf.evaluation.units.labels import null_label
+from devil_hf.folders import written
 from devil_hf.model.pooling_devil import resolve_layers
 from devil_hf.settings import option, read_layers
 
@@ -200,6 +202,14 @@ class ControlsEvaluator(Evaluator):
         count = len(self.data)
         return best_constant([said, captions], lambda text: float(np.mean(scores.cider([ptb_tokens(text)] * count))))
 
+    def identity(self, key: str) -> str | None:
+        """Of the images that a row is about."""
+        task = self.tasks[key]
+        if not self.data.identities or task.kind == "text":
+            return None
+        of = range(self.mapped) if task.kind == "maps" else (task.at, task.image)
+        return combined(self.data.identities[at] for at in of)
+
     def group(self, key: str) -> str:
         """Rows of one condition and kind are made together."""
         return f"{self.tasks[key].kind} {self.tasks[key].condition}"
@@ -295,7 +305,9 @@ class ControlsEvaluator(Evaluator):
 
     def _map_file(self, condition: str) -> Path:
         # Maps of other settings, whose records were removed, must not be taken for these.
-        decided = json.dumps({"weights": self.weights, **self.decides()}, sort_keys=True)
+        decided = json.dumps(
+            {"weights": self.weights, "images": self.data.identities[: self.mapped], **self.decides()}, sort_keys=True
+        )
         folder = Path(self.settings.output_dir) / "maps" / hashlib.sha256(decided.encode()).hexdigest()[:12]
         return folder / f"{condition}.safetensors"
 
@@ -317,10 +329,8 @@ class ControlsEvaluator(Evaluator):
             for layer, values in self.model.attribute(pixel_values, phrases, asked).maps.items():
                 parts[layer].append(values.float().cpu())
         maps |= {layer: torch.cat(values) for layer, values in parts.items()}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_suffix(".part")
-        save_file({layer: maps[layer].contiguous() for layer in self.layer_names}, unfinished)
-        unfinished.replace(path)
+        with written(path) as unfinished:
+            save_file({layer: maps[layer].contiguous() for layer in self.layer_names}, unfinished)
         return maps
 
     def score(self, rows: Mapping[str, Any]) -> Evaluation:

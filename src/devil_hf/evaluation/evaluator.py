@@ -44,6 +44,7 @@ from devil_hf.evaluation.records import Records
 from devil_hf.evaluation.results import CONTROLS, Evaluation, fingerprint
 from devil_hf.evaluation.tables import table
 from devil_hf.extras import needs
+from devil_hf.folders import claimed
 from devil_hf.model.modeling_devil import DevilModel
 from devil_hf.model.processing_devil import DevilProcessor
 from devil_hf.registry import Registry
@@ -121,6 +122,14 @@ class Evaluator(ABC):
         """What decides the rows besides the weights, as JSON: a folder with rows of another decision is refused."""
         return {}
 
+    def identity(self, key: str) -> str | None:
+        """Hash of what a row is of, such as its image: a recorded row of another one is made anew. None where its key says it.
+
+        Also asked of `END`: what decides how many rows a stream has. Where the data are not there any more (an OSError), rows
+        that are recorded are taken as they are.
+        """
+        return None
+
     def group(self, key: str) -> str:
         """Rows of different groups are never made in one batch."""
         return ""
@@ -164,6 +173,7 @@ def evaluate(
 
     Raises:
         ValueError: for settings, data or layers that are not there, and when the folder holds rows of another decision.
+        FolderInUse: when another run works in the output folder.
     """
     needs("accelerate", "evaluate")
     from accelerate import PartialState
@@ -173,6 +183,11 @@ def evaluate(
     state = PartialState(cpu=run.settings.device == "cpu")
     if state.num_processes > 1 and not kind.parallel:
         raise ValueError(f"the evaluation {kind.name!r} cannot be shared: run it on one process")
+    with claimed(run.settings.output_dir, f"devil evaluate {kind.name}", state.is_main_process):
+        return _evaluate(run, model, processor, state)
+
+
+def _evaluate(run: Evaluator, model: DevilModel | None, processor: DevilProcessor | None, state: Any) -> Evaluation | None:
     keys = run.open()
     run.model, run.processor = _load(run.settings, state) if model is None else (model, cast(DevilProcessor, processor))
     if state.num_processes > 1:
@@ -192,8 +207,8 @@ def evaluate(
     evaluation = run.score({key: records[key] for key in found})
     evaluation.weights = weights
     evaluation.write(folder / SCORES_FILE)
-    if kind.name in FIGURES:
-        FIGURES[kind.name](run, evaluation)
+    if run.name in FIGURES:
+        FIGURES[run.name](run, evaluation)
     evaluation.text, evaluation.exit_code = run.text(evaluation), run.exit_code(evaluation)
     return evaluation
 
@@ -219,30 +234,41 @@ def _collect(run: Evaluator, keys: Iterable[str], records: Records | None, state
     """Make and record the rows that are missing, each process its part of every batch; the keys of all rows."""
     from accelerate.utils import broadcast_object_list, gather_object
 
-    shared: list[Any] = [set(records.rows), records.rows.get(END)] if records is not None else [None, None]
+    shared: list[Any] = [{}, None]
+    if records is not None:
+        ended = END in records and records.identities[END] == _identity(run, END, records.identities)
+        shared = [records.identities, records[END] if ended else None]
     if state.num_processes > 1:
         broadcast_object_list(shared)
-    known, end = shared
+    identities, end = shared
     total = len(keys) if isinstance(keys, Sequence) else run.total
     total = total if end is None else min(end, total or end)
     found: list[str] = []
     with tqdm(total=total, desc=run.name, unit=run.unit, disable=not state.is_main_process) as bar:
         for batch in _batches(islice(keys, end), run.settings.batch_size * state.num_processes, run):
-            todo = [key for key in batch if key not in known]
+            now = {key: _identity(run, key, identities) for key in batch}
+            todo = [key for key in batch if key not in identities or identities[key] != now[key]]
             mine = todo[state.process_index :: state.num_processes]
             pairs = list(zip(mine, run.rows(mine) if mine else [], strict=False))
             made = dict(gather_object(pairs) if state.num_processes > 1 and todo else pairs)
             if records is not None:
                 for key in todo:
                     if key in made:
-                        records.add(key, made[key])
-            found += [key for key in batch if key in known or key in made]
+                        records.add(key, made[key], now[key])
+            found += [key for key in batch if key not in todo or key in made]
             bar.update(len(batch))
             if len(made) < len(todo):  # a stream has ended
                 if records is not None:
-                    records.add(END, len(found))
+                    records.add(END, len(found), run.identity(END))
                 break
     return found
+
+
+def _identity(run: Evaluator, key: str, recorded: Mapping[str, str | None]) -> str | None:
+    try:
+        return run.identity(key)
+    except OSError:
+        return recorded.get(key)
 
 
 def _batches(keys: Iterable[str], size: int, run: Evaluator) -> Iterator[list[str]]:

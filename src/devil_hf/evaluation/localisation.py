@@ -1,10 +1,12 @@
 """`devil evaluate maps`: attribution maps against masks and boxes; `maps/` has its parts."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from devil_hf.data.identity import combined, image_identity
 from devil_hf.data.objects import LocalisedImage, open_localised
 from devil_hf.data.worlds import parse_world
 from devil_hf.evaluation.evaluator import EVALUATORS, EvaluationSettings, Evaluator
@@ -106,6 +108,14 @@ class MapsEvaluator(Evaluator):
         settings = self.settings
         source = {name: str(value) for name in ("images", "names") if (value := getattr(settings, name))}
         return {"source": settings.source, **source, **decisions(self.model, self.asked, self.classes)}
+
+    def identity(self, key: str) -> str | None:
+        """Of the images and their objects; scenes are known by their names."""
+        if parse_world(self.settings.source):
+            return None
+        one = self.by_key[key]
+        members = one.members if isinstance(one, Board) else [one]
+        return combined(text for each in members for text in (image_identity(each.read()), json.dumps([each.groups, each.parts])))
 
     def rows(self, keys: Sequence[str]) -> list[dict[str, Any]]:
         """One image or board after the other: their phrases are the batch."""

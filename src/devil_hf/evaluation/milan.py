@@ -14,6 +14,7 @@ from typing import Any
 
 from transformers.utils import logging
 
+from devil_hf.data.identity import combined, image_identity
 from devil_hf.data.milan import open_milan
 from devil_hf.data.unit_features import encoded_features
 from devil_hf.evaluation.evaluator import EVALUATORS, EvaluationSettings, Evaluator
@@ -84,6 +85,11 @@ class MilanEvaluator(Evaluator):
     def decides(self) -> dict[str, Any]:
         """The units and how they are labelled."""
         return {"units": str(Path(self.settings.milan).resolve()), **self.settings.choice()}
+
+    def identity(self, key: str) -> str | None:
+        """Of the pictures and masks of a unit."""
+        unit = self.units[self.positions[key]]
+        return combined([image_identity(unit.images.numpy()), image_identity(unit.masks.numpy())])
 
     def rows(self, keys: Sequence[str]) -> list[dict[str, Any]]:
         """What `label_units` returns."""

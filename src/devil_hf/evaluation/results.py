@@ -35,6 +35,7 @@ from devil_hf.build.slim_devil import weights_hash
 from devil_hf.data.worlds import HELD_OUT_WORLD, world_label
 from devil_hf.evaluation.maps.combining import map_combinations
 from devil_hf.evaluation.text.metrics import CAPTION_METRICS
+from devil_hf.folders import write_json
 from devil_hf.model.modeling_devil import DevilModel
 from devil_hf.text_files import read_json
 
@@ -86,7 +87,7 @@ class Evaluation:
 
     def write(self, file: str | PathLike) -> None:
         """Write the result as JSON."""
-        Path(file).write_text(json.dumps(self.as_record(), indent=1) + "\n", encoding="utf-8")
+        write_json(file, self.as_record())
 
     @property
     def metrics(self) -> list[str]:

@@ -25,6 +25,7 @@ from devil_hf.evaluation.units.simulation import (
     held_out_activations,
     held_out_evidence,
 )
+from devil_hf.folders import written
 from devil_hf.settings import option, read_layers
 from devil_hf.text_files import read_json
 
@@ -96,6 +97,10 @@ class UnitsEvaluator(Evaluator):
         network = {"network": self.reader.fingerprint, "layers": self.reader.layers}
         return {**network, "labels": self.unit_labels, "images": self.images.name, "carrier": self.settings.carrier}
 
+    def identity(self, key: str) -> str | None:
+        """Of the images."""
+        return self.images.identity
+
     def group(self, key: str) -> str:
         """Each pass is recorded when it is done."""
         return key
@@ -110,7 +115,8 @@ class UnitsEvaluator(Evaluator):
                 values = held_out_evidence(
                     self.model, self.processor, self.images, self.labels, settings.batch_size, settings.carrier
                 )
-            save_file({key: values}, folder / f"{key}.safetensors")
+            with written(folder / f"{key}.safetensors") as unfinished:
+                save_file({key: values}, unfinished)
             found.append({"file": f"{key}.safetensors", "shape": list(values.shape)})
         return found
 

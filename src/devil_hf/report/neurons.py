@@ -4,6 +4,7 @@ Four stages, each of which leaves its result in the output folder, where the nex
 `data/exemplars.py`), `labels.json`, `checks.json`, and `atlas/` (see `report/atlas.py`).
 """
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,9 +22,11 @@ from devil_hf.data.exemplars import find_exemplars
 from devil_hf.data.images import ImageStream, open_images
 from devil_hf.data.unit_features import pool_units
 from devil_hf.data.unit_reader import UnitReader, open_network
+from devil_hf.evaluation.results import fingerprint
 from devil_hf.evaluation.unit_check import CheckSettings, check_all
 from devil_hf.evaluation.units.labels import LabelSettings, label_units
 from devil_hf.evaluation.units.simulation import held_out_activations, held_out_evidence
+from devil_hf.folders import claimed, write_json, written
 from devil_hf.model.image_processing_devil import DevilImageProcessor
 from devil_hf.model.modeling_devil import DevilModel
 from devil_hf.model.pooling_devil import resolve_layer
@@ -108,7 +111,12 @@ def neurons(
     Returns:
         A summary: the folders, numbers of units and images, and the summary of the check beside its two controls.
     """
-    run = _Run(checked(settings), Objects(**objects), model, processor)
+    settings = checked(settings)
+    with claimed(settings.output_dir, "devil neurons", PartialState().is_main_process):
+        return _run_stages(_Run(settings, Objects(**objects), model, processor))
+
+
+def _run_stages(run: "_Run") -> dict[str, Any]:
     if {"exemplars", "check"} & set(run.settings.stages):
         run.open_reader()
     summary: dict[str, Any] = {"output": str(run.folder)}
@@ -202,12 +210,13 @@ class _Run:
             noted |= {"prior_weight": self.settings.prior_weight}
         pooled = pool_units(self.model, self.processor, exemplars, mode)
         rows = label_units(self.model, self.processor, pooled, **self.settings.choice())
-        _write({"settings": noted, "units": rows}, self.folder / "labels.json")
+        of = {"exemplars": _digest(exemplars), "weights": fingerprint(self.model)}
+        write_json(self.folder / "labels.json", {"settings": noted, "of": of, "units": rows})
 
     def check(self) -> None:
         """The stage "check": checks.json, and the numbers that it comes from."""
         settings = self.settings
-        rows = _read(self.folder / "labels.json", "describe")["units"]
+        rows = self.labels(ExemplarSet(self.folder / "exemplars"))["units"]
         kept, images = self.images()
         self.check_origin(kept)
         unit_labels = [row["label"] for row in rows]
@@ -216,7 +225,8 @@ class _Run:
         evidence = held_out_evidence(self.model, self.processor, images, labels, settings.batch_size, settings.carrier)
         found = check_all(activations, evidence, labels, unit_labels, **settings.check())
         content = {"activations": activations, "evidence": evidence}
-        save_file(content, self.folder / "held_out.safetensors", {"labels": json.dumps(labels)})
+        with written(self.folder / "held_out.safetensors") as unfinished:
+            save_file(content, unfinished, {"labels": json.dumps(labels)})
         summaries = found["summaries"]
         summary = {
             "images": activations.shape[1],
@@ -226,15 +236,25 @@ class _Run:
             "constant label": {"label": found["texts"]["constant"], **summaries["constant"]},
             "shuffled labels": summaries["shuffled"],
         }
-        _write({"summary": summary, "labels": unit_labels, "units": found["units"]}, self.folder / "checks.json")
+        write_json(self.folder / "checks.json", {"summary": summary, "labels": unit_labels, "units": found["units"]})
+
+    def labels(self, exemplars: ExemplarSet) -> dict[str, Any]:
+        """What labels.json holds, which must be of these exemplars."""
+        file = self.folder / "labels.json"
+        labels = _read(file, "describe")
+        if labels.get("of", {}).get("exemplars") != _digest(exemplars):
+            raise ValueError(f"{file} holds labels of other exemplars than {exemplars.folder}: run the stage 'describe' again")
+        return labels
 
     def check_origin(self, kept: ImageStream) -> None:
         """Make sure that the exemplars are of the same units, and not of images that the check sees."""
         found = ExemplarSet(self.folder / "exemplars").summary
-        asked = {"weights_sha256": self.reader.fingerprint, "layers": self.reader.layers}
+        asked: dict[str, Any] = {"weights_sha256": self.reader.fingerprint, "layers": self.reader.layers}
         if self.check_source is None:
             asked["source"] = kept.name  # holds limit and split, and which images are held out
-        different = [f"{name} is {found[name]!r}, asked for {value!r}" for name, value in asked.items() if found[name] != value]
+            asked["images_sha256"] = kept.identity
+        other = [name for name, value in asked.items() if found.get(name) != value]
+        different = [f"{name} is {found.get(name)!r}, asked for {asked[name]!r}" for name in other]
         if different:
             raise ValueError(
                 f"the exemplars in {self.folder} cannot be checked like this: {'; '.join(different)}. Name the same images, "
@@ -243,7 +263,7 @@ class _Run:
 
     def write_atlas(self, exemplars: ExemplarSet) -> Path:
         """The stage "atlas"; returns its page."""
-        labels = _read(self.folder / "labels.json", "describe")
+        labels = self.labels(exemplars)
         checks = _read(self.folder / "checks.json", "check") if (self.folder / "checks.json").is_file() else None
         if checks is not None and checks["labels"] != [row["label"] for row in labels["units"]]:
             raise ValueError(f"{self.folder / 'checks.json'} checks other labels than labels.json holds: run the check again")
@@ -264,8 +284,9 @@ def _read(file: Path, stage: str) -> dict:
     return read_json(file)
 
 
-def _write(content: dict, file: Path) -> None:
-    file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+def _digest(exemplars: ExemplarSet) -> str:
+    """Hash of what decided exemplars."""
+    return hashlib.sha256(json.dumps(exemplars.summary, sort_keys=True).encode()).hexdigest()
 
 
 __all__ = ["NeuronsSettings", "Objects", "neurons"]

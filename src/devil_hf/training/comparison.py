@@ -8,7 +8,6 @@ import dataclasses
 import hashlib
 import itertools
 import json
-import os
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from devil_hf.data.decoding import BadSamples, PairDecoder
 from devil_hf.data.pairs import REGION_KINDS, open_pairs
 from devil_hf.evaluation.tables import table
 from devil_hf.evaluation.text.metrics import caption_scores
+from devil_hf.folders import write_json
 from devil_hf.model.modeling_devil import DevilModel
 from devil_hf.model.pooling_devil import pool, region_weights
 from devil_hf.model.processing_devil import DevilProcessor
@@ -150,9 +150,7 @@ def run(name: str, recipe: Recipe, images: "EvaluationImages", decodings: Mappin
         "images": images.keys,
         "descriptions": texts,
     }
-    partial = file.with_suffix(".partial")
-    partial.write_text(json.dumps(result, indent=1), encoding="utf-8")
-    os.replace(partial, file)
+    write_json(file, result)
     return result
 
 

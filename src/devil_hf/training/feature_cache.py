@@ -5,18 +5,13 @@ captions of its images), and `cache.json`: what the features depend on. A cache 
 refused. An interrupted computation goes on where it stopped: shards appear whole or not at all.
 """
 
-import hashlib
 import itertools
 import json
-import os
-import shutil
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.compute as pc
 import torch
 from accelerate import PartialState
 from datasets import Dataset, IterableDataset
@@ -26,49 +21,20 @@ from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 from devil_hf.data.decoding import PairDecoder
-from devil_hf.data.objects.masks import region_digest
-from devil_hf.data.pairs import REGION_KINDS, open_pairs
-from devil_hf.data.pairs.shards import expand_urls
+from devil_hf.folders import claimed, need_room, write_json, written
 from devil_hf.model.modeling_devil import DevilModel
 from devil_hf.model.processing_devil import DevilProcessor
 from devil_hf.training.features import pool_draws
 from devil_hf.training.feed import batch_regions, seed_of, sees_with, view_of
 
 CACHE_FILE = "cache.json"
+SHARDS = "features-*.safetensors"
 SHARD_IMAGES = 1024
 BATCH_IMAGES = 32
 
 
 class StaleCache(ValueError):
     """A feature cache belongs to something else than the run that asks for it."""
-
-
-def data_fingerprint(sources: Sequence[dict], dataset: Dataset | IterableDataset) -> str:
-    """Hash of what the pairs are, without reading a pixel: keys, captions, regions and image files (name and size).
-
-    Of a stream, whose rows are not known beforehand, it is the sources themselves, their local shards, and the rows of regions.
-    """
-    digest = hashlib.sha256()
-    if isinstance(dataset, Dataset):
-        for table in dataset.with_format("arrow").iter(1000):
-            columns = [table["key"], table["captions"], pc.struct_field(table["image"], "path"), table["region"]]
-            for key, captions, path, region in zip(*(column.to_pylist() for column in columns), strict=True):
-                digest.update(json.dumps([key, captions, _file_state(path)]).encode())
-                digest.update(b"" if region is None else region_digest(region))
-    else:
-        digest.update(json.dumps(list(sources), sort_keys=True).encode())
-        for source in sources:
-            files = expand_urls(source["urls"]) if source["kind"] == "webdataset" else []
-            digest.update(json.dumps([_file_state(file) for file in files]).encode())
-            if source["kind"] in REGION_KINDS:
-                digest.update(data_fingerprint([], open_pairs([source], seed=0, shuffle=False)).encode())
-    return digest.hexdigest()
-
-
-def _file_state(path: str | None) -> list | None:
-    if path is None or not os.path.isfile(path):
-        return [path]
-    return [os.path.basename(path), os.path.getsize(path)]
 
 
 def cache_key(
@@ -107,27 +73,53 @@ def cached_features(
         sample_seed: of which draw and which caption an epoch takes; the key's seed is that of the draws themselves.
 
     Raises:
-        StaleCache: when the folder holds features of something else.
+        StaleCache, DiskFull, FolderInUse: see `open_cache`.
     """
     state = PartialState()
-    file = folder / CACHE_FILE
-    if state.is_main_process and not file.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        _write_json(file, {"key": key, "processes": state.num_processes, "complete": False})
-    state.wait_for_everyone()
-    found = json.loads(file.read_text(encoding="utf-8"))
-    _check_key(folder, found["key"], key)
-    if not found["complete"]:
-        _check_room(folder, key, model, dataset)
-        # An unfinished cache is finished by as many parts as it was begun with, whatever the number of processes now.
-        for part in range(state.process_index, found["processes"], state.num_processes):
-            _compute_part(folder, part, found["processes"], key, model, processor, dataset, decoder)
-        decoder.bad_samples.judge()
-        state.wait_for_everyone()
-        if state.is_main_process:
-            _write_json(file, found | {"complete": True})
+    open_cache(folder, key, model, dataset)
+    with claimed(folder, "a computation of cached features", state.is_main_process):
+        found = json.loads((folder / CACHE_FILE).read_text(encoding="utf-8"))
+        if not found["complete"]:
+            # An unfinished cache is finished by as many parts as it was begun with, whatever the number of processes now.
+            for part in range(state.process_index, found["processes"], state.num_processes):
+                _compute_part(folder, part, found["processes"], key, model, processor, dataset, decoder)
+            decoder.bad_samples.judge()
+            state.wait_for_everyone()
+            if state.is_main_process:
+                shards = len(list(folder.glob(SHARDS)))
+                write_json(folder / CACHE_FILE, found | {"complete": True, "shards": shards})
         state.wait_for_everyone()
     return CachedFeatures(folder, sample_seed)
+
+
+def open_cache(folder: Path, key: dict[str, Any], model: DevilModel, dataset: Dataset | IterableDataset) -> None:
+    """Make sure that a cache can be computed or gone on with, before any work; all processes of a run call this together.
+
+    Raises:
+        StaleCache: when the folder holds features of something else.
+        DiskFull: when the features of a data set of known length cannot fit on the disk.
+        FolderInUse: when another run computes them at this moment.
+    """
+    state, file = PartialState(), folder / CACHE_FILE
+    with claimed(folder, "a computation of cached features", state.is_main_process):
+        if state.is_main_process and not file.is_file():
+            write_json(file, {"key": key, "processes": state.num_processes, "complete": False})
+        state.wait_for_everyone()
+        found = json.loads(file.read_text(encoding="utf-8"))
+        _check_key(folder, found["key"], key)
+        if found["complete"] and found.get("shards") != len(list(folder.glob(SHARDS))):
+            raise StaleCache(f"the feature cache {folder} lacks some of its {found.get('shards')} shards: delete it.")
+    what = f"the feature cache of {len(dataset)} images" if isinstance(dataset, Dataset) else "the feature cache"
+    need_room(folder, cache_bytes(folder, key, model, dataset), what, "name another folder, or lower views or draws")
+
+
+def cache_bytes(folder: Path, key: dict[str, Any], model: DevilModel, dataset: Dataset | IterableDataset) -> int:
+    """Bytes that a cache still needs on the disk; 0 for a stream, of which nobody knows it."""
+    file = folder / CACHE_FILE
+    if not isinstance(dataset, Dataset) or (file.is_file() and json.loads(file.read_text(encoding="utf-8"))["complete"]):
+        return 0
+    there = sum(shard.stat().st_size for shard in folder.glob(SHARDS))
+    return 2 * len(dataset) * key["views"] * key["draws"] * sum(model.backbone.channels) - there
 
 
 def _check_key(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
@@ -137,19 +129,6 @@ def _check_key(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) -> N
         raise StaleCache(
             f"the feature cache {folder} is stale ({shown}): name another folder with --cache_features, or delete this one."
         )
-
-
-def _check_room(folder: Path, key: dict[str, Any], model: DevilModel, dataset: Dataset | IterableDataset) -> None:
-    """Raise an OSError when the features of a data set of known length cannot fit on the disk."""
-    if isinstance(dataset, Dataset):
-        there = sum(shard.stat().st_size for shard in folder.glob("features-*.safetensors"))
-        values = len(dataset) * key["views"] * key["draws"] * sum(model.backbone.channels)
-        needed, free = 2 * values - there, shutil.disk_usage(folder).free
-        if needed > free:
-            raise OSError(
-                f"the feature cache {folder} needs {needed / 1e9:.1f} GB, but {free / 1e9:.1f} GB are free: make room, name "
-                "another folder, or lower views or draws."
-            )
 
 
 def _compute_part(folder, part, parts, key, model, processor, dataset, decoder) -> None:
@@ -180,8 +159,9 @@ def _compute_part(folder, part, parts, key, model, processor, dataset, decoder) 
                 bar.update(read)
             if drawn:
                 features = {layer: torch.cat([batch[layer] for batch in drawn]) for layer in drawn[0]}
-                _write_json(sidecar, {"rows": rows_read, "keys": keys, "captions": captions})
-                _write(name.with_suffix(".safetensors"), partial(save_file, features))
+                write_json(sidecar, {"rows": rows_read, "keys": keys, "captions": captions}, indent=None)
+                with written(name.with_suffix(".safetensors"), "The shards before are kept") as unfinished:
+                    save_file(features, unfinished)
             if len(keys) < SHARD_IMAGES:
                 return
 
@@ -225,16 +205,6 @@ def _draw(model, processor, samples: Sequence[dict], key: dict, seed: int) -> di
     return {f"layer.{index}": layer for index, layer in enumerate(layers)}
 
 
-def _write(path: Path, write: Callable[[Path], Any]) -> None:
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    write(unfinished)
-    os.replace(unfinished, path)
-
-
-def _write_json(path: Path, content: dict) -> None:
-    _write(path, lambda partial: partial.write_text(json.dumps(content), encoding="utf-8"))
-
-
 class CachedFeatures:
     """The images of a complete cache as training data: one of their draws and one of their captions each time.
 
@@ -245,7 +215,7 @@ class CachedFeatures:
 
     def __init__(self, folder: Path, seed: int):
         self.seed = seed
-        self.shards = sorted(folder.glob("features-*.safetensors"))
+        self.shards = sorted(folder.glob(SHARDS))
         contents = [json.loads(shard.with_suffix(".json").read_text(encoding="utf-8")) for shard in self.shards]
         self.captions: list[list[str]] = [texts for content in contents for texts in content["captions"]]
         self.starts = np.cumsum([0, *(len(content["captions"]) for content in contents)])
@@ -270,4 +240,4 @@ class CachedFeatures:
         return {"pooled_features": features, "caption": self.captions[index][text]}
 
 
-__all__ = ["CachedFeatures", "StaleCache", "cache_key", "cached_features", "data_fingerprint"]
+__all__ = ["CachedFeatures", "StaleCache", "cache_bytes", "cache_key", "cached_features", "open_cache"]

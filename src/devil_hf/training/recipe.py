@@ -6,6 +6,7 @@ again from there.
 
 import dataclasses
 import importlib.util
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -158,6 +159,9 @@ class Recipe:
             raise ValueError("save='merged' merges LoRA adapters, but the recipe has no lora")
 
     def _validate_numbers(self) -> None:
+        for name, value in vars(self).items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{name}={value} must be a finite number")
         for name in ("views", "draws", "max_steps", "batch_size", "accumulation", "evaluation_steps", "logging_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")

@@ -1,17 +1,20 @@
 """A run by recipe: everything is opened and checked, then trained, and the best checkpoint is left in its place."""
 
 import dataclasses
+import hashlib
 import itertools
+import json
 import os
-import shutil
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object, parse_flag_from_env
+from accelerate.utils import broadcast_object_list, gather_object, parse_flag_from_env
 from datasets import Dataset, IterableDataset
 from huggingface_hub import HfApi
+from safetensors import safe_open
+from safetensors.torch import save_file
 from transformers import AutoTokenizer, EarlyStoppingCallback, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
@@ -22,18 +25,23 @@ from devil_hf.build.sources import select_layers
 from devil_hf.checkpoints.loading import load
 from devil_hf.checkpoints.publishing import HUB, PUBLISHERS
 from devil_hf.data.decoding import BadSamples, PairDecoder, PairTable
+from devil_hf.data.identity import PairIdentities
 from devil_hf.data.pairs import open_pairs
+from devil_hf.folders import claimed, need_room, written
 from devil_hf.model.modeling_devil import DevilModel
 from devil_hf.model.processing_devil import DevilProcessor
 from devil_hf.settings import make, read_yaml
-from devil_hf.training.feature_cache import CachedFeatures, cache_key, cached_features, data_fingerprint
+from devil_hf.training.divergence import check_weights
+from devil_hf.training.feature_cache import CachedFeatures, cache_bytes, cache_key, cached_features, open_cache
 from devil_hf.training.features import PooledCaptions, pooled_feature_draws
 from devil_hf.training.feed import CaptionStream, ImageTable, sees_with
 from devil_hf.training.recipe import CHECKPOINT_FOLDER, RECIPE_FILE, Recipe
+from devil_hf.training.saving import newest_kept, save_elsewhere, write_checkpoint
 from devil_hf.training.trainer import DevilTrainer, longest_caption
 
 logger = logging.get_logger(f"transformers.{__name__}")
 
+DATA_FILE = "data.json"  # in the checkpoints of a run: what its data were
 ADAM_COPIES = 3  # the trained weights and two moments of each
 
 
@@ -48,6 +56,8 @@ def train(recipe: Recipe) -> Path:
         OSError: for files and sources that are not there, and when the disk has no room for the run.
         ValueError: for whatever else is wrong with the recipe, before the first step.
         TooManyBadSamples: when more of the data than the recipe allows cannot be used.
+        FolderInUse: when another run works in the output folder, or computes the feature cache.
+        Diverged: when loss or weights are not finite any more.
     """
     recipe = make(Recipe, vars(recipe))  # one that was built in Python is checked, too
     _check_launch(recipe)
@@ -59,21 +69,30 @@ def train(recipe: Recipe) -> Path:
             f"with `accelerate launch --multi_gpu --num_processes {recipe.processes}` (on a machine without GPUs, too)."
         )
     logger.warning(f"training on {state.num_processes} process{'es' * (state.num_processes > 1)}, {device}")
+    with claimed(recipe.output_dir, "a training", state.is_main_process):
+        return _train(recipe, arguments, device)
+
+
+def _train(recipe: Recipe, arguments: TrainingArguments, device: torch.device) -> Path:
     newest = _newest_checkpoint(recipe)
     if recipe.push_to_hub:
         PUBLISHERS[HUB].check_name(recipe.push_to_hub)
         HfApi().whoami()  # a missing or wrong token is an error now, not after the last step
     set_seed(recipe.seed)
     model, processor = build(recipe)
-    _check_saving(recipe, model)
+    dataset = open_pairs(recipe.train_data, recipe.seed, shuffle=False)
+    data = _known_data(recipe, dataset, newest)
+    key = _cache_key(recipe, model, processor, data)
+    _check_saving(recipe, model, cache_bytes(Path(recipe.cache_features), key, model, dataset) if key else 0)
+    if key:
+        open_cache(Path(recipe.cache_features), key, model, dataset)
     longest_caption(model)  # raises where there is no room for one
     torch.nn.Module.to(model, device)
-    dataset = open_pairs(recipe.train_data, recipe.seed, shuffle=False)
     validation = None
     if recipe.validation_data:  # before features are cached, which may take hours
-        validation = validation_features(recipe, model, processor)
+        validation = kept_validation_features(recipe, model, processor, data["validation_data"])
     bad_samples = BadSamples(recipe.bad_samples)
-    training = _training_data(recipe, model, processor, dataset, bad_samples)
+    training = _training_data(recipe, model, processor, dataset, bad_samples, key)
     trainer = DevilTrainer(
         model,
         arguments,
@@ -82,7 +101,7 @@ def train(recipe: Recipe) -> Path:
         eval_dataset=validation,
         bad_samples=bad_samples,
         described=recipe.describe_validation,
-        recipe_file=(RECIPE_FILE, recipe.to_yaml()),
+        files={RECIPE_FILE: recipe.to_yaml(), DATA_FILE: json.dumps(data)},
         callbacks=[EarlyStoppingCallback(recipe.patience)] if recipe.patience else None,
     )
     trainer.train(resume_from_checkpoint=newest)
@@ -179,20 +198,52 @@ def _build_on_checkpoint(recipe: Recipe) -> tuple[DevilModel, DevilProcessor]:
 # --------------------------------------------------------------------------------------------------------------- data
 
 
+def _known_data(recipe: Recipe, dataset: Dataset | IterableDataset, newest: str | None) -> dict[str, str]:
+    """Hashes of what is trained and validated on, by the field of the recipe; the same on all processes.
+
+    Raises:
+        ValueError: when they are not those that the run had begun with.
+    """
+    found: list[dict[str, str]] = [{}]
+    if PartialState().is_main_process:
+        found[0]["train_data"] = PairIdentities(recipe.train_data, dataset).all()
+        if recipe.validation_data:
+            validation = open_pairs(recipe.validation_data, recipe.seed, shuffle=False)
+            if isinstance(validation, Dataset):
+                validation = validation.select(range(min(recipe.validation_images, len(validation))))
+            found[0]["validation_data"] = PairIdentities(recipe.validation_data, validation).all()
+    if PartialState().num_processes > 1:
+        broadcast_object_list(found)
+    file = Path(newest or "") / DATA_FILE
+    if newest and file.is_file():
+        before, written = json.loads(file.read_text(encoding="utf-8")), read_yaml(Recipe, Path(newest))
+        for name, now in found[0].items():
+            if written[name] == getattr(recipe, name) and before.get(name, now) != now:
+                raise ValueError(
+                    f"the images or captions of {name} have changed since {newest}: going on would be another run. Give the data "
+                    f"back, name another --output_dir, or remove {file} to go on with them as they are."
+                )
+    return found[0]
+
+
+def _cache_key(recipe: Recipe, model: DevilModel, processor: DevilProcessor, data: dict[str, str]) -> dict[str, Any]:
+    """What the feature cache depends on; empty without one."""
+    if not recipe.cache_features:
+        return {}
+    drawn = (recipe.views, recipe.draws, recipe.smallest_crop, recipe.cache_seed)
+    return cache_key(model, processor, data["train_data"], *drawn)
+
+
 def _training_data(
-    recipe: Recipe, model: DevilModel, processor: DevilProcessor, dataset: Dataset | IterableDataset, bad_samples: BadSamples
+    recipe: Recipe,
+    model: DevilModel,
+    processor: DevilProcessor,
+    dataset: Dataset | IterableDataset,
+    bad_samples: BadSamples,
+    key: dict[str, Any],
 ) -> ImageTable | CaptionStream | CachedFeatures:
     decoder = PairDecoder(bad_samples, recipe.seed, sees_with(processor))
-    if recipe.cache_features:
-        key = cache_key(
-            model,
-            processor,
-            data_fingerprint(recipe.train_data, dataset),
-            recipe.views,
-            recipe.draws,
-            recipe.smallest_crop,
-            recipe.cache_seed,
-        )
+    if key:
         return cached_features(Path(recipe.cache_features), key, model, processor, dataset, decoder, sample_seed=recipe.seed)
     if isinstance(dataset, Dataset):
         if not len(dataset):
@@ -200,6 +251,30 @@ def _training_data(
         return ImageTable(PairTable(dataset, decoder), recipe.smallest_crop)
     shuffled = open_pairs(recipe.train_data, recipe.seed, shuffle=True, shuffle_buffer=recipe.shuffle_buffer)
     return CaptionStream(cast(IterableDataset, shuffled), decoder, recipe.smallest_crop)
+
+
+def kept_validation_features(recipe: Recipe, model: DevilModel, processor: DevilProcessor, data: str) -> PooledCaptions:
+    """`validation_features`, computed once: they are kept with the feature cache, or in the output folder.
+
+    Args:
+        data: hash of the validation data.
+    """
+    state = PartialState()
+    key = [data, recipe.validation_data, recipe.validation_images, recipe.bad_samples, model.layer_names]
+    key += [model.config.backbone_config["sha256"], processor.image_processor.to_json_string()]
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()[:12]
+    name = f"validation-{digest}-{state.process_index}-of-{state.num_processes}.safetensors"
+    file = Path(recipe.cache_features or recipe.output_dir) / name
+    there = gather_object([file.is_file()])  # all together or not at all: they are counted together
+    if all(there):
+        with safe_open(file, "pt") as content:
+            features = [content.get_tensor(f"layer.{index}") for index in range(len(model.layer_names))]
+            return PooledCaptions(features, json.loads(content.metadata()["captions"]), recipe.seed)
+    found = validation_features(recipe, model, processor)
+    with written(file) as unfinished:
+        tensors = {f"layer.{index}": layer.contiguous() for index, layer in enumerate(found.features)}
+        save_file(tensors, unfinished, {"captions": json.dumps([list(texts) for texts in found.captions])})
+    return found
 
 
 def validation_features(recipe: Recipe, model: DevilModel, processor: DevilProcessor) -> PooledCaptions:
@@ -276,8 +351,12 @@ def _is_slim(recipe: Recipe, model: DevilModel) -> bool:
     return recipe.save == "slim" or (recipe.save == "auto" and not model.parts_without_source)
 
 
-def _check_saving(recipe: Recipe, model: DevilModel) -> None:
-    """Raise an error when the run could not be saved as it should be: no such kind of checkpoint, or no room on the disk."""
+def _check_saving(recipe: Recipe, model: DevilModel, cache: int = 0) -> None:
+    """Raise an error when the run could not be saved as it should be: no such kind of checkpoint, or no room on the disk.
+
+    Args:
+        cache: bytes that the feature cache still needs.
+    """
     if recipe.save == "slim" and model.parts_without_source:
         raise ValueError("save='slim' needs sources of both frozen parts, which this model does not have: use save='full'")
     if recipe.save == "merged" and model.config.lora is None:
@@ -303,18 +382,17 @@ def _check_saving(recipe: Recipe, model: DevilModel) -> None:
     if not recipe.keep_checkpoints:  # all of them, of which some may be there
         checkpoints = -(-recipe.max_steps // recipe.steps_between_checkpoints) - len(list(place.glob("checkpoint-*")))
     needed = max(checkpoints, 1) * (ADAM_COPIES * trained + kept) + trained + final
-    free = shutil.disk_usage(place).free
-    if needed > free:
-        raise OSError(
-            f"{place} has {free / 1e9:.1f} GB free, but the checkpoints of this run need {needed / 1e9:.1f} GB: make room, "
-            "name another --output_dir, or lower --keep_checkpoints."
-        )
+    what = "all that the run keeps"
+    if cache:
+        Path(recipe.cache_features).mkdir(parents=True, exist_ok=True)
+        if os.stat(recipe.cache_features).st_dev == os.stat(place).st_dev:
+            needed, what = needed + cache, f"{what}, of which {cache / 1e9:.1f} GB are cached features,"
+    need_room(place, needed, what, "name another --output_dir, or lower --keep_checkpoints (or --draws of cached features)")
 
 
 def _finish(recipe: Recipe, trainer: DevilTrainer) -> Path:
     """Save what was trained, and push it where the recipe says so."""
     checkpoint = Path(recipe.output_dir) / CHECKPOINT_FOLDER
-    partial = checkpoint.with_name(f".{CHECKPOINT_FOLDER}")
     model: DevilModel = trainer.accelerator.unwrap_model(trainer.model)
     sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
     state_dict = trainer.accelerator.get_state_dict(trainer.model_wrapped) if sharded else None
@@ -322,14 +400,15 @@ def _finish(recipe: Recipe, trainer: DevilTrainer) -> Path:
         if recipe.save == "merged":
             merge_lora(model)
             state_dict = None
-        slim = _is_slim(recipe, model)
-        if slim and state_dict is not None:
-            state_dict = model.trainable_state_dict(state_dict)
-        model.save_pretrained(partial, slim=slim, state_dict=state_dict)
-        trainer.processor.save_pretrained(partial)
-        (partial / RECIPE_FILE).write_text(recipe.to_yaml(), encoding="utf-8")
-        shutil.rmtree(checkpoint, ignore_errors=True)
-        os.replace(partial, checkpoint)
+        slim, files = _is_slim(recipe, model), {RECIPE_FILE: recipe.to_yaml()}
+        ended = model.state_dict() if recipe.save == "merged" else model.trainable_state_dict()
+        check_weights(state_dict or ended, trainer.state.global_step, trainer.remedy)
+        try:
+            with written(checkpoint) as unfinished:
+                write_checkpoint(unfinished, model, trainer.processor, files, slim, state_dict)
+        except OSError as error:
+            kept = newest_kept(recipe.output_dir)
+            save_elsewhere(error, checkpoint, kept, model, trainer.processor, files, not model.parts_without_source)
     trainer.accelerator.wait_for_everyone()  # the others need not wait for the push, which may take long
     if recipe.push_to_hub and trainer.is_world_process_zero():
         PUBLISHERS[HUB].push(checkpoint, recipe.push_to_hub, commit_message="Trained by devil-hf")

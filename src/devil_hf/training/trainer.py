@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,9 +25,11 @@ from devil_hf.data.decoding import BadSamples
 from devil_hf.evaluation.text.metrics import caption_scores
 from devil_hf.model.modeling_devil import DevilModel
 from devil_hf.model.processing_devil import DevilProcessor
+from devil_hf.training.divergence import check_loss, check_weights
 from devil_hf.training.draws import draw_layer_mask
 from devil_hf.training.features import PooledCaptions
 from devil_hf.training.feed import CaptionCollator, CaptionStream, StreamLoader, StreamPosition, Table, seed_of, table_loader
+from devil_hf.training.saving import newest_kept, save_elsewhere, write_checkpoint
 
 logger = logging.get_logger(f"transformers.{__name__}")
 
@@ -67,7 +70,11 @@ class DevilTrainer(Trainer):
         eval_dataset: features of validation images, of this process's share of them.
         bad_samples: where bad training samples are counted, to be logged.
         described: images of each process's share that an evaluation describes and scores against their captions.
-        recipe_file: name and content of a file that goes into every checkpoint.
+        files: content by name of files that go into every checkpoint.
+
+    Raises:
+        Diverged: from `train`, when the loss or the weights are not finite any more; checkpoints that were written are finite.
+        DiskFull: from `train`, when a checkpoint cannot be written; the one before stays.
     """
 
     def __init__(
@@ -79,14 +86,14 @@ class DevilTrainer(Trainer):
         eval_dataset: PooledCaptions | None = None,
         bad_samples: BadSamples | None = None,
         described: int = 0,
-        recipe_file: tuple[str, str] | None = None,
+        files: Mapping[str, str] | None = None,
         **kwargs,
     ):
         args.remove_unused_columns = False
         args.ignore_data_skip = True  # the loader begins where it has to
         self.processor = processing_class
         self.collator = CaptionCollator(processing_class, longest_caption(model))
-        self.bad_samples, self.described, self.recipe_file = bad_samples, described, recipe_file
+        self.bad_samples, self.described, self.files = bad_samples, described, dict(files or {})
         super().__init__(
             model=model,
             args=args,
@@ -227,6 +234,8 @@ class DevilTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log; beside a training loss, throughput and how often each layer was visible (of this process's rows)."""
+        if "loss" in logs:
+            check_loss(logs["loss"], self.state.global_step, self.remedy)
         if "loss" in logs and self._rows:
             names = self.accelerator.unwrap_model(self.model).layer_names
             logs |= {f"visible/{name}": share for name, share in zip(names, (self._shown / self._rows).tolist(), strict=True)}
@@ -244,6 +253,14 @@ class DevilTrainer(Trainer):
             batch = self.args.train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps
             self.state.epoch = self.state.global_step * batch / len(self.train_dataset)  # type: ignore[arg-type]
         super().log(logs, start_time)
+
+    @property
+    def remedy(self) -> str:
+        """What is left of a training that has diverged, and what to do about it."""
+        return (
+            f"{newest_kept(str(self.args.output_dir))} Lower learning_rate ({self.args.learning_rate:g}), raise warmup_steps "
+            f"({self.args.warmup_steps:g}), or compute in fp32 (precision)"
+        )
 
     # --------------------------------------------------------------------------------------------------- evaluation
 
@@ -271,6 +288,7 @@ class DevilTrainer(Trainer):
                     _add(sums[row], model, batch, mask)
         total = self.accelerator.reduce(sums, "sum")
         losses = (total[:, 0] / total[:, 1]).tolist()
+        check_loss(losses[0], self.state.global_step, self.remedy)
         metrics = {"loss": losses[0], "evidence": losses[2] - losses[1]}
         metrics |= {f"loss_{name}": loss for name, loss in zip(names, losses[3:], strict=True)}
         if self.described:
@@ -317,8 +335,11 @@ class DevilTrainer(Trainer):
         rows = {name: texts[i * len(images) : (i + 1) * len(images)] for i, name in enumerate(names)}
         captions = [data.captions[i][0] for i in images]
         record = {"step": self.state.global_step, "captions": captions, "descriptions": rows}
-        with (Path(str(self.args.output_dir)) / SAMPLES_FILE).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        try:
+            with (Path(str(self.args.output_dir)) / SAMPLES_FILE).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            logger.warning(f"{SAMPLES_FILE} lacks the descriptions of step {self.state.global_step}: {error}")
         lines = [f"| {'layer'} | " + " | ".join(captions) + " |", "|---" * (len(images) + 1) + "|"]
         lines += [f"| {name} | " + " | ".join(texts) + " |" for name, texts in rows.items()]
         for callback in self.callback_handler.callbacks:
@@ -340,6 +361,8 @@ class DevilTrainer(Trainer):
 
     def _save_checkpoint(self, model, trial) -> None:
         """Write a checkpoint beside its place, and move it there when every process has written its part."""
+        trained = self.accelerator.unwrap_model(self.model).trainable_state_dict()
+        check_weights(trained, self.state.global_step, self.remedy)
         output_dir = Path(str(self.args.output_dir))
         name = f"checkpoint-{self.state.global_step}"
         self._staging = output_dir / STAGING_FOLDER
@@ -366,6 +389,11 @@ class DevilTrainer(Trainer):
                     output_dir=str(output_dir), save_total_limit=self.args.save_total_limit, best_model_checkpoint=best
                 )
             self.accelerator.wait_for_everyone()
+        except Exception as error:
+            shutil.rmtree(self._staging, ignore_errors=True)
+            own: DevilModel = self.accelerator.unwrap_model(self.model)
+            slim, kept = not own.parts_without_source, newest_kept(output_dir)
+            save_elsewhere(error, output_dir / name, kept, own, self.processor, self.files, slim)
         finally:
             self._staging = None
 
@@ -379,16 +407,9 @@ class DevilTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         folder = Path(output_dir or str(self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
-        if not self.args.should_save:
-            return
-        model: DevilModel = self.accelerator.unwrap_model(self.model)
-        slim = not model.parts_without_source
-        if state_dict is not None and slim:
-            state_dict = model.trainable_state_dict(state_dict)
-        model.save_pretrained(folder, slim=slim, state_dict=state_dict)
-        self.processor.save_pretrained(folder)
-        if self.recipe_file is not None:
-            (folder / self.recipe_file[0]).write_text(self.recipe_file[1], encoding="utf-8")
+        if self.args.should_save:
+            model: DevilModel = self.accelerator.unwrap_model(self.model)
+            write_checkpoint(folder, model, self.processor, self.files, not model.parts_without_source, state_dict)
 
 
 def _masks(layers: int, rows: int, device):

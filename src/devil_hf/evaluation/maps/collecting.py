@@ -21,6 +21,7 @@ from devil_hf.data.objects import LocalisedImage
 from devil_hf.evaluation.maps.combining import combine_maps, layer_evidence, map_combinations
 from devil_hf.evaluation.maps.gradcam import ClassMapper
 from devil_hf.evaluation.maps.measures import centre_prior, tile_crops
+from devil_hf.folders import written
 from devil_hf.model.image_processing_devil import load_images
 from devil_hf.model.modeling_devil import DevilModel
 from devil_hf.model.pooling_devil import resolve_layers
@@ -283,7 +284,8 @@ def _digest(*texts: str) -> str:
 def _write(path: Path, arrays: Mapping[str, np.ndarray]) -> dict[str, str]:
     path.parent.mkdir(parents=True, exist_ok=True)
     packed: dict[str, Any] = {name: np.packbits(one) if one.dtype == bool else one for name, one in arrays.items()}
-    np.savez_compressed(path, mask_shape=np.array(arrays["masks"].shape), **packed)
+    with written(path) as unfinished:
+        np.savez_compressed(unfinished, mask_shape=np.array(arrays["masks"].shape), **packed)
     return {"file": path.name}
 
 
