@@ -24,12 +24,20 @@ class DescribeSettings(LayerSettings):
     num_beams: int = option("1 is greedy; with --grounded the candidates, which are 8 then", 1)
     grounded: bool = option("one description per image, the one whose phrases its places support best", False)
     output: Path | None = option("also draw the image beside the words, into this file", None)
+    maps: Path | None = option(
+        "with --evidence: one sentence, the layers that carry each of its words, and their places, drawn into this file", None
+    )
+    against: str | None = option(
+        "with --maps: other images, for the chance that their features carry the sentence as well", None, metavar="IMAGES"
+    )
+    others: int = option("of those images, at most", 99)
 
     def validate(self) -> None:
         """Raise a ValueError for places that cannot be read, and for what --grounded leaves no room for."""
         self.places()
         if self.checkpoint and not self.images:
             raise ValueError(f"name an image for {self.checkpoint} to describe")
+        self._validate_maps()
         if not self.grounded:
             return
         for name, value in {"locations": None, "window": 1, "evidence": False, "output": None}.items():
@@ -37,6 +45,21 @@ class DescribeSettings(LayerSettings):
                 raise ValueError(f"--grounded describes whole images, phrase by phrase: leave out --{name}")
         if self.guidance != 1.0:
             raise ValueError(f"--grounded weighs the places instead: leave out --guidance {self.guidance}")
+
+    def _validate_maps(self) -> None:
+        if self.against is not None and self.maps is None:
+            raise ValueError("--against judges a sentence that --maps explains: give --maps, too")
+        if self.maps is None:
+            return
+        if not self.evidence or self.grounded:
+            raise ValueError("--maps goes with --evidence, and without --grounded")
+        if len(self.images) > 1:
+            raise ValueError(f"--maps explains one image, not {len(self.images)}: name one, and the others by --against")
+        for name, value in {"locations": None, "window": 1, "output": None}.items():
+            if getattr(self, name) != value:
+                raise ValueError(f"--maps asks every place of the layers: leave out --{name}")
+        if self.others < 1:
+            raise ValueError(f"--others {self.others} must be at least 1")
 
     def places(self) -> str | list[tuple[int, int]] | None:
         """The locations, as `model.describe` takes them."""
@@ -64,6 +87,9 @@ def describe(settings: DescribeSettings) -> None:
     }
     if settings.grounded:
         _describe_grounded(settings, names, model, processor, asked)
+        return
+    if settings.maps:
+        _explain_words(settings, names[0], images[0], model, processor, asked)
         return
     output = model.describe(
         **asked,
@@ -119,6 +145,47 @@ def _describe_grounded(settings: DescribeSettings, names: list[str], model, proc
         lines.append("    " + "  ".join(f"{phrase.text} {phrase.evidence:+.1f}" for phrase in description.phrases))
     record = [{"image": image, **dataclasses.asdict(description)} for image, description in found]
     show(settings, record, "\n".join(lines))
+
+
+def _explain_words(settings: DescribeSettings, name: str, image: Any, model, processor, asked: dict[str, Any]) -> None:
+    """One sentence about an image, and where each of its words comes from."""
+    from devil_hf.questions.word_evidence import explain_words
+    from devil_hf.report.figures import attribution_figure
+
+    others = None
+    if settings.against:
+        others = _other_prefixes(settings, model, processor, asked["layers"])
+    options = {"guidance": settings.guidance, "num_beams": settings.num_beams}
+    (found,) = explain_words(model, processor, **asked, **options, others=others)
+    words = [word.text for word in found.words]
+    attribution_figure(processor, image, _drawable(found.maps.maps), words).save(settings.maps)
+    lines = [f"{name}: {found.text}", "nats over the null prefix; what each layer alone carries; what is lost without it"]
+    wide = max(map(len, words))
+    for word in found.words:
+        layers = "  ".join(f"{layer} {word.alone[layer]:+.1f} / {word.lost[layer]:+.1f}" for layer in word.alone)
+        lines.append(f"    {word.text:{wide}}  {word.evidence:+.1f}  {layers}")
+    if found.p_value is not None:
+        lines.append(f"p = {found.p_value:.3f}: as likely with the features of other images, of {found.permutations}")
+    record = {"image": name, **found.as_record()}
+    show(settings, record, "\n".join([*lines, f"maps: {settings.maps}"]))
+
+
+def _drawable(maps: dict[str, Any]) -> dict[str, Any]:
+    """Both kinds of maps for one colour scale: hiding one place of many takes little, so those maps are multiplied."""
+    shown, hidden = (maps[name].abs().max().item() for name in ("shown", "hidden"))
+    times = float(f"{shown / max(hidden, 1e-9):.0e}")
+    return {"shown": maps["shown"], f"hidden, x {times:g}": maps["hidden"] * times}
+
+
+def _other_prefixes(settings: DescribeSettings, model, processor, layers) -> Any:
+    """Prefixes of the images that --against names."""
+    import torch
+
+    from devil_hf.data.images import open_images
+
+    images = [image for _, image in open_images(settings.against, limit=settings.others).stream()]
+    with torch.no_grad():
+        return torch.cat([model.ask(**processor(images=image, return_tensors="pt"), layers=layers) for image in images])
 
 
 VERBS.register(
