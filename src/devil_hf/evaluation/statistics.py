@@ -106,6 +106,32 @@ def false_discovery(p: ArrayLike) -> np.ndarray:
     return false_discovery_control(np.asarray(p, dtype=np.float64), method="bh")
 
 
+def roc_area(values: ArrayLike, truth: ArrayLike) -> float:
+    """Area under the ROC curve of what is true (N,) by values (N,), ties halved; NaN unless there is something of both.
+
+    Raises:
+        MissingExtraError: without scikit-learn.
+    """
+    needs("sklearn", "evaluate")
+    from sklearn.metrics import roc_auc_score
+
+    return float(roc_auc_score(truth, values)) if len(set(np.asarray(truth).tolist())) == 2 else float("nan")
+
+
+def sign_flip(differences: ArrayLike, draws: int = 9_999, seed: int = 0) -> float:
+    """One-sided p-value of paired differences (N,) being above zero, by taking their signs at random.
+
+    Raises:
+        MissingExtraError: without scipy.
+    """
+    needs("scipy", "evaluate")
+    from scipy.stats import permutation_test
+
+    data = (np.asarray(differences, dtype=np.float64),)
+    options = {"permutation_type": "samples", "alternative": "greater", "n_resamples": draws, "rng": seed}
+    return float(permutation_test(data, lambda x, axis: x.mean(axis=axis), vectorized=True, **options).pvalue)
+
+
 __all__ = [
     "Ratio",
     "average_precision",
@@ -115,4 +141,6 @@ __all__ = [
     "interval",
     "rank_correlation",
     "ratio",
+    "roc_area",
+    "sign_flip",
 ]

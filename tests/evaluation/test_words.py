@@ -1,0 +1,53 @@
+"""Words of sentences are about the right objects, and their scores are those of a naive loop."""
+
+import numpy as np
+import pytest
+
+from devil_hf.data.worlds import World
+from devil_hf.evaluation.evaluator import evaluate
+from devil_hf.evaluation.statistics import roc_area, sign_flip
+from devil_hf.evaluation.words import WordsSettings, mentions
+from devil_hf.settings import make
+
+
+def test_words_are_about_the_object_that_has_all_of_their_phrase():
+    scene = next(scene for scene in map(World(50, 4).scene, range(50)) if len(scene.objects) == 2)
+    first, second = (item.attributes for item in scene.objects)
+    words = [
+        "a",
+        first["colour"],
+        first["shape"],
+        "beside",
+        "a",
+        second["texture"],
+        second["colour"],
+        second["shape"],
+        "and",
+        "circle",
+    ]
+    found = mentions(words, scene)
+    assert [(one.at, one.kind) for one in found[:5]] == [(1, "colour"), (2, "shape"), (5, "texture"), (6, "colour"), (7, "shape")]
+    assert [one.object for one in found[:5]] == [0, 0, 1, 1, 1]
+    crossed = mentions([first["colour"], first["texture"], second["shape"]], scene)
+    assert {one.object for one in crossed} == {None}, "no object has them all"
+    assert mentions(["red", "and", "nothing"], scene) == [], "a phrase without a shape is about nothing"
+
+
+def test_the_area_and_the_test_are_those_of_a_naive_count():
+    generator = np.random.default_rng(0)
+    values, truth = generator.normal(size=40).round(1), generator.random(40) < 0.4
+    pairs = [(a > b) + 0.5 * (a == b) for a in values[truth] for b in values[~truth]]
+    assert roc_area(values, truth) == pytest.approx(np.mean(pairs))
+    assert np.isnan(roc_area([1.0, 2.0], [True, True]))
+    differences = generator.normal(0.5, size=8)
+    signs = (np.array(np.meshgrid(*[[-1, 1]] * 8)).reshape(8, -1).T * differences).mean(axis=1)
+    assert sign_flip(differences) == pytest.approx((signs >= differences.mean() - 1e-12).mean())
+
+
+@pytest.mark.slow
+def test_the_shipped_checkpoint_points_at_the_objects_of_its_words(tmp_path):
+    evaluation = evaluate("words", make(WordsSettings, {"checkpoint": "shapes", "limit": 60, "output_dir": str(tmp_path)}))
+    for kind, least in (("colour", 0.95), ("texture", 0.9), ("shape", 0.85)):
+        assert evaluation.scores["shown"][f"pointing_{kind}"] >= least > 3 * evaluation.controls["chance"][f"pointing_{kind}"]
+        assert evaluation.scores["all"][f"auroc_{kind}"] >= 0.95
+    assert evaluation.details["p_value"] < 0.001
