@@ -78,6 +78,7 @@ class LoopbackHub:
         cut_downloads: end of a path -> how many of its downloads are cut in the middle.
         cut_uploads: sha256 of the objects whose uploads are cut in the middle.
         requests: (method, path) of everything that was asked.
+        authorizations: the header of that name in each of them; None where there was none.
         uploaded: sha256 of every object whose upload was completed, in order.
     """
 
@@ -85,6 +86,7 @@ class LoopbackHub:
         self.repositories: dict[tuple[str, str], Repository] = {}
         self.store: dict[str, bytes] = {}
         self.requests: list[tuple[str, str]] = []
+        self.authorizations: list[str | None] = []
         self.uploaded: list[str] = []
         self.lfs = True
         self.cut_downloads: dict[str, int] = {}
@@ -117,6 +119,11 @@ class LoopbackHub:
         return {path: entry.data for path, entry in repository.commits[repository.resolve(revision)].items()}
 
     # ---------------------------------------------------------------------------------------------------- repositories
+
+    def plant(self, name: str, files: dict[str, bytes], private: bool = False) -> None:
+        """A model repository of these files, put there past the client, which would refuse some of their names."""
+        repository = self.repositories["model", name] = Repository("model", name, private)
+        repository.commit("main", {path: Entry(data, path.endswith(LFS_SUFFIXES)) for path, data in files.items()}, "planted")
 
     def repository(self, kind: str, name: str, user: str | None, write: bool = False) -> Repository:
         repository = self.repositories.get((kind, name))
@@ -212,6 +219,7 @@ class Handler(BaseHTTPRequestHandler):
     def handle_request(self) -> None:
         path = urlsplit(self.path).path
         self.hub.requests.append((self.command, path))
+        self.hub.authorizations.append(self.headers.get("Authorization"))
         for methods, pattern, respond in self.routes:
             found = re.fullmatch(pattern, path)
             if self.command in methods and found:
@@ -302,7 +310,7 @@ class Handler(BaseHTTPRequestHandler):
     def info(self, kind: str, name: str, revision: str | None = None) -> None:
         repository = self.hub.repository(kind, name, self.user)
         oid, tree = self.hub.tree(repository, revision or "main")
-        siblings = [{"rfilename": path} for path in sorted(tree)]
+        siblings = [{"rfilename": path, "size": len(tree[path].data)} for path in sorted(tree)]
         answer = {"id": name, "sha": oid, "private": repository.private, "siblings": siblings, "tags": []}
         self.answer_json(answer | {"likes": 0, "downloads": 0, "disabled": False, "gated": False})
 

@@ -10,6 +10,7 @@ from huggingface_hub import HfApi, ModelCard, constants
 
 from devil_hf.cli.main import main
 from devil_hf.demo.checkpoints import Checkpoints
+from devil_hf.demo.explorer import Explorer
 from devil_hf.hub import spaces
 
 RUN_SPACE = """
@@ -20,9 +21,10 @@ for extra in ("accelerate", "braceexpand", "datasets", "evaluate", "peft", "pyco
 import devil_hf.demo.app as app
 assert Path(app.__file__).is_relative_to(Path.cwd()), app.__file__
 from devil_hf.demo.checkpoints import Checkpoints
+from devil_hf.demo.explorer import Explorer
 checkpoints = Checkpoints()
 demo = app.build_demo(checkpoints)
-print(checkpoints.default, checkpoints.public)
+print(checkpoints.default)
 print(checkpoints.get(checkpoints.default).model.layer_names)
 """
 
@@ -42,7 +44,7 @@ def test_a_space_runs_the_package_that_it_was_published_with(hub, tmp_path, caps
     environment = os.environ | {"SPACE_ID": "tester/demo", "PYTHONPATH": str(tmp_path), "HF_HUB_OFFLINE": "1"}
     run = subprocess.run([sys.executable, "-c", RUN_SPACE], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    assert run.stdout.split("\n")[0] == "shapes world (built in) True"
+    assert run.stdout.split("\n")[0] == "shapes world (built in)"
     assert "layer1" in run.stdout
 
 
@@ -93,20 +95,37 @@ def test_a_space_that_cannot_be_published_is_refused(hub, arguments, message, ca
 
 
 def test_the_demo_loads_a_checkpoint_by_its_hub_id(hub, published, model, images, monkeypatch):
-    checkpoints = Checkpoints(public=True)
+    checkpoints = Checkpoints()
     explorer = checkpoints.get("tester/devil")
     assert explorer.layers == model.layer_names
     texts = explorer.describe(explorer.look(images[0]))
     assert len(texts) == 1 + len(model.layer_names)
-    with pytest.raises(ValueError, match="runs no code of repositories"):
-        checkpoints.get("tester/devil", trust=True)
     # A visitor reads nothing that only the owner may read; the owner can name it.
     with pytest.raises(ValueError, match="tester/secret cannot be found"):
         checkpoints.get("tester/secret")
-    assert Checkpoints(models="tester/secret", public=True).get("tester/secret").layers == model.layer_names
+    assert Checkpoints(models="tester/secret").get("tester/secret").layers == model.layer_names
     with pytest.raises(ValueError, match="tester/nothing cannot be found"):
         checkpoints.get("tester/nothing")
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", "http://127.0.0.1:9")
     with pytest.raises(ValueError, match="the Hub cannot be reached"):
         checkpoints.get("tester/unreachable")
+
+
+def test_the_demo_loads_a_slim_checkpoint_from_local_files_and_without_a_token(hub, slim_model, processor, tmp_path, images):
+    slim_model.save_pretrained(tmp_path, slim=True)
+    processor.save_pretrained(tmp_path)
+    hub.plant("tester/slim", {file.name: file.read_bytes() for file in tmp_path.iterdir() if file.is_file()})
+    before = len(hub.authorizations)
+    explorer = Checkpoints().get("tester/slim")
+    assert len(hub.authorizations) > before and not any(hub.authorizations[before:])
+    expected = Explorer(slim_model.eval(), processor)
+    found = [one.describe(one.look(images[0])) for one in (explorer, expected)]
+    assert found[0] == found[1]
+    # Sources that only the owner's account reads stay closed, even for a checkpoint that the owner has named.
+    hub.repositories["model", "tester/lm"].private = True
+    try:
+        with pytest.raises(ValueError, match="tester/lm cannot be found"):
+            Checkpoints(models="tester/slim").get("tester/slim")
+    finally:
+        hub.repositories["model", "tester/lm"].private = False

@@ -1,16 +1,19 @@
 """The app: the page and its endpoints, built and served."""
 
+import os
 from importlib.resources import files
 from typing import Any
 
 import gradio as gr
 from PIL import Image
+from starlette.middleware import Middleware
 
 from devil_hf.data.shapes import make_scene
-from devil_hf.demo.checkpoints import Checkpoints
+from devil_hf.demo.checkpoints import Checkpoints, send_no_token_unasked
+from devil_hf.demo.connections import CONNECTIONS, Bounds, PatientProtocol
 from devil_hf.demo.endpoints import Endpoints, build_endpoints
 from devil_hf.demo.page import Page
-from devil_hf.demo.uploads import MAX_BYTES, refuse_addresses
+from devil_hf.demo.uploads import MAX_BYTES, UploadFolder, own_folder, refuse_addresses
 from devil_hf.demo.visits import Visits
 
 EXAMPLE_SEED, EXAMPLES = 123, (0, 1, 2, 3, 4, 5)
@@ -44,25 +47,34 @@ def launch(
         port: None for the first free one from 7860 on.
         block: whether to serve until interrupted, or to return at once.
     """
+    send_no_token_unasked()
+    folder = UploadFolder(own_folder())
     demo = build_demo(Checkpoints(checkpoint, device=device))
-    demo.queue(max_size=QUEUE_SIZE)
+    demo.queue(max_size=QUEUE_SIZE, api_open=False)
     theme = gr.themes.Base(
         primary_hue="orange", neutral_hue="slate", radius_size="md", font=FONT, font_mono=("ui-monospace", "monospace")
     )
     demo.launch(
         server_name=host,
         server_port=port,
-        prevent_thread_lock=not block,
+        prevent_thread_lock=True,
         quiet=not block,
         max_file_size=MAX_BYTES,
         state_session_capacity=SESSIONS,
         share=False,
         ssr_mode=False,
         enable_monitoring=False,
+        run_history=False,
         footer_links=["api"],
         theme=theme,
         css=files("devil_hf.demo").joinpath("page.css").read_text(encoding="utf-8"),
+        app_kwargs={"middleware": [Middleware(Bounds, folder=folder, behind_proxy="SPACE_ID" in os.environ)]},
     )
+    # gradio makes the server itself and asks for none of its options; each new connection reads them.
+    demo.server.config.http_protocol_class = PatientProtocol
+    demo.server.config.limit_concurrency = CONNECTIONS
+    if block:
+        demo.block_thread()
     return demo
 
 

@@ -1,28 +1,38 @@
-"""Which checkpoints the demo loads, and whose code it runs.
+"""Which checkpoints the demo loads, and what one that a visitor names may do here.
 
-The installed package answers for every DeViL checkpoint, so that of a repository only weights and settings are read. A
-checkpoint may also bring an architecture of its own; that code runs on this machine, and only after the visitor has ticked
-the box. On a public Space nobody else's tick should do that: there, only repositories named by the owner are trusted. What a
-visitor chooses is read without this machine's Hub account, unless the owner has named it.
+The installed package's own classes answer for every checkpoint; code of a repository never runs. What a visitor names is fetched
+by `Downloads` (bounded, without this machine's Hub account unless the owner has named it, its sources without it in any case) and
+is then loaded from these local files alone: whatever its configuration says, loading it asks the Hub for nothing.
 """
 
+import json
 import os
 import threading
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi
-from transformers import AutoConfig, AutoModel, AutoProcessor, PreTrainedConfig
+from huggingface_hub import constants, get_token
+from safetensors import safe_open
+from transformers import AutoModel, AutoProcessor
+from transformers.utils import logging
 
 from devil_hf.checkpoints import CHECKPOINT
+from devil_hf.demo.downloads import WEIGHTS, Downloads, check_size
 from devil_hf.demo.explorer import Explorer
+from devil_hf.demo.messages import plain
 from devil_hf.hub.sources import HUB_ID, hub_id
+from devil_hf.model.configuration_devil import DevilConfig
+from devil_hf.model.image_processing_devil import DevilImageProcessor
+from devil_hf.model.modeling_devil import DevilModel
+from devil_hf.model.processing_devil import DevilProcessor
+
+logger = logging.get_logger(f"transformers.{__name__}")
 
 EMBEDDED = "shapes world (built in)"
-MAX_REPOSITORY_BYTES = 8 * 2**30
-OTHER_WEIGHTS = (".bin", ".h5", ".msgpack", ".onnx", ".ot", ".tflite")  # not fetched where there are safetensors
 KEPT = 3  # models in memory at once; the one loaded first goes first, the default stays
+MAX_MEMORY_BYTES = 8 * 2**30  # of a visitor's model in single precision
+MAX_CROP = 1536  # pixels on a side that a backbone looks at
 
 
 class Checkpoints:
@@ -32,19 +42,16 @@ class Checkpoints:
         default: directory or Hub id of the checkpoint that the demo starts with; None reads `DEVIL_CHECKPOINT`, and without it
             means the embedded one.
         models: "any", "none", or Hub ids between commas; None reads `DEVIL_MODELS`, and without it means "any".
-        public: whether strangers use this demo; None for: it runs as a Space.
         device: None chooses CUDA where there is one.
     """
 
-    def __init__(
-        self, default: str | None = None, models: str | None = None, public: bool | None = None, device: str | None = None
-    ):
+    def __init__(self, default: str | None = None, models: str | None = None, device: str | None = None):
         named = (os.environ.get("DEVIL_MODELS", "any") if models is None else models).strip()
         self.default = default or os.environ.get("DEVIL_CHECKPOINT") or EMBEDDED
-        self.listed = None if named == "any" else [name.strip() for name in named.split(",") if name.strip() != "none"]
-        self.public = "SPACE_ID" in os.environ if public is None else public
+        self.listed = None if named == "any" else [name.strip() for name in named.split(",") if name.strip() not in ("", "none")]
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        self._loaded: dict[tuple[str, bool], Explorer] = {}
+        self.downloads = Downloads()
+        self._loaded: dict[str, Explorer] = {}
         self._lock = threading.Lock()
 
     @property
@@ -52,94 +59,135 @@ class Checkpoints:
         """Whether visitors may choose a checkpoint at all."""
         return self.listed is None or bool(self.listed)
 
-    def may_trust(self, name: str) -> bool:
-        """Whether a visitor's tick is enough to run the code of this repository."""
-        return not self.public or (self.listed is not None and name in self.listed)
-
-    def get(self, name: str, trust: bool = False) -> Explorer:
+    def get(self, name: str) -> Explorer:
         """The checkpoint `name`, loaded on first use.
 
         Raises:
             ValueError: for what is not a Hub id, not allowed here, too large, or no DeViL checkpoint.
         """
-        key = (name, trust)
-        explorer = self._loaded.get(key)
+        name = str(name)  # a request may bring anything
+        explorer = self._loaded.get(name)
         if explorer is None:
             with self._lock:  # visitors who ask for one model wait for one load; others go on
-                explorer = self._loaded.get(key) or self._load(name, trust)
-                self._loaded[key] = explorer
+                explorer = self._loaded.get(name) or self._load(name)
+                self._loaded[name] = explorer
                 while len(self._loaded) > KEPT:
-                    self._loaded.pop(next(one for one in self._loaded if one[0] != self.default))
+                    self._loaded.pop(next(one for one in self._loaded if one != self.default))
         return explorer
 
-    def _load(self, name: str, trust: bool) -> Explorer:
-        if trust and not self.may_trust(name):
-            raise ValueError("This demo is public and runs no code of repositories that its owner has not named.")
-        chosen = name != self.default  # by a visitor
-        # What the owner's account may read is for those whom the owner has named.
-        token = False if chosen and name not in (self.listed or []) else None
-        size = self._checked(name, token) if chosen else 0
-        source = str(CHECKPOINT) if name == EMBEDDED else name
-        hub: dict[str, Any] = {"trust_remote_code": trust, "token": token}
+    def _load(self, name: str) -> Explorer:
+        if name == self.default:
+            source = str(CHECKPOINT) if name == EMBEDDED else name
+            token = get_token() or False
+            model = AutoModel.from_pretrained(source, dtype=torch.float32, trust_remote_code=False, token=token)
+            processor = AutoProcessor.from_pretrained(source, trust_remote_code=False, token=token)
+            return Explorer(model.to(self.device).eval(), processor)
+        self._check_name(name)
         try:
-            config = AutoConfig.from_pretrained(source, **hub)
-            if not hasattr(config, "backbone_config") or not hasattr(config, "prefix_length"):
-                raise ValueError(f"it holds a model of type {config.model_type!r}, not a DeViL")
-            if chosen and config.frozen_weights == "reference":
-                size += sum(repository_bytes(part, token) for part in frozen_sources(config))
-                check_size(name, size)
-            model = AutoModel.from_pretrained(source, config=config, dtype=torch.float32, **hub)
-            processor = AutoProcessor.from_pretrained(source, **hub)
+            model, processor = self._load_chosen(name)
         except (OSError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            if "trust_remote_code" in str(error):
-                reason = "it brings code of its own. Tick the box only if you trust its authors"
-            raise ValueError(f"{name} cannot be loaded: {reason.rstrip('.')}.") from error
+            raise ValueError(f"{name} cannot be loaded: {plain(error).rstrip('.')}.") from error
+        except Exception as error:  # files of strangers break libraries in any way
+            logger.exception(f"{name} cannot be loaded")
+            raise ValueError(f"{name} cannot be loaded: its files are not those of a DeViL checkpoint.") from error
         return Explorer(model.to(self.device).eval(), processor)
 
-    def _checked(self, name: str, token: bool | None) -> int:
-        """The bytes of a Hub id that may be loaded here; never a path, which would read this machine's own files."""
+    def _check_name(self, name: str) -> None:
+        """Refuse all but Hub ids that may be loaded here; paths would read this machine's own files."""
         if not HUB_ID.fullmatch(name) or "/" not in name or ".." in name or Path(name).exists():
             raise ValueError(f"'{name[:80]}' is not a Hub id; they look like user/devil-resnet50-opt125m.")
         if self.listed is not None and name not in self.listed:
             raise ValueError(f"{name} is not among the checkpoints of this demo: {', '.join(self.listed) or 'one only'}.")
-        size = repository_bytes(name, token)
-        check_size(name, size)
-        return size
+
+    def _load_chosen(self, name: str) -> tuple[Any, DevilProcessor]:
+        token = (get_token() or False) if name in (self.listed or []) else False
+        asked = self.downloads.ask(name, token=token)
+        folder = self.downloads.fetch(asked)
+        config = read_config(folder)
+        places: dict[str, Any] = {}
+        weights = weights_of(folder)
+        if config.frozen_weights == "reference":
+            sources = {part: self.downloads.ask(*source) for part, source in frozen_sources(config).items()}
+            check_size(name, asked.size + sum(source.size for source in sources.values()))
+            places = {part: str(self.downloads.fetch(source)) for part, source in sources.items()}
+            weights += sum(weights_of(Path(place)) for place in places.values())
+        check_weights(config, weights)
+        local: dict[str, Any] = {"local_files_only": True, "token": False}
+        model = DevilModel.from_pretrained(folder, config=config, dtype=torch.float32, **places, **local)
+        processor = DevilProcessor.from_pretrained(folder, trust_remote_code=False, **local)
+        if not isinstance(processor.image_processor, DevilImageProcessor):
+            raise ValueError("its image processor is not a DeViL's")
+        crop = processor.image_processor.geometry((100, 100)).crop_size
+        if max(crop) > MAX_CROP:
+            raise ValueError(
+                f"its backbone looks at {crop[1]} × {crop[0]} pixels; at most {MAX_CROP} on a side are computed here"
+            )
+        return model, processor
 
 
-def repository_bytes(name: str, token: bool | None) -> int:
-    """What a repository weighs in bytes, without weights of other kinds beside safetensors.
+def send_no_token_unasked() -> None:
+    """Let calls of the Hub carry this machine's token only where they are given it, in this whole process."""
+    constants.HF_HUB_DISABLE_IMPLICIT_TOKEN = True
 
-    Args:
-        token: False asks as nobody, None with the account of this machine.
+
+def read_config(folder: Path) -> DevilConfig:
+    """The configuration of a downloaded checkpoint, by this package's class alone.
+
+    Raises:
+        ValueError: for what is no DeViL's, or says what no DeViL's can say.
     """
     try:
-        files = HfApi(token=token).model_info(name, files_metadata=True).siblings or []
-    except Exception as error:  # of the Hub; and transport errors, which are no OSError and belong to the HTTP library
-        raise ValueError(f"{name} cannot be found on the Hub, or the Hub cannot be reached from here.") from error
-    if any(file.rfilename.endswith(".safetensors") for file in files):
-        files = [file for file in files if not file.rfilename.endswith(OTHER_WEIGHTS)]
-    return sum(file.size or 0 for file in files)
+        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError("it has no config.json") from None
+    except (ValueError, RecursionError) as error:  # nothing of its text: a message is no place for it
+        raise ValueError("its config.json is not readable JSON") from error
+    kind = content.get("model_type") if isinstance(content, dict) else None
+    if kind != DevilConfig.model_type:
+        raise ValueError(f"it holds a model of type {str(kind)[:40]!r}, not a DeViL")
+    return DevilConfig.from_dict(content)
 
 
-def check_size(name: str, size: int) -> None:
-    """Raise a ValueError for more than is loaded here."""
-    if size > MAX_REPOSITORY_BYTES:
-        raise ValueError(f"{name} has {size / 2**30:.0f} GB; at most {MAX_REPOSITORY_BYTES >> 30} GB are loaded.")
-
-
-def frozen_sources(config: PreTrainedConfig) -> list[str]:
-    """The Hub ids from which a slim checkpoint fetches its frozen parts.
+def frozen_sources(config: DevilConfig) -> dict[str, tuple[str, str | None]]:
+    """Hub id and revision of the frozen parts of a slim checkpoint, by the part's argument of `from_pretrained`.
 
     Raises:
         ValueError: for a part that does not come from the Hub: a path would read this machine's own files.
     """
-    named = []
-    for part in (config.backbone_config, config.language_model_source):
-        source: str = (part or {}).get("source") or ""
-        identifier = hub_id(source)
+    named = {}
+    for part, entry in (("backbone", config.backbone_config), ("language_model", config.language_model_source)):
+        source = (entry or {}).get("source") or ""
+        identifier = hub_id(source) if isinstance(source, str) else None
         if identifier is None or Path(identifier).exists():
-            raise ValueError(f"its frozen parts come from {source[:80]!r}, which is no repository of the Hub")
-        named.append(identifier)
+            raise ValueError(f"its frozen parts come from {str(source)[:80]!r}, which is no repository of the Hub")
+        named[part] = (identifier, (entry or {}).get("revision"))
     return named
+
+
+def weights_of(folder: Path) -> int:
+    """How many numbers the safetensors of a folder hold; read from their heads alone."""
+    total = 0
+    for file in folder.glob(f"*{WEIGHTS}"):
+        with safe_open(file, framework="pt") as tensors:
+            total += sum(int(torch.Size(tensors.get_slice(name).get_shape()).numel()) for name in tensors.keys())  # noqa: SIM118
+    return total
+
+
+def check_weights(config: DevilConfig, weights: int) -> None:
+    """Compare what a configuration would build with the weights that are there, before anything is built with memory.
+
+    Raises:
+        ValueError: where there is much more of it, or too much of both.
+    """
+    if 4 * weights > MAX_MEMORY_BYTES:
+        raise ValueError(f"it has {weights / 1e9:.1f} billion weights; at most {MAX_MEMORY_BYTES / 4e9:.1f} billion are loaded")
+    with torch.device("meta"):
+        model = DevilModel(config)
+    described = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
+    if described > 2 * weights + 2**26:  # buffers, and tied weights that a file holds once
+        raise ValueError(
+            f"its configuration describes {described / 1e6:,.0f} million weights, its files hold {weights / 1e6:,.0f}"
+        )
+
+
+__all__ = ["EMBEDDED", "Checkpoints", "send_no_token_unasked"]

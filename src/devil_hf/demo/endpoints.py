@@ -23,16 +23,18 @@ class Endpoints:
         self.name = name
         self.explorer = explorer
 
-    def describe(self, image: str) -> list[dict]:
+    def describe(self, image: str | None) -> list[dict]:
         return self.explorer.describe(self.explorer.look(read_upload(image)))
 
-    def describe_place(self, image: str, layer: str, x: float, y: float) -> dict:
+    def describe_place(self, image: str | None, layer: str, x: float, y: float) -> dict:
         picture = read_upload(image)
-        across, down = picture.info["shrunk"]  # x and y count on the image as it was sent
-        return self.explorer.describe_pixel(self.explorer.look(picture), x * across, y * down, [layer])[0]
+        layer = self.explorer.check_layer(layer)
+        point = shrunk_point(picture, x, y)
+        return self.explorer.describe_pixel(self.explorer.look(picture), *point, [layer])[0]
 
-    def map_phrases(self, image: str, phrases: str, carrier: str) -> tuple[Image.Image, list[dict]]:
-        look, names = self.explorer.look(read_upload(image)), read_phrases(phrases)
+    def map_phrases(self, image: str | None, phrases: str, carrier: str) -> tuple[Image.Image, list[dict]]:
+        names = read_phrases(phrases)
+        look = self.explorer.look(read_upload(image))
         outputs = self.explorer.map_phrases(look, names, carrier)
         peaks = []
         for layer, values in outputs.maps.items():
@@ -63,4 +65,19 @@ def build_endpoints(endpoints: Endpoints, **queue: Any) -> None:
         caller.click(told(answering), asked, given, api_name=answering.__name__, api_description=about, **queue)
 
 
-__all__ = ["Endpoints", "build_endpoints"]
+def shrunk_point(picture: Image.Image, x: Any, y: Any) -> tuple[float, float]:
+    """Pixel (x, y) of an image as it was sent -> (x, y) of the picture that is kept of it.
+
+    Raises:
+        ValueError: for what is no number, and for a place outside of the image.
+    """
+    width, height = picture.info["sent"]
+    if not all(isinstance(one, int | float) and not isinstance(one, bool) for one in (x, y)):
+        raise ValueError(f"x and y are numbers of pixels, not {str(x)[:40]!r} and {str(y)[:40]!r}.")
+    if not (0 <= x < width and 0 <= y < height):
+        raise ValueError(f"Pixel x={x}, y={y} is outside of the image, which is {width} wide and {height} high.")
+    # The last pixel stays inside, whatever rounding does.
+    return min(x * picture.width / width, picture.width - 0.5), min(y * picture.height / height, picture.height - 0.5)
+
+
+__all__ = ["Endpoints", "build_endpoints", "shrunk_point"]

@@ -49,10 +49,19 @@ class Explorer:
         with torch.no_grad():
             return Look(image, [maps for maps in self.model.extract_features(pixel_values) if maps is not None])
 
+    def check_layer(self, layer: Any) -> str:
+        """The name of a layer, as it was given.
+
+        Raises:
+            ValueError: for what is none.
+        """
+        if layer not in self.layers:
+            raise ValueError(f"There is no layer {str(layer)[:40]!r}; this model reads {', '.join(self.layers)}.")
+        return str(layer)
+
     def grid(self, look: Look, layer: str) -> tuple[int, int]:
         """(rows, columns) of a layer."""
-        if layer not in self.layers:
-            raise ValueError(f"There is no layer {layer!r}; this model reads {', '.join(self.layers)}.")
+        self.check_layer(layer)
         height, width = look.feature_maps[self.layers.index(layer)].shape[-2:]
         return height, width
 
@@ -88,8 +97,8 @@ class Explorer:
 
     def map_phrases(self, look: Look, phrases: Sequence[str], carrier: str | None = "") -> AttributionOutput:
         """Maps of phrases on every layer, in nats per token over the null prefix."""
-        carrier = (carrier or "").strip()[:MAX_CARRIER_LENGTH] or None
-        tokens = self.processor(text=list(phrases), carrier=carrier, return_tensors="pt")
+        carrier = carrier.strip()[:MAX_CARRIER_LENGTH] if isinstance(carrier, str) else None
+        tokens = self.processor(text=list(phrases), carrier=carrier or None, return_tensors="pt")
         output = self.model.attribute(feature_maps=look.feature_maps, phrases=tokens)
         output.maps = {layer: values.cpu() for layer, values in output.maps.items()}
         return output
@@ -107,6 +116,8 @@ def read_phrases(text: str) -> list[str]:
     Raises:
         ValueError: for none, for too many, and for one that is too long.
     """
+    if not isinstance(text, str):
+        raise ValueError(f"Phrases are text with commas between, not {str(text)[:40]!r}.")
     phrases = list(dict.fromkeys(" ".join(part.split()) for part in text.replace("\n", ",").split(",") if part.strip()))
     if not phrases:
         raise ValueError("Type at least one word or phrase; commas stand between several.")

@@ -1,13 +1,31 @@
 """What a visitor reads when something does not work: our own refusals word for word, and nothing of the inside."""
 
 import functools
+import re
 from collections.abc import Callable
+from html import escape
 from typing import Any
 
 import gradio as gr
 from transformers.utils import logging
 
 logger = logging.get_logger(f"transformers.{__name__}")
+
+LONGEST = 400  # characters of a message
+# Absolute paths (not those of an address, nor a single slash between two words), and access tokens.
+INSIDE = re.compile(r"(?<![\w./])(?:/[^\s/'\"<>:,;()\[\]]+){2,}/?|\b[A-Za-z]:\\[^\s'\",;]+|\bhf_\w{4,}")
+
+
+def plain(error: object) -> str:
+    """The first line of an error for strangers: without paths of this machine and tokens."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    text = INSIDE.sub("…", lines[0])
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}…"
+
+
+def message(error: object) -> str:
+    """The same as gradio takes it, which shows messages as HTML."""
+    return escape(plain(error), quote=False)
 
 
 def told(answer: Callable) -> Callable:
@@ -18,7 +36,7 @@ def told(answer: Callable) -> Callable:
         try:
             return answer(*args, **kwargs)
         except ValueError as error:
-            raise gr.Error(str(error), title="This did not work", print_exception=False) from error
+            raise gr.Error(message(error), title="This did not work", print_exception=False) from error
         except gr.Error:
             raise
         except Exception as error:
@@ -28,4 +46,4 @@ def told(answer: Callable) -> Callable:
     return answering
 
 
-__all__ = ["told"]
+__all__ = ["message", "plain", "told"]

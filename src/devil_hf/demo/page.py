@@ -20,10 +20,6 @@ CHANGING = (
     *("gallery", "maps", "phrases", "upload", "head"),
 )
 SCROLL_TO_MAPS = "() => document.getElementById('dv-maps').scrollIntoView({ behavior: 'smooth', block: 'nearest' })"
-TRUST = (
-    "Weights come as safetensors, and this demo answers with its own code. Some repositories bring code of their own; it would "
-    "run on this machine, with all its rights. It never runs unless you tick this."
-)
 
 
 @contextmanager
@@ -114,8 +110,6 @@ class Page:
             allow_custom_value=checkpoints.listed is None,
             label="Hub id of a DeViL checkpoint, such as user/devil-resnet50-opt125m",
         )
-        tickable = not checkpoints.public or bool(checkpoints.listed)
-        self.trust = gr.Checkbox(False, label="I trust this repository and let its code run", info=TRUST, visible=tickable)
         self.load_button = gr.Button("Load this checkpoint")
 
     def listen(self, demo: gr.Blocks) -> None:
@@ -132,7 +126,9 @@ class Page:
             event = self.on(clicked.select, visits.act, [session, layer, self.carrier], show_progress_on=[self.place])
             if clicked in (self.place, self.sentence):
                 event.success(None, None, None, js=SCROLL_TO_MAPS, api_visibility="private")
-        self.on(self.load_button.click, visits.load, [session, layer, self.model, self.trust])
+        # In a queue of its own: answers do not wait for a download.
+        loads = {"concurrency_limit": 1, "concurrency_id": "load"}
+        self.on(self.load_button.click, visits.load, [session, layer, self.model], **loads)
 
     def on(self, triggers: Any, answer: Callable, asked: list[Any] | None, **settings: Any) -> Any:
         """Let an answer, which names pieces of the page, change these."""
@@ -142,7 +138,7 @@ class Page:
             return {getattr(self, name): value for name, value in answer(*args, **kwargs).items()}
 
         shown = [getattr(self, name) for name in CHANGING]
-        settings |= {"api_visibility": "private", "show_progress": "minimal", **self.queue}
+        settings = {"api_visibility": "private", "show_progress": "minimal", **self.queue, **settings}
         return gr.on(triggers, told(answering), asked, shown, **settings)
 
 

@@ -1,5 +1,11 @@
-"""Files of strangers: bounded in bytes and pixels, opened by decoders of photographs only, and shrunk."""
+"""Files of strangers: bounded in bytes and pixels, each and together, opened by decoders of photographs only, and shrunk."""
 
+import os
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +19,94 @@ MAX_BYTES = 20 * 2**20
 MAX_PIXELS = 40_000_000
 LONGEST_SIDE = 1024  # of the picture that is kept: backbones look at less
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+VISITOR_BYTES = 60 * 2**20  # of one visitor's uploads at a time
+FOLDER_BYTES, FOLDER_FILES = 500 * 2**20, 5_000  # of everybody's, and of pictures that were answered with
+LOOK_SECONDS = 30  # between two looks at a folder that is not full by what is known of it
+
+
+def own_folder() -> Path:
+    """The folder of this process's uploads; gradio's own is shared with every other app of this machine."""
+    os.environ.setdefault("GRADIO_TEMP_DIR", tempfile.mkdtemp(prefix="devil-demo-"))
+    return Path(os.environ["GRADIO_TEMP_DIR"])
+
+
+class UploadFolder:
+    """Bounds what lies in the folder of uploads: what is oldest is deleted, first of the visitor who brings too much.
+
+    Args:
+        folder: of this demo alone.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._kept: dict[str, tuple[str, int]] = {}  # path -> its visitor and bytes, oldest first
+        self._new = 0  # bytes since the last look
+        self._looked = -float(LOOK_SECONDS)
+        self._lock = threading.Lock()
+
+    def keep(self, visitor: str, paths: Sequence[str]) -> None:
+        """Count files that a visitor has uploaded, and delete that visitor's oldest above `VISITOR_BYTES`."""
+        with self._lock:
+            for path in paths:
+                self._kept.pop(path, None)
+                size = _size(path)
+                self._kept[path] = (visitor, size)
+                self._new += size
+            mine = {path: size for path, (owner, size) in self._kept.items() if owner == visitor}
+            surplus = sum(mine.values()) - VISITOR_BYTES
+            for path, size in mine.items():
+                if surplus <= 0:
+                    break
+                self._delete(path)
+                surplus -= size
+
+    @property
+    def due(self) -> bool:
+        """Whether `make_room` should be called."""
+        return self._new > FOLDER_BYTES // 10 or time.monotonic() - self._looked > LOOK_SECONDS
+
+    def make_room(self) -> None:
+        """Delete the oldest files of a folder that nears `FOLDER_BYTES` or `FOLDER_FILES`."""
+        with self._lock:
+            if not self.due:  # another thread was here
+                return
+            self._new, self._looked = 0, time.monotonic()
+            found = sorted(_files(self.folder))
+            size, count = sum(one for _, one, _ in found), len(found)
+            for _, one, path in found:
+                if size <= FOLDER_BYTES * 0.8 and count <= FOLDER_FILES * 0.8:
+                    break
+                self._delete(path)
+                size, count = size - one, count - 1
+            self._kept = {path: entry for path, entry in self._kept.items() if os.path.exists(path)}
+
+    def _delete(self, path: str) -> None:
+        self._kept.pop(path, None)
+        with suppress(OSError):  # somebody else's deletion
+            os.unlink(path)
+            if Path(path).parent != self.folder:
+                os.rmdir(os.path.dirname(path))  # of this content alone; not empty where it has two names
+
+
+def _size(path: str) -> int:
+    try:
+        return os.path.getsize(path)
+    except OSError:
+        return 0
+
+
+def _files(folder: Path) -> list[tuple[float, int, str]]:
+    """(time, bytes, path) of every file."""
+    found = []
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            path = os.path.join(parent, name)
+            try:
+                status = os.lstat(path)
+            except OSError:  # deleted meanwhile
+                continue
+            found.append((status.st_mtime, status.st_size, path))
+    return found
 
 
 def refuse_addresses(demo: gr.Blocks) -> None:
@@ -33,30 +127,38 @@ def _refuse_address(file: dict) -> dict:
     return file
 
 
-def read_upload(path: str | Path) -> Image.Image:
-    """An upright RGB picture of an uploaded file, at most `LONGEST_SIDE` on a side; `info["shrunk"]` is by how much, as (x, y).
+def read_upload(path: str | Path | None) -> Image.Image:
+    """An upright RGB picture of an uploaded file, at most `LONGEST_SIDE` on a side; `info["sent"]` is (width, height) before.
 
     Raises:
-        ValueError: for what is too large in bytes or pixels, and for what is not a readable image.
+        ValueError: for no file, for what is too large in bytes or pixels, and for what is not a readable image.
     """
-    size = Path(path).stat().st_size
+    if not path:
+        raise ValueError("There is no image: upload one first.")
+    try:
+        size = Path(path).stat().st_size
+    except OSError as error:
+        raise ValueError("This upload is no longer here: upload it again.") from error
     if size > MAX_BYTES:
         raise ValueError(f"This file has {size / 2**20:.0f} MB; at most {MAX_BYTES >> 20} MB are read.")
-    accepted = ", ".join(FORMATS)
     try:
         with Image.open(path, formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
-                raise ValueError(_too_many_pixels(f"{image.width} × {image.height}"))
+                raise _TooManyPixels(f"{image.width} × {image.height}")
             (picture,) = load_images(image)
     except Image.DecompressionBombError as error:
-        raise ValueError(_too_many_pixels("more than 100 million")) from error
-    except (OSError, SyntaxError) as error:
-        raise ValueError(f"This file cannot be read as an image: it is broken, or none of {accepted}.") from error
-    width, height = picture.size
+        raise _TooManyPixels("more than 100 million") from error
+    except _TooManyPixels:
+        raise
+    except Exception as error:  # damaged files make Pillow's plugins raise almost anything
+        raise ValueError(f"This file cannot be read as an image: it is broken, or none of {', '.join(FORMATS)}.") from error
+    sent = picture.size
     picture.thumbnail((LONGEST_SIDE, LONGEST_SIDE), Image.Resampling.LANCZOS)
-    picture.info["shrunk"] = (picture.width / width, picture.height / height)
+    picture.info = {"sent": sent}  # nothing else: profiles and comments can be large
     return picture
 
 
-def _too_many_pixels(pixels: str) -> str:
-    return f"This image has {pixels} pixels; at most {MAX_PIXELS // 1_000_000} million are read. Make it smaller first."
+class _TooManyPixels(ValueError):
+    def __init__(self, pixels: str):
+        limit = MAX_PIXELS // 1_000_000
+        super().__init__(f"This image has {pixels} pixels; at most {limit} million are read. Make it smaller first.")

@@ -1,5 +1,6 @@
 """What one visitor looks at, and what a click changes of it: answers by the name of the piece of the page that shows them."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,11 +9,13 @@ from PIL import Image
 
 from devil_hf.demo.checkpoints import Checkpoints
 from devil_hf.demo.explorer import Explorer, Look, read_phrases
+from devil_hf.demo.messages import message
 from devil_hf.demo.uploads import read_upload
 from devil_hf.report import html
 from devil_hf.report.features import feature_picture
 from devil_hf.report.templates import render
 
+UNREADABLE = "This click cannot be read: reload the page."
 NO_MAPS = "demo/templates/no_maps.html"
 Answer = dict[str, Any]  # name of a piece of the page -> what it shows now
 
@@ -22,7 +25,6 @@ class Session:
     """What one visitor looks at."""
 
     checkpoint: str
-    trust: bool
     look: Look
     rows: list[dict[str, Any]]  # of the whole image
     features: dict[str, Image.Image]  # per layer, one pixel per location
@@ -45,27 +47,26 @@ class Visits:
         self.thumbnails = [html.data_uri(example) for example in examples]
 
     def start(self) -> Answer:
-        return self.open(self.examples[0], self.checkpoints.default, False, None, example=0)
+        return self.open(self.examples[0], self.checkpoints.default, None, example=0)
 
-    def open_upload(self, path: str, session: Session | None, layer: str) -> Answer:
-        checkpoint, trust = (session.checkpoint, session.trust) if session else (self.checkpoints.default, False)
+    def open_upload(self, path: str | None, session: Session | None, layer: str | None) -> Answer:
         try:
-            return self.open(read_upload(path), checkpoint, trust, layer)
+            return self.open(read_upload(path), session.checkpoint if session else self.checkpoints.default, layer)
         except ValueError as error:
             # A message, and not an error: the drop zone must be empty again for the next try.
-            gr.Warning(str(error), title="This file was not read")
+            gr.Warning(message(error), title="This file was not read")
             return {"upload": None}
 
-    def load(self, session: Session, layer: str, name: str, trust: bool) -> Answer:
+    def load(self, session: Session, layer: str, name: str) -> Answer:
         look = _opened(session).look
-        return self.open(look.image, name, bool(trust), layer, session.example)
+        return self.open(look.image, name, layer, session.example)
 
-    def open(self, image: Image.Image, checkpoint: str, trust: bool, layer: str | None, example: int | None = None) -> Answer:
+    def open(self, image: Image.Image, checkpoint: str, layer: str | None, example: int | None = None) -> Answer:
         """Everything anew for one image and checkpoint."""
-        explorer = self.checkpoints.get(checkpoint, trust)
+        explorer = self.checkpoints.get(checkpoint)
         look = explorer.look(image)
         features = {name: feature_picture(maps[0]) for name, maps in zip(explorer.layers, look.feature_maps, strict=True)}
-        session = Session(checkpoint, trust, look, explorer.describe(look), features, example=example)
+        session = Session(checkpoint, look, explorer.describe(look), features, example=example)
         if layer not in explorer.layers:
             layer = explorer.layers[max(len(explorer.layers) - 2, 0)]
         left, top, right, bottom = explorer.crop(look)
@@ -78,7 +79,7 @@ class Visits:
             "gallery": self.gallery(example),
             "maps": render(NO_MAPS),
             "upload": None,
-            "head": self.head(checkpoint, trust),
+            "head": self.head(checkpoint),
         }
 
     def show_point(self, session: Session, explorer: Explorer, layer: str, x: float, y: float) -> Answer:
@@ -88,6 +89,7 @@ class Visits:
 
     def show_layer(self, session: Session, explorer: Explorer, layer: str) -> Answer:
         """What changes with the layer or the point."""
+        layer = explorer.check_layer(layer)
         look, rows = session.look, session.place or []
         row, column = next(one["location"] for one in rows if one["layer"] == layer)
         grids = {name: explorer.grid(look, name) for name in explorer.layers}
@@ -108,48 +110,56 @@ class Visits:
     def read_numbers(self, session: Session, layer: str, row: float | None, column: float | None) -> Answer:
         session = _opened(session)
         explorer = self.explorer(session)
-        if row is None or column is None:
+        if not all(isinstance(one, int | float) and math.isfinite(one) for one in (row, column)):
             raise ValueError("Type a row and a column first; both start at 0.")
-        point = explorer.pixel_of(session.look, layer, int(row), int(column))
+        point = explorer.pixel_of(session.look, layer, int(row or 0), int(column or 0))
         return self.show_point(session, explorer, layer, *point)
 
     def show_maps(self, session: Session, text: str, carrier: str) -> Answer:
         session = _opened(session)
         explorer = self.explorer(session)
         phrases = read_phrases(text)
-        outputs = explorer.map_phrases(session.look, phrases, carrier[:40])
+        outputs = explorer.map_phrases(session.look, phrases, carrier)
         return {"maps": html.maps_html(explorer.processor, session.look.image, outputs, phrases)}
 
     def act(self, event: gr.EventData, session: Session, layer: str, carrier: str) -> Answer:
         """A click on a word, a layer, an example, a tile of features or the stage."""
         session = _opened(session)
-        example, word, chosen = (getattr(event, name, None) for name in ("example", "word", "layer"))
+        example, word, chosen, at, x, y = (getattr(event, name, None) for name in ("example", "word", "layer", "at", "x", "y"))
         if example is not None:
-            index = int(example) % len(self.examples)
-            return self.open(self.examples[index], session.checkpoint, session.trust, layer, example=index)
+            index = int(_number(example)) % len(self.examples)
+            return self.open(self.examples[index], session.checkpoint, layer, example=index)
         if word is not None:
             return {**self.show_maps(session, word, carrier), "phrases": word}
         explorer, look = self.explorer(session), session.look
         if chosen is None:
-            x, y = float(event.x) * look.image.width, float(event.y) * look.image.height
+            x, y = _number(x) * look.image.width, _number(y) * look.image.height
             return self.show_point(session, explorer, layer, x, y)
-        if not event.at:  # a name, or a tile by keyboard
+        if not at:  # a name, or a tile by keyboard
             return {**self.show_layer(session, explorer, chosen), "layer": chosen}
         rows, columns = explorer.grid(look, chosen)
-        x, y = (min(max(float(share), 0.0), 0.999999) for share in event.at)
+        if not isinstance(at, list) or len(at) != 2:
+            raise ValueError(UNREADABLE)
+        x, y = (min(max(_number(share), 0.0), 0.999999) for share in at)
         point = explorer.pixel_of(look, chosen, int(y * rows), int(x * columns))
         return {**self.show_point(session, explorer, chosen, *point), "layer": chosen}
 
     def explorer(self, session: Session) -> Explorer:
-        return self.checkpoints.get(session.checkpoint, session.trust)
+        return self.checkpoints.get(session.checkpoint)
 
     def gallery(self, chosen: int | None) -> str:
         """The examples as buttons."""
         return render("demo/templates/gallery.html", sources=self.thumbnails, chosen=chosen)
 
-    def head(self, checkpoint: str, trust: bool = False) -> str:
+    def head(self, checkpoint: str) -> str:
         """The title of the page, with what the checkpoint says that it knows."""
-        return render("demo/templates/head.html", scope=self.checkpoints.get(checkpoint, trust).model.config.scope)
+        return render("demo/templates/head.html", scope=self.checkpoints.get(checkpoint).model.config.scope)
+
+
+def _number(value: Any) -> float:
+    if not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(UNREADABLE)
+    return float(value)
 
 
 def _middle(start: float, end: float) -> float:

@@ -119,10 +119,11 @@ def table() -> str:
 
 
 def write_table(page: Path) -> None:
-    """Put the table into a page, in place of the one that it has."""
+    """Put the table into a page, in place of the first one that it has."""
     lines = page.read_text(encoding="utf-8").splitlines()
-    rows = [number for number, line in enumerate(lines) if line.startswith("|")]
-    lines[rows[0] : rows[-1] + 1] = table().splitlines()
+    first = next(number for number, line in enumerate(lines) if line.startswith("|"))
+    end = next((number for number, line in enumerate(lines) if number > first and not line.startswith("|")), len(lines))
+    lines[first:end] = table().splitlines()
     page.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
