@@ -2,10 +2,10 @@
 
 Stages: `backbone` and `language-model` train the frozen parts and may run at the same time; `translator` trains between them by
 the quickstart's recipe and writes the self-contained checkpoint, in half precision, that belongs into
-`src/devil_hf/checkpoints/shapes`. `devil evaluate shapes --checkpoint runs/embedded/checkpoint` measures it.
+`src/devil_hf/checkpoints/shapes`. Started again, a stage that was stopped goes on.
+`devil evaluate shapes --checkpoint runs/embedded/checkpoint` measures it.
 """
 
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ from transformers.utils import logging
 
 from devil_hf.checkpoints import SCOPE
 from devil_hf.checkpoints.loading import load
+from devil_hf.folders import write_json, written
 from devil_hf.settings import make, option, parse, read_yaml
 from devil_hf.training.recipe import Recipe
 from devil_hf.training.run import train
@@ -47,23 +48,29 @@ class BuildSettings:
 def build_backbone(settings: BuildSettings) -> None:
     """Train, probe and save the backbone as a directory that timm loads as `local-dir:PATH`."""
     folder = settings.output_dir / "backbone"
-    backbone, history = train_shapes_backbone(ShapesBackboneSettings(seed=settings.seed, max_steps=settings.backbone_steps))
-    timm.models.save_for_hf(backbone, folder, safe_serialization=True)
+    unfinished = settings.output_dir / "backbone.unfinished.pt"
+    own = ShapesBackboneSettings(seed=settings.seed, max_steps=settings.backbone_steps)
+    backbone, history = train_shapes_backbone(own, unfinished=unfinished)
+    with written(folder) as whole:
+        timm.models.save_for_hf(backbone, whole, safe_serialization=True)
     report = {"probe_f1": probe_shapes_backbone(backbone), "history": history}
-    folder.with_suffix(".json").write_text(json.dumps(report, indent=1), encoding="utf-8")
+    write_json(folder.with_suffix(".json"), report)
+    unfinished.unlink(missing_ok=True)
     print(f"{folder}: F1 of linear probes {report['probe_f1']}")
 
 
 def build_language_model(settings: BuildSettings) -> None:
     """Train, measure and save the language model with its tokenizer."""
     folder = settings.output_dir / "language_model"
-    model, tokenizer, history = train_shapes_language_model(
-        ShapesLanguageModelSettings(seed=settings.seed, max_steps=settings.language_model_steps)
-    )
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    unfinished = settings.output_dir / "language_model.unfinished.pt"
+    own = ShapesLanguageModelSettings(seed=settings.seed, max_steps=settings.language_model_steps)
+    model, tokenizer, history = train_shapes_language_model(own, unfinished=unfinished)
+    with written(folder) as whole:
+        model.save_pretrained(whole)
+        tokenizer.save_pretrained(whole)
     report = {"held_out_losses": held_out_document_losses(model, tokenizer), "history": history}
-    folder.with_suffix(".json").write_text(json.dumps(report, indent=1), encoding="utf-8")
+    write_json(folder.with_suffix(".json"), report)
+    unfinished.unlink(missing_ok=True)
     print(f"{folder}: held-out losses {report['held_out_losses']}")
 
 
@@ -71,8 +78,15 @@ def translator_recipe(settings: BuildSettings) -> Recipe:
     """The quickstart's recipe with the parts that were built here."""
     fields = read_yaml(Recipe, Path("quickstart"))
     training = settings.output_dir / "training"
-    fields |= {"output_dir": str(training), "cache_features": str(training / "features"), "save": "full"}
-    fields |= {"checkpoint": "", "new_translator": False, "layers": LAYERS, "report_to": "none", "seed": settings.seed}
+    fields |= {"output_dir": str(training), "cache_features": str(training / "features"), "save": "full", "resume": True}
+    fields |= {
+        "resume": True,
+        "checkpoint": "",
+        "new_translator": False,
+        "layers": LAYERS,
+        "report_to": "none",
+        "seed": settings.seed,
+    }
     fields |= {part: str(settings.output_dir / part) for part in ("backbone", "language_model")}
     fields |= {"max_steps": settings.translator_steps, "warmup_steps": settings.translator_steps // 20}
     fields["model"] |= {"scope": SCOPE}
@@ -87,10 +101,11 @@ def build_translator(settings: BuildSettings) -> None:
     model.config.backbone_config |= {"source": None, "revision": None}
     model.config.language_model_source = None
     folder = settings.output_dir / "checkpoint"
-    model.half().save_pretrained(folder)
-    processor.save_pretrained(folder)
-    for code in folder.glob("*.py"):
-        code.unlink()  # inside the package, the package is the code
+    with written(folder) as whole:
+        model.half().save_pretrained(whole)
+        processor.save_pretrained(whole)
+        for code in whole.glob("*.py"):
+            code.unlink()  # inside the package, the package is the code
     print(f"{folder}: measure it by `devil evaluate shapes --checkpoint {folder}`")
 
 

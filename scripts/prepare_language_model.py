@@ -5,11 +5,11 @@ r"""Train a caption language model from text alone.
         --held-out-images Flickr_8k.devImages.txt Flickr_8k.testImages.txt --caption-folders flickr8k coco
 
 Captions of the images named in `held-out-images`, and of every image of `caption-folders` whose split is not `train`,
-are left out of the text; those of the first `held-out-images` file measure the loss.
+are left out of the text; those of the first `held-out-images` file measure the loss. Started again, a training that was stopped
+goes on.
 """
 
 import argparse
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ from transformers.utils import logging
 
 from devil_hf.data.pairs.files import read_coco_captions, read_flickr_captions, without_images
 from devil_hf.data.pairs.folder import read_caption_folder
+from devil_hf.folders import claimed, write_json
 from devil_hf.settings import option, parse
 from devil_hf.training.small_models.caption_language_model import CaptionLanguageModelSettings, train_caption_language_model
 
@@ -50,6 +51,17 @@ def read_text(settings: TextSettings) -> tuple[list[list[str]], list[list[str]] 
     return without_images(captions, excluded), measured
 
 
+def prepare(settings: TextSettings, groups: list[list[str]], measured: list[list[str]] | None, device: str) -> None:
+    """Train and save; a stopped training goes on where its last state was kept."""
+    unfinished = settings.output_dir / "unfinished.pt"
+    model, tokenizer, history = train_caption_language_model(groups, settings, measured, device, unfinished)
+    model.save_pretrained(settings.output_dir)
+    tokenizer.save_pretrained(settings.output_dir)
+    write_json(settings.output_dir / "training_log.json", history)
+    unfinished.unlink(missing_ok=True)
+    print(f"language model with {model.num_parameters():,} parameters in {settings.output_dir}: {history[-1]}")
+
+
 def main() -> None:
     raw = argparse.RawDescriptionHelpFormatter
     settings = parse(TextSettings, sys.argv[1:], description=__doc__, formatter_class=raw)
@@ -58,11 +70,8 @@ def main() -> None:
         torch.set_num_threads(settings.threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     groups, measured = read_text(settings)
-    model, tokenizer, history = train_caption_language_model(groups, settings, measured, device)
-    model.save_pretrained(settings.output_dir)
-    tokenizer.save_pretrained(settings.output_dir)
-    (settings.output_dir / "training_log.json").write_text(json.dumps(history, indent=1), encoding="utf-8")
-    print(f"language model with {model.num_parameters():,} parameters in {settings.output_dir}: {history[-1]}")
+    with claimed(settings.output_dir, "the training of a language model"):
+        prepare(settings, groups, measured, device)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from devil_hf.training.small_models import caption_language_model
 from devil_hf.training.small_models.caption_language_model import (
     CaptionLanguageModelSettings,
     KeywordCaptions,
@@ -149,6 +150,28 @@ def test_training_repeats_with_its_seed_and_leaves_the_held_out_measure_alone():
     measured, _, _ = train_caption_language_model(GROUPS, arguments, GROUPS[:2])
     plain, _, _ = train_caption_language_model(GROUPS, arguments)
     assert all(torch.equal(a, b) for a, b in zip(measured.parameters(), plain.parameters(), strict=True))
+
+
+def test_a_stopped_training_goes_on_exactly_and_not_on_other_captions(tmp_path, monkeypatch):
+    monkeypatch.setattr("devil_hf.training.small_models.optimisation.SAVE_SECONDS", 0.0)
+    settings = CaptionLanguageModelSettings(**TINY | {"warmup_steps": 1, "dropout": 0.1}, max_steps=4, batch_size=4)
+    whole, _, history = train_caption_language_model(GROUPS[:10], settings)
+    caption_loss, calls = caption_language_model.caption_loss, []
+
+    def stopping(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return caption_loss(*args, **kwargs)
+
+    monkeypatch.setattr(caption_language_model, "caption_loss", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        train_caption_language_model(GROUPS[:10], settings, unfinished=tmp_path / "a.pt")
+    with pytest.raises(ValueError, match=r"other values of \['captions'\]"):
+        train_caption_language_model(GROUPS[1:11], settings, unfinished=tmp_path / "a.pt")
+    again, _, resumed = train_caption_language_model(GROUPS[:10], settings, unfinished=tmp_path / "a.pt")
+    assert len(calls) == 5 and [row["loss"] for row in resumed] == [row["loss"] for row in history]
+    assert all(torch.equal(one, other) for one, other in zip(again.parameters(), whole.parameters(), strict=True))
 
 
 def test_model_and_tokenizer_load_through_the_auto_classes(trained, tmp_path):

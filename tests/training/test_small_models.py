@@ -1,12 +1,17 @@
 """The frozen parts of the embedded world: labels and documents are what they promise, and training repeats."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from devil_hf.data.shapes import ATTRIBUTE_WORDS, make_scene
+from devil_hf.training.divergence import Diverged
 from devil_hf.training.small_models.documents import IGNORED_INDEX
-from devil_hf.training.small_models.optimisation import OptimisationSettings, minimise
+from devil_hf.training.small_models.optimisation import OptimisationSettings, minimise, state_of
 from devil_hf.training.small_models.shapes_backbone import (
     AttributeLabels,
     ShapesBackboneSettings,
@@ -95,3 +100,43 @@ def test_a_loss_that_is_not_finite_ends_the_training():
     layer = torch.nn.Linear(2, 1)
     with pytest.raises(FloatingPointError, match="step 2"):
         minimise(layer, lambda step: layer.weight.sum() / (2 - step), OptimisationSettings(max_steps=3))
+
+
+class Killed(Exception):
+    pass
+
+
+@given(stop=st.integers(1, 7), every=st.sampled_from([0.0, 1e9]), dropout=st.sampled_from([0.0, 0.3]))
+def test_a_small_models_training_goes_on_exactly_wherever_it_was_stopped(stop, every, dropout, tmp_path_factory):
+    settings, file = OptimisationSettings(max_steps=6, warmup_steps=2, logging_steps=2), tmp_path_factory.mktemp("small") / "a.pt"
+
+    def run(stop: int = 0) -> tuple[torch.Tensor, list]:
+        torch.manual_seed(0)
+        rng = np.random.default_rng(5)
+        network = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Dropout(dropout), torch.nn.Linear(4, 1))
+
+        def loss_of_step(step):
+            if step == stop:
+                raise Killed
+            return network(torch.tensor(rng.normal(size=(2, 3)), dtype=torch.float32)).square().sum()
+
+        history = minimise(network, loss_of_step, settings, unfinished=state_of(file, settings, rng))
+        return torch.nn.utils.parameters_to_vector(network.parameters()), [(row["step"], row["loss"]) for row in history]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("devil_hf.training.small_models.optimisation.SAVE_SECONDS", every)
+        whole = run()
+        file.unlink()
+        if stop <= 6:
+            with pytest.raises(Killed):
+                run(stop)
+        again = run()
+    assert torch.equal(again[0], whole[0]) and again[1] == whole[1]
+    with pytest.raises(ValueError, match=r"other values of \['batch_size'\]"):
+        minimise(torch.nn.Linear(1, 1), None, settings, unfinished=state_of(file, replace(settings, batch_size=1), None))
+
+
+def test_weights_that_are_not_finite_are_no_end_of_a_training():
+    layer, settings = torch.nn.Linear(2, 1), OptimisationSettings(max_steps=1, learning_rate=float("inf"), warmup_steps=0)
+    with pytest.raises(Diverged, match="weights are not finite at step 1"):
+        minimise(layer, lambda step: layer.weight.sum(), settings)

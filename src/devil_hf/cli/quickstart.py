@@ -24,7 +24,7 @@ POINTING_SCENES = 150  # the pointing game asks every place of every layer, so t
 class QuickstartSettings(JsonSettings):
     """How long to train on how many scenes, and what to measure."""
 
-    output_dir: Path = option("gets `checkpoint/`, `scores.json` and `pictures/`", Path("devil-quickstart"))
+    output_dir: Path = option("gets `checkpoint/`, `scores.json`, `evaluation/` and `pictures/`", Path("devil-quickstart"))
     steps: int = option("training steps of 64 captions", 750)
     scenes: int = option("training scenes", 6_000)
     held_out: int = option("scenes of another world to measure on", 500)
@@ -45,7 +45,15 @@ def quickstart(settings: QuickstartSettings, say: Callable[[str], None] = print)
     Returns:
         The content of `scores.json`.
     """
+    from devil_hf.folders import claimed
+
+    with claimed(settings.output_dir, "devil quickstart"):
+        return _quickstart(settings, say)
+
+
+def _quickstart(settings: QuickstartSettings, say: Callable[[str], None]) -> dict[str, Any]:
     from devil_hf.checkpoints.loading import load
+    from devil_hf.folders import write_json
     from devil_hf.report.scenes import draw_pictures
     from devil_hf.training.run import train
 
@@ -53,7 +61,8 @@ def quickstart(settings: QuickstartSettings, say: Callable[[str], None] = print)
     folder = settings.output_dir
     with contextlib.redirect_stdout(sys.stderr):  # of the Trainer's records, which are no result
         checkpoint = train(recipe(settings))
-    command = [sys.executable, "-m", "devil_hf", "evaluate", "shapes", str(checkpoint), "--output-dir", str(folder)]
+    evaluated = folder / "evaluation"  # a folder of its own, which that process claims
+    command = [sys.executable, "-m", "devil_hf", "evaluate", "shapes", str(checkpoint), "--output-dir", str(evaluated)]
     command += ["--limit", str(settings.held_out), "--questions", "described", "pointing"]
     command += ["--pointing-limit", str(POINTING_SCENES)]
     measured = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, encoding="utf-8")
@@ -61,9 +70,9 @@ def quickstart(settings: QuickstartSettings, say: Callable[[str], None] = print)
     pictures = draw_pictures(*load(checkpoint), folder / "pictures", say=say)
     say(measured.stdout)
     say("pictures: " + ", ".join(map(str, pictures)))
-    scores = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
+    scores = json.loads((evaluated / "scores.json").read_text(encoding="utf-8"))
     scores["seconds"] = round(time.perf_counter() - began, 1)
-    (folder / "scores.json").write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8")
+    write_json(folder / "scores.json", scores)
     return scores
 
 

@@ -8,7 +8,6 @@ thumbs/          each exemplar once, masks/LAYER/UNIT.png a strip of masks of ea
 """
 
 import json
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
@@ -23,8 +22,10 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from devil_hf.data.exemplar_set import ExemplarSet, layer_file, write_rows
+from devil_hf.folders import write_json, written
 from devil_hf.report.templates import render
 
+PAGE = "index.html"
 TEMPLATE = "report/templates/atlas.html"
 THUMBNAIL = 128  # pixels
 MASK = 64
@@ -71,26 +72,26 @@ def write_atlas(
     if len(labels) != len(exemplars) or (checks is not None and len(checks) != len(labels)):
         raise ValueError(f"{len(labels)} labels and {len(checks or labels)} checks for {len(exemplars)} units")
     output_dir = Path(output_dir)
-    for folder in ("thumbs", "masks"):
-        shutil.rmtree(output_dir / folder, ignore_errors=True)
-        (output_dir / folder).mkdir(parents=True)
     rows = _rows(exemplars, labels, checks, names or {})
-    _write_thumbnails(exemplars, output_dir / "thumbs")
-    _write_masks(exemplars, output_dir / "masks")
+    (output_dir / PAGE).unlink(missing_ok=True)  # the last to come: an atlas that has it is whole
+    for name, write in (("thumbs", _write_thumbnails), ("masks", _write_masks)):
+        with written(output_dir / name) as unfinished:
+            unfinished.mkdir()
+            write(exemplars, unfinished)
     features = Features(
         {name: Value(kind) for name, kind in COLUMNS.items()}
         | {"images": List(Value("string")), "peaks": List(Value("float32")), "keys": List(Value("string"))}
     )
     write_rows(_parquet_rows(exemplars, rows), features, output_dir / "atlas.parquet")
     plain = [{name: row[name] for name in (*COLUMNS, "words")} for row in rows]
-    (output_dir / "atlas.json").write_text(
-        json.dumps({"summary": dict(summary or {}), "units": plain}, indent=1) + "\n", encoding="utf-8"
-    )
-    (output_dir / "data.js").write_text(_data(exemplars, rows, checks is not None), encoding="utf-8")
+    write_json(output_dir / "atlas.json", {"summary": dict(summary or {}), "units": plain})
+    with written(output_dir / "data.js") as unfinished:
+        unfinished.write_text(_data(exemplars, rows, checks is not None), encoding="utf-8")
     title = (summary or {}).get("title", "Atlas of units")
     page = render(TEMPLATE, title=title, about=_about(exemplars, rows, checks is not None))
-    (output_dir / "index.html").write_text(page, encoding="utf-8")
-    return output_dir / "index.html"
+    with written(output_dir / PAGE) as unfinished:
+        unfinished.write_text(page, encoding="utf-8")
+    return output_dir / PAGE
 
 
 def _rows(exemplars: ExemplarSet, labels, checks, names: Mapping[str, Sequence[str]]) -> list[dict]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from PIL import Image
 
 from devil_hf.data.worlds import HELD_OUT_WORLD, World
+from devil_hf.folders import written as whole_file
 from devil_hf.model.modeling_devil import DevilModel
 from devil_hf.model.processing_devil import DevilProcessor
 from devil_hf.report.figures import attribution_figure, layers_figure, locations_figure
@@ -20,7 +21,8 @@ def draw_pictures(
     written = []
 
     def write(picture: Image.Image, name: str) -> None:
-        picture.save(folder / name)
+        with whole_file(folder / name) as unfinished:
+            picture.save(unfinished)
         written.append(folder / name)
 
     images = [Image.fromarray(scene.image) for scene in several[:scenes]]

@@ -4,11 +4,14 @@ The content of its documents (see `documents`) are words of other captions of th
 the scene as a prefix is. Some documents have no words at all: they define what a caption is when nothing is known.
 """
 
+import hashlib
+import json
 import random
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from pathlib import Path
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -23,7 +26,7 @@ from devil_hf.training.small_models.documents import (
     caption_loss,
     collate,
 )
-from devil_hf.training.small_models.optimisation import minimise
+from devil_hf.training.small_models.optimisation import Unfinished, minimise
 
 _FUNCTION_WORDS = """
     a about above across after against all along also am among an and another any are around as at away back be been
@@ -210,12 +213,14 @@ def train_caption_language_model(
     settings: CaptionLanguageModelSettings,
     held_out_groups: Sequence[Sequence[str]] | None = None,
     device: str | torch.device = "cpu",
+    unfinished: Path | None = None,
 ) -> tuple[GPT2LMHeadModel, PreTrainedTokenizerFast, list[dict[str, float]]]:
     """Train tokenizer and language model on captions grouped by image.
 
     Args:
         groups: the captions of each training image.
         held_out_groups: captions of other images, only measured.
+        unfinished: file in which a stopped training goes on; the caller removes it in the end.
 
     Returns:
         The model in eval mode, its tokenizer, and the history of `minimise`, in nats per token; with held-out captions its
@@ -228,8 +233,11 @@ def train_caption_language_model(
     model = build_language_model(tokenizer, settings)
     torch.nn.Module.to(model, device)
     batches = documents.batches(random.Random(settings.seed), settings.batch_size)
+    drawn = 0
 
     def loss_of_step(step: int) -> torch.Tensor:
+        nonlocal drawn
+        drawn += 1
         input_ids, labels = next(batches)
         return caption_loss(model, input_ids.to(device), labels.to(device))
 
@@ -239,7 +247,18 @@ def train_caption_language_model(
         shares = {"loss_with_words": True, "loss_without_words": False}
         return {name: held_out_loss(model, held_out, with_words) for name, with_words in shares.items()}
 
-    return model, tokenizer, minimise(model, loss_of_step, settings, measure)
+    def redraw(count: int) -> None:
+        nonlocal drawn
+        drawn = count
+        for _ in range(count):
+            next(batches)
+
+    state = None
+    if unfinished:
+        own = {field.name: getattr(settings, field.name) for field in fields(CaptionLanguageModelSettings)}
+        texts = hashlib.sha256(json.dumps([groups, held_out_groups]).encode()).hexdigest()
+        state = Unfinished(unfinished, own | {"captions": texts}, lambda: drawn, redraw)
+    return model, tokenizer, minimise(model, loss_of_step, settings, measure, state)
 
 
 __all__ = [

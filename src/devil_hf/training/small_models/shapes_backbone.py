@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from math import prod
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from torch import nn
 from devil_hf.data.rendering import SCENE_SIZE, SceneObject
 from devil_hf.data.shapes import ATTRIBUTE_WORDS, Scene, sample_scene
 from devil_hf.settings import option
-from devil_hf.training.small_models.optimisation import OptimisationSettings, minimise
+from devil_hf.training.small_models.optimisation import OptimisationSettings, minimise, state_of
 
 BACKBONE_ARCHITECTURE = "resnet10t"
 BACKBONE_ARGUMENTS: dict[str, Any] = {"stem_width": 12, "channels": [32, 64, 128, 256], "layers": [1, 1, 2, 1], "num_classes": 0}
@@ -137,15 +138,18 @@ def stray_activity(features: Sequence[torch.Tensor], shares: torch.Tensor) -> to
 
 
 def train_shapes_backbone(
-    settings: ShapesBackboneSettings, device: str | torch.device = "cpu"
+    settings: ShapesBackboneSettings, device: str | torch.device = "cpu", unfinished: Path | None = None
 ) -> tuple[ResNet, list[dict[str, float]]]:
     """Train the backbone on scenes that are made as they are needed.
+
+    Args:
+        unfinished: file in which a stopped training goes on; the caller removes it in the end.
 
     Returns:
         The backbone in eval mode, and the history of `minimise`, in nats per scene.
 
     Raises:
-        FloatingPointError: when the loss is no longer finite.
+        Diverged: when the loss or the weights are no longer finite.
     """
     torch.manual_seed(settings.seed)
     labels = AttributeLabels()
@@ -160,7 +164,8 @@ def train_shapes_backbone(
         shares = scene_targets(scenes, labels).to(device)
         return heads(features, shares) + settings.quiet_weight * stray_activity(features[1:], shares)
 
-    history = minimise(nn.ModuleList([backbone, heads]), loss_of_step, settings)
+    state = state_of(unfinished, settings, rng) if unfinished else None
+    history = minimise(nn.ModuleList([backbone, heads]), loss_of_step, settings, unfinished=state)
     return backbone.to(memory_format=torch.contiguous_format), history
 
 

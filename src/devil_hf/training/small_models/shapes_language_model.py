@@ -9,6 +9,7 @@ what belongs together. Documents without keywords define what a caption is when 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -20,7 +21,7 @@ from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
 from devil_hf.data.shapes import VOCABULARY, Scene, sample_scene
 from devil_hf.settings import option
 from devil_hf.training.small_models.documents import Document, LanguageModelSettings, build_language_model, caption_loss, collate
-from devil_hf.training.small_models.optimisation import minimise
+from devil_hf.training.small_models.optimisation import minimise, state_of
 
 
 @dataclass
@@ -119,15 +120,18 @@ def build_shapes_language_model(tokenizer: PreTrainedTokenizerFast, settings: Sh
 
 
 def train_shapes_language_model(
-    settings: ShapesLanguageModelSettings, device: str | torch.device = "cpu"
+    settings: ShapesLanguageModelSettings, device: str | torch.device = "cpu", unfinished: Path | None = None
 ) -> tuple[GPT2LMHeadModel, PreTrainedTokenizerFast, list[dict[str, float]]]:
     """Train the language model on text alone.
+
+    Args:
+        unfinished: file in which a stopped training goes on; the caller removes it in the end.
 
     Returns:
         The model in eval mode, its tokenizer, and the history of `minimise`, in nats per token.
 
     Raises:
-        FloatingPointError: when the loss is no longer finite.
+        Diverged: when the loss or the weights are no longer finite.
     """
     torch.manual_seed(settings.seed)
     tokenizer = build_shapes_tokenizer()
@@ -140,7 +144,8 @@ def train_shapes_language_model(
         input_ids, labels = documents.batch(settings.batch_size, rng, count=1 if step <= settings.single_steps else None)
         return caption_loss(model, input_ids.to(device), labels.to(device))
 
-    return model, tokenizer, minimise(model, loss_of_step, settings)
+    state = state_of(unfinished, settings, rng) if unfinished else None
+    return model, tokenizer, minimise(model, loss_of_step, settings, unfinished=state)
 
 
 @torch.inference_mode()
