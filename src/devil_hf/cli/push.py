@@ -1,6 +1,5 @@
 """`devil push`: a checkpoint on the Hub, with a card."""
 
-import contextlib
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -49,7 +48,6 @@ class PushSettings(JsonSettings):
 
 def push(settings: PushSettings) -> None:
     """Publish, or show what would be published."""
-    from devil_hf.folders import claimed
     from devil_hf.hub.publish import prepare
     from devil_hf.hub.publish import push as push_checkpoint
     from devil_hf.hub.spaces import prepare_space, push_space
@@ -59,8 +57,7 @@ def push(settings: PushSettings) -> None:
         with tempfile.TemporaryDirectory() as folder:
             prepare_space(space, folder, repo_id)  # its errors come before anything is public
     if settings.dry_run:
-        kept = contextlib.nullcontext() if settings.output_dir is None else claimed(settings.output_dir, "devil push --dry-run")
-        with tempfile.TemporaryDirectory() as folder, kept:
+        with tempfile.TemporaryDirectory() as folder:
             draft = prepare(settings.checkpoint, repo_id, settings.output_dir or folder, **settings.contents())
             tree, card = draft.tree(), str(draft.card)
         if space:
