@@ -26,6 +26,8 @@ neither of them checks YAML and Python calls by the same rules, so this file doe
 import argparse
 import dataclasses
 import difflib
+import math
+import re
 import types
 import typing
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -35,6 +37,7 @@ from typing import Any, TypeVar
 from devil_hf import text_files
 
 Settings = TypeVar("Settings")
+LARGEST = 2**63  # whole numbers stay below, as those of torch do
 NOTHING: tuple[Any, ...] = ("", None, [], {}, (), dataclasses.MISSING)  # defaults that need not be told
 
 
@@ -45,6 +48,7 @@ def option(
     positional: bool = False,
     choices: Callable[[], Collection[str]] | None = None,
     metavar: str | None = None,
+    least: float | None = None,
 ) -> Any:
     """A field of settings.
 
@@ -54,8 +58,9 @@ def option(
         positional: a word of the command line without `--name` in front, which is understood too where there is a default.
         choices: gives the allowed values when they are needed, for instance the names of a registry.
         metavar: what stands for the value in `--help`.
+        least: the lowest value of a number.
     """
-    metadata = {"help": help, "positional": positional, "choices": choices, "metavar": metavar}
+    metadata = {"help": help, "positional": positional, "choices": choices, "metavar": metavar, "least": least}
     if isinstance(default, list | dict | set):
         return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -173,7 +178,8 @@ def hyphenated(arguments: Sequence[str]) -> list[str]:
 
 
 def _metavar(name: str, reader: Callable[[str], Any]) -> str:
-    return {int: "N", float: "X", _json: "JSON"}.get(reader) or name.rpartition("_")[2].upper()
+    words: dict[Any, str] = {_whole_number: "N", _number: "X", _json: "JSON"}
+    return words.get(reader) or name.rpartition("_")[2].upper()
 
 
 def _flag(name: str) -> str:
@@ -185,16 +191,30 @@ def _shown(value: Any) -> str:
 
 
 def _json(text: str) -> Any:
-    try:
-        return text_files.parse_json(text, repr(text))
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
+    return _typed(text_files.parse_json, text, repr(text))
 
 
 def _reader(hint: Any) -> Callable[[str], Any]:
     if typing.get_origin(hint) is typing.Literal:
         return type(typing.get_args(hint)[0])
-    return hint if hint in (str, int, float, Path) else _json
+    readers: dict[Any, Callable[[str], Any]] = {int: _whole_number, float: _number, str: str, Path: Path}
+    return readers.get(hint, _json)
+
+
+def _whole_number(text: str) -> int:
+    return _typed(read_number, int, text)
+
+
+def _number(text: str) -> float:
+    return _typed(read_number, float, text)
+
+
+def _typed(read: Callable[..., Any], *arguments: Any) -> Any:
+    """What a reader makes of a word, whose ValueError argparse tells only as its own."""
+    try:
+        return read(*arguments)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 # --------------------------------------------------------------------------------------------- what many verbs have
@@ -227,6 +247,39 @@ def read_layers(names: Sequence[str] | None, known: Sequence[str]) -> list[str |
     if names is None:
         return None
     return [int(name) if name not in known and name.lstrip("-").isdigit() else name for name in names]
+
+
+def read_windows(typed: Sequence[str], asked: Sequence[str], known: Sequence[str]) -> dict[str, int]:
+    """Windows as typed, LAYER=SIDE, by the layer's full name.
+
+    Args:
+        asked: the names of the layers that are asked.
+        known: the names of all layers.
+
+    Raises:
+        ValueError: for one that is not LAYER=SIDE, names no layer that is asked, names one twice, or has an even side.
+    """
+    windows: dict[str, int] = {}
+    for text in typed:
+        name, equals, side = text.rpartition("=")
+        if not equals or not re.fullmatch("[0-9]{1,9}", side) or int(side) % 2 == 0:
+            raise ValueError(f"--windows {text} is not LAYER=SIDE with an odd side, such as {asked[0]}=3")
+        (layer,) = read_layers([name], known) or [name]
+        if isinstance(layer, int):
+            layer = known[layer] if -len(known) <= layer < len(known) else name
+        if layer not in asked or layer in windows:
+            reason = "was given twice" if layer in windows else f"is not asked (asked: {', '.join(asked)})"
+            raise ValueError(f"--windows {text}: layer {layer!r} {reason}")
+        windows[layer] = int(side)
+    return windows
+
+
+def check_window(window: int, places: bool = True) -> None:
+    """Raise a ValueError for the side of a square around places that is none, or where there are no places."""
+    if window < 1 or window % 2 == 0:
+        raise ValueError(f"--window {window} must be odd, 1 for the place alone")
+    if window > 1 and not places:
+        raise ValueError(f"--window {window} is the side of a square around places: name them, --locations all or ROW,COLUMN")
 
 
 # ------------------------------------------------------------------------------------------------------- documentation
@@ -331,31 +384,57 @@ def _checked(field: dataclasses.Field, hint: Any, value: Any) -> Any:
     hint = _without_none(hint)
     inner, several = _element(hint)
     if several:
-        if isinstance(value, str | Mapping) or not isinstance(value, Sequence):
-            raise ValueError(f"{field.name}={value!r} must be a list")
+        if isinstance(value, str | bytes | Mapping) or not isinstance(value, Sequence):
+            raise ValueError(f"{field.name}={value!r:.200} must be a list")
+        if not value and default_of(field) is dataclasses.MISSING:
+            raise ValueError(f"{field.name} is empty: {field.metadata.get('help', '')}")
         return [_checked_one(field, inner, one) for one in value]
     return _checked_one(field, hint, value)
 
 
 def _checked_one(field: dataclasses.Field, hint: Any, value: Any) -> Any:
     name = field.name
+    if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):  # numbers of numpy and torch
+        value = value.item()
     if allowed := allowed_values(field, hint):
         if str(value) not in allowed:
             raise ValueError(f"{name}={value!r} is none of {', '.join(allowed)}")
         return value
-    if hint in (int, float) and not isinstance(value, bool):  # YAML reads 1e-3 as text
-        if hint is int and isinstance(value, float) and not value.is_integer():
-            raise ValueError(f"{name}={value!r} must be a whole number")
+    if hint in (int, float):
         try:
-            return hint(value)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{name}={value!r} is not a number") from error
-    if hint is Path and isinstance(value, str):
+            number = read_number(hint, value)
+        except ValueError as error:
+            raise ValueError(f"{name}={value!r:.200}: {error}") from error
+        if (least := field.metadata.get("least")) is not None and number < least:
+            raise ValueError(f"{name}={value!r:.200} must be at least {least}")
+        return number
+    if hint is Path and isinstance(value, str) and value:
         return Path(value)
     kind = typing.get_origin(hint) or hint
     if kind is not Any and isinstance(kind, type) and not isinstance(value, kind):
-        raise ValueError(f"{name}={value!r} must be of type {getattr(hint, '__name__', hint)}")
+        remedy = {str: ", which YAML reads as text in quotes only", bool: ": true or false"}.get(kind, "")
+        raise ValueError(f"{name}={value!r:.200} must be of type {getattr(hint, '__name__', hint)}{remedy}")
     return value
+
+
+def read_number(kind: type[int] | type[float], value: Any) -> int | float:
+    """A number of a value, or of its text: YAML reads 1e-3 as text, and 1e6 is a whole number.
+
+    Raises:
+        ValueError: for what is no number, is not finite, or not whole where `kind` is `int`.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise ValueError(f"a {type(value).__name__} is not a number")
+    try:
+        whole = isinstance(value, int) or (kind is int and re.fullmatch(r"\s*[+-]?\d{1,18}\s*", str(value)))
+        number = int(value) if whole else float(value)
+    except (ValueError, OverflowError) as error:
+        raise ValueError(f"{value!r:.200} is not a number") from error
+    if not abs(number) < (LARGEST if kind is int else math.inf):
+        raise ValueError(f"{value!r:.200} is not a finite number" if kind is float else f"{value!r:.200} is too large")
+    if kind is int and not float(number).is_integer():
+        raise ValueError(f"{value!r:.200} must be a whole number")
+    return kind(number)
 
 
 def read_yaml(cls: type, file: Path) -> dict[str, Any]:
@@ -400,6 +479,7 @@ __all__ = [
     "add_options",
     "as_record",
     "check_names",
+    "check_window",
     "checked",
     "from_namespace",
     "given",
@@ -410,6 +490,8 @@ __all__ = [
     "option",
     "parse",
     "read_layers",
+    "read_number",
+    "read_windows",
     "read_yaml",
     "understood",
 ]

@@ -13,7 +13,7 @@ from devil_hf.data.objects import LocalisedImage
 from devil_hf.data.objects.masks import runs_of
 from devil_hf.evaluation import localisation
 from devil_hf.evaluation.evaluator import evaluate
-from devil_hf.evaluation.localisation import MapsSettings, read_windows
+from devil_hf.evaluation.localisation import MapsSettings
 from devil_hf.evaluation.maps import collecting as mapping
 from devil_hf.evaluation.maps import scores as map_scores
 from devil_hf.evaluation.maps.collecting import draw_boards, location_curves, read_arrays, shown_weights
@@ -24,6 +24,7 @@ from devil_hf.evaluation.maps.pointing import pointing
 from devil_hf.evaluation.maps.scores import maps_text, named_in_captions, score_maps, summarise
 from devil_hf.evaluation.maps.views import MAP_MEASURES, map_measure
 from devil_hf.evaluation.results import read_evaluations
+from devil_hf.settings import read_windows
 
 
 @pytest.fixture(scope="module")
@@ -357,7 +358,7 @@ def test_windows_pool_around_the_places_of_their_layer(model, processor, example
 
 def test_windows_are_read_by_layer():
     known = ("stem", "layer3", "layer4")
-    assert read_windows(["layer4=3", "-2=5"], [], known) == {"layer4": 3, "layer3": 5}
+    assert read_windows(["layer4=3", "-2=5"], known, known) == {"layer4": 3, "layer3": 5}
     for typed, reason in (
         (["layer4"], "LAYER=SIDE"),
         (["layer4=2"], "odd"),

@@ -22,6 +22,10 @@ def load(
     """
     source = locate(checkpoint)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # the latter of a torch without CUDA
+        raise ValueError(f"device={device!r} is not there ({str(error).partition('.')[0]}): leave it out, or name cpu") from error
     model = AutoModel.from_pretrained(source, dtype=dtype).to(device).eval()
     return model, AutoProcessor.from_pretrained(source)
 

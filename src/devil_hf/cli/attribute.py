@@ -4,9 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from devil_hf.cli.verb import VERBS, Verb, show
+from devil_hf.cli.verb import VERBS, Verb, check_picture, show
 from devil_hf.registry import load_plugins
-from devil_hf.settings import LayerSettings, option, read_layers
+from devil_hf.settings import LayerSettings, check_window, option, read_layers, read_windows
 
 UNITS = {"evidence": "nats per token over the null prefix", "per_token": "nats per token", "sum": "nats"}
 
@@ -27,26 +27,40 @@ class AttributeSettings(LayerSettings):
     phrases: list[str] = option("words whose places are asked", positional=True)
     measure: Literal["evidence", "per_token", "sum"] = option("what a map tells of each place", "evidence")
     combine: str | None = option("one map from all the layers", None, choices=combinations)
-    window: int = option("side of the square around each place", 1)
+    window: int = option("side of the square around each place", 1, least=1)
+    windows: list[str] = option("the same of single layers, instead", [], metavar="LAYER=SIDE")
     carrier: str | None = option('a neutral word read before each phrase, such as "the"', None)
     output: Path = option("picture to write", Path("maps.png"))
+
+    def validate(self) -> None:
+        """Raise a ValueError for phrases and windows that can be seen to be none."""
+        if not all(phrase.strip() for phrase in self.phrases):
+            raise ValueError(f"phrases {self.phrases} must each hold a word")
+        check_window(self.window)
+        if self.windows and self.window != 1:
+            raise ValueError(f"--window {self.window} is of all layers, --windows of single ones: give one of them")
 
 
 def attribute(settings: AttributeSettings) -> None:
     """Map, draw and print."""
     from devil_hf.checkpoints.loading import open_checkpoint
     from devil_hf.model.image_processing_devil import load_images
+    from devil_hf.model.pooling_devil import resolve_layers
     from devil_hf.report.figures import attribution_figure
 
+    check_picture(settings.output)
     (image,) = load_images(settings.image)
     model, processor = open_checkpoint(settings.checkpoint, settings.device)
+    known = model.layer_names
+    layers = read_layers(settings.layers, known)
+    asked = [known[index] for index in resolve_layers(layers, known)]
     output = model.attribute(
         **processor(images=image, return_tensors="pt"),
         phrases=processor(text=settings.phrases, carrier=settings.carrier, return_tensors="pt"),
-        layers=read_layers(settings.layers, model.layer_names),
+        layers=layers,
         measure=settings.measure,
         combine=settings.combine,
-        window=settings.window,
+        window=read_windows(settings.windows, asked, known) or settings.window,
     )
     output.maps = {name: one.cpu() for name, one in output.maps.items()}
     attribution_figure(processor, image, output, settings.phrases).save(settings.output)

@@ -13,7 +13,7 @@ class DemoSettings:
     checkpoint: str | None = option("directory or Hub id (default: DEVIL_CHECKPOINT, else the shapes-world checkpoint)", None)
     device: str | None = option("default: cuda where there is one", None)
     host: str | None = option("address to listen on (default: this machine alone)", None)
-    port: int | None = option("default: the first free one from 7860 on", None)
+    port: int | None = option("default: the first free one from 7860 on", None, least=1)
 
 
 def demo(settings: DemoSettings) -> None:

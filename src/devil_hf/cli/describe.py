@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from devil_hf.cli.verb import VERBS, Verb, show
-from devil_hf.settings import LayerSettings, option, read_layers
+from devil_hf.cli.verb import VERBS, Verb, check_picture, show
+from devil_hf.settings import LayerSettings, check_window, option, read_layers
 
 
 @dataclass(kw_only=True)
@@ -17,11 +17,11 @@ class DescribeSettings(LayerSettings):
         "files or URLs (default: a held-out scene of the shapes world, for a checkpoint of it)", [], positional=True
     )
     locations: list[str] | None = option('places of each layer\'s grid, or "all"', None, metavar="ROW,COLUMN")
-    window: int = option("side of the square around each place", 1)
+    window: int = option("side of the square around each place", 1, least=1)
     evidence: bool = option("print what each word owes to the features, in nats", False)
     guidance: float = option("above 1: favour what the features add", 1.0)
-    max_new_tokens: int = option("at most so many tokens", 30)
-    num_beams: int = option("1 is greedy; with --grounded the candidates, which are 8 then", 1)
+    max_new_tokens: int = option("at most so many tokens", 30, least=1)
+    num_beams: int = option("1 is greedy; with --grounded the candidates, which are 8 then", 1, least=1)
     grounded: bool = option("one description per image, the one whose phrases its places support best", False)
     output: Path | None = option("also draw the image beside the words, into this file", None)
     maps: Path | None = option(
@@ -34,7 +34,7 @@ class DescribeSettings(LayerSettings):
 
     def validate(self) -> None:
         """Raise a ValueError for places that cannot be read, and for what --grounded leaves no room for."""
-        self.places()
+        check_window(self.window, places=self.places() is not None)
         if self.checkpoint and not self.images:
             raise ValueError(f"name an image for {self.checkpoint} to describe")
         self._validate_maps()
@@ -78,6 +78,8 @@ def describe(settings: DescribeSettings) -> None:
     """Describe, draw and print."""
     from devil_hf.checkpoints.loading import open_checkpoint
 
+    if settings.output:
+        check_picture(settings.output)
     names, images = _images(settings.images)
     model, processor = open_checkpoint(settings.checkpoint, settings.device)
     asked = {

@@ -1,16 +1,45 @@
-"""The `devil` command: reads the settings of the chosen verb and runs it; every verb is one call into the library."""
+"""The `devil` command: reads the settings of the chosen verb and runs it; every verb is one call into the library.
+
+This is the one place where errors end. What a user, his files, his disk and the network can cause is one line that names it; a
+fault of this package keeps its traceback, and says where to report it.
+"""
 
 import argparse
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from linecache import getline
 from logging import Formatter, LogRecord
-from subprocess import CalledProcessError
+from traceback import walk_tb
 from typing import Any
 
+from devil_hf import __version__
 from devil_hf.cli.verb import VERBS, Verb
 from devil_hf.extras import explain
 from devil_hf.settings import add_options, from_namespace, names_file, understood
 
+INTERRUPTED, NOBODY_READS = 130, 141  # 128 and the number of the signal, as shells have it
+LONGEST_LINE = 2_000  # characters of an error that are shown
+# Errors of other packages that are no OSError, ImportError, ValueError or RuntimeError, by module; they are looked up where they
+# could have been raised, so that nothing is imported for it.
+FOREIGN = {
+    "huggingface_hub.errors": ("StrictDataclassError",),
+    "httpx": ("HTTPError", "InvalidURL"),
+    "requests": ("RequestException",),
+    "safetensors": ("SafetensorError",),
+    "datasets.exceptions": ("DatasetsError",),
+    "datasets.builder": ("DatasetGenerationError",),
+    "pyarrow.lib": ("ArrowException",),
+    "tarfile": ("TarError",),
+    "zlib": ("error",),
+    "zipfile": ("BadZipFile",),
+    "pickle": ("PickleError",),
+    "yaml": ("YAMLError",),
+    "PIL.Image": ("DecompressionBombError",),
+    "xml.etree.ElementTree": ("ParseError",),
+    "subprocess": ("CalledProcessError",),
+}
 EPILOG = "Checkpoints are directories or Hub ids; without one, the shapes-world checkpoint of the package answers."
 
 
@@ -18,8 +47,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Returns:
-        The exit code: 0, that of the verb, or 1 for an error, which is named on stderr. A command line that cannot be read
-        ends the process with 2.
+        The exit code: 0, that of the verb, or 1 for an error, which is named on stderr; 130 when it was interrupted, and 141 when
+        nobody reads what it prints. A command line that cannot be read ends the process with 2.
+
+    Raises:
+        Exception: a fault of this package, and with `--debug` every error.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     name = "devil " + next((word for word in words if not word.startswith("-")), "")
@@ -29,12 +61,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         verb, settings_class, name = namespace.chosen
         settings = from_namespace(settings_class, namespace)
         set_verbosity(namespace.verbose)
-        return verb.run(settings) or 0
-    except Exception as error:
-        if debug or not isinstance(error, _expected()):
+        code = verb.run(settings) or 0
+        sys.stdout.flush()  # a full disk or a closed pipe is noticed here, and not by the interpreter at its end
+        return code
+    except KeyboardInterrupt:
+        if debug:
             raise
-        said = explain(error) if isinstance(error, ImportError) else error
-        print(f"{name.strip()}: {said}", file=sys.stderr)
+        print(f"\n{name.strip()}: interrupted; what was written is kept", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        with suppress(OSError, ValueError):  # of an output that is no file
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the interpreter's own flush
+        return NOBODY_READS
+    except Exception as error:
+        if not is_expected(error):
+            error.add_note(f"This is a fault of devil-hf {__version__}: please report it, with these lines, to its repository")
+        if debug or not is_expected(error):
+            raise
+        print(f"{name.strip()}: {told(error)}", file=sys.stderr)
         return 1
 
 
@@ -98,11 +142,36 @@ class _Named(Formatter):
         return f"[{rest.partition('.')[0] if rest.startswith('devil_hf') else library}] {super().format(record)}"
 
 
-def _expected() -> tuple[type[Exception], ...]:
-    """Errors whose message is for the user."""
-    from huggingface_hub.errors import StrictDataclassError
+def is_expected(error: BaseException) -> bool:
+    """Whether a user, his files, his disk or the network may cause an error; else it is a fault of this package."""
+    if isinstance(error, RecursionError | NotImplementedError):
+        return False
+    if isinstance(error, TypeError):  # ours are raised by a statement, others by a call or an operator that went wrong
+        return _is_raised_by_statement(error)
+    if type(error) is Exception:  # of packages written in Rust, such as tokenizers, for files that they cannot read
+        return True
+    return isinstance(error, (OSError, ImportError, ValueError, RuntimeError, MemoryError, EOFError, *_foreign()))
 
-    return OSError, ImportError, ValueError, TypeError, RuntimeError, StrictDataclassError, CalledProcessError
+
+def _is_raised_by_statement(error: BaseException) -> bool:
+    *_, (frame, line) = walk_tb(error.__traceback__)
+    return getline(frame.f_code.co_filename, line).lstrip().startswith("raise")
+
+
+def _foreign() -> Iterator[type[BaseException]]:
+    for module, names in FOREIGN.items():
+        for name in names if module in sys.modules else ():
+            if kind := getattr(sys.modules[module], name, None):
+                yield kind
+
+
+def told(error: BaseException) -> str:
+    """An error in one line that is not too long."""
+    said = explain(error) if isinstance(error, ImportError) else str(error)
+    line = " ".join(said.split()) or type(error).__name__
+    if isinstance(error, MemoryError):
+        line = f"there is not enough memory ({line})"
+    return line if len(line) <= LONGEST_LINE else f"{line[:LONGEST_LINE]} ... (--debug shows the rest)"
 
 
 if __name__ == "__main__":

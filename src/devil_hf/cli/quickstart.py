@@ -28,7 +28,7 @@ class QuickstartSettings(JsonSettings):
     steps: int = option("training steps of 64 captions", 750)
     scenes: int = option("training scenes", 6_000)
     held_out: int = option("scenes of another world to measure on", 500)
-    seed: int = option("of the training", 0)
+    seed: int = option("of the training", 0, least=0)
 
     def validate(self) -> None:
         """Raise a ValueError for less than there must be."""

@@ -14,6 +14,7 @@ VERBS.register("greet", Verb("greet", "say hello", "devil greet you", lambda: Gr
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from devil_hf.registry import Registry
@@ -47,3 +48,16 @@ VERBS: Registry[Verb] = Registry("verb", "devil_hf.cli")
 def show(settings: JsonSettings, record: Any, text: str) -> None:
     """Print a record as JSON where that was asked for, its text otherwise."""
     print(json.dumps(record) if settings.json else text)
+
+
+def check_picture(file: Path) -> None:
+    """Raise an OSError or ValueError for a file that no picture can be written to, before the work that it is to show."""
+    from PIL import Image
+
+    kinds = Image.registered_extensions()
+    if kinds.get(file.suffix.lower()) not in Image.SAVE:
+        raise ValueError(f"--output {file}: no picture has the ending {file.suffix!r}; name a file such as maps.png")
+    if file.is_dir():
+        raise IsADirectoryError(f"--output {file} is a folder; name a file in it")
+    if not file.parent.is_dir():
+        raise FileNotFoundError(f"--output {file}: there is no folder {file.parent}")

@@ -10,10 +10,11 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+
+from devil_hf.data.arrays import read_array
 
 
 def read_directions(path: str | PathLike, channels: int, tensor: str | None = None) -> Tensor:
@@ -31,13 +32,16 @@ def read_directions(path: str | PathLike, channels: int, tensor: str | None = No
     if not path.is_file():
         raise FileNotFoundError(f"no file of directions at {path}")
     if path.suffix == ".npy":
-        found = {path.name: torch.from_numpy(np.load(path, allow_pickle=False))}
+        found = {path.name: torch.from_numpy(read_array(path))}
     elif path.suffix == ".safetensors":
-        with safe_open(path, "pt") as content:
-            names = list(content.keys())
-            if tensor is not None and tensor not in names:
-                raise ValueError(f"{path} holds no tensor {tensor!r}; it holds {names}")
-            found = {name: content.get_tensor(name) for name in names if tensor in (None, name)}
+        try:
+            with safe_open(path, "pt") as content:
+                names = list(content.keys())
+                found = {name: content.get_tensor(name) for name in names if tensor in (None, name)}
+        except SafetensorError as error:
+            raise ValueError(f"{path} is no safetensors file, or damaged ({error}): fetch it anew") from error
+        if tensor is not None and not found:
+            raise ValueError(f"{path} holds no tensor {tensor!r}; it holds {names}")
     else:
         raise ValueError(f"{path} is neither .safetensors nor .npy; other formats may hold code and are not read")
     fitting = {name: value for name, value in found.items() if value.ndim == 2 and channels in value.shape}

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from transformers.utils import logging
 
+from devil_hf.data.arrays import read_array
 from devil_hf.data.exemplar_set import Unit
 from devil_hf.text_files import read_csv, read_json
 
@@ -158,9 +159,7 @@ class MilanUnits:
 
 
 def _load(file: Path) -> np.ndarray:
-    if not file.is_file():
-        raise FileNotFoundError(f"{file} is absent")
-    return np.load(file, mmap_mode="r", allow_pickle=False)
+    return read_array(file, mapped=True)
 
 
 class SeveralUnits:

@@ -77,8 +77,8 @@ class ControlsSettings(EvaluationSettings):
     limit: int | None = option("only the first images", 200)
     phrases: list[str] | None = option("words to map (default: frequent words of the captions)", None)
     layers: list[str] | None = option("layers to map (default: those with at most 256 places)", None)
-    map_images: int = option("images to map; more can then not be added to the same folder", 50)
-    max_new_tokens: int = option("at most so many tokens", 30)
+    map_images: int = option("images to map; more can then not be added to the same folder", 50, least=0)
+    max_new_tokens: int = option("at most so many tokens", 30, least=1)
     seed: int = option("of the random weights, the shuffling and the bootstrap", 0)
     output_dir: Path = option("scores, descriptions and maps; a stopped run goes on from there", Path("devil-controls"))
 

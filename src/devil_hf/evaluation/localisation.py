@@ -25,7 +25,7 @@ from devil_hf.evaluation.maps.gradcam import ClassMapper, read_class_names
 from devil_hf.evaluation.maps.scores import RANDOM_ORDER, as_table, beside, maps_text, named_in_captions, score_maps
 from devil_hf.evaluation.results import CHANCE, Evaluation
 from devil_hf.model.pooling_devil import resolve_layers
-from devil_hf.settings import option, read_layers
+from devil_hf.settings import option, read_layers, read_windows
 
 
 @dataclass(kw_only=True)
@@ -95,7 +95,8 @@ class MapsEvaluator(Evaluator):
         """Layers, windows and classes, which must be the model's."""
         settings, known = self.settings, self.model.layer_names
         layers = tuple(read_layers(settings.layers, known) or ())
-        self.windows = read_windows(settings.windows, layers, known)
+        asked = [known[index] for index in resolve_layers(list(layers) or None, list(known))]
+        self.windows = read_windows(settings.windows, asked, known)
         self.asked = MapSettings(layers, settings.carrier or None, settings.joint, settings.seed, self.windows)
         asked_layers(self.model, self.asked)
         self.classes = None
@@ -156,29 +157,4 @@ class MapsEvaluator(Evaluator):
         return maps_text(self.content)
 
 
-def read_windows(typed: Sequence[str], layers: Sequence[str | int], known: Sequence[str]) -> dict[str, int]:
-    """Windows as typed, LAYER=SIDE, by the layer's full name.
-
-    Args:
-        layers: names or indices of the layers that are asked; none for all.
-        known: the names of all layers.
-
-    Raises:
-        ValueError: for one that is not LAYER=SIDE, names no layer that is asked, names one twice, or has an even side.
-    """
-    asked = [known[index] for index in resolve_layers(list(layers) or None, list(known))]
-    windows: dict[str, int] = {}
-    for text in typed:
-        name, equals, side = text.rpartition("=")
-        if not equals or not side.isdigit() or int(side) % 2 == 0:
-            raise ValueError(f"--windows {text} is not LAYER=SIDE with an odd side, such as {asked[0]}=3")
-        (index,) = resolve_layers(read_layers([name], known), list(known))
-        layer = known[index]
-        if layer not in asked or layer in windows:
-            reason = "was given twice" if layer in windows else f"is not asked (asked: {', '.join(asked)})"
-            raise ValueError(f"--windows {text}: layer {layer!r} {reason}")
-        windows[layer] = int(side)
-    return windows
-
-
-__all__ = ["MapsEvaluator", "MapsSettings", "read_windows"]
+__all__ = ["MapsEvaluator", "MapsSettings"]

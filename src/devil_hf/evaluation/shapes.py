@@ -49,7 +49,7 @@ class ShapesSettings(EvaluationSettings):
     seed: int = option("of the world; 1 is held out in everything that this package trains", HELD_OUT_WORLD)
     batch_size: int = option("scenes at once, per process", 25)
     questions: list[Literal["described", "chosen", "places", "pointing"]] = option("which questions", list(QUESTIONS))
-    pointing_limit: int | None = option("only this many of the scenes for the pointing game, which asks every place", None)
+    pointing_limit: int | None = option("only so many of the scenes for the pointing game, which asks every place", None, least=1)
     output_dir: Path = option("scores, answers and the figure; a stopped run goes on from there", Path("devil-shapes"))
 
     def validate(self) -> None:

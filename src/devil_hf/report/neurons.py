@@ -54,22 +54,24 @@ class NeuronsSettings(LayerSettings, LabelSettings, CheckSettings):
     tensor: str | None = option("name of the tensor in that file, such as W_dec", None)
     direction_names: Path | None = option("file of names of the directions, one a line, for the atlas", None)
     channels: bool = option("beside directions, channels are units, too", False)
-    limit: int | None = option("only this many images", None)
-    exemplars: int = option("per unit", 15, metavar="K")
+    limit: int | None = option("only this many images", None, least=1)
+    exemplars: int = option("per unit", 15, metavar="K", least=1)
     quantile: float = option("of the masks", 0.99)
     held_out: int = option("check on every N-th image, which is kept from the exemplars", 5)
     check_images: str | None = option("check on these images instead", None)
     mode: Literal["pixels", "features"] | None = option(
         "re-encode the exemplars by the checkpoint's backbone, or take the unit's own features (default, where possible)", None
     )
-    batch_size: int = option("images at once", 32)
-    workers: int = option("processes that read images ahead", 0)
+    batch_size: int = option("images at once", 32, least=1)
+    workers: int = option("processes that read images ahead", 0, least=0)
 
     def validate(self) -> None:
         """Raise a ValueError for what can be seen to be wrong before anything is computed."""
         super().validate()
         if self.held_out == 1 or self.held_out < 0:
             raise ValueError(f"held_out={self.held_out}: keep every n-th image from the exemplars, n of 2 or more, or 0")
+        if not 0 < self.quantile < 1:
+            raise ValueError(f"quantile={self.quantile} must lie between 0 and 1, such as 0.99")
         if self.directions and (self.network or len(self.layers or ()) != 1):
             raise ValueError("directions belong to one layer of the checkpoint's backbone: name it by --layers")
 

@@ -18,7 +18,8 @@ from xml.etree import ElementTree
 from transformers.utils import logging
 
 from devil_hf.data.objects import OBJECT_SOURCES, LocalisedImage, ObjectSource
-from devil_hf.data.pairs.folder import read_json_lines
+from devil_hf.data.objects.masks import Part
+from devil_hf.text_files import read_json_lines, read_text
 
 logger = logging.get_logger(f"transformers.{__name__}")
 
@@ -76,7 +77,7 @@ class EntityCounts:
         """A box inside of an image (height, width), cut at its border; None, and counted, where nothing is left."""
         right, bottom = min(left + width, size[1]), min(top + height, size[0])
         left, top = max(left, 0.0), max(top, 0.0)
-        if right - left <= 0 or bottom - top <= 0:
+        if not (right - left > 0 and bottom - top > 0):  # what is no number, neither
             self.counts["boxes outside of their image"] += 1
             return None
         self.counts["boxes"] += 1
@@ -141,11 +142,11 @@ def _of_lines(file: Path, images: Path, split: str | None, counts: EntityCounts)
         if split is not None and line.get("split") != split:
             continue
         try:
-            width, height = (int(edge) for edge in line["size"])
-            size = (height, width)
+            columns, rows = (int(edge) for edge in line["size"])
+            size = (rows, columns)
             entities = []
             for one in line["regions"]:
-                boxes = [counts.box(*box, size) for box in one["boxes"]]
+                boxes = [counts.box(left, top, width, height, size) for left, top, width, height in one["boxes"]]
                 entities.append(counts.entity(str(one["entity"]), tuple(one["types"]), list(one["phrases"]), boxes))
             name = line["image"]
             path = images / name
@@ -162,7 +163,7 @@ def _of_distribution(folder: Path, images: Path, counts: EntityCounts) -> Iterat
     for file in sorted((folder / "Sentences").glob("*.txt")):
         phrases: dict[str, list[str]] = {}
         types: dict[str, tuple[str, ...]] = {}
-        for name, kinds, phrase in PHRASE.findall(file.read_text(encoding="utf-8-sig")):
+        for name, kinds, phrase in PHRASE.findall(read_text(file)):
             if name == NOBODY or NOT_VISUAL in kinds:
                 counts.counts["phrases of nothing to be seen"] += 1
                 continue
@@ -186,7 +187,7 @@ def _read_annotation(file: Path, counts: EntityCounts) -> tuple[tuple[int, int],
             box = counts.box(left - 1, top - 1, right - left + 1, bottom - top + 1, size)
             for name in item.findall("name"):
                 boxes.setdefault(name.text or "", []).append(box)
-    except (ElementTree.ParseError, ValueError) as error:
+    except (ElementTree.ParseError, LookupError, ValueError) as error:
         raise ValueError(f"{file} is no annotation of Flickr30k Entities ({error})") from error
     return size, boxes
 
@@ -214,14 +215,14 @@ def read_localised_entities(source: str, images: str | PathLike | None = None, n
     found = []
     for image in read_entities(source, images):
         groups: dict[str, str] = {}
-        parts: dict[str, list[dict[str, Any]]] = {}
+        parts: dict[str, list[Part]] = {}
         for entity in image.entities:
             for phrase in dict.fromkeys(phrase.lower() for phrase in entity.phrases if entity.boxes):
                 groups.setdefault(phrase, entity.types[0])
                 parts.setdefault(phrase, []).extend({"box": list(box)} for box in entity.boxes)
         if parts:
             read = (lambda path: lambda: path)(image.path)
-            found.append(LocalisedImage(image.key, read, groups, frozenset(parts), dict(parts), image.size))
+            found.append(LocalisedImage(image.key, read, groups, frozenset(parts), parts, image.size))
     return found
 
 
