@@ -145,7 +145,7 @@ def test_networks_apart_and_missing_files(units, tmp_path):
 def test_pickled_arrays_are_refused(units, tmp_path):
     by_hand(units, tmp_path / "given", "per_unit")
     np.save(tmp_path / "given" / "layer1" / "images_0.npy", np.array([Harmful(tmp_path / "owned")], dtype=object))
-    with pytest.raises(ValueError, match=r"Python objects|allow_pickle"):
+    with pytest.raises(ValueError, match=r"numbers"):
         MilanUnits(tmp_path / "given")[0]
     assert not (tmp_path / "owned").exists()
 
