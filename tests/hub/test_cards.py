@@ -13,7 +13,7 @@ from huggingface_hub import DatasetCard, ModelCard
 from transformers import GPT2Config
 
 from devil_hf import DevilConfig
-from devil_hf.evaluation.results import judge_controls, read_evaluations
+from devil_hf.evaluation.results import Evaluation, judge_controls, read_evaluations
 from devil_hf.hub.cards import model_card
 from devil_hf.hub.facts import Examples, Facts, Layer, readable_recipe
 from devil_hf.hub.sources import hub_id
@@ -128,6 +128,13 @@ def test_controls_are_judged(facts, tmp_path):
     judged = CAPTIONS | {"controls": {}, "verdict": {"passed": False, "reason": "maps do not change"}}
     verdict = judge_controls(read(tmp_path, judged))
     assert verdict.status == "failed" and "maps do not change" in verdict.findings[0]
+
+
+def test_a_card_says_what_is_missing(facts, tmp_path):
+    Evaluation("Captions", {"all": {"rouge_l": 0.5}}, missing={"cider": "of *one* image"}).write(tmp_path / "scores.json")
+    facts.evaluations = read_evaluations(tmp_path / "scores.json")
+    card = ModelCard(str(model_card(facts)))
+    assert "CIDEr is missing: of \\*one\\* image" in card.text and len(card.data.eval_results) == 1
 
 
 def test_tables_of_unit_labels_keep_their_controls_apart(facts, tmp_path):

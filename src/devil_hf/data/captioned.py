@@ -13,6 +13,7 @@ from devil_hf.data.pairs import REGION_KINDS, open_pairs
 from devil_hf.data.shapes import Scene
 from devil_hf.data.specifications import caption_sources, named_sources
 from devil_hf.data.worlds import SHAPES, World
+from devil_hf.model.modeling_devil import DevilModel
 
 
 @dataclass
@@ -41,6 +42,24 @@ class CaptionedImages:
 
     def __len__(self) -> int:
         return len(self.keys)
+
+
+def longest_caption(model: DevilModel) -> int:
+    """Tokens of a caption that are read, in training and in evaluation: the configured number, or what the context has room for.
+
+    Raises:
+        ValueError: when the context has no room for a caption at all.
+    """
+    config = model.config
+    if config.context_length is None:
+        return config.max_caption_tokens
+    room = config.context_length - config.prefix_length - 2  # BOS and EOS
+    if room < 1:
+        raise ValueError(
+            f"a prefix of {config.prefix_length} leaves no room for captions in a context of {config.context_length}: "
+            "choose a shorter prefix_length."
+        )
+    return min(config.max_caption_tokens, room)
 
 
 def open_captioned(data: str = SHAPES, split: str | None = None, limit: int = 200) -> CaptionedImages:

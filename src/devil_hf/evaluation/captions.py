@@ -22,7 +22,7 @@ from devil_hf.data.identity import PairIdentities
 from devil_hf.data.pairs import open_pairs
 from devil_hf.data.specifications import caption_sources, named_sources
 from devil_hf.evaluation.evaluator import END, EVALUATORS, EvaluationSettings, Evaluator
-from devil_hf.evaluation.results import CONTROLS, Evaluation, metric_name
+from devil_hf.evaluation.results import CONTROLS, Evaluation
 from devil_hf.evaluation.tables import table
 from devil_hf.evaluation.text.bertscore import BERT_MODEL, MILAN, BertScoreSettings
 from devil_hf.evaluation.text.metrics import CAPTION_METRICS, CaptionScorer, best_constant, check_metrics
@@ -31,6 +31,8 @@ from devil_hf.model.processing_devil import DevilProcessor
 from devil_hf.settings import option
 
 logger = logging.get_logger(f"transformers.{__name__}")
+
+ONE_IMAGE = "there is no other image to take a description from; give at least 2 images"
 
 
 @dataclass(kw_only=True)
@@ -138,18 +140,18 @@ class CaptionsEvaluator(Evaluator):
             controls=found["controls"],
             dataset=named_sources(self.sources) | {"size": len(good)},
             settings=noted,
-            details={"missing": found["missing"], "texts": found["texts"]},
+            missing=found["missing"],
+            details={"texts": found["texts"]},
         )
         name = Path(str(self.model.name_or_path)).name or "devil"
         evaluation.details["model-index"] = eval_results_to_model_index(name, evaluation.model_index())
         return evaluation
 
     def text(self, evaluation: Evaluation) -> str:
-        """In the papers' units (times 100); what is missing is said below."""
+        """In the papers' units (times 100)."""
         columns = [score for metric in CAPTION_METRICS.values() for score in metric.scores]
         rows = evaluation.scores | evaluation.controls
         lines = [table(rows, columns, lambda value: f"{100 * value:.1f}", names=CONTROLS)]
-        lines += [f"{metric_name(name)} is missing: {why}" for name, why in evaluation.details["missing"].items()]
         if left_out := evaluation.settings.get("left_out"):
             lines.append(f"{left_out} pairs could not be used and are left out; {self.records_file} names them")
         if bert := evaluation.settings.get("bertscore"):
@@ -177,23 +179,25 @@ def score_descriptions(
     """Caption scores by layer, with two controls that use no image.
 
     "shuffled" gives each image the all-layers description of another one; "constant" gives every image the same text: of the
-    twenty most frequent descriptions and references the one with the best CIDEr, chosen with the references in hand.
+    twenty most frequent descriptions and references the one with the best CIDEr (ROUGE-L where CIDEr is not defined), chosen
+    with the references in hand.
 
     Returns:
-        `scores` and `controls`: row -> metric -> value; `missing`: metric -> why; `texts`: the constant one.
+        `scores` and `controls`: row -> metric -> value; `missing`: metric or row -> why; `texts`: the constant one.
     """
     scorer = CaptionScorer(references, metrics, bert)
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(references), generator=generator)
+    count = len(references)
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
     shuffled = [texts["all"][int(index)] for index in order.roll(1)[order.argsort()]]
-    cider, count = CaptionScorer(scorer.references, ["cider"]), len(references)
+    cider = CaptionScorer(scorer.references, ["cider"])
+    judge = CaptionScorer(scorer.references, ["rouge_l"]) if cider.missing else cider
     captions = [text for several in references for text in several]
-    constant = best_constant([texts["all"], captions], lambda text: cider([text] * count)["cider"])
-    targets = texts | {"shuffled": shuffled, "constant": [constant] * len(references)}
+    constant = best_constant([texts["all"], captions], lambda text: next(iter(judge([text] * count).values())))
+    targets = texts | ({"shuffled": shuffled} if count > 1 else {}) | {"constant": [constant] * count}
     rows: dict[str, dict[str, Any]] = {}
-    missing: dict[str, str] = {}
+    missing: dict[str, str] = {} if count > 1 else {"shuffled": ONE_IMAGE}
     for name, said in tqdm(targets.items(), desc="score", unit="row", leave=False):
         rows[name] = scorer(said)
         missing |= rows[name].pop("missing", {})
-    controls = {name: rows.pop(name) for name in ("shuffled", "constant")}
+    controls = {name: rows.pop(name) for name in ("shuffled", "constant") if name in rows}
     return {"scores": rows, "controls": controls, "missing": missing, "texts": {"constant": constant}}

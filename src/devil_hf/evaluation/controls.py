@@ -7,8 +7,8 @@ layers together:
   last step has to fail, since shallower features that are left may still speak;
 * `shuffled`: the features of another image;
 * `null`: the null prefix, every layer hidden; its evidence is 0 by definition, its maps are flat;
-* `constant`: one text for every image, of the 20 most frequent descriptions and captions the one with the best CIDEr, chosen
-  with the captions in hand; its evidence is that of this text under each image's own features;
+* `constant`: one text for every image, of the 20 most frequent descriptions and captions the one with the best CIDEr (ROUGE-L
+  where CIDEr is not defined), chosen with the captions in hand; its evidence is that of this text under each image's features;
 * `untrained`: a translator of the same shape with random weights, measured against its own null prefix.
 
 Metrics, all with 95 % intervals of a bootstrap over images: CIDEr-D and ROUGE-L of descriptions, in
@@ -38,7 +38,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from devil_hf.data.captioned import open_captioned
+from devil_hf.data.captioned import longest_caption, open_captioned
 from devil_hf.data.identity import combined
 from devil_hf.evaluation.evaluator import EVALUATORS, EvaluationSettings, Evaluator
 from devil_hf.evaluation.judgement import INTACT, WORDS, CaptionTable, Measured, control_text, judge
@@ -46,7 +46,6 @@ from devil_hf.evaluation.randomise import randomised_backbone, untrained_transla
 from devil_hf.evaluation.results import Evaluation
 from devil_hf.evaluation.statistics import Ratio, rank_correlation
 from devil_hf.evaluation.text.metrics import best_constant
-from devil_hf.evaluation.text.tokens import ptb_tokens
 from devil_hf.evaluation.text.words import CARRIER, words_of
 from devil_hf.evaluation.units.labels import null_label
 from devil_hf.folders import written
@@ -144,6 +143,8 @@ class ControlsEvaluator(Evaluator):
     def prepare(self) -> None:
         """Layers to map, and the conditions, which are the backbone's."""
         model, settings = self.model, self.settings
+        longest_caption(model)  # raises where there is no room for one
+        model.check_phrases(self.processor(text=self.phrases, carrier=CARRIER, return_tensors="pt"))
         first = self._pixel_values([0])
         with torch.no_grad():
             grids = [cast(Tensor, maps).shape[-2:] for maps in model.extract_features(first)]
@@ -197,10 +198,10 @@ class ControlsEvaluator(Evaluator):
         return key
 
     def _best_constant(self, said: Sequence[str]) -> str:
-        scores = CaptionTable(self.data.captions)
+        scores, count = CaptionTable(self.data.captions), len(self.data)
         captions = [text for several in self.data.captions for text in several]
-        count = len(self.data)
-        return best_constant([said, captions], lambda text: float(np.mean(scores.cider([ptb_tokens(text)] * count))))
+        # The first that is defined: CIDEr, else ROUGE-L.
+        return best_constant([said, captions], lambda text: float(next(iter(scores.of_images([text] * count).values())).mean()))
 
     def identity(self, key: str) -> str | None:
         """Of the images that a row is about."""
@@ -262,11 +263,11 @@ class ControlsEvaluator(Evaluator):
         return self.processor(images=[self.data.load(at) for at in positions], return_tensors="pt")["pixel_values"]
 
     def _score(self, prefix: Tensor, captions: Sequence[Sequence[str]]) -> list[list[float]]:
-        """Evidence of each caption of each row in nats per token, EOS included."""
+        """Evidence of each caption of each row in nats per token, EOS included; captions are cut as those of training are."""
         counts = [len(texts) for texts in captions]
         config = self.model.config
         texts = [text for several in captions for text in several]
-        tokens = self.processor(text=texts, max_length=config.max_caption_tokens)
+        tokens = self.processor(text=texts, max_length=longest_caption(self.model))
         ids, mask = tokens["input_ids"], tokens["attention_mask"]
         if config.eos_token_id is not None:
             ends = mask.sum(dim=1, keepdim=True)
@@ -349,6 +350,7 @@ class ControlsEvaluator(Evaluator):
                 "seed": self.settings.seed,
             },
             verdict=result["verdict"],
+            missing=result["missing"],
             details=details,
         )
 

@@ -209,7 +209,8 @@ def _evaluate(run: Evaluator, model: DevilModel | None, processor: DevilProcesso
     evaluation.write(folder / SCORES_FILE)
     if run.name in FIGURES:
         FIGURES[run.name](run, evaluation)
-    evaluation.text, evaluation.exit_code = run.text(evaluation), run.exit_code(evaluation)
+    evaluation.text = "\n".join([run.text(evaluation), *evaluation.reasons])
+    evaluation.exit_code = run.exit_code(evaluation)
     return evaluation
 
 

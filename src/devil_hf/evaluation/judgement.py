@@ -9,9 +9,10 @@ import numpy as np
 from devil_hf.data.captioned import CaptionedImages
 from devil_hf.data.shapes import ATTRIBUTE_WORDS
 from devil_hf.evaluation.results import CONTROLS, Evaluation
-from devil_hf.evaluation.statistics import Ratio, bootstrap_draws, interval
+from devil_hf.evaluation.statistics import Ratio, bootstrap_draws
 from devil_hf.evaluation.tables import table
 from devil_hf.evaluation.text.ngrams import CiderD, bleu, rouge_l
+from devil_hf.evaluation.text.standard import NO_CIDER
 from devil_hf.evaluation.text.tokens import ptb_tokens
 from devil_hf.evaluation.text.words import words_of
 
@@ -36,7 +37,7 @@ class Measured:
 
 
 class CaptionTable:
-    """BLEU of the corpus, CIDEr-D and ROUGE-L of each image, against fixed captions."""
+    """BLEU of the corpus, CIDEr-D (where it is defined) and ROUGE-L of each image, against fixed captions."""
 
     def __init__(self, captions: Sequence[Sequence[str]]):
         self.references = [[ptb_tokens(text) for text in texts] for texts in captions]
@@ -45,7 +46,8 @@ class CaptionTable:
     def of_images(self, texts: Sequence[str]) -> dict[str, np.ndarray]:
         """Metric -> (N,); CIDEr takes its document frequencies from the captions of all images."""
         tokens = [ptb_tokens(text) for text in texts]
-        return {"cider": np.array(self.cider(tokens)), "rouge_l": np.array(rouge_l(tokens, self.references))}
+        found = {"cider": np.array(self.cider(tokens))} if self.cider.defined else {}
+        return found | {"rouge_l": np.array(rouge_l(tokens, self.references))}
 
     def of_corpus(self, texts: Sequence[str]) -> dict[str, float]:
         return {f"bleu_{n}": value for n, value in enumerate(bleu([ptb_tokens(text) for text in texts], self.references), 1)}
@@ -66,17 +68,17 @@ def judge(measured: Mapping[str, Measured], data: CaptionedImages, seed: int = 0
     scores = CaptionTable(data.captions)
     statistics = {name: _statistics(one, data, scores) for name, one in measured.items()}
     statistics[INTACT].pop("map_correlation", None)  # with itself
-    over = {name: {m: ratio.over(draws) for m, ratio in row.items()} for name, row in statistics.items()}
-    rows = {name: {metric: ratio.value for metric, ratio in row.items()} for name, row in statistics.items()}
+    rows = {name: {m: ratio.value for m, ratio in row.items() if np.isfinite(ratio.value)} for name, row in statistics.items()}
     for name, one in measured.items():
         rows[name] |= scores.of_corpus(one.texts)
     return {
+        "missing": {} if scores.cider.defined else {"cider": NO_CIDER},
         "scores": {INTACT: rows[INTACT]},
         "controls": {name: row for name, row in rows.items() if name != INTACT},
-        "intervals": {name: {m: interval(values) for m, values in row.items()} for name, row in over.items()},
+        "intervals": {name: {m: ratio.interval(draws) for m, ratio in row.items()} for name, row in statistics.items()},
         "map_correlation_by_layer": {name: one.by_layer for name, one in measured.items() if one.by_layer and name != INTACT},
         "texts": {name: measured[name].texts[0] for name in ("null", "constant")},
-        "verdict": _verdict(rows, over, bool(np.isfinite(measured[INTACT].correlation).any())),
+        "verdict": _verdict(rows, statistics, draws, bool(np.isfinite(measured[INTACT].correlation).any())),
     }
 
 
@@ -91,10 +93,10 @@ def _statistics(one: Measured, data: CaptionedImages, scores: CaptionTable) -> d
 
 
 def _verdict(
-    rows: Mapping[str, Mapping[str, float]], over: Mapping[str, Mapping[str, np.ndarray]], mapped: bool
+    rows: Mapping[str, Mapping[str, float]], statistics: Mapping[str, Mapping[str, Ratio]], draws: np.ndarray, mapped: bool
 ) -> dict[str, Any]:
     comparisons = [
-        _compared(rows, over, control, metric)
+        _compared(rows, statistics, draws, control, metric)
         for control in CONTROLS
         for metric in (*MARGINS, "map_correlation")
         if metric in rows[control] and (metric in rows[INTACT] or metric not in MARGINS)
@@ -104,17 +106,17 @@ def _verdict(
     return {"passed": passed, "reason": _reason(rows, comparisons, failed, mapped), "comparisons": comparisons}
 
 
-def _compared(rows, over, control: str, metric: str) -> dict[str, Any]:
+def _compared(rows, statistics, draws: np.ndarray, control: str, metric: str) -> dict[str, Any]:
     """One rule: a difference with its whole interval above the margin, or a correlation of maps below the limit."""
     if metric in MARGINS:
-        low, high = interval(over[INTACT][metric] - over[control][metric])
-        rule, passed = f"intact - control > {MARGINS[metric]}", low > MARGINS[metric]
+        span = statistics[INTACT][metric].interval(draws, less=statistics[control][metric])
+        rule, passed = f"intact - control > {MARGINS[metric]}", span is not None and span[0] > MARGINS[metric]
         value = rows[INTACT][metric] - rows[control][metric]
     else:
-        low, high = interval(over[control][metric])
+        span = statistics[control][metric].interval(draws)
         rule = f"correlation with the intact maps < {MAP_CORRELATION_LIMIT}"
-        value, passed = rows[control][metric], high < MAP_CORRELATION_LIMIT
-    return {"control": control, "metric": metric, "rule": rule, "value": value, "interval": [low, high], "passed": passed}
+        value, passed = rows[control][metric], span is not None and span[1] < MAP_CORRELATION_LIMIT
+    return {"control": control, "metric": metric, "rule": rule, "value": value, "interval": span, "passed": passed}
 
 
 def _reason(rows, comparisons, failed, mapped: bool) -> str:
@@ -122,19 +124,22 @@ def _reason(rows, comparisons, failed, mapped: bool) -> str:
         return "the maps of the intact model are flat: no phrase is likelier at one place than at another"
     if failed:
         said = [
-            f"{CONTROLS[one['control']]}: {one['metric']} {one['value']:.3f} [{one['interval'][0]:.3f}, "
-            f"{one['interval'][1]:.3f}] violates '{one['rule']}'"
+            f"{CONTROLS[one['control']]}: {one['metric']} {one['value']:.3f} {_span(one['interval'])} violates '{one['rule']}'"
             for one in failed
         ]
         return f"{len(failed)} of {len(comparisons)} comparisons fail: " + "; ".join(said)
     parts = []
     for metric in MARGINS:
         if metric in rows[INTACT]:
-            best = max(CONTROLS, key=lambda name: rows[name][metric])
+            best = max((name for name in CONTROLS if metric in rows[name]), key=lambda name: rows[name][metric])
             parts.append(f"{metric} {rows[INTACT][metric]:.3f}, at most {rows[best][metric]:.3f} ({CONTROLS[best]})")
     most = max((one for one in comparisons if one["metric"] == "map_correlation"), key=lambda one: one["value"])
     parts.append(f"maps correlate with the intact ones by at most {most['value']:.2f} ({CONTROLS[most['control']]})")
     return f"all {len(comparisons)} comparisons hold: " + "; ".join(parts)
+
+
+def _span(interval: Sequence[float] | None) -> str:
+    return "[no interval: fewer than 2 images have it]" if interval is None else f"[{interval[0]:.3f}, {interval[1]:.3f}]"
 
 
 def control_text(evaluation: Evaluation) -> str:

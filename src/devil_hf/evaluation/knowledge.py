@@ -40,7 +40,8 @@ def summary(rows: Rows, scenes: Sequence[Scene]) -> dict[str, Any]:
     """The scores of recorded answers, for the questions that were asked.
 
     Returns:
-        `described`, `places`: row -> class -> {precision, recall, f1}, with `count` and `relation` of `described` as shares;
+        `described`, `places`: row -> class -> {precision, recall, f1} (None where nothing was said, or nothing is true), with
+        `count` and `relation` of `described` as shares;
         `chosen`, `places_chosen`, `pointing`: row -> class -> share; `empty_places`: layer -> share that name an attribute all
         the same; `stated_relations`: row -> how many. Rows are layers, "all", combinations of maps, "constant", "shuffled" and
         "chance". `scores` and `controls` hold them as one table, in the layout of `evaluation/results.py`.
@@ -57,7 +58,7 @@ def summary(rows: Rows, scenes: Sequence[Scene]) -> dict[str, Any]:
         played = [phrase for row in rows for phrase in row["pointing"]]
         parts["pointing"] = pointing_scores([row["pointing"] for row in rows])
         chances = [chance for phrase in played for _, chance in phrase["games"].values()]
-        parts["chance_pointing"] = float(np.mean(chances)) if chances else 0.0
+        parts["chance_pointing"] = float(np.mean(chances)) if chances else None
         parts["pointing_phrases"] = {name: sum(phrase["attribute"] == name for phrase in played) for name in ATTRIBUTE_WORDS}
     names = dict.fromkeys(name for part in FLAT for name in parts.get(part, {}) if name not in BESIDE)
     flat = {name: _flat(parts, name) for name in (*names, CHANCE)}
@@ -92,7 +93,7 @@ def _described_scores(rows: Rows, scenes: Sequence[Scene], truths) -> dict[str, 
 
 
 def word_scores(texts: Sequence[str], truths: Sequence[Mapping[str, set[str]]]) -> dict[str, Any]:
-    """Precision, recall and F1 of the words of each class that the truths have."""
+    """Precision, recall and F1 of the words of each class that the truths have, None where they are not defined."""
     found = {}
     for name in truths[0]:
         counts = WordCounts(CLASSES[name])
@@ -109,7 +110,7 @@ def constant_scores(truths: Sequence[Mapping[str, set[str]]]) -> dict[str, Any]:
         often = sorted(CLASSES[name], key=lambda word: -sum(word in truth[name] for truth in truths))
         answers = [" ".join(often[:n]) for n in range(1, len(often) + 1)]
         scores = [word_scores([text] * len(truths), [{name: truth[name]} for truth in truths])[name] for text in answers]
-        best[name] = max(scores, key=lambda score: score["f1"])
+        best[name] = max(scores, key=lambda score: score["f1"] or 0.0)
     return best
 
 
@@ -266,5 +267,5 @@ def knowledge_panels(result: Mapping[str, Any]) -> tuple[dict, dict]:
 
 def _cell(value: Any) -> str:
     if isinstance(value, Mapping):
-        return f"{value['precision']:.3f} / {value['recall']:.3f}"
+        return " / ".join("-" if value[name] is None else f"{value[name]:.3f}" for name in ("precision", "recall"))
     return f"{value:.3f}"

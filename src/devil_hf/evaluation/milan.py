@@ -117,15 +117,14 @@ class MilanEvaluator(Evaluator):
             details={
                 "baselines": {ONE_ANNOTATOR: scores[ONE_ANNOTATOR]} if ONE_ANNOTATOR in scores else {},
                 "texts": found["texts"],
-                "missing": found["missing"],
             },
+            missing=found["missing"],
         )
 
     def text(self, evaluation: Evaluation) -> str:
         """The table, in hundredths."""
         rows = evaluation.scores | evaluation.controls | evaluation.details["baselines"]
-        lines = [table(rows, COLUMNS, lambda value: f"{100 * value:.1f}", names=CONTROLS)]
-        return "\n".join([*lines, *(f"{n} is missing: {why}" for n, why in evaluation.details["missing"].items())])
+        return table(rows, COLUMNS, lambda value: f"{100 * value:.1f}", names=CONTROLS)
 
 
 EVALUATORS.register("neurons", MilanEvaluator)
@@ -149,8 +148,8 @@ def label_scores(
 
     Returns:
         `scores`: row -> metrics, "labels", "constant" (the best label for all units), "shuffled" (dealt to other units), "null"
-        and "one annotator" (against the others); `texts` of the rows that say the same of every unit; `missing`: metric -> why
-        it cannot be had, which a warning says, too.
+        and "one annotator" (against the others); `texts` of the rows that say the same of every unit; `missing`: metric or row
+        -> why it cannot be had, which a warning says, too.
     """
     if len(labels) != len(references):
         raise ValueError(f"{len(labels)} labels for {len(references)} units with references")
@@ -160,7 +159,11 @@ def label_scores(
     texts = [text for several in truths for text in several] + said
     constant = best_constant([texts], lambda text: rouge([text] * len(truths))["rouge_l"])
     targets = {LABELS: said, "constant": [constant] * len(said)}
-    targets["shuffled"] = [text.lower() for text in shuffled_labels(labels, seed)]
+    missing = {}
+    if sum(map(bool, labels)) > 1:
+        targets["shuffled"] = [text.lower() for text in shuffled_labels(labels, seed)]
+    else:
+        missing["shuffled"] = "fewer than 2 units have a label, so none can be dealt to another unit"
     if null is not None:
         targets["null"] = [null.lower()] * len(said)
     metrics = [*(["bertscore"] if bert else []), "bleu", "rouge_l", "cider"]
@@ -169,7 +172,9 @@ def label_scores(
     if several := [own for own in truths if len(own) > 1]:
         others = References([own[1:] for own in several], known.bert)
         rows[ONE_ANNOTATOR] = CaptionScorer(others, metrics)([own[0] for own in several])
-    missing = {name: why for row in rows.values() for name, why in row.pop("missing", {}).items()}
+    for name, row in rows.items():
+        for metric, why in row.pop("missing", {}).items():
+            missing[f"{name}: {metric}" if any(metric in other for other in rows.values()) else metric] = why
     for name, why in missing.items():
         logger.warning(f"{name} is left out: {why}")
     same = {"constant": constant} | ({} if null is None else {"null": null})

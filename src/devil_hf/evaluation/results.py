@@ -8,6 +8,7 @@
   "scores": {"all": {"bleu_4": 0.125, "cider": 0.273}, "layer4": {"bleu_4": 0.131, "cider": 0.290}},
   "controls": {"shuffled": {"bleu_4": 0.063, "cider": 0.094}},
   "verdict": {"passed": true, "reason": "..."},
+  "missing": {"spice": "there is no Java on the path: ..."},
   "weights": "9f2c..."
 }
 ```
@@ -15,9 +16,11 @@
 Rows of `scores` are what was asked ("all" layers together, one layer, a combination of their maps), rows of `controls` the same
 measure without the features; more is better in every metric. Only `title` and `scores` must be there, and `dataset` may be a
 name. `verdict` is for evaluations that judge their controls themselves; `weights` says of which weights all this is true (see
-`fingerprint`), and no other model is published with it. Other keys (`intervals`, `missing` metrics, the `model-index` of
-captions) are not read. A file may also hold a list of such objects. The first layout of `devil quickstart`, which the shipped
-checkpoint of the shapes world has, is read as well.
+`fingerprint`), and no other model is published with it. A number that could not be had, or is not defined (CIDEr of one image,
+descriptions dealt to other images where there is one), is in no table: `missing` has the reason, by the name of the metric, of
+the row, or of both ("all: cider"). Elsewhere (`intervals`) it is null; no NaN is written. Other keys (`intervals`, the
+`model-index` of captions) are not read. A file may also hold a list of such objects. The first layout of `devil quickstart`,
+which the shipped checkpoint of the shapes world has, is read as well.
 """
 
 import hashlib
@@ -49,6 +52,8 @@ CONTROLS = {
     "untrained": "untrained translator",
 }
 CHANCE = "chance"
+LARGEST = 1e100  # a score of a stranger's file; JSON holds whole numbers that no float has
+UNDEFINED = "not defined for what was measured: there is nothing to divide by, or nothing that varies"
 Table = dict[str, dict[str, float]]
 
 
@@ -63,6 +68,8 @@ class Evaluation:
         dataset: `name`, and where known `id` on the Hub, `split` and `size` (images).
         settings: whatever else decides the numbers.
         verdict: `{"passed": bool, "reason": str}` where the evaluation judged its controls itself.
+        missing: why a metric, a row, or a metric of a row ("row: metric") is in no table; what is not a finite number is taken
+            out of `scores` and `controls` and gets its reason here.
         weights: `fingerprint` of the model that was measured, where it was recorded.
         details: what else belongs into the file, by name; it is not read again.
         text, exit_code: for the command line, not part of the file.
@@ -74,16 +81,26 @@ class Evaluation:
     dataset: dict[str, Any] = field(default_factory=lambda: {"name": "not recorded"})
     settings: dict[str, Any] = field(default_factory=dict)
     verdict: dict[str, Any] | None = None
+    missing: dict[str, str] = field(default_factory=dict)
     weights: str | None = None
     details: dict[str, Any] = field(default_factory=dict, compare=False)
     text: str = field(default="", compare=False, repr=False)
     exit_code: int = field(default=0, compare=False, repr=False)
 
+    def __post_init__(self):
+        """Leave out what is no number, with a reason."""
+        for table in (self.scores, self.controls):
+            for row, values in table.items():
+                kept = {metric: value for metric, value in values.items() if value is not None and math.isfinite(value)}
+                for metric in values.keys() - kept.keys():
+                    self.missing.setdefault(f"{row}: {metric}", UNDEFINED)
+                table[row] = kept
+
     def as_record(self) -> dict[str, Any]:
-        """The one layout of results, see above, as JSON reads it again."""
-        record = {name: getattr(self, name) for name in ("title", "dataset", "settings", "scores", "controls")}
+        """The one layout of results, see above, as JSON reads it again; what is not defined among the details is null."""
+        record = {name: getattr(self, name) for name in ("title", "dataset", "settings", "scores", "controls", "missing")}
         record |= {"verdict": self.verdict} if self.verdict is not None else {}
-        return json.loads(json.dumps(record | self.details | {"weights": self.weights}))
+        return _finite(json.loads(json.dumps(record | self.details | {"weights": self.weights})))
 
     def write(self, file: str | PathLike) -> None:
         """Write the result as JSON."""
@@ -94,6 +111,12 @@ class Evaluation:
         """Names of the metrics, in the order in which they first occur; some may only be there for controls."""
         rows = (*self.scores.values(), *self.controls.values())
         return list(dict.fromkeys(metric for row in rows for metric in row))
+
+    @property
+    def reasons(self) -> list[str]:
+        """A sentence for each number that is missing."""
+        names = {what: ", ".join(CONTROLS.get(part) or metric_name(part) for part in what.split(": ")) for what in self.missing}
+        return [f"{names[what]} is missing: {why}" for what, why in self.missing.items()]
 
     @property
     def headline(self) -> str:
@@ -140,6 +163,15 @@ def metric_name(metric: str) -> str:
     """A metric as people write it."""
     names = {score: name for one in CAPTION_METRICS.values() for score, name in one.scores.items()}
     return names.get(metric, metric.replace("_", " "))
+
+
+def _finite(value: Any) -> Any:
+    """The same JSON-like value with null for every number that is none."""
+    if isinstance(value, dict):
+        return {name: _finite(one) for name, one in value.items()}
+    if isinstance(value, list):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def judge_controls(evaluations: Sequence[Evaluation]) -> ControlVerdict:
@@ -190,59 +222,91 @@ def read_evaluations(path: str | PathLike) -> list[Evaluation]:
     """The evaluations of a JSON file in one of the layouts named above.
 
     Raises:
-        ValueError: for a file that is no JSON, has another layout, or holds a score that is not a finite number.
+        ValueError: for a file that is no JSON, has another layout, or holds a score that is neither a finite number nor null.
     """
     path = Path(path)
     content = read_json(path)
-    found = [
-        evaluation for part in (content if isinstance(content, list) else [content]) for evaluation in _evaluations_of(part, path)
-    ]
-    for evaluation in found:
-        for table in (evaluation.scores, evaluation.controls):
-            _check_table(table, path)
-    return found
+    parts = content if isinstance(content, list) else [content]
+    return [evaluation for part in parts for evaluation in _evaluations_of(part, path)]
 
 
 def _evaluations_of(content: Any, path: Path) -> list[Evaluation]:
     if isinstance(content, Mapping) and "description_f1" in content:
-        return _quickstart_evaluations(content)
+        return _quickstart_evaluations(content, path)
     if not isinstance(content, Mapping) or not isinstance(content.get("scores"), Mapping) or not content["scores"]:
         raise ValueError(
             f'{path} holds no results: expected an object with "title" and "scores", as devil_hf.evaluation.results has it'
         )
     dataset = content.get("dataset", "not recorded")
+    dataset = {"name": dataset} if isinstance(dataset, str) else _named(content, "dataset", path)
+    _check(isinstance(dataset.get("name"), str), path, "dataset", "a name, or an object with one")
+    for name in ("id", "split"):
+        _check(isinstance(dataset.get(name, ""), str | None), path, f"{name} of dataset", "text")
+    verdict = None if content.get("verdict") is None else _named(content, "verdict", path)
+    if verdict is not None:
+        _check(isinstance(verdict.get("passed"), bool), path, '"passed" of verdict', "true or false")
+        _check(isinstance(verdict.get("reason", ""), str), path, '"reason" of verdict', "text")
+    missing = _named(content, "missing", path)
+    _check(all(isinstance(why, str) for why in missing.values()), path, "missing", "a reason in words for each name")
+    for name in ("title", "weights"):
+        _check(isinstance(content.get(name, ""), str | None), path, name, "text")
     return [
         Evaluation(
-            title=content.get("title", path.stem),
-            scores={name: dict(row) for name, row in content["scores"].items()},
-            controls={name: dict(row) for name, row in content.get("controls", {}).items()},
-            dataset={"name": dataset} if isinstance(dataset, str) else dict(dataset),
-            settings=dict(content.get("settings", {})),
-            verdict=content.get("verdict"),
+            title=content.get("title") or path.stem,
+            scores=_table(content, "scores", path),
+            controls=_table(content, "controls", path),
+            dataset=dataset,
+            settings=_named(content, "settings", path),
+            verdict=verdict,
+            missing=missing,
             weights=content.get("weights"),
         )
     ]
 
 
-def _quickstart_evaluations(content: Mapping[str, Any]) -> list[Evaluation]:
+def _check(holds: bool, path: Path, what: str, expected: str) -> None:
+    if not holds:
+        raise ValueError(f"{path}: {what} is not {expected}; mend the file, or measure again")
+
+
+def _named(content: Mapping[str, Any], name: str, path: Path) -> dict[str, Any]:
+    """An object among the results, {} where it is not there."""
+    value = content.get(name, {})
+    _check(isinstance(value, Mapping), path, name, "an object")
+    return dict(value)
+
+
+def _table(content: Mapping[str, Any], name: str, path: Path) -> Table:
+    """Rows of metrics: numbers, or null where one is not defined."""
+    rows = _named(content, name, path)
+    for row, values in rows.items():
+        _check(isinstance(values, Mapping), path, f"{row!r:.80} of {name}", "an object of metrics")
+        for metric, value in values.items():
+            if isinstance(value, bool) or not isinstance(value, int | float | None) or not abs(value or 0) < LARGEST:
+                raise ValueError(
+                    f"{path}: {metric:.80} of {row!r:.80} is {value!r:.80}, not a finite number; leave it out, or measure again"
+                )
+    return {row: dict(values) for row, values in rows.items()}
+
+
+def _quickstart_evaluations(content: Mapping[str, Any], path: Path) -> list[Evaluation]:
     dataset = {"name": world_label(HELD_OUT_WORLD)}  # which this layout always measured
-    words = {row: {f"f1_{name}": value for name, value in v.items()} for row, v in content["description_f1"].items()}
+    _check(isinstance(content.get("weights", ""), str | None), path, "weights", "text")
+    words = _prefixed("f1_", _table(content, "description_f1", path))
     weights = content.get("weights")
     found = [Evaluation("F1 of the words in descriptions", words, {}, dataset, {"decoding": "greedy"}, weights=weights)]
     if content.get("pointing"):
-        pointing = {row: {f"pointing_{a}": value for a, value in v.items()} for row, v in content["pointing"].items()}
-        chance = dict.fromkeys(next(iter(pointing.values())), content["chance_pointing"])
+        pointing = _prefixed("pointing_", _table(content, "pointing", path))
+        chance = dict.fromkeys(next(iter(pointing.values())), content.get("chance_pointing"))
+        chance = _table({CHANCE: {CHANCE: chance}}, CHANCE, path)[CHANCE]
         settings = {"tolerance": "half a cell", "carrier": "the", "phrases": content.get("pointing_phrases")}
         title = "Pointing game, words that one object of several has"
         found.append(Evaluation(title, pointing, {CHANCE: chance}, dataset, settings, weights=weights))
     return found
 
 
-def _check_table(table: Table, path: Path) -> None:
-    for row, values in table.items():
-        for metric, value in values.items():
-            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-                raise ValueError(f"{path}: {metric} of {row!r} is {value!r}, not a finite number; leave it out, or measure again")
+def _prefixed(prefix: str, table: Table) -> Table:
+    return {row: {f"{prefix}{metric}": value for metric, value in values.items()} for row, values in table.items()}
 
 
 __all__ = [

@@ -161,9 +161,15 @@ def pixel_values(processor: DevilProcessor, scenes: Sequence[Scene]) -> Tensor:
     return processor(images=[scene.image for scene in scenes], return_tensors="pt")["pixel_values"]
 
 
+def new_tokens(model: DevilModel) -> int:
+    """Tokens that a description may have: what a scene needs, or what the language model's context has room for."""
+    context = model.config.context_length
+    return MAX_NEW_TOKENS if context is None else min(MAX_NEW_TOKENS, context - model.config.prefix_length - 1)
+
+
 def describe_scenes(model: DevilModel, processor: DevilProcessor, features: Sequence[Tensor | None]) -> list[Texts]:
     """Description by layer, and by "all" of them together, for each image of `features`."""
-    output = model.describe(feature_maps=features, max_new_tokens=MAX_NEW_TOKENS)
+    output = model.describe(feature_maps=features, max_new_tokens=new_tokens(model))
     texts: list[Texts] = [{} for _ in range(int(output.image_index.max()) + 1)]
     for row, text in enumerate(processor.batch_decode(output.sequences, skip_special_tokens=True)):
         texts[int(output.image_index[row])][output.layer_of(row)] = text.strip()
@@ -203,7 +209,7 @@ def _answer_places(model, processor, features, maps, scenes: Sequence[Scene]) ->
         asked = [(image, *place) for image, scene in enumerate(scenes) for place in object_places(scene, grid)]
         vectors = torch.stack([found[image, :, row, column] for image, _, row, column in asked])
         prefix = model.translate([vectors if at == layer else None for at in range(len(features))])
-        ids = model.decode(prefix, max_new_tokens=MAX_NEW_TOKENS)
+        ids = model.decode(prefix, max_new_tokens=new_tokens(model))
         texts = processor.batch_decode(ids, skip_special_tokens=True)
         for (image, item, row, column), text in zip(asked, texts, strict=True):
             evidence = maps[name][image, :, row, column]

@@ -3,6 +3,9 @@
 Intervals are percentiles of a statistic over images drawn with replacement. Every statistic with an interval is a ratio of sums
 over images: a mean (value over one), a micro-averaged F1 (twice the hits over words said and true). One set of draws serves
 them all, so the difference of two is a paired one, and each is a matrix product; scipy's bootstrap draws anew per statistic.
+
+What is not defined (nothing to divide by, no variance, one image drawn again and again) is NaN as a number and None as an
+interval, never 0; whoever writes it down leaves it out.
 """
 
 from dataclasses import dataclass
@@ -15,7 +18,7 @@ from devil_hf.extras import needs
 
 @dataclass
 class Ratio:
-    """A statistic of N images: the sum of `numerator` (N,) over the sum of `denominator` (N,); 0 where that is zero."""
+    """A statistic of N images: the sum of `numerator` (N,) over the sum of `denominator` (N,); NaN where that is zero."""
 
     numerator: np.ndarray
     denominator: np.ndarray
@@ -34,7 +37,14 @@ class Ratio:
     def over(self, draws: np.ndarray) -> np.ndarray:
         """The statistic (D,) of each of D draws (D, N)."""
         below = draws @ self.denominator
-        return np.divide(draws @ self.numerator, below, out=np.zeros_like(below), where=below > 0)
+        return np.divide(draws @ self.numerator, below, out=np.full_like(below, np.nan), where=below > 0)
+
+    def interval(self, draws: np.ndarray, less: "Ratio | None" = None) -> tuple[float, float] | None:
+        """The 95 % interval over draws (D, N) of it, or of it `less` another, paired; None for fewer than two images."""
+        both = [self] if less is None else [self, less]
+        if any(np.count_nonzero(one.denominator) < 2 for one in both):
+            return None
+        return interval(self.over(draws) if less is None else self.over(draws) - less.over(draws))
 
 
 def bootstrap_draws(images: int, draws: int = 2_000, seed: int = 0) -> np.ndarray:
@@ -42,34 +52,42 @@ def bootstrap_draws(images: int, draws: int = 2_000, seed: int = 0) -> np.ndarra
     return np.random.default_rng(seed).multinomial(images, np.full(images, 1 / images), size=draws).astype(float)
 
 
-def interval(values: np.ndarray, confidence: float = 0.95) -> tuple[float, float]:
-    """The percentile interval (low, high) of a statistic over draws (D,); NaN, where a draw has none, is left out."""
+def interval(values: np.ndarray, confidence: float = 0.95) -> tuple[float, float] | None:
+    """The percentile interval (low, high) of a statistic over draws (D,) without those that have none (NaN); None without any."""
+    known = values[~np.isnan(values)]
+    if not len(known):
+        return None
     tail = (1 - confidence) / 2
-    low, high = np.nanquantile(values, (tail, 1 - tail))
+    low, high = np.quantile(known, (tail, 1 - tail))
     return float(low), float(high)
 
 
-def bootstrap(values: ArrayLike, weights: ArrayLike, resamples: int = 2_000, seed: int = 0) -> tuple[float, float]:
-    """The 95 % interval of sum(values) / sum(weights) when images are drawn with replacement.
+def bootstrap(values: ArrayLike, weights: ArrayLike, resamples: int = 2_000, seed: int = 0) -> tuple[float, float] | None:
+    """The 95 % interval of sum(values) / sum(weights) when images are drawn with replacement; None for fewer than two images.
 
     Args:
         values: (images,) or (images, parts): sums over each image's phrases; with parts, the mean of the parts' ratios.
         weights: of the same shape: how much each sum counts (number of phrases, pixels of the union).
     """
     values, weights = (np.asarray(one, dtype=np.float64) for one in (values, weights))
+    if np.count_nonzero(weights.reshape(len(weights), -1).any(axis=1)) < 2:
+        return None
     draws = bootstrap_draws(len(values), resamples, seed)
     return interval(ratio(draws @ values, draws @ weights))
 
 
 def ratio(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """values / weights, averaged over the parts (last axis of two) that have any weight."""
-    with np.errstate(invalid="ignore", divide="ignore"):
-        shares = values / weights
-    return np.nanmean(shares, axis=-1) if shares.ndim == 2 else shares
+    """values / weights, averaged over the parts (last axis of two) that have any weight; NaN where none has."""
+    shares = np.divide(values, weights, out=np.full(np.shape(weights), np.nan), where=weights > 0)
+    if shares.ndim < 2:
+        return shares
+    known = np.isfinite(shares)
+    count = known.sum(axis=-1)
+    return np.divide(np.where(known, shares, 0).sum(axis=-1), count, out=np.full(len(count), np.nan), where=count > 0)
 
 
 def average_precision(values: ArrayLike, truth: ArrayLike) -> float:
-    """Area under the precision-recall curve of what is true (N,), ranked by values (N,); ties are one step.
+    """Area under the precision-recall curve of what is true (N,), ranked by values (N,); ties are one step, NaN if none is true.
 
     Raises:
         MissingExtraError: without scikit-learn.
@@ -77,11 +95,13 @@ def average_precision(values: ArrayLike, truth: ArrayLike) -> float:
     needs("sklearn", "evaluate")
     from sklearn.metrics import average_precision_score
 
+    if not np.any(truth):
+        return float("nan")
     return float(average_precision_score(truth, values))
 
 
 def rank_correlation(one: ArrayLike, other: ArrayLike) -> float:
-    """Spearman's correlation of two series (N,), ties at their mean rank; NaN where either is constant.
+    """Spearman's correlation of two series (N,), ties at their mean rank; NaN where either is constant or has one value.
 
     Raises:
         MissingExtraError: without scipy.
@@ -90,8 +110,8 @@ def rank_correlation(one: ArrayLike, other: ArrayLike) -> float:
     from scipy.stats import rankdata
 
     # Of the ranks; `spearmanr` computes a p-value as well, which costs ten times as much for maps of some hundred places.
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return float(np.corrcoef(rankdata(one), rankdata(other))[0, 1])
+    ranks = np.array([rankdata(one), rankdata(other)])
+    return float("nan") if not np.ptp(ranks, axis=1).all() else float(np.corrcoef(ranks)[0, 1])
 
 
 def false_discovery(p: ArrayLike) -> np.ndarray:

@@ -75,9 +75,11 @@ class UnitsEvaluator(Evaluator):
         """The labels, and the two passes over the images."""
         if not self.settings.labels.is_file():
             raise FileNotFoundError(f"{self.settings.labels} is not there: `devil neurons` writes it")
-        units = read_json(self.settings.labels)["units"]
+        units = checked_units(read_json(self.settings.labels), self.settings.labels)
         self.unit_labels = [row["label"] for row in units]
         self.labels = sorted({label for label in self.unit_labels if label})
+        if not self.labels:
+            raise ValueError(f"{self.settings.labels}: no unit has a label, so there is nothing to check")
         self.layers = list(dict.fromkeys(row["layer"] for row in units))
         self.images = open_images(self.settings.images, self.settings.split, self.settings.column, self.settings.limit)
         return [ACTIVATIONS, EVIDENCE]
@@ -147,14 +149,28 @@ class UnitsEvaluator(Evaluator):
         )
 
 
+def checked_units(content: Any, file: Path) -> list[dict[str, Any]]:
+    """The `units` of the content of a `labels.json`: at least `layer` and `label` of each.
+
+    Raises:
+        ValueError: for a file of another layout.
+    """
+    units = content.get("units") if isinstance(content, dict) else None
+    if not isinstance(units, list) or not all(
+        isinstance(row, dict) and isinstance(row.get("layer"), str) and isinstance(row.get("label"), str) for row in units
+    ):
+        raise ValueError(f'{file} holds no labels of units: expected {{"units": [{{"layer": ..., "label": ...}}, ...]}}')
+    return units
+
+
 def check_all(
     activations: torch.Tensor, evidence: torch.Tensor, labels: Sequence[str], unit_labels: Sequence[str], **options: Any
 ) -> dict[str, Any]:
     """The check of every unit's label and its two controls; arguments are those of `check_labels`.
 
     Returns:
-        `units`: what `check_labels` returns; `summaries`: "labels", "constant", "shuffled" -> what `check_summary` returns;
-        `texts`: the constant label.
+        `units`: what `check_labels` returns; `summaries`: "labels", "constant", "shuffled" (of two labels or more) -> what
+        `check_summary` returns; `texts`: the constant label.
 
     Raises:
         ValueError: for activations of other images than the evidence, or of other units than the labels.
@@ -166,10 +182,8 @@ def check_all(
         )
     units = check_labels(activations, evidence, labels, unit_labels, **options)
     constant = check_constant(activations, evidence, labels, unit_labels, **options)
-    shuffled = check_shuffled(activations, evidence, labels, unit_labels, **options)
+    summaries = {"labels": check_summary(units), "constant": constant}
     text = {"constant": constant.pop("label")}
-    return {
-        "units": units,
-        "summaries": {"labels": check_summary(units), "constant": constant, "shuffled": shuffled},
-        "texts": text,
-    }
+    if sum(map(bool, unit_labels)) > 1:  # one label cannot be dealt to another unit
+        summaries["shuffled"] = check_shuffled(activations, evidence, labels, unit_labels, **options)
+    return {"units": units, "summaries": summaries, "texts": text}

@@ -87,6 +87,7 @@ def _table(evaluation: Evaluation) -> dict[str, Any]:
         "heads": [metric_name(metric) for metric in columns],
         "rows": [(name, cells(values)) for name, values in evaluation.scores.items()],
         "controls": [(_row_name(name), cells(values)) for name, values in evaluation.controls.items()],
+        "reasons": evaluation.reasons,
     }
 
 

@@ -24,6 +24,7 @@ from devil_hf.build.lora_devil import LORA_DEFAULTS
 from devil_hf.build.sources import select_layers
 from devil_hf.checkpoints.loading import load
 from devil_hf.checkpoints.publishing import HUB, PUBLISHERS
+from devil_hf.data.captioned import longest_caption
 from devil_hf.data.decoding import BadSamples, PairDecoder, PairTable
 from devil_hf.data.identity import PairIdentities
 from devil_hf.data.pairs import open_pairs
@@ -37,7 +38,7 @@ from devil_hf.training.features import PooledCaptions, pooled_feature_draws
 from devil_hf.training.feed import CaptionStream, ImageTable, sees_with
 from devil_hf.training.recipe import CHECKPOINT_FOLDER, RECIPE_FILE, Recipe
 from devil_hf.training.saving import newest_kept, save_elsewhere, write_checkpoint
-from devil_hf.training.trainer import DevilTrainer, longest_caption
+from devil_hf.training.trainer import DevilTrainer
 
 logger = logging.get_logger(f"transformers.{__name__}")
 

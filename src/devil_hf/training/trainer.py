@@ -21,6 +21,7 @@ from transformers.integrations import TensorBoardCallback
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 from transformers.utils import logging
 
+from devil_hf.data.captioned import longest_caption
 from devil_hf.data.decoding import BadSamples
 from devil_hf.evaluation.text.metrics import caption_scores
 from devil_hf.model.modeling_devil import DevilModel
@@ -37,24 +38,6 @@ STAGING_FOLDER = ".unfinished"
 SAMPLES_FILE = "descriptions.jsonl"
 SAMPLE_IMAGES = 4
 SAMPLE_TOKENS = 24
-
-
-def longest_caption(model: DevilModel) -> int:
-    """Tokens that a training caption may have: the configured number, or what the context has room for.
-
-    Raises:
-        ValueError: when the context has no room for a caption at all.
-    """
-    config = model.config
-    if config.context_length is None:
-        return config.max_caption_tokens
-    room = config.context_length - config.prefix_length - 2  # BOS and EOS
-    if room < 1:
-        raise ValueError(
-            f"a prefix of {config.prefix_length} leaves no room for captions in a context of {config.context_length}: "
-            "choose a shorter prefix_length."
-        )
-    return min(config.max_caption_tokens, room)
 
 
 class DevilTrainer(Trainer):
@@ -431,4 +414,4 @@ def _add(sums: Tensor, model, batch: dict[str, Any], layer_mask: Tensor | None =
     sums[1] += tokens
 
 
-__all__ = ["DevilTrainer", "longest_caption"]
+__all__ = ["DevilTrainer"]

@@ -3,8 +3,8 @@
 Intervals are of images drawn with replacement, 95 %. Measures by pixel compare maps enlarged to the crop. Within one phrase the
 three measures of a map rank its places alike (evidence is the sum over the phrase's tokens, less a constant, times a
 constant): `pointing` and `average_precision` are those of the evidence. The rows "sum" and "per_token" have what differs: `iou`,
-`iou_best`, `miou` and `energy`, which start from zero or, for the log-probabilities, from the map's minimum (their energy is 0:
-they are never positive), and `choice`, where phrases compete.
+`iou_best` and `miou`, which start from zero or, for the log-probabilities, from the map's minimum, and `choice`, where phrases
+compete; they have no energy, since they are never positive.
 
 Pointing is decided on each map's own grid, where half a cell of a coarse grid is more of the image than of a fine one. So every
 row has its own `pointing_chance` beside it, and in `pointing_centre` the centre prior on that grid; the rows "chance" and
@@ -155,8 +155,10 @@ def _curves(row: Mapping[str, Any], name: str, index: int) -> tuple[dict[str, li
 
 
 def _measured(view: MapView, every: bool) -> dict[str, Any]:
-    """Every measure of a map that says something; in another unit, those that do not depend on the order of places alone."""
-    found = {name: measure.of_phrase(view) for name, measure in MAP_MEASURES.items() if every or not measure.by_order}
+    """Every measure of a map that says something; of log-probabilities those that neither follow from the order of places alone
+    nor need a zero that means something."""
+    asked = {name: measure for name, measure in MAP_MEASURES.items() if every or not (measure.by_order or measure.from_zero)}
+    found = {name: measure.of_phrase(view) for name, measure in asked.items()}
     return {name: value for name, value in found.items() if value is not None}
 
 
@@ -190,8 +192,8 @@ def _score_board(number: int, row, masks, maps, table: dict[str, list[Sample]]) 
             table.setdefault(name, []).append(Sample(number, row["phrases"][at], ("board",), found))
 
 
-def summarise(samples: Iterable[Sample], resamples: int, seed: int) -> dict[str, tuple[float, tuple[float, float]]]:
-    """Metric -> its value over the samples, and its 95 % interval over images."""
+def summarise(samples: Iterable[Sample], resamples: int, seed: int) -> dict[str, tuple[float, tuple[float, float] | None]]:
+    """Metric -> its value over the samples, and its 95 % interval over images, None for one image."""
     samples = list(samples)
     known = dict.fromkeys(metric for sample in samples for metric in sample.values)
     ordered = [*(name for name in MAP_MEASURES if name in known), *(name for name in known if name not in MAP_MEASURES)]

@@ -51,7 +51,7 @@ def _pointing_exact_centre(view: MapView) -> float:
     return float(view.mask[height // 2, width // 2])
 
 
-@map_measure("energy")
+@map_measure("energy", from_zero=True)
 def _energy(view: MapView) -> float:
     return measures.energy_pointing(view.large, view.mask)
 

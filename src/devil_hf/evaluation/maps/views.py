@@ -103,23 +103,27 @@ class MapMeasure:
         of_phrase: its value for one map, None where it says nothing; of any type that `pool` understands.
         pool: from values to a score.
         by_order: whether it depends on nothing but the order of the places, and so is the same in every unit.
+        from_zero: whether it needs maps whose zero means something, as that of evidence does and that of log-probabilities not.
         beside: whether it is a level to compare with (chance) and no score of the map.
     """
 
     of_phrase: Callable[[MapView], Any]
     pool: Pool = mean_of_phrases
     by_order: bool = False
+    from_zero: bool = False
     beside: bool = False
 
 
 MAP_MEASURES: Registry[MapMeasure] = Registry("map measure", "devil_hf.evaluation.maps")
 
 
-def map_measure(name: str, pool: Pool = mean_of_phrases, by_order: bool = False, beside: bool = False) -> Callable:
+def map_measure(
+    name: str, pool: Pool = mean_of_phrases, by_order: bool = False, from_zero: bool = False, beside: bool = False
+) -> Callable:
     """Decorator that registers the `of_phrase` of a `MapMeasure`."""
 
     def register(of_phrase: Callable[[MapView], Any]) -> Callable[[MapView], Any]:
-        MAP_MEASURES.register(name, MapMeasure(of_phrase, pool, by_order, beside))
+        MAP_MEASURES.register(name, MapMeasure(of_phrase, pool, by_order, from_zero, beside))
         return of_phrase
 
     return register

@@ -48,7 +48,7 @@ class Predictions:
 
 
 class MetricError(RuntimeError):
-    """A metric cannot be had; the message says why, and what to do."""
+    """A metric cannot be had, or is not defined; the message says why, and what to do."""
 
 
 Scorer = Callable[[Predictions], Sequence[float]]
@@ -184,12 +184,12 @@ def check_metrics(metrics: Sequence[str] | None) -> dict[str, str]:
 
 
 def best_constant(groups: Iterable[Iterable[str]], score: Callable[[str], float], count: int = 20) -> str:
-    """The one text that scores best when given to every image: of the `count` most frequent ones of each group."""
+    """The one text that scores best when given to every image, of the `count` most frequent of each group; "" without any."""
     candidates = set[str]()
     for texts in groups:
         counts = Counter(text for text in texts if text)
         candidates |= set(sorted(counts, key=lambda text: (-counts[text], text))[:count])
-    return max(sorted(candidates), key=score)
+    return max(sorted(candidates), key=score, default="")
 
 
 def _check_references(references: Sequence[Sequence[str]]) -> None:

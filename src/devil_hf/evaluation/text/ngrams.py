@@ -84,6 +84,11 @@ class CiderD:
         self._log_images = math.log(len(references))
         self._references = [[self._weigh(count) for count in texts] for texts in counts]
 
+    @property
+    def defined(self) -> bool:
+        """Whether any run of words weighs anything; of one image, or of the same captions for all, none does."""
+        return any(norm > 0 for texts in self._references for _, norms, _ in texts for norm in norms)
+
     def __call__(self, predictions: Sequence[Tokens]) -> list[float]:
         """The score of each image, in [0, 10]; that of the corpus is their mean."""
         scores = []

@@ -11,6 +11,10 @@ from devil_hf.evaluation.text.java import JavaError, JavaMetric, missing_java
 from devil_hf.evaluation.text.metrics import MetricError, References, Scorer, caption_metric
 from devil_hf.evaluation.text.ngrams import CiderD, bleu, rouge_l
 
+NO_CIDER = (
+    "it weighs words by how rare they are among the images' captions, and here every word of them is in those of every image, as "
+    "it always is with one image; give at least 2 images with captions of their own"
+)
 BLEU = {f"bleu_{n}": f"BLEU-{n}" for n in (1, 2, 3, 4)}
 
 
@@ -32,6 +36,8 @@ def _rouge_l(references: References) -> Scorer:
 @caption_metric("cider", {"cider": "CIDEr"})
 def _cider(references: References) -> Scorer:
     cider = CiderD(references.tokens)
+    if not cider.defined:
+        raise MetricError(NO_CIDER)
     return lambda predictions: [fmean(cider(predictions.tokens))]
 
 

@@ -2,7 +2,7 @@
 
 Each text and each truth is a set of words: a word said twice counts once, a word outside the class does not count.
 Counts are summed over all texts before the ratios are taken (micro average), so that a text about nothing costs recall
-and is not left out.
+and is not left out. A ratio of nothing to nothing is None.
 """
 
 import re
@@ -49,16 +49,16 @@ class WordCounts:
         self.hits += len(said & true)
 
     @property
-    def precision(self) -> float:
-        """Share of the words said that are true; 0 when none was said."""
-        return self.hits / max(self.said, 1)
+    def precision(self) -> float | None:
+        """Share of the words said that are true; None when none was said."""
+        return self.hits / self.said if self.said else None
 
     @property
-    def recall(self) -> float:
-        """Share of the true words that were said; 0 when there was none."""
-        return self.hits / max(self.true, 1)
+    def recall(self) -> float | None:
+        """Share of the true words that were said; None when there was none."""
+        return self.hits / self.true if self.true else None
 
     @property
-    def f1(self) -> float:
-        """Harmonic mean of precision and recall."""
-        return 2 * self.hits / max(self.said + self.true, 1)
+    def f1(self) -> float | None:
+        """Harmonic mean of precision and recall; 0 where only one of them is defined, None where neither is."""
+        return 2 * self.hits / (self.said + self.true) if self.said + self.true else None

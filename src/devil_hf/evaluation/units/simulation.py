@@ -105,7 +105,7 @@ def check_labels(
 
     Returns:
         Per unit `pearson`, `pearson_p`, `q` (of `pearson_p`, over the tested units), `auprc`, `auprc_p`, `passed`; None and
-        False where not tested.
+        False where not tested, or not defined: units that do the same at every image, and labels as likely at each.
     """
     if permutations < 100:
         raise ValueError(f"permutations={permutations} must be at least 100")
@@ -121,8 +121,11 @@ def check_labels(
     correlation, correlation_p = correlation_test(chosen, activations[tested], permutations, seed, alpha)
     precision, precision_p = precision_test(chosen, activations[tested], permutations, seed)
     q = false_discovery(correlation_p)
-    columns = zip(tested, correlation, correlation_p, q, precision, precision_p, strict=True)
-    for unit, r, r_p, r_q, ap, ap_p in columns:
+    varied = [bool(one.std() > 0 and other.std() > 0) for one, other in zip(chosen, activations[tested], strict=True)]
+    columns = zip(tested, varied, correlation, correlation_p, q, precision, precision_p, strict=True)
+    for unit, defined, r, r_p, r_q, ap, ap_p in columns:
+        if not defined:
+            continue
         rows[unit] = {
             "pearson": float(r),
             "pearson_p": float(r_p),
@@ -134,12 +137,10 @@ def check_labels(
     return rows
 
 
-def check_summary(rows: Sequence[dict]) -> dict[str, float]:
-    """Means over the tested units, and the share of all units whose label passed."""
+def check_summary(rows: Sequence[dict]) -> dict[str, float | None]:
+    """Means over the units where they are defined, None where none is, and the share of all units whose label passed."""
     tested = [row for row in rows if row["pearson"] is not None]
-    if not tested:
-        return {"units": len(rows), "pearson": 0.0, "auprc": 0.0, "passed": 0.0}
-    mean = {name: sum(row[name] for row in tested) / len(tested) for name in ("pearson", "auprc")}
+    mean = {name: sum(row[name] for row in tested) / len(tested) if tested else None for name in ("pearson", "auprc")}
     return {"units": len(rows), **mean, "passed": sum(row["passed"] for row in rows) / len(rows)}
 
 
