@@ -73,14 +73,15 @@ def install(python: str, chosen: str, place: Path, folder: Path, say: Callable[[
     environment = os.environ | {"UV_CACHE_DIR": str(folder.absolute() / "downloads"), "VIRTUAL_ENV": str(place)}
 
     def uv(*arguments: str) -> str:
-        done = subprocess.run(["uv", *arguments], cwd=ROOT, env=environment, text=True, capture_output=True, check=True)
+        done = subprocess.run(["uv", *arguments], cwd=ROOT, env=environment, encoding="utf-8", capture_output=True, check=True)
         return done.stdout
 
     uv("venv", "--quiet", "--clear", "--no-python-downloads", "--python", python, str(place))
     say("resolving")
     wanted = place / "requirements.txt"
     extras = ["--extra", "test", "--resolution", RESOLUTION[chosen], *(f"--only-binary={name}" for name in COMPILED)]
-    wanted.write_text(uv("pip", "compile", "--quiet", "pyproject.toml", *extras, "--python", str(place / "bin" / "python")))
+    listed = uv("pip", "compile", "--quiet", "pyproject.toml", *extras, "--python", str(place / "bin" / "python"))
+    wanted.write_text(listed, encoding="utf-8")
     say("installing")
     uv("pip", "install", "--quiet", "--no-deps", "-r", str(wanted))
     uv("pip", "install", "--quiet", "--no-deps", "--editable", ".")

@@ -183,12 +183,14 @@ def evaluate(
     state = PartialState(cpu=run.settings.device == "cpu")
     if state.num_processes > 1 and not kind.parallel:
         raise ValueError(f"the evaluation {kind.name!r} cannot be shared: run it on one process")
+    keys = run.open()  # before anything is written
     with claimed(run.settings.output_dir, f"devil evaluate {kind.name}", state.is_main_process):
-        return _evaluate(run, model, processor, state)
+        return _evaluate(run, keys, model, processor, state)
 
 
-def _evaluate(run: Evaluator, model: DevilModel | None, processor: DevilProcessor | None, state: Any) -> Evaluation | None:
-    keys = run.open()
+def _evaluate(
+    run: Evaluator, keys: Iterable[str], model: DevilModel | None, processor: DevilProcessor | None, state: Any
+) -> Evaluation | None:
     run.model, run.processor = _load(run.settings, state) if model is None else (model, cast(DevilProcessor, processor))
     if state.num_processes > 1:
         run.model.to(state.device)
