@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 from devil_hf.data.directions import (
     classifier_directions,
     difference_of_means,
+    map_directions,
     principal_directions,
     read_directions,
     sweep,
@@ -74,11 +75,10 @@ def test_a_sweep_is_one_description_per_sign_and_strength(model, pixel_values):
 
 
 def test_a_direction_is_mapped_where_features_lie_along_it(model, pixel_values):
-    layer = model.layer_names[1]
     feature_map = model.extract_features(pixel_values)[1]
     base = feature_map.mean(dim=(0, 2, 3))
     vector = feature_map[1, :, 2, 3] - base
-    maps = model.map_directions(torch.stack([vector, -vector]), layer, pixel_values, base=base)
+    maps = map_directions(torch.stack([vector, -vector]), feature_map, base)
     assert maps.shape == (len(pixel_values), 2, *feature_map.shape[2:])
     assert maps[1, 0, 2, 3].item() == pytest.approx(vector.norm().item(), rel=1e-3)
     torch.testing.assert_close(maps[:, 0], -maps[:, 1], rtol=1e-3, atol=1e-4)

@@ -118,20 +118,17 @@ def test_windows_locations_and_directions_name_layers_in_the_same_way(model, pix
     vectors = torch.randn(2, model.backbone.channels[2])
     expected = model.attribute(phrases=phrases, feature_maps=features, layers="layer3", window={"layer3": 3}).maps["layer3"]
     directions = model.describe_directions(vectors, "layer3", max_new_tokens=2).sequences
-    maps = model.map_directions(vectors, "layer3", feature_maps=features)
     places = model.describe(feature_maps=features, locations={"layer3": [(0, 1)]}, max_new_tokens=2).sequences
     for name in ("layer3", 2, -2, np.int64(2)):
         found = model.attribute(phrases=phrases, feature_maps=features, layers=name, window={name: np.int64(3)}).maps
         assert torch.equal(found["layer3"], expected)
         assert torch.equal(model.describe_directions(vectors, name, max_new_tokens=2).sequences, directions)
-        assert torch.equal(model.map_directions(vectors, name, feature_maps=features), maps)
         found = model.describe(feature_maps=features, locations={name: [(0, 1)]}, max_new_tokens=2)
         assert torch.equal(found.sequences, places)
     for name in ("layer9", True, 1.0, 9):
         for call in (
             lambda name=name: model.attribute(phrases=phrases, feature_maps=features, window={name: 3}),
             lambda name=name: model.describe_directions(vectors, name),
-            lambda name=name: model.map_directions(vectors, name, feature_maps=features),
             lambda name=name: model.describe(feature_maps=features, locations={name: [(0, 1)]}),
         ):
             with pytest.raises(ValueError, match="layer1"):
@@ -145,7 +142,6 @@ def test_windows_locations_and_directions_name_layers_in_the_same_way(model, pix
 def test_feature_maps_that_lack_a_layer_are_refused_by_its_name(model, pixel_values, phrases):
     partial = model.extract_features(pixel_values[:1], ["layer3"])
     assert [maps is None for maps in partial] == [True, True, False, True]
-    vectors = torch.randn(1, model.backbone.channels[0])
     for call in (
         lambda: model.ask(feature_maps=partial),
         lambda: model.generate(feature_maps=partial),
@@ -154,13 +150,12 @@ def test_feature_maps_that_lack_a_layer_are_refused_by_its_name(model, pixel_val
         lambda: model.attribute(feature_maps=partial, phrases=phrases, combine="joint"),
         lambda: model.describe(feature_maps=partial),
         lambda: layer_evidence(model, partial, phrases),
-        lambda: model.map_directions(vectors, "layer1", feature_maps=partial),
         lambda: model(feature_maps=partial),
     ):
         with pytest.raises(ValueError, match="feature_maps hold nothing of layer 'layer1'"):
             call()
     assert torch.equal(model.ask(feature_maps=partial, layers="layer3"), model.ask(pixel_values[:1], layers=model.layer_names[2]))
-    with pytest.raises(ValueError, match="one map for each of"):
+    with pytest.raises(ValueError, match="one for each of"):
         model.ask(feature_maps=partial[:2])
 
 

@@ -56,7 +56,7 @@ def one_by_one(model, processor, pixels, candidates, strength, grid):
         for phrase in noun_phrases(text):
             asked = processor(text=[phrase], return_tensors="pt")
             evidence = []
-            for tile in tile_regions(grid):
+            for tile in tile_regions(grid).repeat_interleave(5, dim=1).repeat_interleave(5, dim=2):  # to the pixels' 160
                 output = model.score(pixels, regions=tile[None, None], **asked)
                 evidence.append((output.log_probs[0, 0] - output.null_log_probs[0]).item())
             support += max(evidence)

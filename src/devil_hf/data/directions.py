@@ -2,7 +2,7 @@
 
 A direction is any vector of a layer's C channels: a row of a classifier's weights, a linear probe, a difference of means, a
 principal or non-negative component, the decoder row of a sparse autoencoder. `DevilModel.describe_directions` says what it
-looks like (`sweep` at several strengths), `DevilModel.map_directions` where it is, and `UnitReader` makes a unit of it.
+looks like (`sweep` at several strengths), `map_directions` where it is, and `UnitReader` makes a unit of it.
 """
 
 from collections.abc import Sequence
@@ -130,3 +130,27 @@ def principal_directions(features: Tensor, count: int) -> tuple[Tensor, Tensor]:
 def typical_length(features: Tensor) -> float:
     """Median length of features (n, C): the `length` at which directions are about as strong as real features."""
     return float(features.float().norm(dim=1).median())
+
+
+def map_directions(vectors: Tensor, feature_map: Tensor, base: Tensor | None = None) -> Tensor:
+    """Where directions are: the component of a layer's features along each of them, at every location.
+
+    Args:
+        vectors: (M, C) directions of the layer.
+        feature_map: (B, C, H, W), the layer's of what `DevilModel.extract_features` returned.
+        base: (C,) point that features are measured from (their mean, say); None for the origin.
+
+    Returns:
+        (B, M, H, W), in units of the layer's features, each direction taken at length one.
+
+    Raises:
+        ValueError: for directions or a base of another layer.
+    """
+    C = feature_map.shape[1]
+    if vectors.ndim != 2 or vectors.shape[1] != C or (base is not None and base.numel() != C):
+        raise ValueError(
+            f"vectors of shape {tuple(vectors.shape)}: a map of {C} channels needs (directions, {C}), a base ({C},)."
+        )
+    units = nn.functional.normalize(vectors.to(feature_map.device).float(), dim=1)
+    maps = torch.einsum("bchw,mc->bmhw", feature_map.float(), units)
+    return maps if base is None else maps - (units @ base.to(units).flatten())[:, None, None]

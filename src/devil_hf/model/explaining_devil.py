@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .outputs_devil import AttributionOutput, DescribeOutput
-from .pooling_devil import Layers, check_window, pool_every_location, read_locations, resolve_layer, resolve_layers
+from .pooling_devil import Layers, check_window, pool_every_location, read_locations, read_tensor, resolve_layer, resolve_layers
 from .scoring_devil import rows_per_chunk
 
 ALL_LAYERS = "all"
@@ -31,14 +31,7 @@ COMBINATIONS: dict[str, Combination | None] = {}
 
 
 def register_combination(name: str) -> Callable[[Combination], Combination]:
-    """Decorator of a rule that makes one map of those of several layers, for `attribute(combine=name)` and every evaluation.
-
-    ```python
-    @register_combination("highest")
-    def highest(maps, evidence):
-        return torch.stack(resize_to_finest(maps)).amax(dim=0)
-    ```
-    """
+    """Decorator of a rule that makes one map of those of several layers, for `attribute(combine=name)` and every evaluation."""
 
     def register(combine: Combination) -> Combination:
         COMBINATIONS[name] = combine
@@ -51,12 +44,11 @@ def register_combination(name: str) -> Callable[[Combination], Combination]:
 def combine_informed(maps: Mapping[str, Tensor], evidence: Callable[[], Tensor]) -> Tensor:
     """Average on the finest grid, weighted by what each layer knows of the phrase.
 
-    Layers differ in what they know of a phrase, and one that does not know it has peaks, too. For each phrase of each image layer
-    l has the weight w_l = exp(e_l) s_l / sum_m exp(e_m) s_m, where e_l is the evidence that the whole layer has for the phrase
-    (nats per token; exp(e_l) is by how much it makes the phrase more likely) and s_l the standard deviation of its map over the
-    locations: how much that depends on the place. The average is smoothed by a Gaussian whose deviation is a 32nd of the
-    grid's side, since the features of a fine layer speak for the edges of an object as much as for its middle. The rule was
-    chosen among some eighty of its kind in the shapes world, on scenes that no reported figure is measured on.
+    For each phrase of each image layer l has the weight w_l = exp(e_l) s_l / sum_m exp(e_m) s_m, where e_l is the evidence that
+    the whole layer has for the phrase (nats per token) and s_l the standard deviation of its map over the locations: how much it
+    depends on the place. The average is smoothed by a Gaussian whose deviation is a 32nd of the grid's side: features of a fine
+    layer speak for the edges of an object as much as for its middle. The rule was chosen among some eighty of its kind in the
+    shapes world, on scenes that no reported figure is measured on.
     """
     whole = evidence()
     spread = torch.stack([one.std(dim=(2, 3), correction=0) for one in maps.values()])  # (L, B, K)
@@ -91,7 +83,7 @@ def _gaussian(edge: int, like: Tensor) -> Tensor:
 
 
 class ExplainMixin:
-    """`attribute`, `describe`, `describe_directions` and `map_directions` for `DevilModel`."""
+    """`attribute`, `describe` and `describe_directions` for `DevilModel`."""
 
     @torch.no_grad()
     def attribute(
@@ -120,10 +112,10 @@ class ExplainMixin:
         """
         if measure not in MEASURES:
             raise ValueError(f"measure={measure!r} is not one of {MEASURES}.")
-        if combine is not None and combine not in COMBINATIONS:
+        if combine not in (None, *COMBINATIONS):
             raise ValueError(f"combine={combine!r} is not one of {(None, *COMBINATIONS)}.")
         visible = resolve_layers(layers, self.layer_names)
-        scorer = PhraseScorer(self, self.check_phrases(phrases or {}), measure, chunk_size)
+        scorer = PhraseScorer(self, self.check_phrases({} if phrases is None else phrases), measure, chunk_size)
         features = self.read_features(pixel_values, feature_maps, visible)
         windows = self._windows(window, visible)
         rule = COMBINATIONS[combine] if combine is not None else None
@@ -140,6 +132,8 @@ class ExplainMixin:
         if not isinstance(window, Mapping):
             return dict.fromkeys(visible, check_window(window))
         named = resolve_layers(list(window), self.layer_names, whole=ALL_LAYERS) if window else []
+        if unasked := [name for name, index in zip(window, named, strict=True) if index not in visible]:
+            raise ValueError(f"window has sides for {unasked}, which are not asked for: leave them out.")
         sides = dict(zip(named, map(check_window, window.values()), strict=True))
         return {index: sides.get(index, 1) for index in visible}
 
@@ -194,14 +188,14 @@ class ExplainMixin:
         """Prefixes of the described places of one layer (-1 for all), rows by image; and the places."""
         layers = None if index < 0 else index
         if locations is None:
-            return self.ask(layers=layers, feature_maps=feature_maps), [(-1, -1)]
+            return self.ask(layers=layers, window=window, feature_maps=feature_maps), [(-1, -1)]
         grid = tuple(feature_maps[max(index, 0)].shape[-2:])
         if not isinstance(locations, str):
             prefix = self.ask(layers=layers, locations=locations, window=window, feature_maps=feature_maps)
-            return prefix, read_locations(locations, grid, self.layer_names[index])
+            return prefix, read_locations(locations, self.layer_names[index], grid)
         if locations != ALL_LAYERS or index < 0:
             raise ValueError(f'locations={locations!r}: "all" is the only word, and needs layers asked one by one.')
-        vectors = self.check_finite(pool_every_location(feature_maps[index], window), index)
+        vectors = pool_every_location(feature_maps[index], window)
         chunk = rows_per_chunk(self.language_model, self.config.prefix_length + 1, 1, 1)
         prefixes = [self._translate_one(part, index) for part in vectors.split(chunk)]
         return torch.cat(prefixes), [(row, column) for row in range(grid[0]) for column in range(grid[1])]
@@ -249,45 +243,11 @@ class ExplainMixin:
         Returns:
             M rows, of which `image_index` counts the vectors.
         """
-        index, vectors = self._check_directions(vectors, layer)
-        prefix = self._translate_one(self.check_finite(vectors, index), index)
+        index, vectors = resolve_layer(layer, self.layer_names), read_tensor(vectors, "vectors").float()
+        prefix = self._translate_one(vectors, index)
         rows = torch.arange(len(prefix))
         columns = [rows, torch.full_like(rows, index), torch.full((len(prefix), 2), -1)]
         return self._describe_prefixes(prefix, columns, evidence, guidance, generation_kwargs)
-
-    @torch.no_grad()
-    def map_directions(
-        self,
-        vectors: Tensor,
-        layer: str | int,
-        pixel_values: Tensor | None = None,
-        base: Tensor | None = None,
-        feature_maps: Sequence[Tensor | None] | None = None,
-    ) -> Tensor:
-        """Where a direction is: the component of the layer's features along it, at every location.
-
-        Args:
-            vectors: (M, C_l) directions of `layer`.
-            pixel_values, feature_maps: the images, as in `ask`.
-            base: (C_l,) point that features are measured from (their mean, say); None for the origin.
-
-        Returns:
-            (B, M, H_l, W_l), in units of the layer's features, each direction taken at length one.
-        """
-        index, vectors = self._check_directions(vectors, layer)
-        features = self.read_features(pixel_values, feature_maps, [index])[index]
-        units = F.normalize(vectors.to(features.device), dim=1)
-        maps = torch.einsum("bchw,mc->bmhw", features.float(), units)
-        return maps if base is None else maps - (units @ base.to(units).flatten())[:, None, None]
-
-    def _check_directions(self, vectors: Tensor, layer: str | int) -> tuple[int, Tensor]:
-        index = resolve_layer(layer, self.layer_names)
-        channels = self.backbone.channels[index]
-        if vectors.ndim != 2 or vectors.shape[1] != channels:
-            raise ValueError(
-                f"vectors of shape {tuple(vectors.shape)}: layer {self.layer_names[index]!r} needs (directions, {channels})."
-            )
-        return index, vectors.float()
 
 
 @dataclass
@@ -316,8 +276,8 @@ class PhraseScorer:
         B, _, H, W = next(iter(feature_maps.values())).shape
         pooled: list[Tensor | None] = [None] * len(model.layer_names)
         for index, maps in feature_maps.items():
-            pooled[index] = model.check_finite(pool_every_location(maps, windows[index]), index)
-        chunk = self.chunk_size or rows_per_chunk(model.language_model, model.config.prefix_length + 1, K, T)
+            pooled[index] = pool_every_location(maps, windows[index])
+        chunk = rows_per_chunk(model.language_model, model.config.prefix_length + 1, K, T, given=self.chunk_size)
         scores = []
         for begin in range(0, B * H * W, chunk):
             prefix = model.translate([None if rows is None else rows[begin : begin + chunk] for rows in pooled])

@@ -94,8 +94,8 @@ def _to_uint8(values: np.ndarray) -> np.ndarray:
     return values.astype(np.uint8)
 
 
-def _channels_last(array: np.ndarray, data_format: str) -> np.ndarray:
-    """(H, W), (C, H, W) or (H, W, C) -> (H, W) or (H, W, C); `data_format` decides only where both readings fit."""
+def _channels_last(array: np.ndarray, channels_first: bool) -> np.ndarray:
+    """(H, W), (C, H, W) or (H, W, C) -> (H, W) or (H, W, C); `channels_first` decides only where both readings fit."""
     if array.ndim == 2:
         return array
     first, last = array.shape[0], array.shape[-1]
@@ -104,7 +104,7 @@ def _channels_last(array: np.ndarray, data_format: str) -> np.ndarray:
     fits = [edge in (1, 2, 3, 4) for edge in (first, last)]
     if all(fits) and (first in (3, 4)) != (last in (3, 4)):
         fits = [first in (3, 4), last in (3, 4)]
-    if fits[0] and (not fits[1] or data_format == "channels_first"):
+    if fits[0] and (not fits[1] or channels_first):
         array = np.moveaxis(array, 0, -1)
     return array[..., 0] if array.shape[-1] == 1 else array
 
@@ -127,12 +127,12 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _array_to_image(array: np.ndarray, data_format: str) -> Image.Image:
+def _array_to_image(array: np.ndarray, channels_first: bool) -> Image.Image:
     if array.ndim not in (2, 3) or array.size == 0:
         raise ValueError(f"an image array must be (H, W), (C, H, W) or (H, W, C) and not empty, got shape {array.shape}")
     if array.dtype.kind not in "buif":
         raise TypeError(f"an image array must hold numbers, got dtype {array.dtype}")
-    return _to_rgb(Image.fromarray(np.ascontiguousarray(_to_uint8(_channels_last(array, data_format)))))
+    return _to_rgb(Image.fromarray(np.ascontiguousarray(_to_uint8(_channels_last(array, channels_first)))))
 
 
 def _open(source: str) -> Image.Image:
@@ -150,15 +150,14 @@ def _open(source: str) -> Image.Image:
         raise FileNotFoundError(f"no such file, and not a URL or base64 text: {source[:200]!r}") from None
 
 
-def load_images(images: ImageSource, data_format: str | None = None) -> list[Image.Image]:
+def load_images(images: ImageSource) -> list[Image.Image]:
     """Upright RGB pictures of whatever holds images.
 
     Args:
         images: a PIL image of any mode, an array or tensor ((H, W), (C, H, W), (H, W, C), or a batch of these with one
             more axis in front), a path, a URL, base64 text, or nested lists of these. An animated file gives its first
-            frame, an open animation the frame it stands at.
-        data_format: `"channels_first"` or `"channels_last"` for arrays that can be read both ways; by default tensors
-            are read channels first and arrays channels last.
+            frame, an open animation the frame it stands at. Where both ways fit, tensors are read channels first and arrays
+            channels last.
 
     Returns:
         One RGB picture per image, after EXIF rotation.
@@ -168,22 +167,21 @@ def load_images(images: ImageSource, data_format: str | None = None) -> list[Ima
         ValueError: for an image of zero size, values out of range, or a file that is not an image.
     """
     if isinstance(images, (list, tuple)):
-        return [image for entry in images for image in load_images(entry, data_format)]
+        return [image for entry in images for image in load_images(entry)]
     if isinstance(images, (str, os.PathLike)):
         return [_load_file(os.fspath(images))]
     if isinstance(images, Image.Image):
         return [_to_rgb(images)]
-    if isinstance(images, torch.Tensor):
+    if channels_first := isinstance(images, torch.Tensor):
         images = images.detach().cpu()
         images = (images.float() if images.is_floating_point() else images).numpy()  # numpy has no bfloat16
-        data_format = data_format or "channels_first"
     if not isinstance(images, np.ndarray):
         raise TypeError(
             "an image must be a PIL image, an array, a tensor, a path, a URL or a list of these, got "
             f"{images!r:.100} of type {type(images).__name__}"
         )
     arrays = images if images.ndim == 4 else [images]
-    return [_array_to_image(array, data_format or "channels_last") for array in arrays]
+    return [_array_to_image(array, channels_first) for array in arrays]
 
 
 def _load_file(source: str) -> Image.Image:
@@ -204,7 +202,6 @@ class DevilImageProcessorKwargs(TypedDict, total=False):
     resample: int | None
     image_mean: list[float] | tuple[float, ...] | None
     image_std: list[float] | tuple[float, ...] | None
-    input_data_format: str | None
     return_tensors: str | None
 
 
@@ -255,17 +252,17 @@ class DevilImageProcessor(PilBackend):
         self, image_size: Sequence[int], crop_size: Any = None, crop_pct: float | None = None, crop_mode: str | None = None
     ) -> CropGeometry:
         """Where the crop lies in an upright image of `image_size` (height, width); None takes the processor's own settings."""
-        size = crop_size or self.crop_size
+        size = self._standardize_kwargs(crop_size=crop_size or self.crop_size)["crop_size"]  # somebody may have set a number
         height, width = (int(edge) for edge in image_size)
+        if height < 1 or width < 1:
+            raise ValueError(f"image_size={tuple(image_size)} must be the (height, width) of an image, in pixels.")
         crop = (int(size["height"]), int(size["width"]))
         resized = _resized_size((height, width), crop, crop_pct or self.crop_pct, crop_mode or self.crop_mode)
         top, left = (_crop_offset(*edges) for edges in zip(resized, crop, strict=True))
         return CropGeometry(image_size=(height, width), resized_size=resized, offset=(top, left), crop_size=crop)
 
-    def _preprocess_image_like_inputs(
-        self, images: ImageSource, *args: Any, input_data_format: str | None = None, **kwargs: Any
-    ) -> BatchFeature:
-        pictures = load_images(images, input_data_format)
+    def _preprocess_image_like_inputs(self, images: ImageSource, *args: Any, **kwargs: Any) -> BatchFeature:
+        pictures = load_images(images)
         if not pictures:
             raise ValueError("no images given: pass at least one")
         return self._preprocess(pictures, *args, **kwargs)
@@ -309,5 +306,3 @@ class DevilImageProcessor(PilBackend):
 
 
 DevilImageProcessor.register_for_auto_class("AutoImageProcessor")
-
-__all__ = ["CropGeometry", "DevilImageProcessor", "ImageSource", "load_images"]

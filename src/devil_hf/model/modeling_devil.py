@@ -8,7 +8,7 @@ model stays in eval mode.
 """
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,11 +20,13 @@ from .backbone_devil import FeatureBackbone
 from .checkpoint_devil import DevilPreTrainedModel, companion
 from .explaining_devil import ExplainMixin
 from .outputs_devil import DevilOutput
-from .pooling_devil import Layers, check_weights, pool, read_locations, region_weights, resolve_layers, window_weights
+from .pooling_devil import Layers, one_per_layer, only_one, place_weights, pool, read_number, read_tensor, resolve_layers
 from .scoring_devil import EvidenceGuidance, ScoreMixin, rows_per_chunk, run_language_model
 from .translator_devil import translator_class
 
 DEFAULT_NEW_TOKENS = 40
+QUESTION = ("locations", "window", "regions", "location_weights", "layer_mask", "feature_maps")  # arguments of `ask`
+COUNTS = ("max_new_tokens", "max_length", "num_beams", "num_return_sequences")  # arguments of `generate` that are at least 1
 
 
 class DevilModel(ExplainMixin, ScoreMixin, DevilPreTrainedModel):
@@ -42,6 +44,9 @@ class DevilModel(ExplainMixin, ScoreMixin, DevilPreTrainedModel):
             self.backbone = FeatureBackbone.from_config(config.backbone_config, module=backbone)
         self.language_model = language_model or AutoModelForCausalLM.from_config(config.text_config)
         self.language_model.get_output_embeddings().register_forward_pre_hook(_contiguous_input)
+        self.language_model.get_output_embeddings().register_forward_hook(_check_logits)
+        # Nothing that we decode is padded, and the library drops a mask of ones before it looks for padding.
+        self.language_model.base_model.warn_if_padding_and_no_attention_mask = _nothing_is_padded
         # Descriptions follow the arguments of the call alone, not decoding habits that came with the language model.
         self.language_model.generation_config = GenerationConfig.from_model_config(self.language_model.config)
         embedding_width = int(self.get_input_embeddings().weight.shape[-1])
@@ -84,45 +89,43 @@ class DevilModel(ExplainMixin, ScoreMixin, DevilPreTrainedModel):
     def extract_features(self, pixel_values: Tensor | None, layers: Layers = None) -> list[Tensor | None]:
         """Feature maps (B, C_l, H_l, W_l) of `pixel_values` (B, 3, H, W), one per layer; None for layers not asked for.
 
-        Raises:
-            ValueError: for pixel values of a wrong shape, and for layers that the model does not read.
+        A ValueError for pixel values of a wrong shape, layers that the model does not read, and features that are not finite.
         """
         if pixel_values is None:
             raise ValueError("there is nothing to look at: give pixel_values, or the feature_maps of an earlier call.")
-        if pixel_values.ndim != 4 or 0 in pixel_values.shape:
+        pixel_values = read_tensor(pixel_values, "pixel_values")
+        if pixel_values.ndim != 4 or 0 in pixel_values.shape or not pixel_values.is_floating_point():
             raise ValueError(
-                f"pixel_values of shape {tuple(pixel_values.shape)}: expected (images, 3, height, width), none of them zero; "
-                "make them with the model's processor."
+                f"pixel_values of shape {tuple(pixel_values.shape)} and type {pixel_values.dtype}: expected floating-point "
+                "(images, 3, height, width), none of them zero; make them with the model's processor."
             )
         visible = resolve_layers(layers, self.layer_names)
         parameter = next(self.backbone.parameters(), None)
         if parameter is not None:
             pixel_values = pixel_values.to(device=parameter.device, dtype=parameter.dtype)
-        return self.backbone(pixel_values, visible)
+        try:
+            maps = self.backbone(pixel_values, visible)
+        except (AssertionError, RuntimeError) as error:
+            if list(pixel_values.shape[1:]) == list(self.config.backbone_config["input_size"]):
+                raise
+            raise ValueError(f"the backbone cannot read images of {tuple(pixel_values.shape[1:])}: {error}") from error
+        for index in visible:
+            self.check_features(maps[index], index, tuple(maps[index].shape))
+        return maps
 
     def read_features(
         self, pixel_values: Tensor | None, feature_maps: Sequence[Tensor | None] | None, visible: Sequence[int]
     ) -> list[Any]:
-        """The given feature maps, checked, or those of `pixel_values`, at least for the layers at positions `visible`.
-
-        Raises:
-            ValueError: for maps that are not one per layer, or hold nothing of a visible layer.
-        """
+        """The given feature maps, checked, or those of `pixel_values`, at least for the layers at positions `visible`."""
         if feature_maps is None:
             return self.extract_features(pixel_values, list(visible))
-        names = self.layer_names
-        if isinstance(feature_maps, Tensor) or len(feature_maps) != len(names):
-            raise ValueError(f"feature_maps must be one map for each of {names}, as `extract_features` gives them.")
+        maps, names = one_per_layer(feature_maps, "feature_maps", self.layer_names), self.layer_names
         for index in visible:
-            found, channels = feature_maps[index], self.backbone.channels[index]
-            if found is None:
+            if maps[index] is None:
                 raise ValueError(f"feature_maps hold nothing of layer {names[index]!r}: extract it, or do not ask for it.")
-            if found.ndim != 4 or found.shape[1] != channels:
-                raise ValueError(
-                    f"the feature map of layer {names[index]!r} has the shape {tuple(found.shape)}: expected (images, "
-                    f"{channels}, rows, columns)."
-                )
-        return list(feature_maps)
+            images = len(maps[visible[0]])
+            self.check_features(maps[index], index, (images, self.backbone.channels[index], "rows", "columns"))
+        return maps
 
     def translate(self, pooled: Sequence[Tensor | None], layer_mask: Tensor | None = None, rows: int = 1) -> Tensor:
         """Prefix (N, k, D_lm) for pooled features, one (N, C_l) per layer or None where hidden (paper, section 3.1)."""
@@ -136,7 +139,13 @@ class DevilModel(ExplainMixin, ScoreMixin, DevilPreTrainedModel):
             hidden = layer_mask.all(dim=0).tolist()
             rows = layer_mask.shape[0]
             pooled = [None if gone else vectors for vectors, gone in zip(pooled, hidden, strict=True)]
-        return self.translator(pooled, layer_mask, rows)
+        for index, vectors in enumerate(pooled):
+            if vectors is not None:
+                self.check_features(vectors, index, ("rows", self.backbone.channels[index]))
+        prefix = self.translator(pooled, layer_mask, rows)
+        if not (torch.is_grad_enabled() or torch.isfinite(prefix).all()):
+            raise ValueError("the prefix is not finite: check the weights of the translator, and its dtype.")
+        return prefix
 
     def null_prefix(self) -> Tensor:
         """The prefix (1, k, D_lm) when every layer is hidden: what the language model says of nothing."""
@@ -170,70 +179,35 @@ class DevilModel(ExplainMixin, ScoreMixin, DevilPreTrainedModel):
         visible = resolve_layers(layers, self.layer_names)
         feature_maps = self.read_features(pixel_values, feature_maps, visible)
         seen = {index: feature_maps[index] for index in visible}
-        _only_one(locations=locations, regions=regions, location_weights=location_weights)
-        weights: Mapping[int, Any] = dict.fromkeys(visible)
-        vanished = None
-        if location_weights is not None:
-            weights = {index: location_weights[index] for index in visible}
-            for index, maps in seen.items():
-                check_weights(weights[index], len(maps), tuple(maps.shape[-2:]), self.layer_names[index])
-        elif regions is not None:
-            weights, vanished = self._region_weights(regions, seen)
-        elif locations is not None:
-            weights = dict.fromkeys(visible, self._window_weights(locations, window, seen))
+        weights, vanished = place_weights(self.layer_names, seen, pixel_values, locations, window, regions, location_weights)
         pooled: list[Tensor | None] = [None] * len(self.layer_names)
         for index, maps in seen.items():
-            pooled[index] = vectors = self.check_finite(pool(maps, weights[index]), index)
-        if layer_mask is not None:
-            layer_mask = self._rows_of_mask(layer_mask, len(vectors), len(maps))
-        return self.translate(pooled, _hidden(layer_mask, vanished))
+            pooled[index] = vectors = pool(maps, weights[index])
+        return self.translate(pooled, self._hidden(layer_mask, vanished, len(vectors), len(maps)))
 
-    def _window_weights(self, locations, window: int, feature_maps: Mapping[int, Tensor]) -> Tensor:
-        """Weights (R, H, W) of windows around places on the one grid of the feature maps."""
-        grids = {self.layer_names[i]: (maps.shape[-2], maps.shape[-1]) for i, maps in feature_maps.items()}
-        name, grid = next(iter(grids.items()))
-        if len(set(grids.values())) > 1:
-            raise ValueError(f"locations need one grid, but the visible layers have {grids}: name one layer, or use regions.")
-        return window_weights(read_locations(locations, grid, name), grid, window)
-
-    def _region_weights(self, regions: Tensor, feature_maps: Mapping[int, Tensor]) -> tuple[dict[int, Tensor], Tensor]:
-        """Weights (B, R, H_l, W_l) of regions by layer index, and where they vanish and are hidden, (B * R, L) bool."""
-        like = next(iter(feature_maps.values()))
-        if regions.ndim not in (3, 4) or len(regions) != len(like):
+    def _hidden(self, layer_mask: Any, vanished: Tensor | None, rows: int, images: int) -> Tensor | None:
+        """A layer mask of (L,), (B, L) or (rows, L), and the layers where regions vanish, as (rows, L); None hides nothing."""
+        if layer_mask is None:
+            return vanished
+        mask, layers = read_tensor(layer_mask, "layer_mask").bool(), len(self.layer_names)
+        if mask.shape not in ((layers,), (images, layers), (rows, layers)):
             raise ValueError(
-                f"regions of shape {tuple(regions.shape)} for {len(like)} images: expected ({len(like)}, height, width) or "
-                f"({len(like)}, regions, height, width), over the pixel values."
+                f"layer_mask of shape {tuple(mask.shape)}: expected ({layers},), ({images}, {layers}) or ({rows}, {layers})."
             )
-        regions = (regions[:, None] if regions.ndim == 3 else regions).to(like.device)
-        vanished = torch.zeros(regions[:, :, 0, 0].numel(), len(self.layer_names), dtype=torch.bool, device=like.device)
-        weights = {}
-        for index, maps in feature_maps.items():
-            weights[index], empty = region_weights(regions, (maps.shape[-2], maps.shape[-1]))
-            vanished[:, index] = empty.flatten()
-        return weights, vanished
+        mask = mask.expand(rows, -1) if mask.ndim == 1 else mask.repeat_interleave(rows // len(mask), dim=0)
+        return mask if vanished is None else mask.to(vanished.device) | vanished
 
-    def _rows_of_mask(self, layer_mask: Tensor, rows: int, images: int) -> Tensor:
-        """A layer mask of (L,), (B, L) or (rows, L) as (rows, L)."""
-        layers = len(self.layer_names)
-        if layer_mask.shape == (layers,):
-            return layer_mask.bool().expand(rows, -1)
-        if layer_mask.shape == (images, layers):
-            return layer_mask.bool().repeat_interleave(rows // images, dim=0)
-        if layer_mask.shape == (rows, layers):
-            return layer_mask.bool()
-        raise ValueError(
-            f"layer_mask of shape {tuple(layer_mask.shape)}: expected ({layers},), ({images}, {layers}) or ({rows}, {layers})."
-        )
-
-    def check_finite(self, vectors: Tensor, index: int) -> Tensor:
-        """Pooled features (N, C_l) of the layer at position `index`, as they are; a ValueError if one is not finite."""
-        if not torch.isfinite(vectors).all():
-            bad = int((~torch.isfinite(vectors)).any(dim=-1).sum())
+    def check_features(self, features: Tensor, index: int, expected: tuple[int | str, ...]) -> None:
+        """A ValueError for features of the layer at position `index` that are not finite, or not of the shape `expected`."""
+        shape, name = tuple(features.shape), self.layer_names[index]
+        fits = [found and (found == wanted or isinstance(wanted, str)) for found, wanted in zip(shape, expected, strict=False)]
+        if len(shape) != len(expected) or not all(fits):
+            raise ValueError(f"features of layer {name!r} have the shape {shape}: expected ({', '.join(map(str, expected))}).")
+        if not torch.isfinite(features).all():
             raise ValueError(
-                f"features of layer {self.layer_names[index]!r} are not finite in {bad} of {len(vectors)} questions: check the "
-                "pixel values, and the backbone's dtype (half precision overflows in some backbones)."
+                f"features of layer {name!r} are not finite: check the pixel values, and the backbone's weights and dtype "
+                "(half precision overflows in some backbones)."
             )
-        return vectors
 
     # ------------------------------------------------------------------------------------------------------- training
 
@@ -261,28 +235,22 @@ class DevilModel(ExplainMixin, ScoreMixin, DevilPreTrainedModel):
             layer_mask: (B, L) bool, True = hidden.
             regions: (B, H, W) masks, as `processor.masks_to_regions` makes them, of what each caption speaks of; ones for a
                 whole image (beyond the paper). Location dropout then draws places inside of them. As in `ask`, a layer where
-                one vanishes is hidden from it.
-
-        Raises:
-            ValueError: for more than one of regions, weights and pooled features, which all say where to look.
+                one vanishes is hidden from it. Of regions, weights and pooled features, one may be given.
         """
-        _only_one(regions=regions, location_weights=location_weights, pooled_features=pooled_features)
+        only_one(regions=regions, location_weights=location_weights, pooled_features=pooled_features)
         layers, vanished = range(len(self.layer_names)), None
         if pooled_features is None:
-            feature_maps = self.read_features(pixel_values, feature_maps, layers)
-            weights: Any = location_weights or [None] * len(layers)
-            if regions is not None:
-                weights, vanished = self._region_weights(regions, dict(enumerate(feature_maps)))
+            maps = dict(enumerate(self.read_features(pixel_values, feature_maps, layers)))
+            weights, vanished = place_weights(self.layer_names, maps, pixel_values, None, 1, regions, location_weights)
             if self.training and location_weights is None:
-                drawn = companion("training").draw_location_weights(self.config, len(feature_maps[0]), feature_maps, regions)
-                weights = [one[:, None] for one in drawn]
-            pooled_features = [self.check_finite(pool(feature_maps[i], weights[i]), i) for i in layers]
+                drawn = companion("training").draw_location_weights(self.config, len(maps[0]), list(maps.values()), regions)
+                weights = {index: one[:, None] for index, one in enumerate(drawn)}
+            pooled_features = [pool(maps[index], weights[index]) for index in layers]
+        pooled_features = one_per_layer(pooled_features, "pooled_features", self.layer_names)
+        rows, device = len(pooled_features[0]), pooled_features[0].device
         if layer_mask is None and self.training:
-            rows, device = len(pooled_features[0]), pooled_features[0].device
             layer_mask = companion("training").draw_layer_mask(self.config, rows, len(layers), device)
-        if vanished is not None and vanished.any():
-            layer_mask = _hidden(layer_mask, vanished)
-        prefix = self.translate(pooled_features, layer_mask)
+        prefix = self.translate(pooled_features, self._hidden(layer_mask, vanished, rows, rows))
         if input_ids is None:
             return DevilOutput(prefix=prefix)
         labels, embeds, mask = self.caption_inputs(prefix, input_ids, attention_mask)
@@ -293,8 +261,9 @@ class DevilModel(ExplainMixin, ScoreMixin, DevilPreTrainedModel):
 
     def caption_inputs(self, prefix: Tensor, input_ids: Tensor, attention_mask: Tensor | None):
         """Labels (B, T + 1), -100 on padding; input embeddings of BOS, prefix, caption, EOS; their attention mask."""
-        input_ids = input_ids.to(prefix.device)
-        attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(prefix.device)
+        input_ids, attention_mask = (one.to(prefix.device) for one in self.read_tokens(input_ids, attention_mask))
+        if len(input_ids) != len(prefix):
+            raise ValueError(f"{len(input_ids)} captions for {len(prefix)} images: give one of each.")
         tokens, labels = input_ids, input_ids.masked_fill(attention_mask == 0, -100)
         if self.config.eos_token_id is not None:
             # EOS stands right after the last caption token, in front of the padding.
@@ -326,31 +295,17 @@ class DevilModel(ExplainMixin, ScoreMixin, DevilPreTrainedModel):
             raise ValueError(f"{what} take {length} tokens, but the language model reads {limit}: {remedy}.")
 
     @torch.no_grad()
-    def generate(
-        self,
-        pixel_values: Tensor | None = None,
-        layers: Layers = None,
-        locations: Sequence[tuple[int, int]] | None = None,
-        window: int = 1,
-        regions: Tensor | None = None,
-        location_weights: Sequence[Tensor | None] | None = None,
-        layer_mask: Tensor | None = None,
-        feature_maps: Sequence[Tensor | None] | None = None,
-        guidance: float = 1.0,
-        **generation_kwargs,
-    ) -> Tensor:
+    def generate(self, pixel_values: Tensor | None = None, layers: Layers = None, guidance: float = 1.0, **arguments) -> Tensor:
         """Describe what is asked for, by the language model's own `generate`.
 
-        The arguments up to `feature_maps` are those of `ask`; `guidance` above 1 favours what the features add (beyond the
-        paper); everything else (`max_new_tokens`, `num_beams`, `do_sample`, `streamer`, ...) goes to the library's `generate`.
+        The arguments are those of `ask`; `guidance`, which above 1 favours what the features add (beyond the paper); everything
+        else (`max_new_tokens`, `num_beams`, `do_sample`, `streamer`, ...) goes to the library's `generate`.
 
         Returns:
             (N, T) new tokens, greedy unless told otherwise (paper, section 4.1).
         """
-        if "input_ids" in generation_kwargs or "attention_mask" in generation_kwargs:
-            raise ValueError("generate reads images only: phrases go to `score` or `attribute`.")
-        prefix = self.ask(pixel_values, layers, locations, window, regions, location_weights, layer_mask, feature_maps)
-        return self.decode(prefix, guidance, **generation_kwargs)
+        question = {name: arguments.pop(name) for name in QUESTION if name in arguments}
+        return self.decode(self.ask(pixel_values, layers, **question), guidance, **arguments)
 
     @torch.no_grad()
     def decode(self, prefix: Tensor, guidance: float = 1.0, **generation_kwargs) -> Tensor:
@@ -377,7 +332,9 @@ class DevilModel(ExplainMixin, ScoreMixin, DevilPreTrainedModel):
 
     def _generation_options(self, start_length: int, given: dict) -> tuple[dict, GenerationConfig]:
         """Arguments for the library's `generate`, our defaults under the caller's, and the configuration they amount to."""
-        options = dict(given)
+        if text := given.keys() & {"input_ids", "attention_mask", "inputs_embeds", "scored_mask"}:
+            raise ValueError(f"{sorted(text)}: descriptions are of images alone; phrases go to `score` or `attribute`.")
+        options = {name: read_number(value, name, 1) if name in COUNTS else value for name, value in given.items()}
         config = copy.deepcopy(options.get("generation_config") or GenerationConfig())
         known = config.to_dict()
         config.update(**{name: value for name, value in given.items() if name in known})
@@ -401,23 +358,19 @@ class DevilModel(ExplainMixin, ScoreMixin, DevilPreTrainedModel):
         return next(token for token in tokens if token is not None)
 
 
-def _only_one(**given: Any) -> None:
-    names = [name for name, value in given.items() if value is not None]
-    if len(names) > 1:
-        raise ValueError(f"{' and '.join(names)} both say where to look: give one of them.")
-
-
-def _hidden(layer_mask: Tensor | None, vanished: Tensor | None) -> Tensor | None:
-    if layer_mask is None or vanished is None:
-        return vanished if layer_mask is None else layer_mask
-    return layer_mask.to(vanished.device) | vanished
-
-
 def _contiguous_input(head: nn.Module, arguments: tuple) -> tuple:
     # Logits of the last positions are asked of a slice, on which bf16 kernels of the CPU are hundreds of times slower.
     return (arguments[0].contiguous(), *arguments[1:])
 
 
-DevilModel.register_for_auto_class("AutoModel")
+def _check_logits(head: nn.Module, arguments: tuple, logits: Tensor) -> None:
+    # Minus infinity is what some language models give to tokens that they never say. Training sees its own loss.
+    if not (torch.is_grad_enabled() or torch.compiler.is_compiling() or (logits < float("inf")).all()):
+        raise ValueError("the language model's scores are not finite: check its weights, and its dtype.")
 
-__all__ = ["DevilModel"]
+
+def _nothing_is_padded(*arguments: Any) -> None:
+    pass
+
+
+DevilModel.register_for_auto_class("AutoModel")

@@ -105,8 +105,6 @@ class AttributionOutput(ShapesRepr, ModelOutput):
 def describe_rows(output: DescribeOutput, tokenizer: Any, images: Sequence[str] | None = None) -> list[dict[str, Any]]:
     """Descriptions as rows: what was asked, the words of the answer, and what each word owes to the features.
 
-    The one place that turns generated tokens and their evidence into words.
-
     Args:
         output: what `model.describe` or `model.describe_directions` returned.
         tokenizer: of the language model.
@@ -138,15 +136,16 @@ def describe_rows(output: DescribeOutput, tokenizer: Any, images: Sequence[str] 
 
 
 def word_evidence(tokenizer: Any, tokens: Sequence[tuple[int, float]]) -> list[tuple[str, float]]:
-    """(token, nats) pairs of one text, joined to (word, nats) pairs."""
-    words: list[tuple[str, float]] = []
-    before = 0
+    """(token, nats) pairs of one text, joined to (word, nats) pairs; a token of several words counts for each of them alike."""
+    words, shares = [], [0.0]
     for end, (_, nats) in enumerate(tokens, 1):
         # Decoded from the start each time: only the whole text shows where a tokenizer puts its spaces.
         pieces = tokenizer.decode([token for token, _ in tokens[:end]], skip_special_tokens=True).split()
-        if len(pieces) > before:
-            words.append((pieces[-1], nats))
-        elif words:
-            words[-1] = (pieces[-1], words[-1][1] + nats)
-        before = len(pieces)
-    return words
+        number = max(len(pieces), 1)
+        shares = [*shares[: number - 1], sum(shares[number - 1 :]), *[0.0] * (number - len(shares))]
+        # The words that the token changed or began, else the last one.
+        first = next((at for at in range(number - 1) if words[at : at + 1] != pieces[at : at + 1]), number - 1)
+        for at in range(first, number):
+            shares[at] += nats / (number - first)
+        words = pieces
+    return list(zip(words, shares, strict=False))

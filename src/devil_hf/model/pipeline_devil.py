@@ -88,7 +88,10 @@ class VisionFeatureDescriptionPipeline(Pipeline):
     ) -> dict[str, Any]:
         shared = shared or {}
         feature_maps = self.model.extract_features(model_inputs["pixel_values"])
-        output = self.model.describe(feature_maps=feature_maps, **shared, **(describe or {}))
+        describe = (shared | describe) if describe else dict(shared)
+        if phrases is not None and "locations" not in describe:
+            describe.pop("window", None)  # of the maps alone
+        output = self.model.describe(feature_maps=feature_maps, **describe)
         # The base class cuts batches along the first axis: every entry has one row per image.
         order = torch.argsort(output.image_index, stable=True)
         columns = {name: output[name] for name in _COLUMNS if name in output}
@@ -130,5 +133,3 @@ if TASK not in PIPELINE_REGISTRY.get_supported_tasks():
     PIPELINE_REGISTRY.register_pipeline(
         TASK, pipeline_class=VisionFeatureDescriptionPipeline, pt_model=AutoModel, type="multimodal"
     )
-
-__all__ = ["CUSTOM_PIPELINES", "VisionFeatureDescriptionPipeline"]

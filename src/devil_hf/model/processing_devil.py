@@ -20,32 +20,26 @@ from transformers.utils import ModelOutput, logging
 
 from .image_processing_devil import CropGeometry, ImageSource, load_images
 from .outputs_devil import DescribeOutput, ShapesRepr, describe_rows
+from .pooling_devil import read_masks, read_number
 
 logger = logging.get_logger(f"transformers.{__name__}")  # answers to the verbosity of transformers
 
+CALL_SETTINGS = ("resample", "image_mean", "image_std")
 WARM, COOL = (176, 30, 20), (5, 68, 140)  # for and against a phrase
 
 
 @dataclass(repr=False)
 class AttributionOverlays(ShapesRepr, ModelOutput):
-    """Pictures of images under their attribution maps, all on one colour scale.
-
-    Args:
-        pictures: per layer, per image, one RGB picture per phrase, in the size of the image.
-        value_range: (lowest, highest) value of the colour scale, in the unit of the maps.
-    """
+    """Pictures of images under their maps: per layer, per image, one RGB picture per phrase, in the size of the image, all on
+    one colour scale from the lowest to the highest of `value_range`, in the unit of the maps."""
 
     pictures: dict[str, list[list[Image.Image]]] | None = None
     value_range: tuple[float, float] | None = None
 
 
 class DevilProcessor(ProcessorMixin):
-    """Processor of a DeViL model: an image processor, a tokenizer, and the way back from maps to images.
-
-    Args:
-        image_processor: the `DevilImageProcessor` of the backbone.
-        tokenizer: the tokenizer of the language model. One without a padding token gets its EOS token as padding.
-    """
+    """Processor of a DeViL model: the `DevilImageProcessor` of its backbone, the tokenizer of its language model (one without a
+    padding token gets its EOS token as padding), and the way back from maps to images."""
 
     def __init__(self, image_processor: Any, tokenizer: PreTrainedTokenizerBase):
         if tokenizer.pad_token is None:
@@ -61,6 +55,8 @@ class DevilProcessor(ProcessorMixin):
         carrier: str | None = None,
         *,
         max_length: int | None = None,
+        padding: bool | str = True,
+        truncation: bool = False,
         return_tensors: str | None = "pt",
         **images_kwargs: Any,
     ) -> BatchFeature:
@@ -71,9 +67,10 @@ class DevilProcessor(ProcessorMixin):
             text: one or K captions or phrases.
             carrier: neutral words in front of every phrase ("the"), joined by a space; they are context, not scored.
             max_length: captions are cut after this many tokens (the paper: 100). Without it, text longer than the
-                language model's context is an error.
+                language model's context is an error, or cut there with `truncation`.
+            padding: always to the longest, as True says; no other choice.
             return_tensors: `"pt"`, `"np"` or `None` for lists.
-            images_kwargs: settings of the image processor for this call, such as `crop_pct`.
+            images_kwargs: settings of the image processor for this call, see `CALL_SETTINGS`.
 
         Returns:
             `BatchFeature` with, for images, `pixel_values` of shape `(batch_size, 3, height, width)`; for text,
@@ -81,12 +78,23 @@ class DevilProcessor(ProcessorMixin):
             `scored_mask`, bool of shape `(K, T)`, True on the phrase's own tokens.
 
         Raises:
+            TypeError: for arguments of other names.
             ValueError: if neither images nor text are given, or a phrase is empty or too long.
         """
         if images is None and text is None:
             raise ValueError("nothing to process: pass `images`, `text` or both")
         if carrier is not None and text is None:
             raise ValueError(f"carrier {carrier!r} needs phrases: pass `text` as well")
+        for name, value in images_kwargs.items():
+            if name not in CALL_SETTINGS:
+                raise TypeError(
+                    f"{name}={value!r:.100} is no setting of a call, as {CALL_SETTINGS} are; what moves the crop is set on "
+                    "`processor.image_processor`, by which maps find their way back"
+                )
+        if padding not in (True, "longest"):
+            raise ValueError(f"padding={padding!r}: phrases are always padded to the longest")
+        if max_length is not None or truncation:
+            max_length = read_number(self.tokenizer.model_max_length if max_length is None else max_length, "max_length", 1)
         data: dict[str, Any] = {}
         if images is not None:
             data |= self.image_processor(images, return_tensors=return_tensors, **images_kwargs)
@@ -133,7 +141,12 @@ class DevilProcessor(ProcessorMixin):
         if not phrase.strip():
             raise ValueError(f"phrase {phrase!r} is empty: give at least one word")
         text = f"{carrier.rstrip()} {phrase.lstrip()}" if carrier else phrase
-        return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        # What spells a special token is text of the user's.
+        ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+        if special := set(ids) & set(self.tokenizer.all_special_ids) - {self.tokenizer.unk_token_id}:
+            names = self.tokenizer.convert_ids_to_tokens(sorted(special))
+            raise ValueError(f"phrase {phrase!r} holds {names}, which the language model reads as no words: leave them out")
+        return ids
 
     def _check_words(self, phrase: str, ids: list[int]) -> None:
         if not ids:
@@ -145,14 +158,7 @@ class DevilProcessor(ProcessorMixin):
             logger.warning(f"phrase {phrase!r} holds words that the language model does not know, read as unknown")
 
     def post_process_descriptions(self, output: DescribeOutput, images: Sequence[str] | None = None) -> list[dict[str, Any]]:
-        """The words of what `model.describe` or `model.describe_directions` returned, a dict per description.
-
-        Args:
-            images: names of the images, to stand in the rows instead of their indices.
-
-        Returns:
-            See `describe_rows`.
-        """
+        """The words of what `model.describe` or `model.describe_directions` returned, a dict per description: `describe_rows`."""
         return describe_rows(output, self.tokenizer, images)
 
     def post_process_attribution(
@@ -164,8 +170,7 @@ class DevilProcessor(ProcessorMixin):
         centres of the locations (as up-sampling with `align_corners=False` does), with crop and resize undone.
 
         Args:
-            outputs: what `model.attribute` returned, or its `maps`: per layer a tensor of shape
-                `(batch_size, K, H_l, W_l)`.
+            outputs: what `model.attribute` returned, or its `maps`: per layer a tensor (batch_size, K, H_l, W_l).
             images: the images that were given to the processor; their sizes are read after EXIF rotation.
             target_sizes: instead of `images`, (height, width) per image.
 
@@ -184,14 +189,10 @@ class DevilProcessor(ProcessorMixin):
         return {layer: list(map(_place_maps, values.detach(), geometries)) for layer, values in maps.items()}
 
     def overlay(self, outputs: Any, images: ImageSource) -> AttributionOverlays:
-        """Pictures of the images under their maps, with one colour scale across all layers, images and phrases.
+        """Pictures of the images that the processor was given under their maps, on one colour scale across all of them.
 
         Warm colours lie above the middle of the scale and cool ones below: zero, unless `outputs` says that it holds another
         measure than evidence.
-
-        Args:
-            outputs: as in `post_process_attribution`.
-            images: the images that were given to the processor.
         """
         pictures = load_images(images)
         maps = self.post_process_attribution(outputs, images=pictures)
@@ -220,7 +221,7 @@ class DevilProcessor(ProcessorMixin):
         """
         regions = []
         for mask in masks:
-            values = torch.as_tensor(np.asarray(mask)).float()
+            values = read_masks(mask, "masks").cpu()
             if values.ndim not in (2, 3) or 0 in values.shape:
                 raise ValueError(f"a mask must be (height, width) or (regions, height, width), got {tuple(values.shape)}")
             values = values[None] if values.ndim == 2 else values
@@ -284,5 +285,3 @@ def _tinted(image: Image.Image, values: np.ndarray, value_range: tuple[float, fl
 
 
 DevilProcessor.register_for_auto_class("AutoProcessor")
-
-__all__ = ["AttributionOverlays", "DevilProcessor", "attribution_maps", "shared_value_range"]

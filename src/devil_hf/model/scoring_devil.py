@@ -15,6 +15,7 @@ from transformers import LogitsProcessor, PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from .outputs_devil import ScoreOutput
+from .pooling_devil import read_number, read_tensor
 
 # Rows are scored in chunks that need about this much memory beside the weights.
 CHUNK_BYTES = 1 << 30
@@ -51,64 +52,81 @@ class ScoreMixin:
     def check_phrases(self, phrases: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
         """Phrase tensors `input_ids`, `attention_mask`, `scored_mask` (K, T), checked, on the language model's device.
 
-        Masks that are missing are those of phrases without padding and without a carrier.
+        Masks that are missing are those of phrases without padding and a carrier.
 
         Raises:
             TypeError: for what is no mapping.
-            ValueError: for token ids of a wrong shape or of another vocabulary, phrases without a token to score, and phrases
-                that do not fit the context behind the prefix.
+            ValueError: as `read_tokens`; for phrases without a token to score, and phrases that do not fit the context behind
+                the prefix.
         """
         if not isinstance(phrases, Mapping):
             raise TypeError(f"phrases must come from processor(text=[...], return_tensors='pt'), got {phrases!r:.80}")
-        ids = phrases.get("input_ids")
-        if ids is None or ids.ndim != 2 or 0 in ids.shape:
-            shape = None if ids is None else tuple(ids.shape)
-            raise ValueError(
-                f"phrases need input_ids of shape (phrases, tokens), got {shape}: make them with processor(text=[...])."
-            )
-        table = self.get_input_embeddings().weight
-        if not 0 <= int(ids.min()) <= int(ids.max()) < table.shape[0]:
-            raise ValueError(
-                f"phrases hold token {int(ids.max())}, but the language model knows {table.shape[0]}: "
-                "make them with the processor of this checkpoint."
-            )
-        ids = ids.to(table.device)
-        given = [phrases.get(name) for name in ("attention_mask", "scored_mask")]
-        read, scored = (torch.ones_like(ids) if mask is None else mask.to(ids.device) for mask in given)
-        scored = scored.bool() & read.bool()
+        ids, read = self.read_tokens(phrases.get("input_ids"), phrases.get("attention_mask"))
+        scored = read.bool()
+        if phrases.get("scored_mask") is not None:
+            scored = scored & self._token_mask(phrases["scored_mask"], "scored_mask", ids)
         if empty := torch.nonzero(~scored.any(dim=1)).flatten().tolist():
             raise ValueError(f"phrases {empty} have no token to score: leave empty phrases out.")
         length = self.config.prefix_length + 1 + ids.shape[1]
         self.check_context(length, "the prefix and the longest phrase", "shorten that phrase")
         return {"input_ids": ids, "attention_mask": read, "scored_mask": scored}
 
-    def score_prefix(self, prefix: Tensor, phrases: Mapping[str, Tensor | None], chunk_size: int | None = None) -> Tensor:
-        """Log-probability of given phrases under prefixes, token by token; what `score` and `attribute` add up.
+    def read_tokens(self, input_ids: Any, attention_mask: Any = None) -> tuple[Tensor, Tensor]:
+        """Token ids and their attention mask (K, T), checked, on the language model's device.
 
-        Args:
-            prefix: (N, k, D_lm), as `ask`, `translate` and `null_prefix` give them.
-            phrases: K phrases of up to T tokens, as `processor(text=[...])` makes them, see `check_phrases`.
-            chunk_size: prefixes at once; chosen from the shapes when None.
+        Raises:
+            ValueError: for ids of a wrong shape or of another vocabulary, and for a mask with padding elsewhere than behind.
+        """
+        table = self.get_input_embeddings().weight
+        ids = torch.empty(0) if input_ids is None else read_tensor(input_ids, "input_ids").to(table.device)
+        if ids.ndim != 2 or 0 in ids.shape or ids.is_floating_point():
+            raise ValueError(
+                f"input_ids must be whole numbers of shape (phrases, tokens), got {tuple(ids.shape)} of type {ids.dtype}: "
+                "make them with processor(text=[...])."
+            )
+        low, high = int(ids.min()), int(ids.max())
+        if low < 0 or high >= table.shape[0]:
+            raise ValueError(
+                f"input_ids hold token {low if low < 0 else high}, but the language model knows {table.shape[0]}: "
+                "make them with the processor of this checkpoint."
+            )
+        read = torch.ones_like(ids, dtype=torch.bool)
+        if attention_mask is not None:
+            read = self._token_mask(attention_mask, "attention_mask", ids)
+            if (read[:, 1:] & ~read[:, :-1]).any():
+                raise ValueError(
+                    "attention_mask has padding in front of words, or between them: pad on the right, as the processor."
+                )
+        return ids.long(), read.long()
+
+    @staticmethod
+    def _token_mask(mask: Any, name: str, ids: Tensor) -> Tensor:
+        mask = read_tensor(mask, name).to(ids.device)
+        if mask.shape != ids.shape or not ((mask == 0) | (mask == 1)).all():
+            raise ValueError(f"{name} of shape {tuple(mask.shape)}: expected zeros and ones of the shape {tuple(ids.shape)}.")
+        return mask.bool()
+
+    def score_prefix(self, prefix: Tensor, phrases: Mapping[str, Tensor | None], chunk_size: int | None = None) -> Tensor:
+        """Log-probability of K phrases, see `check_phrases`, under prefixes (N, k, D_lm), what `score` and `attribute` add up.
 
         Returns:
-            (N, K, T) in nats, fp32; 0 on padding and on tokens outside of `scored_mask`.
+            (N, K, T) in nats, fp32, token by token; 0 on padding and on tokens outside of `scored_mask`. So many prefixes as
+            `chunk_size` says are read at once; None chooses from the shapes.
         """
         phrases = self.check_phrases(phrases)
         ids, mask = phrases["input_ids"], phrases["attention_mask"]
-        chunk_size = chunk_size or rows_per_chunk(self.language_model, prefix.shape[1] + 1, *ids.shape)
-        log_probs = [score_phrases(self.language_model, self.embed_prefix(rows), ids, mask) for rows in prefix.split(chunk_size)]
-        return torch.cat(log_probs) * phrases["scored_mask"].to(log_probs[0].device)
+        chunk_size = rows_per_chunk(self.language_model, prefix.shape[1] + 1, *ids.shape, given=chunk_size)
+        chunks = [score_phrases(self.language_model, self.embed_prefix(rows), ids, mask) for rows in prefix.split(chunk_size)]
+        log_probs = torch.cat(chunks)
+        if not torch.isfinite(log_probs).all():
+            raise ValueError("log-probabilities of the phrases are not finite: check the language model's weights and dtype.")
+        return log_probs * phrases["scored_mask"].to(log_probs.device)
 
     @torch.no_grad()
     def sequence_log_probs(self, prefix: Tensor, sequences: Tensor) -> tuple[Tensor, Tensor]:
-        """Log-probabilities of generated tokens under the prefixes that they belong to, and under the null prefix.
+        """Log-probabilities of generated tokens (N, T) under their prefixes (N, k, D_lm), and under the null prefix.
 
-        Args:
-            prefix: (N, k, D_lm), as `ask` and `translate` give them.
-            sequences: (N, T) tokens, as `generate` gives them.
-
-        Returns:
-            Two tensors (N, T) in nats, the first EOS of a row included, 0 on the padding after it.
+        Two tensors (N, T) in nats, the first EOS of a row included, 0 on the padding after it.
         """
         length = sequences.shape[1]
         null = self.embed_prefix(self.null_prefix())
@@ -133,15 +151,10 @@ class ScoreMixin:
 
 
 def score_phrases(language_model: PreTrainedModel, embeds: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """Score K phrases under N prefixes.
-
-    Args:
-        embeds: (N, P, D_lm) input embeddings in front of every phrase: BOS and the prefix.
-        input_ids: (K, T) phrase tokens, padded on the right.
-        attention_mask: (K, T), 0 on padding.
+    """Score K phrases, `input_ids` (K, T) padded on the right, behind N starts: `embeds` (N, P, D_lm) of BOS and prefix.
 
     Returns:
-        (N, K, T) log-probability of each token given its prefix and the tokens before it, in nats, fp32; 0 on padding.
+        (N, K, T) log-probability of each token given its start and the tokens before it, in nats, fp32; 0 on padding.
     """
     mask, N = attention_mask.bool(), len(embeds)
     # Leading tokens that all phrases have in common, leaving every phrase one of its own.
@@ -161,8 +174,7 @@ def score_phrases(language_model: PreTrainedModel, embeds: Tensor, input_ids: Te
     if continued.any():
         cache = getattr(output, _cache_name(language_model), None)  # recurrent models name theirs otherwise
         rest, rest_mask = input_ids[continued, shared:], mask[continued, shared:]
-        score_rest = _score_with_cache if is_cache_shareable(cache) else _score_without_cache
-        log_probs[:, continued, shared + 1 :] = score_rest(language_model, embeds, cache, rest, rest_mask)
+        log_probs[:, continued, shared + 1 :] = _score_rest(language_model, embeds, cache, rest, rest_mask)
     return log_probs * mask.to(log_probs.device)
 
 
@@ -172,32 +184,21 @@ def is_cache_shareable(cache: object) -> bool:
     return isinstance(cache, DynamicCache) and all(type(layer) in plain for layer in cache.layers)
 
 
-def _score_with_cache(language_model, embeds, cache, rest, rest_mask) -> Tensor:
-    """Continue K phrases (K, R) from the cache of N prefixes -> (N, K, R - 1)."""
-    N, P, _ = embeds.shape
-    K, R = rest.shape
-    cache.batch_repeat_interleave(K)  # rows by prefix, then by phrase
+def _score_rest(language_model, embeds, cache, rest, rest_mask) -> Tensor:
+    """Continue K phrases (K, R) behind N prefixes (N, P, D_lm) -> (N, K, R - 1), from their cache where it can be shared."""
+    (N, P, _), (K, R) = embeds.shape, rest.shape
+    tokens = rest.repeat(N, 1)  # rows by prefix, then by phrase
     seen = torch.ones(N * K, P, dtype=torch.long, device=embeds.device)
-    tokens, token_mask = rest.repeat(N, 1), rest_mask.long().repeat(N, 1)
-    output = language_model(
-        input_ids=tokens[:, :-1],
-        attention_mask=torch.cat([seen, token_mask[:, :-1]], dim=1),
-        use_cache=True,
-        **{_cache_name(language_model): cache},
-    )
-    return gather_log_probs(output.logits, tokens[:, 1:]).view(N, K, R - 1)
-
-
-def _score_without_cache(language_model, embeds, cache, rest, rest_mask) -> Tensor:
-    """The same as `_score_with_cache` by appending every phrase to every prefix."""
-    N, P, _ = embeds.shape
-    K, R = rest.shape
-    words = language_model.get_input_embeddings()(rest[:, :-1]).to(embeds.dtype)
-    sequence = torch.cat([embeds.repeat_interleave(K, dim=0), words.repeat(N, 1, 1)], dim=1)
-    seen = torch.ones_like(sequence[:, :P, 0], dtype=torch.long)
     mask = torch.cat([seen, rest_mask[:, :-1].long().repeat(N, 1)], dim=1)
-    output = run_language_model(language_model, sequence, keep=R - 1, attention_mask=mask)
-    return gather_log_probs(output.logits, rest[:, 1:].repeat(N, 1)).view(N, K, R - 1)
+    if is_cache_shareable(cache):
+        cache.batch_repeat_interleave(K)
+        options = {_cache_name(language_model): cache, "use_cache": True, "attention_mask": mask}
+        logits = language_model(input_ids=tokens[:, :-1], **options).logits
+    else:
+        words = language_model.get_input_embeddings()(tokens[:, :-1]).to(embeds.dtype)
+        sequence = torch.cat([embeds.repeat_interleave(K, dim=0), words], dim=1)
+        logits = run_language_model(language_model, sequence, keep=R - 1, attention_mask=mask).logits
+    return gather_log_probs(logits, tokens[:, 1:]).view(N, K, R - 1)
 
 
 def run_language_model(language_model, embeds: Tensor, keep: int, attention_mask: Tensor | None = None, use_cache=False):
@@ -223,13 +224,20 @@ def gather_log_probs(logits: Tensor, tokens: Tensor) -> Tensor:
 
 
 def rows_per_chunk(
-    language_model: Any, prefix_length: int, phrases: int, phrase_length: int, logit_positions: int | None = None
+    language_model: Any,
+    prefix_length: int,
+    phrases: int,
+    phrase_length: int,
+    logit_positions: int | None = None,
+    given: Any = None,
 ) -> int:
-    """How many prefixes can be scored or decoded at once within `CHUNK_BYTES`, from the shapes alone.
+    """How many prefixes can be scored or decoded at once within `CHUNK_BYTES`, by the shapes alone; `given` if not None.
 
-    A prefix has `prefix_length` positions, and is followed by so many phrases (or beams) of so many tokens; logits are held for
-    `logit_positions` of each at once, None for those that scoring needs.
+    A prefix is followed by so many phrases (or beams) of so many tokens; logits are held for `logit_positions` of each at once,
+    None for those that scoring needs.
     """
+    if given is not None:
+        return read_number(given, "chunk_size", 1)
     config, (vocabulary, width) = language_model.config, language_model.get_input_embeddings().weight.shape
     width = getattr(config, "hidden_size", width)
     depth, length = getattr(config, "num_hidden_layers", 12), prefix_length + phrase_length
@@ -243,22 +251,21 @@ class EvidenceGuidance(LogitsProcessor):
     """Guidance at decoding: push words towards what the feature adds over the null prefix (beyond the paper).
 
     The next-token distribution becomes log p(w | null) + g (log p(w | feature) - log p(w | null)), normalised; g = 1 is ordinary
-    decoding, as in the paper, more than 1 favours what the feature adds, 0 is the null prefix alone.
-
-    Args:
-        null_embeds: (1, P, D_lm) BOS and null prefix.
-        strength: g.
+    decoding, as in the paper, more than 1 favours what the feature adds, 0 is the null prefix alone. `null_embeds` (1, P, D_lm)
+    are BOS and null prefix, `strength` is g.
     """
 
     def __init__(self, language_model: PreTrainedModel, null_embeds: Tensor, strength: float):
-        self.language_model, self.null_embeds, self.strength = language_model, null_embeds, strength
+        self.language_model, self.null_embeds = language_model, null_embeds
+        self.strength = read_number(strength, "guidance", 0, whole=False)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         # Beam search reorders rows between steps, so the null continuation is read afresh instead of from a cache.
         words = self.language_model.get_input_embeddings()(input_ids).to(self.null_embeds.dtype)
         embeds = torch.cat([self.null_embeds.expand(input_ids.shape[0], -1, -1), words], dim=1)
         null = run_language_model(self.language_model, embeds, keep=1).logits[:, -1].float().log_softmax(dim=-1)
-        guided = null + self.strength * (scores.float().log_softmax(dim=-1) - null)
+        gain = self.strength * (scores.float().log_softmax(dim=-1) - null)
+        guided = null + gain.clamp(-1e30, 1e30)
         # What other processors have ruled out stays ruled out.
         guided = guided.masked_fill(scores == -float("inf"), -float("inf"))
         return guided.log_softmax(dim=-1).to(scores.dtype)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from devil_hf.model.modeling_devil import DevilModel
-from devil_hf.model.pooling_devil import resolve_layers
+from devil_hf.model.pooling_devil import read_number, resolve_layers
 from devil_hf.model.processing_devil import DevilProcessor
 
 DETERMINERS = frozenset(
@@ -117,13 +117,12 @@ class GroundedDescription:
         return (self.log_prob + strength * sum(phrase.evidence for phrase in self.phrases)) / self.tokens
 
 
-def tile_regions(grid: int) -> Tensor:
-    """(grid * grid, H, W) masks of the tiles of a square, by row, then by column."""
-    if grid < 1:
-        raise ValueError(f"grid={grid} must be at least 1 place to a side.")
+def tile_regions(grid: int, aspect: float = 1.0) -> Tensor:
+    """(grid * grid, H, W) masks of the tiles of a picture `aspect` times as wide as high, by row, then by column."""
+    grid = read_number(grid, "grid", 1)
     side = 16  # pixels of a tile: fine enough for the resizing to any layer's grid
     tiles = torch.eye(grid * grid).view(-1, grid, grid)
-    return tiles.repeat_interleave(side, dim=1).repeat_interleave(side, dim=2)
+    return tiles.repeat_interleave(side, dim=1).repeat_interleave(max(round(side * aspect), 1), dim=2)
 
 
 @torch.no_grad()
@@ -160,7 +159,8 @@ def describe_grounded(
     if feature_maps is None:
         feature_maps = model.extract_features(pixel_values, resolve_layers(layers, model.layer_names))
     whole = model.ask(layers=layers, feature_maps=feature_maps)
-    regions = tile_regions(grid).to(whole.device).expand(len(whole), -1, -1, -1)
+    rows, columns = next(maps for maps in feature_maps if maps is not None).shape[-2:]
+    regions = tile_regions(grid, columns / rows).to(whole.device).expand(len(whole), -1, -1, -1)
     places = model.ask(layers=layers, regions=regions, feature_maps=feature_maps)
     return choose_grounded(
         model, processor, whole, places.unflatten(0, (len(whole), -1)), candidates, strength, phrases_of, **generation_kwargs
@@ -179,10 +179,7 @@ def choose_grounded(
     **generation_kwargs: Any,
 ) -> list[GroundedDescription]:
     """`describe_grounded` from prefixes of the whole images, (B, k, D_lm), and of R places of each, (B, R, k, D_lm)."""
-    if candidates < 2:
-        raise ValueError(f"candidates={candidates}: a choice needs at least 2.")
-    if strength < 0:
-        raise ValueError(f"strength={strength} would choose what the places speak against: give 0 or more.")
+    candidates, strength = read_number(candidates, "candidates", 2), read_number(strength, "strength", 0, whole=False)
     if decided := sorted(DECIDED & set(generation_kwargs)):
         raise ValueError(f"{', '.join(decided)}: the number of beams and what they return follow from candidates.")
     sequences = model.decode(whole, num_beams=candidates, num_return_sequences=candidates, **generation_kwargs).unflatten(
@@ -198,13 +195,10 @@ def choose_grounded(
 
 def _read_candidates(model, processor, whole, places, null, sequences, phrases_of) -> list[GroundedDescription]:
     """The candidates (C, T) of one image with the evidence of their phrases, the likeliest per token first."""
-    mask = torch.ones_like(sequences)
-    if model.config.eos_token_id is not None:
-        ends = (sequences == model.config.eos_token_id).long()
-        mask = (ends.cumsum(dim=1) - ends == 0).long()  # up to the first end; padding follows
+    mask = model.word_mask(sequences).long()
     if model.padding_token_id != model.config.eos_token_id:
         # Candidates that reached the longest length without an end.
-        mask = mask * (sequences != model.padding_token_id)
+        mask = mask * (sequences != model.padding_token_id).long().cumprod(dim=1)
     candidates_read = model.check_phrases({"input_ids": sequences, "attention_mask": mask})
     log_probs = model.score_prefix(whole, candidates_read)[0].sum(dim=-1)
     texts = [text.strip() for text in processor.batch_decode(sequences, skip_special_tokens=True)]
