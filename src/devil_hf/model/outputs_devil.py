@@ -137,7 +137,7 @@ def describe_rows(output: DescribeOutput, tokenizer: Any, images: Sequence[str] 
 
 def word_evidence(tokenizer: Any, tokens: Sequence[tuple[int, float]]) -> list[tuple[str, float]]:
     """(token, nats) pairs of one text, joined to (word, nats) pairs; a token of several words counts for each of them alike."""
-    words, shares = [], [0.0]
+    words, shares = list[str](), [0.0]
     for end, (_, nats) in enumerate(tokens, 1):
         # Decoded from the start each time: only the whole text shows where a tokenizer puts its spaces.
         pieces = tokenizer.decode([token for token, _ in tokens[:end]], skip_special_tokens=True).split()

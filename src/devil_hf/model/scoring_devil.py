@@ -115,7 +115,7 @@ class ScoreMixin:
         """
         phrases = self.check_phrases(phrases)
         ids, mask = phrases["input_ids"], phrases["attention_mask"]
-        chunk_size = rows_per_chunk(self.language_model, prefix.shape[1] + 1, *ids.shape, given=chunk_size)
+        chunk_size = rows_per_chunk(self.language_model, prefix.shape[1] + 1, len(ids), ids.shape[1], given=chunk_size)
         chunks = [score_phrases(self.language_model, self.embed_prefix(rows), ids, mask) for rows in prefix.split(chunk_size)]
         log_probs = torch.cat(chunks)
         if not torch.isfinite(log_probs).all():
