@@ -18,7 +18,7 @@ HEAD_SECONDS = 15  # for the head of a request
 BODY_SECONDS, BODY_PACE = 20, 64 * 2**10  # for its body: so long, and a second more for so many bytes
 SEND_SECONDS = 60  # for a client to take a piece of an answer
 MAX_JSON_BYTES = 2**20  # of a body that is no upload
-UPLOADS_AT_ONCE = 8
+UPLOADS_AT_ONCE, UPLOAD_WAIT = 8, 20  # and how many seconds another waits for its turn
 MULTIPART_BYTES = 2**16  # around the file of an upload
 # What may be posted; gradio offers more (recordings, direct calls past the queue), which this page does not use.
 POSTED = re.compile(r"(?:/gradio_api)?/(upload|queue/join|call/(?:v2/)?\w+|cancel|reset)/?")
@@ -43,7 +43,7 @@ class Bounds:
 
     def __init__(self, app: ASGIApp, folder: UploadFolder, behind_proxy: bool = False):
         self.app, self.folder, self.behind_proxy = app, folder, behind_proxy
-        self.uploads = 0
+        self.uploads = asyncio.Semaphore(UPLOADS_AT_ONCE)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -68,15 +68,17 @@ class Bounds:
         if asked[1] != "upload":
             sent.asked = _Receiving(receive, scope, MAX_JSON_BYTES)
             return await self.app(scope, sent.asked, sent)
-        if self.uploads >= UPLOADS_AT_ONCE:
-            raise Refused(503, "Many are uploading just now; try again in a moment.")
-        self.uploads += 1
+        try:
+            async with asyncio.timeout(UPLOAD_WAIT):
+                await self.uploads.acquire()
+        except TimeoutError as error:
+            raise Refused(503, "Many are uploading just now; try again in a moment.") from error
         try:
             sent.kept, sent.asked = [], _Receiving(receive, scope, MAX_BYTES + MULTIPART_BYTES)
             await self.app(scope, sent.asked, sent)
             await asyncio.to_thread(self.folder.keep, self._visitor(scope), _paths(b"".join(sent.kept)))
         finally:
-            self.uploads -= 1
+            self.uploads.release()
 
     def _visitor(self, scope: Scope) -> str:
         """The address of who asks; the last one that the proxy names, which nobody can make up."""
