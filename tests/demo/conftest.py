@@ -10,8 +10,12 @@ pytest.importorskip("gradio")
 
 from huggingface_hub import constants
 
+from devil_hf.checkpoints import CHECKPOINT
 from devil_hf.demo.app import launch
 from tests.hub.conftest import hub  # noqa: F401 - a fixture
+
+GOOD = {file.name: file.read_bytes() for file in CHECKPOINT.iterdir() if file.is_file()}
+SECRET = "the owner's secret"
 
 
 @pytest.fixture(scope="package", autouse=True)
@@ -35,6 +39,21 @@ def app(own_settings):
 def served(app):
     """Its address."""
     return app.local_url.rstrip("/")
+
+
+@pytest.fixture
+def owner(hub, monkeypatch, tmp_path):  # noqa: F811
+    """The Hub beside a machine whose account, `hf_tester`, may read a private repository."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    hub.plant(
+        "tester/private",
+        GOOD | {"config.json": json.dumps(json.loads(GOOD["config.json"]) | {"scope": SECRET}).encode()},
+        private=True,
+    )
+    hub.plant("tester/public", GOOD)
+    hub.authorizations.clear()
+    hub.requests.clear()
+    return hub
 
 
 class Visitor:

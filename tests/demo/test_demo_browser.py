@@ -1,5 +1,6 @@
 """The demo as its visitors meet it, in a headless Chromium: `pytest -m browser`, with the extra `browser` installed."""
 
+import json
 import shutil
 import zipfile
 
@@ -7,19 +8,17 @@ import pytest
 from PIL import Image
 
 from devil_hf.data.shapes import make_scene
+from tests.demo.conftest import GOOD
 
 pytestmark = pytest.mark.browser
 
+PICKER = "Hub id of a DeViL checkpoint"
 PATIENCE = 300_000  # milliseconds; machines are slow at times
 
 
 @pytest.fixture(scope="module")
-def address():
-    from devil_hf.demo.app import launch
-
-    demo = launch(block=False)
-    yield demo.local_url
-    demo.close()
+def address(app):
+    return app.local_url
 
 
 @pytest.fixture(scope="module")
@@ -158,6 +157,40 @@ def test_hostile_uploads_get_a_message_and_the_app_lives_on(page, tmp_path, kind
     before = page.locator(".dv-stage img").get_attribute("src")
     upload(page, tmp_path / "good.png")
     page.wait_for_function("s => document.querySelector('.dv-stage img').src !== s", arg=before)
+
+
+MARKUP = "<img src=x onerror=window.hacked=1>"
+
+
+def test_a_hostile_repository_shows_its_markup_as_text_and_a_broken_one_its_reason(page, owner):
+    config, tokenizer = json.loads(GOOD["config.json"]), json.loads(GOOD["tokenizer.json"])
+    config |= {"scope": f"It knows {MARKUP}"}
+    vocabulary = tokenizer["model"]["vocab"]
+    word = next(word for word in vocabulary if "red" in word)
+    vocabulary[word.replace("red", MARKUP.replace(" ", ""))] = vocabulary.pop(word)
+    files = {"config.json": json.dumps(config).encode(), "tokenizer.json": json.dumps(tokenizer).encode()}
+    owner.plant("tester/markup", GOOD | files)
+    owner.plant("tester/broken", GOOD | {"config.json": b'{"model_type": "' + MARKUP.encode() + b'"}'})
+
+    def load(name):
+        page.locator(f"input[aria-label^='{PICKER}']").fill(name)
+        page.locator(f"input[aria-label^='{PICKER}']").press("Enter")
+        page.get_by_role("button", name="Load this checkpoint").click()
+
+    page.get_by_text("Another checkpoint").click()
+    load("tester/broken")
+    page.wait_for_selector(".toast-body", state="visible")
+    said = page.locator(".toast-body").first.inner_text()
+    assert "tester/broken cannot be loaded" in said and "<img src=x" in said and "Traceback" not in said
+    load("tester/markup")
+    page.wait_for_function("text => document.querySelector('.dv-scope').innerText.includes(text)", arg=MARKUP)
+    load(f"x/{MARKUP}")
+    page.wait_for_function("() => document.body.innerText.includes('is not a Hub id')")
+    assert page.locator("img[src='x']").count() == 0
+    assert page.evaluate("window.hacked") is None
+    assert not any(owner.authorizations)
+    load("shapes world (built in)")
+    page.wait_for_function("text => !document.querySelector('.dv-scope').innerText.includes(text)", arg=MARKUP)
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])

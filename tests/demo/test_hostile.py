@@ -7,26 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from huggingface_hub import constants
 from safetensors.torch import load, save
 
 from devil_hf.checkpoints import CHECKPOINT
+from tests.demo.conftest import GOOD, SECRET
 
-GOOD = {file.name: file.read_bytes() for file in CHECKPOINT.iterdir() if file.is_file()}
 CONFIG = json.loads(GOOD["config.json"])
-SECRET = "the owner's secret"
 RUNS = "from pathlib import Path\nPath({marker!r}).touch()\nraise SystemExit\n"
-
-
-@pytest.fixture
-def owner(hub, monkeypatch, tmp_path):
-    """The Hub beside a machine whose account, `hf_tester`, may read a private repository."""
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    hub.plant("tester/private", GOOD | {"config.json": json.dumps(CONFIG | {"scope": SECRET}).encode()}, private=True)
-    hub.plant("tester/public", GOOD)
-    hub.authorizations.clear()
-    hub.requests.clear()
-    return hub
 
 
 def changed(*path, **values) -> dict[str, bytes]:
