@@ -121,14 +121,14 @@ class Page:
         places = [self.read.click, self.row.submit, self.column.submit]
         self.on(places, visits.read_numbers, [session, layer, self.row, self.column])
         phrases = [self.map_button.click, self.phrases.submit, self.carrier.submit]
-        self.on(phrases, visits.show_maps, [session, self.phrases, self.carrier])
+        self.on(phrases, visits.show_maps, [session, self.phrases, self.carrier], show_progress_on=[self.maps])
         for clicked in (self.gallery, self.stage, self.place, self.sentence, self.features):
-            event = self.on(clicked.select, visits.act, [session, layer, self.carrier], show_progress_on=[self.place])
+            event = self.on(clicked.select, visits.act, [session, layer, self.carrier])
             if clicked in (self.place, self.sentence):
                 event.success(None, None, None, js=SCROLL_TO_MAPS, api_visibility="private")
         # In a queue of its own: answers do not wait for a download.
         loads = {"concurrency_limit": 1, "concurrency_id": "load"}
-        self.on(self.load_button.click, visits.load, [session, layer, self.model], **loads)
+        self.on(self.load_button.click, visits.load, [session, layer, self.model], show_progress_on=[self.model], **loads)
 
     def on(self, triggers: Any, answer: Callable, asked: list[Any] | None, **settings: Any) -> Any:
         """Let an answer, which names pieces of the page, change these."""
@@ -138,8 +138,8 @@ class Page:
             return {getattr(self, name): value for name, value in answer(*args, **kwargs).items()}
 
         shown = [getattr(self, name) for name in CHANGING]
-        settings = {"api_visibility": "private", "show_progress": "minimal", **self.queue, **settings}
-        return gr.on(triggers, told(answering), asked, shown, **settings)
+        usual = {"api_visibility": "private", "show_progress": "minimal", "show_progress_on": [self.place]}
+        return gr.on(triggers, told(answering), asked, shown, **{**usual, **self.queue, **settings})
 
 
 __all__ = ["Page"]
