@@ -30,7 +30,7 @@ class DescribeSettings(LayerSettings):
     against: str | None = option(
         "with --maps: other images, for the chance that their features carry the sentence as well", None, metavar="IMAGES"
     )
-    others: int = option("of those images, at most", 99)
+    others: int = option("of those images, at most", 99, least=1)
 
     def validate(self) -> None:
         """Raise a ValueError for places that cannot be read, and for what --grounded leaves no room for."""
@@ -58,8 +58,6 @@ class DescribeSettings(LayerSettings):
         for name, value in {"locations": None, "window": 1, "output": None}.items():
             if getattr(self, name) != value:
                 raise ValueError(f"--maps asks every place of the layers: leave out --{name}")
-        if self.others < 1:
-            raise ValueError(f"--others {self.others} must be at least 1")
 
     def places(self) -> str | list[tuple[int, int]] | None:
         """The locations, as `model.describe` takes them."""
@@ -78,8 +76,8 @@ def describe(settings: DescribeSettings) -> None:
     """Describe, draw and print."""
     from devil_hf.checkpoints.loading import open_checkpoint
 
-    if settings.output:
-        check_picture(settings.output)
+    for file in filter(None, (settings.output, settings.maps)):
+        check_picture(file)
     names, images = _images(settings.images)
     model, processor = open_checkpoint(settings.checkpoint, settings.device)
     asked = {
@@ -157,10 +155,10 @@ def _explain_words(settings: DescribeSettings, name: str, image: Any, model, pro
     others = None
     if settings.against:
         others = _other_prefixes(settings, model, processor, asked["layers"])
-    options = {"guidance": settings.guidance, "num_beams": settings.num_beams}
+    options: dict[str, Any] = {"guidance": settings.guidance, "num_beams": settings.num_beams}
     (found,) = explain_words(model, processor, **asked, **options, others=others)
     words = [word.text for word in found.words]
-    attribution_figure(processor, image, _drawable(found.maps.maps), words).save(settings.maps)
+    attribution_figure(processor, image, _drawable(found.maps.maps), words).save(str(settings.maps))
     lines = [f"{name}: {found.text}", "nats over the null prefix; what each layer alone carries; what is lost without it"]
     wide = max(map(len, words))
     for word in found.words:
@@ -185,7 +183,7 @@ def _other_prefixes(settings: DescribeSettings, model, processor, layers) -> Any
 
     from devil_hf.data.images import open_images
 
-    images = [image for _, image in open_images(settings.against, limit=settings.others).stream()]
+    images = [image for _, image in open_images(settings.against, limit=settings.others).stream() if image is not None]
     with torch.no_grad():
         return torch.cat([model.ask(**processor(images=image, return_tensors="pt"), layers=layers) for image in images])
 

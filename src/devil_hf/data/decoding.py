@@ -1,8 +1,10 @@
 """Rows of `devil_hf.data.pairs.open_pairs` to decoded samples, and the count of those that cannot be decoded.
 
-A row is bad when its image cannot be decoded (broken, or larger than Pillow's limit against decompression bombs), when
-no caption has any text, or when its source already said so (a damaged shard). A bad row is counted, logged with its
-key, and left out: a stream goes on with the next row, a table gives another row in its place.
+What makes a row bad, everywhere in the package, is this list: its image cannot be read or decoded (`read_picture`: it is
+absent, broken, of no known format, without a pixel, or larger than Pillow's limit against decompression bombs); no caption
+has any text; its region cannot be drawn; or its source already said so (a damaged shard). A bad row is counted, logged with
+its key, and left out: a stream goes on with the next row, a table gives another row in its place, a pass over images
+(`exemplars.py`) does without it.
 
 How the count works in many processes. `BadSamples` holds its counts in shared memory, one slot for each `DataLoader`
 worker, so that no worker waits for another and the main process sees the sum. Whoever counts judges that sum, once
@@ -43,6 +45,35 @@ BARREN_PASSES = 10  # without a good sample, after which an endless stream gives
 
 class TooManyBadSamples(RuntimeError):
     """More than the configured share of the samples cannot be used."""
+
+
+class BadImage(ValueError):
+    """An image that cannot be used; the message says why, in a line without its content."""
+
+
+def read_picture(load: Callable[[], Any]) -> Image.Image:
+    """The upright RGB picture of one image.
+
+    Args:
+        load: gives the image: what `load_images` reads, or `{"bytes", "path"}` of an undecoded row.
+
+    Raises:
+        BadImage: if it cannot be decoded, whatever the reason, or `load` raises an OSError, SyntaxError or ValueError.
+    """
+    try:
+        image = load()
+    except BadImage:
+        raise
+    except (OSError, SyntaxError, ValueError) as error:
+        raise BadImage(_line(error)) from error
+    try:
+        return _decode(image) if isinstance(image, dict) else load_images(image)[0]
+    except Exception as error:  # damaged files make Pillow's plugins raise almost anything
+        raise BadImage(_line(error)) from error
+
+
+def _line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split()):.300}"
 
 
 class BadSamples:
@@ -145,14 +176,14 @@ class PairDecoder:
             problem = "empty caption"
         if problem is None:
             try:
-                image = _decode(row["image"])
-            except Exception as error:  # damaged files make Pillow's plugins raise almost anything
-                problem = f"broken image ({type(error).__name__}: {error})"
+                image = read_picture(lambda: row["image"] or {})
+            except BadImage as error:
+                problem = f"broken image ({error})"
         if image is not None and row["region"] is not None:
             try:
                 region = draw_region(unpack_region(row["region"]), (image.height, image.width))
             except (OSError, ValueError) as error:
-                problem = f"broken region ({type(error).__name__}: {error})"
+                problem = f"broken region ({_line(error)})"
         seen = region is None or (bool(region.any()) and (self.sees is None or self.sees(region)))
         self.bad_samples.add(row["key"], problem, seen)
         if problem is not None or not seen:
@@ -239,11 +270,11 @@ def _in_epoch(dataset: IterableDataset, epoch: int) -> IterableDataset:
     return dataset
 
 
-def _decode(image: dict[str, Any] | None) -> Image.Image:
-    if image is None:
-        raise ValueError("there is no image")
-    content = image["bytes"]
+def _decode(image: dict[str, Any]) -> Image.Image:
+    content = image.get("bytes")
     if content is None:
+        if not image.get("path"):
+            raise ValueError("there is no image")
         with xopen(image["path"], "rb") as file:
             content = file.read()
     with Image.open(BytesIO(content)) as picture:

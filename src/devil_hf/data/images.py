@@ -14,11 +14,15 @@ from typing import Any
 from datasets import Dataset, IterableDataset, load_dataset, load_from_disk
 from datasets import Image as ImageFeature
 from PIL import Image
+from transformers.utils import logging
 
+from devil_hf.data.decoding import BadImage, read_picture
 from devil_hf.data.identity import combined, identities, image_identity
 from devil_hf.data.pairs.folder import METADATA_FILES, read_caption_folder
 from devil_hf.data.specifications import Sources, read_specification
 from devil_hf.data.worlds import SHAPES, World
+
+logger = logging.get_logger(f"transformers.{__name__}")
 
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
 
@@ -51,10 +55,15 @@ class NumberedImages:
     def __len__(self) -> int:
         return len(self.numbers)
 
-    def stream(self, start: int = 0, step: int = 1) -> Iterator[tuple[int, Any]]:
-        """(number, image) of every `step`-th image from position `start` on."""
+    def stream(self, start: int = 0, step: int = 1) -> Iterator[tuple[int, Image.Image | None]]:
+        """(number, picture) of every `step`-th image from position `start` on; None, and a warning, for a bad one."""
         for position in range(start, len(self.numbers), step):
-            yield self.numbers[position], self.load(self.numbers[position])
+            number = self.numbers[position]
+            yield number, self.picture(number)
+
+    def picture(self, number: int) -> Image.Image | None:
+        """The picture of a number; None, and a warning, for an image that is bad (see `decoding.py`)."""
+        return _picture(lambda: self.load(number), f"image {number} of {self.name} ({self.key(number)})")
 
     def fetch(self, numbers: Collection[int]) -> Iterator[tuple[int, str, Any]]:
         """(number, key, image) of the named images."""
@@ -96,13 +105,15 @@ class StreamedImages:
 
     def _rows(self) -> Iterator[tuple[int, dict]]:
         for number, row in enumerate(islice(self.read(), self.limit)):
+            if self.column not in row:
+                raise ValueError(f"{self.name} has no column {self.column!r}; its columns are {sorted(row)}")
             if not self.every or (_is_held_out(number, self.every) == self.held_out):
                 yield number, row
 
-    def stream(self, start: int = 0, step: int = 1) -> Iterator[tuple[int, Any]]:
-        """(number, image) of every `step`-th image from position `start` on."""
+    def stream(self, start: int = 0, step: int = 1) -> Iterator[tuple[int, Image.Image | None]]:
+        """(number, picture) of every `step`-th image from position `start` on; None, and a warning, for a bad one."""
         for number, row in islice(self._rows(), start, None, step):
-            yield number, row[self.column]
+            yield number, _picture(lambda row=row: row[self.column], f"image {number} of {self.name}")  # type: ignore[misc]
 
     def fetch(self, numbers: Collection[int]) -> Iterator[tuple[int, str, Any]]:
         """(number, key, image) of the named images, by reading everything up to the last of them."""
@@ -110,7 +121,7 @@ class StreamedImages:
         last = max(wanted, default=-1)
         for number, row in self._rows():
             if number in wanted:
-                yield number, str(row.get("key", number)), row[self.column]
+                yield number, str(row.get("key", number)), read_picture(lambda row=row: row[self.column])  # type: ignore[misc]
             if number >= last:
                 return
 
@@ -121,6 +132,14 @@ class StreamedImages:
             for held_out, name in _part_names(self.name, every)
         ]
         return parts[0], parts[1]
+
+
+def _picture(load: Callable[[], Any], where: str) -> Image.Image | None:
+    try:
+        return read_picture(load)
+    except BadImage as error:
+        logger.warning(f"{where} is left out: {error}")
+        return None
 
 
 def _is_held_out(position: int, every: int) -> bool:
@@ -153,12 +172,16 @@ def open_images(
 
     Raises:
         FileNotFoundError: for a folder without images.
-        ValueError: for a source that is none of these, or holds no such column.
+        ValueError: for a source that is none of these, holds no such column, or has no such split.
     """
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit={limit} must be at least 1, or not given")
     if isinstance(source, str | PathLike):
         return _named_images(read_specification(source), split, column, limit)
+    if split is not None:
+        raise ValueError(f"split={split!r} is of a named source; choose it where the data set or list is made")
     if isinstance(source, IterableDataset):
-        stream = source
+        stream = _undecoded(source, column)
         return StreamedImages(_named(_stream_name(stream), limit), lambda: stream, column, limit=limit)
     if isinstance(source, Dataset):
         return _first(_dataset(source, column, f"data set of {len(source)} images"), limit)
@@ -171,13 +194,15 @@ def open_images(
 
 def _named_images(named: World | Sources | Path | str, split: str | None, column: str, limit: int | None) -> ImageStream:
     if isinstance(named, World):
+        if split is not None:
+            raise ValueError(f"{named.name} has no splits, so split={split!r} cannot be chosen; leave it out")
         return _first(_scenes(named), limit)
     if isinstance(named, Path) and named.is_dir():
         return _first(_folder(named, split, column), limit)
     if not isinstance(named, str) or named.count("/") != 1:
         raise ValueError(f"{named!s:.200} is neither a folder of images, nor {SHAPES}:COUNT, nor the id of a Hub data set")
     split = split or "train"
-    rows = load_dataset(named, split=split, streaming=True)
+    rows = _undecoded(load_dataset(named, split=split, streaming=True), column)
     return StreamedImages(_named(f"{named}, split {split}", limit), lambda: rows, column, limit=limit)
 
 
@@ -206,22 +231,28 @@ def _folder(folder: Path, split: str | None, column: str) -> NumberedImages:
     if any((folder / file).is_file() for file in ("state.json", "dataset_dict.json")):
         dataset = load_from_disk(str(folder))
         if isinstance(dataset, Dataset):
+            if split is not None:
+                raise ValueError(f"{folder} is one data set without splits, so split={split!r} cannot be chosen; leave it out")
             return _dataset(dataset, column, str(folder))
         part = split or "train"
+        if part not in dataset:
+            raise ValueError(f"{folder} has no split {part!r}; its splits are {sorted(dataset)}")
         return _dataset(dataset[part], column, f"{folder}, split {part}")
     name = str(folder)
-    if any((folder / file).is_file() for file in METADATA_FILES):
-        paths = [one.path for one in read_caption_folder(folder, split)]
+    if split is not None or any((folder / file).is_file() for file in METADATA_FILES):
+        listed = read_caption_folder(folder, split)
+        paths, keys = [one.path for one in listed], [one.name for one in listed]
         name = name if split is None else f"{folder}, split {split}"
     else:
-        paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in EXTENSIONS)
+        paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in EXTENSIONS and path.is_file())
+        keys = [str(path.relative_to(folder)) for path in paths]
     if not paths:
         raise FileNotFoundError(f"{folder} holds no image with one of the extensions {sorted(EXTENSIONS)}")
     return NumberedImages(
         name,
         range(len(paths)),
         paths.__getitem__,
-        lambda number: str(paths[number].relative_to(folder)),
+        keys.__getitem__,
         lambda numbers: identities([paths[number] for number in numbers], name),
     )
 
@@ -230,13 +261,23 @@ def _dataset(dataset: Dataset, column: str, name: str) -> NumberedImages:
     if column not in dataset.column_names:
         raise ValueError(f"{name} has no column {column!r}; its columns are {dataset.column_names}")
 
+    rows = _undecoded(dataset.select_columns([column]), column)
+    keys = dataset.select_columns(["key"]) if "key" in dataset.column_names else None
+
     def key(number: int) -> str:
-        return str(dataset[number]["key"]) if "key" in dataset.column_names else str(number)
+        return str(number if keys is None else keys[number]["key"])
 
     def hashes(numbers: Sequence[int]) -> list[str]:
-        rows = dataset.select_columns([column])
-        if isinstance(rows.features[column], ImageFeature):
-            rows = rows.cast_column(column, ImageFeature(decode=False))
         return [image_identity(rows[number][column]) for number in numbers]
 
-    return NumberedImages(name, range(len(dataset)), lambda number: dataset[number][column], key, hashes)
+    def load(number: int) -> Image.Image:
+        return read_picture(lambda: rows[number][column])
+
+    return NumberedImages(name, range(len(dataset)), load, key, hashes)
+
+
+def _undecoded(dataset: Any, column: str) -> Any:
+    """A data set whose images are decoded here, so that a broken one does not end the reading of all."""
+    if dataset.features and isinstance(dataset.features.get(column), ImageFeature):
+        return dataset.cast_column(column, ImageFeature(decode=False))
+    return dataset

@@ -10,8 +10,8 @@ from os import PathLike
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
-from transformers.utils import logging
 
 from devil_hf.build import backbone_from_source, image_processor_of
 from devil_hf.build.slim_devil import weights_hash
@@ -19,8 +19,6 @@ from devil_hf.data.images import ImageStream, NumberedImages
 from devil_hf.model.backbone_devil import FeatureBackbone
 from devil_hf.model.image_processing_devil import DevilImageProcessor
 from devil_hf.model.pooling_devil import resolve_layers
-
-logger = logging.get_logger(f"transformers.{__name__}")
 
 
 class UnitReader:
@@ -103,7 +101,7 @@ def pixel_batches(
             multiprocessing_context="fork" if workers else None,  # sources hold functions, which cannot be pickled
         )
     else:
-        rows = ((n, _pixels(image, processor, n)) for n, image in images.stream(start, step))
+        rows = ((n, _pixels(image, processor)) for n, image in images.stream(start, step))
         pairs = iter(lambda: list(islice(rows, batch_size)), [])
     read = 0
     for batch in pairs:
@@ -125,20 +123,11 @@ class _Positions(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> tuple[int, Tensor | None]:
         number = self.images.numbers[self.positions[index]]
-        try:
-            image = self.images.load(number)
-        except (OSError, SyntaxError) as error:
-            logger.warning(f"image {number} of {self.images.name} is left out: {error}")
-            return number, None
-        return number, _pixels(image, self.processor, number)
+        return number, _pixels(self.images.picture(number), self.processor)
 
 
-def _pixels(image: Any, processor: DevilImageProcessor, number: int) -> Tensor | None:
-    try:
-        return processor(images=image, return_tensors="pt")["pixel_values"][0]
-    except (OSError, ValueError) as error:
-        logger.warning(f"image {number} is left out: {error}")
-        return None
+def _pixels(picture: Image.Image | None, processor: DevilImageProcessor) -> Tensor | None:
+    return None if picture is None else processor(images=picture, return_tensors="pt")["pixel_values"][0]
 
 
 __all__ = ["UnitReader", "open_network", "pixel_batches"]

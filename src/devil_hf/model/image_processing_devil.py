@@ -168,10 +168,8 @@ def load_images(images: ImageSource) -> list[Image.Image]:
     """
     if isinstance(images, (list, tuple)):
         return [image for entry in images for image in load_images(entry)]
-    if isinstance(images, (str, os.PathLike)):
-        return [_load_file(os.fspath(images))]
-    if isinstance(images, Image.Image):
-        return [_to_rgb(images)]
+    if isinstance(images, (str, os.PathLike, Image.Image)):
+        return [_load_one(images)]
     if channels_first := isinstance(images, torch.Tensor):
         images = images.detach().cpu()
         images = (images.float() if images.is_floating_point() else images).numpy()  # numpy has no bfloat16
@@ -184,13 +182,13 @@ def load_images(images: ImageSource) -> list[Image.Image]:
     return [_array_to_image(array, channels_first) for array in arrays]
 
 
-def _load_file(source: str) -> Image.Image:
+def _load_one(source: str | os.PathLike | Image.Image) -> Image.Image:
     try:
-        return _to_rgb(_open(source))
+        return _to_rgb(source if isinstance(source, Image.Image) else _open(os.fspath(source)))
     except FileNotFoundError:
         raise
     except Exception as error:  # the client and the decoders have dozens of their own
-        raise ValueError(f"cannot read {source[:200]!r} as an image: {error}") from error
+        raise ValueError(f"cannot read {str(source)[:200]!r} as an image: {error}") from error
 
 
 class DevilImageProcessorKwargs(TypedDict, total=False):
