@@ -18,10 +18,12 @@ from gradio_client import Client, handle_file
 
 from devil_hf.checkpoints import CHECKPOINT
 from devil_hf.data.shapes import make_scene
+from devil_hf.demo import visits as visits_module
 from devil_hf.demo.checkpoints import EMBEDDED, Checkpoints
 from devil_hf.demo.explorer import Explorer, read_phrases
 from devil_hf.demo.messages import told
 from devil_hf.demo.uploads import read_upload
+from devil_hf.demo.visits import Visits
 from devil_hf.report import html
 from devil_hf.report.features import feature_picture
 
@@ -256,7 +258,25 @@ def test_few_models_stay_in_memory(model, processor, monkeypatch):
     monkeypatch.setattr(Checkpoints, "_load", lambda self, name: Explorer(model, processor))
     for name in (EMBEDDED, "a/b", "c/d", "e/f"):
         checkpoints.get(name)
-    assert list(checkpoints._loaded) == [EMBEDDED, "c/d", "e/f"]
+    assert sorted(checkpoints._loaded) == ["c/d", "e/f", EMBEDDED]
+    checkpoints.held("c/d")  # asked again, it stays
+    checkpoints.get("g/h")
+    assert sorted(checkpoints._loaded) == ["c/d", "g/h", EMBEDDED]
+    with pytest.raises(ValueError, match="e/f has made room"):
+        checkpoints.held("e/f")
+
+
+def test_features_of_old_visits_make_room_and_are_made_again(model, processor, images, monkeypatch):
+    checkpoints = Checkpoints(models="none")
+    checkpoints._loaded[EMBEDDED] = Explorer(model, processor)
+    visits = Visits(checkpoints, images)
+    first = visits.start()["session"]
+    said = visits.choose_layer(first, model.layer_names[0])["place"]
+    monkeypatch.setattr(visits_module, "FEATURE_BYTES", first.look.size + 1)
+    second = visits.start()["session"]
+    assert first.look is None and second.look is not None
+    assert visits.choose_layer(first, model.layer_names[0])["place"] == said
+    assert first.look is not None and second.look is None
 
 
 # ------------------------------------------------------------------------------------------------------ pieces of html

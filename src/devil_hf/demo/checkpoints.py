@@ -8,6 +8,7 @@ is then loaded from these local files alone: whatever its configuration says, lo
 import json
 import os
 import threading
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +31,9 @@ from devil_hf.model.processing_devil import DevilProcessor
 logger = logging.get_logger(f"transformers.{__name__}")
 
 EMBEDDED = "shapes world (built in)"
-KEPT = 3  # models in memory at once; the one loaded first goes first, the default stays
+KEPT = 3  # models in memory at once; the one asked longest ago goes first, the default stays
 MAX_MEMORY_BYTES = 8 * 2**30  # of a visitor's model in single precision
-MAX_CROP = 1536  # pixels on a side that a backbone looks at
+MAX_CROP, MAX_LAYERS = 1024, 64  # pixels on a side that a visitor's backbone looks at, and layers that are read
 
 
 class Checkpoints:
@@ -51,8 +52,8 @@ class Checkpoints:
         self.listed = None if named == "any" else [name.strip() for name in named.split(",") if name.strip() not in ("", "none")]
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.downloads = Downloads()
-        self._loaded: dict[str, Explorer] = {}
-        self._lock = threading.Lock()
+        self._loaded: OrderedDict[str, Explorer] = OrderedDict()  # the latest asked last
+        self._loading, self._lock = threading.Lock(), threading.Lock()
 
     @property
     def picker(self) -> bool:
@@ -66,14 +67,27 @@ class Checkpoints:
             ValueError: for what is not a Hub id, not allowed here, too large, or no DeViL checkpoint.
         """
         name = str(name)  # a request may bring anything
-        explorer = self._loaded.get(name)
-        if explorer is None:
-            with self._lock:  # visitors who ask for one model wait for one load; others go on
-                explorer = self._loaded.get(name) or self._load(name)
-                self._loaded[name] = explorer
-                while len(self._loaded) > KEPT:
-                    self._loaded.pop(next(one for one in self._loaded if one != self.default))
-        return explorer
+        if name not in self._loaded:
+            with self._loading:  # visitors who ask for one model wait for one load; others go on
+                if name not in self._loaded:
+                    explorer = self._load(name)
+                    with self._lock:
+                        self._loaded[name] = explorer
+                        while len(self._loaded) > KEPT:
+                            self._loaded.pop(next(one for one in self._loaded if one != self.default))
+        return self.held(name)
+
+    def held(self, name: str) -> Explorer:
+        """The checkpoint `name`, if it is in memory: nobody's click waits for a load of what others have displaced.
+
+        Raises:
+            ValueError: where it is not.
+        """
+        with self._lock:
+            if name not in self._loaded:
+                raise ValueError(f"{name} has made room for other checkpoints: load it again.")
+            self._loaded.move_to_end(name)
+            return self._loaded[name]
 
     def _load(self, name: str) -> Explorer:
         if name == self.default:
@@ -104,6 +118,8 @@ class Checkpoints:
         asked = self.downloads.ask(name, token=token)
         folder = self.downloads.fetch(asked)
         config = read_config(folder)
+        if len(config.layers) > MAX_LAYERS:
+            raise ValueError(f"it reads {len(config.layers)} layers; at most {MAX_LAYERS} are asked here")
         places: dict[str, Any] = {}
         weights = weights_of(folder)
         if config.frozen_weights == "reference":

@@ -30,6 +30,11 @@ class Look:
     image: Image.Image
     feature_maps: list[Tensor]
 
+    @property
+    def size(self) -> int:
+        """Bytes of the feature maps."""
+        return sum(maps.nbytes for maps in self.feature_maps)
+
 
 @dataclass(frozen=True)
 class Explorer:

@@ -1,6 +1,8 @@
 """What one visitor looks at, and what a click changes of it: answers by the name of the piece of the page that shows them."""
 
 import math
+import threading
+from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +17,7 @@ from devil_hf.report import html
 from devil_hf.report.features import feature_picture
 from devil_hf.report.templates import render
 
+FEATURE_BYTES = 2 * 2**30  # of all visits
 UNREADABLE = "This click cannot be read: reload the page."
 NO_MAPS = "demo/templates/no_maps.html"
 Answer = dict[str, Any]  # name of a piece of the page -> what it shows now
@@ -25,7 +28,8 @@ class Session:
     """What one visitor looks at."""
 
     checkpoint: str
-    look: Look
+    look: Look | None  # None while its features make room for those of others
+    image: Image.Image
     rows: list[dict[str, Any]]  # of the whole image
     features: dict[str, Image.Image]  # per layer, one pixel per location
     point: tuple[float, float] | None = None  # (x, y), in pixels of the image
@@ -45,6 +49,8 @@ class Visits:
         self.checkpoints = checkpoints
         self.examples = examples
         self.thumbnails = [html.data_uri(example) for example in examples]
+        self._looking: OrderedDict[int, Session] = OrderedDict()  # with features in memory, the latest last
+        self._lock = threading.Lock()
 
     def start(self) -> Answer:
         return self.open(self.examples[0], self.checkpoints.default, None, example=0)
@@ -58,15 +64,16 @@ class Visits:
             return {"upload": None}
 
     def load(self, session: Session, layer: str, name: str) -> Answer:
-        look = _opened(session).look
-        return self.open(look.image, name, layer, session.example)
+        session = _opened(session)
+        self.checkpoints.get(name)
+        return self.open(session.image, name, layer, session.example)
 
     def open(self, image: Image.Image, checkpoint: str, layer: str | None, example: int | None = None) -> Answer:
         """Everything anew for one image and checkpoint."""
-        explorer = self.checkpoints.get(checkpoint)
+        explorer = self.checkpoints.held(checkpoint)
         look = explorer.look(image)
         features = {name: feature_picture(maps[0]) for name, maps in zip(explorer.layers, look.feature_maps, strict=True)}
-        session = Session(checkpoint, look, explorer.describe(look), features, example=example)
+        session = Session(checkpoint, look, image, explorer.describe(look), features, example=example)
         if layer not in explorer.layers:
             layer = explorer.layers[max(len(explorer.layers) - 2, 0)]
         left, top, right, bottom = explorer.crop(look)
@@ -83,14 +90,14 @@ class Visits:
         }
 
     def show_point(self, session: Session, explorer: Explorer, layer: str, x: float, y: float) -> Answer:
-        session.place = explorer.describe_pixel(session.look, x, y)
+        session.place = explorer.describe_pixel(self.look(session), x, y)
         session.point = (x, y)
         return self.show_layer(session, explorer, layer)
 
     def show_layer(self, session: Session, explorer: Explorer, layer: str) -> Answer:
         """What changes with the layer or the point."""
         layer = explorer.check_layer(layer)
-        look, rows = session.look, session.place or []
+        look, rows = self.look(session), session.place or []
         row, column = next(one["location"] for one in rows if one["layer"] == layer)
         grids = {name: explorer.grid(look, name) for name in explorer.layers}
         x, y = session.point or (0, 0)
@@ -112,15 +119,15 @@ class Visits:
         explorer = self.explorer(session)
         if not all(isinstance(one, int | float) and math.isfinite(one) for one in (row, column)):
             raise ValueError("Type a row and a column first; both start at 0.")
-        point = explorer.pixel_of(session.look, layer, int(row or 0), int(column or 0))
+        point = explorer.pixel_of(self.look(session), layer, int(row or 0), int(column or 0))
         return self.show_point(session, explorer, layer, *point)
 
     def show_maps(self, session: Session, text: str, carrier: str) -> Answer:
         session = _opened(session)
         explorer = self.explorer(session)
         phrases = read_phrases(text)
-        outputs = explorer.map_phrases(session.look, phrases, carrier)
-        return {"maps": html.maps_html(explorer.processor, session.look.image, outputs, phrases)}
+        outputs = explorer.map_phrases(self.look(session), phrases, carrier)
+        return {"maps": html.maps_html(explorer.processor, session.image, outputs, phrases)}
 
     def act(self, event: gr.EventData, session: Session, layer: str, carrier: str) -> Answer:
         """A click on a word, a layer, an example, a tile of features or the stage."""
@@ -131,7 +138,7 @@ class Visits:
             return self.open(self.examples[index], session.checkpoint, layer, example=index)
         if word is not None:
             return {**self.show_maps(session, word, carrier), "phrases": word}
-        explorer, look = self.explorer(session), session.look
+        explorer, look = self.explorer(session), self.look(session)
         if chosen is None:
             x, y = _number(x) * look.image.width, _number(y) * look.image.height
             return self.show_point(session, explorer, layer, x, y)
@@ -145,7 +152,18 @@ class Visits:
         return {**self.show_point(session, explorer, chosen, *point), "layer": chosen}
 
     def explorer(self, session: Session) -> Explorer:
-        return self.checkpoints.get(session.checkpoint)
+        return self.checkpoints.held(session.checkpoint)
+
+    def look(self, session: Session) -> Look:
+        """The features of a visit, made again if they had to go; those of the oldest visits go beyond `FEATURE_BYTES`."""
+        look = session.look or self.explorer(session).look(session.image)
+        with self._lock:
+            session.look = look
+            self._looking[id(session)] = session
+            self._looking.move_to_end(id(session))
+            while len(self._looking) > 1 and sum(one.look.size for one in self._looking.values() if one.look) > FEATURE_BYTES:
+                self._looking.popitem(last=False)[1].look = None
+        return look
 
     def gallery(self, chosen: int | None) -> str:
         """The examples as buttons."""
@@ -153,7 +171,7 @@ class Visits:
 
     def head(self, checkpoint: str) -> str:
         """The title of the page, with what the checkpoint says that it knows."""
-        return render("demo/templates/head.html", scope=self.checkpoints.get(checkpoint).model.config.scope)
+        return render("demo/templates/head.html", scope=self.checkpoints.held(checkpoint).model.config.scope)
 
 
 def _number(value: Any) -> float:
