@@ -100,7 +100,7 @@ def test_a_layout_is_read_and_a_question_asked(installed):
         "from devil_hf.build.layouts import infer_layout\n"
         "from devil_hf.checkpoints.loading import load\n"
         "from devil_hf.data.shapes import make_scene\n"
-        "from devil_hf.model.backbone_devil import to_map\n"
+        "from devil_hf.build.hooks_devil import to_map\n"
         "found = infer_layout(torch.Size([16, 2, 6, 8]), 2, 96, 128)\n"
         "assert found == {'layout': 'CNHW', 'prefix': 0}, found\n"
         "assert to_map(torch.zeros(16, 2, 6, 8), 'CNHW', 0, 96, 128).shape == (2, 16, 6, 8)\n"

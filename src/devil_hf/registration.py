@@ -21,9 +21,12 @@ def register() -> None:
     """Register configuration, model, translators and processors, and how models are made."""
     from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageTextToText, AutoProcessor
 
-    import devil_hf.baselines.baselines_devil  # these three enter themselves in `COMPANIONS`
+    import devil_hf.baselines.baselines_devil  # these enter themselves in `COMPANIONS`
+    import devil_hf.build.hooks_devil
     import devil_hf.build.lora_devil
     import devil_hf.build.slim_devil
+    import devil_hf.build.timm_devil
+    import devil_hf.build.transformers_devil
     import devil_hf.model.pipeline_devil  # registers its task
     from devil_hf.build import from_backbone_and_language_model
     from devil_hf.extras import MissingExtraError

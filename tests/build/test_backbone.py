@@ -23,9 +23,11 @@ from transformers import (
 )
 
 from devil_hf.build import backbone_from_source
+from devil_hf.build.hooks_devil import to_map, token_grid
 from devil_hf.build.layouts import infer_layout
-from devil_hf.build.slim_devil import source_state_dict, weights_hash
-from devil_hf.model.backbone_devil import FeatureBackbone, build_module, to_map, token_grid
+from devil_hf.build.slim_devil import source_state_dict
+from devil_hf.model.backbone_devil import FeatureBackbone, build_module
+from devil_hf.model.checkpoint_devil import weights_hash
 from devil_hf.model.pooling_devil import resolve_layers
 
 TINY = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 64}
@@ -524,5 +526,5 @@ def test_the_hash_depends_on_name_type_shape_and_value():
 def test_a_description_of_an_architecture_reaches_neither_the_hub_nor_a_file():
     with pytest.raises((RuntimeError, ValueError), match="repository"):
         build_module({"kind": "timm", "architecture": "hf-hub:tester/repository", "kwargs": {}})
-    with pytest.raises(TypeError, match="checkpoint_path"):
+    with pytest.raises(ValueError, match="checkpoint_path"):
         build_module({"kind": "timm", "architecture": "test_resnet", "kwargs": {"checkpoint_path": "weights.pt"}})

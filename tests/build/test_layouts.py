@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from devil_hf.build import backbone_from_source
+from devil_hf.build.hooks_devil import LAYOUTS
 from devil_hf.build.layouts import RECOGNISERS, infer_layout, register_layout
-from devil_hf.model.backbone_devil import LAYOUTS
 
 
 class Turned(nn.Module):

@@ -8,8 +8,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from devil_hf.build.hooks_devil import first_tensor, to_map
 from devil_hf.build.layouts import candidate_layers, infer_layout, observe
-from devil_hf.model.backbone_devil import first_tensor, to_map
 from devil_hf.model.pooling_devil import resolve_layers
 
 CLASS_SUFFIX = ":class"

@@ -1,7 +1,7 @@
 """Guessing how a module lays its outputs out: which of its submodules give feature maps, and in which layout.
 
 A layout is inferred once, from a probe of known size, and recorded by name, so that loading a checkpoint needs no forward
-pass; `LAYOUTS` of `devil_hf.model.backbone_devil` reads each of them into (B, C, H, W). To add one, register it here:
+pass; `LAYOUTS` of `devil_hf.build.hooks_devil` reads each of them into (B, C, H, W). To add one, register it here:
 
 ```python
 def recognise(shape, batch, height, width):  # of the output for a probe of `batch` images of `height` x `width` pixels
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from devil_hf.model.backbone_devil import LAYOUTS, aspect_skew, first_tensor, run, token_grid
+from devil_hf.build.hooks_devil import LAYOUTS, aspect_skew, first_tensor, run, token_grid
 
 # (shape, images in the probe, their height and width) -> the settings of the layout's reader, or None.
 Recogniser = Callable[[torch.Size, int, int, int], dict[str, Any] | None]

@@ -2,20 +2,19 @@
 
 import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from os import PathLike
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.utils import cached_file
-from transformers.utils.hub import extract_commit_hash
 
 from devil_hf.build.lora_devil import check_lora, lora_layers
-from devil_hf.build.slim_devil import load_language_model, weights_hash
+from devil_hf.build.slim_devil import load_language_model
 from devil_hf.build.sources import backbone_from_source
 from devil_hf.model.backbone_devil import FeatureBackbone
+from devil_hf.model.checkpoint_devil import weights_hash
 from devil_hf.model.configuration_devil import DevilConfig
 from devil_hf.model.modeling_devil import DevilModel
 
@@ -86,10 +85,8 @@ def _sourced_language_model(
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """A language model in fp32, with its source: the hash does not depend on the dtype asked for."""
     place = os.path.abspath(source) if os.path.isdir(source) else str(source)
-    entry: dict[str, Any] = {"source": place, "revision": revision}
-    language_model = load_language_model(entry, token=token, attn_implementation=attn_implementation)
-    entry["revision"] = _commit_of(entry, token) or revision
-    return language_model, entry | {"sha256": weights_hash(language_model)}
+    language_model, commit = load_language_model(place, revision, attn_implementation, token=token)
+    return language_model, {"source": place, "revision": commit, "sha256": weights_hash(language_model)}
 
 
 def _check_language_model(language_model: Any) -> None:
@@ -114,14 +111,6 @@ def _special_tokens(tokenizer: Any, text_config: Any) -> dict[str, int | None]:
         token = getattr(text_config, name, None) if token is None else token
         found[name] = token[0] if isinstance(token, list | tuple) else token
     return found
-
-
-def _commit_of(source: Mapping, token: str | None) -> str | None:
-    """The commit of a Hub repository, read off the cache into which it was just loaded; None for a directory."""
-    if os.path.isdir(source["source"]):
-        return None
-    file = cached_file(source["source"], "config.json", revision=source["revision"], token=token)
-    return extract_commit_hash(file, None)
 
 
 def merge_lora(model: DevilModel) -> DevilModel:

@@ -1,9 +1,10 @@
 """Slim checkpoints: the frozen parts come from where they were first loaded, at the recorded revision, verified by a hash.
 
-This file travels with slim checkpoints only, so that the code of self-contained ones has nothing that fetches weights.
+Every source, of a backbone or a language model, becomes one folder by `source_folder`, and networks are made from what lies there
+by descriptions that were checked. This file travels with slim checkpoints only, so that the code of self-contained ones has
+nothing that fetches weights.
 """
 
-import hashlib
 import os
 import sys
 from collections.abc import Mapping
@@ -13,20 +14,25 @@ from typing import Any
 import timm
 import torch
 from huggingface_hub import snapshot_download
-from safetensors.torch import load_file
+from huggingface_hub.errors import HFValidationError
 from torch import Tensor, nn
-from transformers import MODEL_FOR_BACKBONE_MAPPING, AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
-from transformers.utils import cached_file
+from transformers import MODEL_FOR_BACKBONE_MAPPING, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from devil_hf.model.checkpoint_devil import COMPANIONS, companion
+from devil_hf.model.checkpoint_devil import COMPANIONS, building_within, companion, weights_hash
+from devil_hf.model.configuration_devil import config_class_of, settings_of
 from devil_hf.model.modeling_devil import DevilModel
 
-WEIGHTS_FILE = "model.safetensors"
 COMPANIONS["slim"] = sys.modules[__name__]
+WEIGHTS = (".safetensors", ".bin")
+# Of what a repository of timm's says of its weights: not where they lie.
+TIMM_FACTS = (
+    "architecture", "classifier", "crop_mode", "crop_pct", "first_conv", "fixed_input_size", "input_size", "interpolation",
+    "label_offset", "mean", "num_classes", "pool_size", "std", "tag", "test_crop_mode", "test_crop_pct", "test_input_size",
+)  # fmt: skip
 
 
-def slim_state_dict(path: Any, config: Any, backbone: Any, language_model: Any, hub: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Every weight of a slim checkpoint: what was trained from its own file, the rest from its sources.
+def frozen_weights(path: Any, config: Any, backbone: Any, language_model: Any, hub: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The weights of the frozen parts of a slim checkpoint from their sources, verified, by their names in the whole model.
 
     Args:
         path: directory or Hub id of the checkpoint, `config` its configuration.
@@ -34,25 +40,18 @@ def slim_state_dict(path: Any, config: Any, backbone: Any, language_model: Any, 
         hub: download options; `revision` and `subfolder` are those of the checkpoint alone.
 
     Raises:
-        OSError: when the checkpoint has no weights, or a source is not there.
-        ValueError: when a source holds other weights than those of the hash.
+        OSError: when a source is not there.
+        ValueError: when a source holds other weights than those of the hash, or a checkpoint of the Hub names a folder.
     """
     download = {name: value for name, value in hub.items() if name not in ("revision", "subfolder")}
-    frozen = _frozen_weights(config, backbone, language_model, **download)
-    file = cached_file(path, WEIGHTS_FILE, _raise_exceptions_for_missing_entries=False, **hub)
-    if file is None:
-        raise OSError(f"{path} has no {WEIGHTS_FILE}: a slim checkpoint keeps its translator there.")
-    # Trained weights come last: those of fresh adapters give way to them.
-    return frozen | load_file(file)
-
-
-def _frozen_weights(config, backbone, language_model, **download) -> dict[str, Tensor]:
-    """Weights of the frozen parts from their sources, verified, by their names in the whole model."""
-    vision = source_state_dict(config.backbone_config, backbone, **download)
     source = dict(config.language_model_source)
+    named = [part["source"] for part, other in ((config.backbone_config, backbone), (source, language_model)) if other is None]
+    if folders := [] if os.path.isdir(path) else [place for place in named if os.path.isdir(str(place))]:
+        raise ValueError(f"{path} names {folders} of this machine as sources: a checkpoint of the Hub names repositories.")
+    vision = source_state_dict(config.backbone_config, backbone, **download)
     if language_model is not None:
         source |= {"source": str(language_model), "revision": None}
-    model = load_language_model(source, **download)
+    model, _ = load_language_model(source["source"], source.get("revision"), **download)
     found = weights_hash(model)
     if found != source["sha256"]:
         raise ValueError(
@@ -62,21 +61,29 @@ def _frozen_weights(config, backbone, language_model, **download) -> dict[str, T
     if config.lora is not None:
         # The hash is one of the weights without adapters; with them, the same weights have longer names.
         companion("lora").add_lora(model, config.lora)
-    named = {f"backbone.{name}": tensor for name, tensor in vision.items()}
-    return named | {f"language_model.{name}": tensor for name, tensor in model.state_dict().items()}
+    weights = {f"backbone.{name}": tensor for name, tensor in vision.items()}
+    return weights | {f"language_model.{name}": tensor for name, tensor in model.state_dict().items()}
 
 
-def load_language_model(source: Mapping, **kwargs) -> PreTrainedModel:
-    """The language model of `{"source", "revision"}`, in fp32; an OSError that names the remedy where it cannot be loaded."""
+def load_language_model(
+    source: str, revision: str | None = None, attn_implementation: str | None = None, **download: Any
+) -> tuple[PreTrainedModel, str | None]:
+    """The language model of an id or directory, in fp32, and the commit that it came from (None for a directory).
+
+    Raises:
+        OSError: with the remedy, where it cannot be loaded.
+    """
     try:
-        return AutoModelForCausalLM.from_pretrained(
-            source["source"], revision=source.get("revision") or "main", dtype=torch.float32, **kwargs
-        )
+        folder = source_folder(source, revision, **download)
+        options: dict[str, Any] = {"attn_implementation": attn_implementation} if attn_implementation else {}
+        with building_within(_bytes_of_weights(folder)):
+            model = AutoModelForCausalLM.from_pretrained(folder, config=read_config(folder), dtype=torch.float32, **options)
     except OSError as error:
         raise OSError(
-            f"the language model {source['source']!r} (revision {source.get('revision')}) could not be loaded: "
+            f"the language model {source!r} (revision {revision}) could not be loaded: "
             f"name another place of the same weights with language_model=... ({error})"
         ) from error
+    return model, None if os.path.isdir(source) else os.path.basename(folder)
 
 
 def source_state_dict(
@@ -118,35 +125,63 @@ def load_network(
         source: a name of timm's (`resnet50.a1_in1k`), a Hub id (`timm/resnet50.a1_in1k`, `facebook/dinov2-small`), or a
             directory written by `timm.models.save_for_hf` or by `save_pretrained` of transformers.
         revision: branch, tag or commit of a Hub repository.
-        download: `token`, `cache_dir`, `local_files_only`, `force_download` for Hub repositories.
+        download: see `source_folder`.
 
     Raises:
         OSError: if there is no such source, or it cannot be reached.
     """
     name, kwargs = os.fspath(source), dict(description.get("kwargs") or {})
     try:
-        if description["kind"] == "timm" and is_timm_name(name):
-            overlay = dict(kwargs.pop("pretrained_cfg_overlay", None) or {})
+        if is_timm := is_timm_name(name):
             repository = timm.models.get_pretrained_cfg(name, allow_unregistered=False).hf_hub_id
-            if revision and repository:
-                overlay["hf_hub_id"] = f"{repository}@{revision}"
-            cache = download.get("cache_dir")
-            return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay or None, cache_dir=cache, **kwargs)
-        folder = source_folder(name, revision, **download)
-        if description["kind"] == "timm":
-            return timm.create_model(f"local-dir:{folder}", pretrained=True, **kwargs)
-        config = AutoConfig.from_pretrained(folder, **kwargs)
-        if type(config) in MODEL_FOR_BACKBONE_MAPPING:
-            if "model_config" in description:
-                config.out_features = description["model_config"]["out_features"]
-            kind = MODEL_FOR_BACKBONE_MAPPING[type(config)]
-            return kind.from_pretrained(folder, config=config, dtype=torch.float32)
-        module = AutoModel.from_pretrained(folder, config=config, dtype=torch.float32)
-        return module.get_encoder(modality="image") if hasattr(config, "vision_config") else module
+            if not repository:
+                raise ValueError("timm has no repository of it on the Hub")
+            folder = source_folder(repository, revision, **download)
+        else:
+            folder = source_folder(name, revision, **download)
+        with building_within(_bytes_of_weights(folder)):
+            if description["kind"] == "timm":
+                return _timm_network(name if is_timm else description["architecture"], kwargs, folder, registered=is_timm)
+            return _transformers_network(description, read_config(folder, kwargs), folder)
     except Exception as error:
         raise OSError(
             f"the weights of backbone {name!r} cannot be loaded ({error}); pass as `backbone=` where they lie"
         ) from error
+
+
+def _timm_network(architecture: str, kwargs: Mapping[str, Any], folder: str, registered: bool) -> nn.Module:
+    """A network of timm's with the weights in a folder; what its config.json says of them, where timm has not registered it."""
+    files = sorted(name for name in os.listdir(folder) if name.endswith(WEIGHTS))
+    files.sort(key=lambda name: (not name.endswith(".safetensors"), name != "model.safetensors"))
+    if not files:
+        raise OSError(f"{folder} has no weights ({' or '.join(WEIGHTS)})")
+    facts = None
+    if not registered:
+        settings = PreTrainedConfig.get_config_dict(folder)[0]
+        facts = {key: value for key, value in settings.get("pretrained_cfg", settings).items() if key in TIMM_FACTS}
+    return companion("timm").create_network(architecture, kwargs, os.path.join(folder, files[0]), facts)
+
+
+def _transformers_network(description: Mapping[str, Any], config: PreTrainedConfig, folder: str) -> nn.Module:
+    if type(config) in MODEL_FOR_BACKBONE_MAPPING:
+        if "model_config" in description:
+            config.out_features = description["model_config"]["out_features"]
+        kind = MODEL_FOR_BACKBONE_MAPPING[type(config)]
+        return kind.from_pretrained(folder, config=config, dtype=torch.float32)
+    module = AutoModel.from_pretrained(folder, config=config, dtype=torch.float32)
+    return module.get_encoder(modality="image") if hasattr(config, "vision_config") else module
+
+
+def read_config(folder: str | PathLike, changes: Mapping[str, Any] | None = None) -> PreTrainedConfig:
+    """The configuration of a network of transformers in a folder, with changes: the fields that its class declares, checked."""
+    settings = PreTrainedConfig.get_config_dict(folder)[0] | dict(changes or {})
+    config_class = config_class_of(settings.get("model_type"))
+    return config_class(**settings_of(config_class, settings))
+
+
+def _bytes_of_weights(folder: str) -> int:
+    """How much the files of weights in a folder hold: no fewer bytes than weights."""
+    return sum(os.path.getsize(os.path.join(folder, name)) for name in os.listdir(folder) if name.endswith(WEIGHTS))
 
 
 def is_timm_name(source: str) -> bool:
@@ -154,33 +189,32 @@ def is_timm_name(source: str) -> bool:
     return not os.path.isdir(source) and "/" not in source and timm.is_model(source.split(".")[0])
 
 
-def source_folder(source: str, revision: str | None, **download: Any) -> str:
-    """The local directory of a source; a Hub repository is downloaded, pickled weights only where there are no others."""
+def source_folder(source: str, revision: str | None = None, **download: Any) -> str:
+    """The local directory of a source; a Hub repository is downloaded, pickled weights only where there are no others.
+
+    Args:
+        download: `token`, `cache_dir`, `local_files_only`, `force_download`, for Hub repositories.
+    """
     if os.path.isdir(source):
         return source
-    folder = snapshot_download(source, revision=revision, allow_patterns=["*.json", "*.safetensors"], **download)
+    download.pop("proxies", None)  # huggingface_hub has them from the environment
+    wanted = {"revision": revision, "ignore_patterns": ["*/*", "adapter*"]} | download
+    try:
+        folder = snapshot_download(source, allow_patterns=["*.json", "*.safetensors"], **wanted)
+    except HFValidationError as error:
+        raise OSError(f"{source!r:.200} is neither a directory nor the id of a repository") from error
     if not any(name.endswith(".safetensors") for name in os.listdir(folder)):
-        folder = snapshot_download(source, revision=revision, allow_patterns=["*.json", "*.bin"], **download)
+        folder = snapshot_download(source, allow_patterns=["*.json", "*.bin"], **wanted)
     return folder
-
-
-def weights_hash(weights: nn.Module | Mapping[str, Tensor]) -> str:
-    """SHA-256 over the name, dtype, shape and bytes of every persistent tensor, sorted by name."""
-    state = weights.state_dict() if isinstance(weights, nn.Module) else weights
-    digest = hashlib.sha256()
-    for name in sorted(state):
-        tensor = state[name].detach().cpu().contiguous()
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 __all__ = [
     "DevilModel",
+    "frozen_weights",
     "is_timm_name",
     "load_language_model",
     "load_network",
+    "read_config",
     "source_folder",
     "source_state_dict",
-    "weights_hash",
 ]

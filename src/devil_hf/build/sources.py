@@ -14,23 +14,23 @@ from typing import Any, cast
 
 import timm
 import torch
-from huggingface_hub import try_to_load_from_cache
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, resolve_model_data_config
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.image_processing_base import ImageProcessingMixin
 from transformers.utils import logging
 
+from devil_hf.build.hooks_devil import first_tensor, run
 from devil_hf.build.layers import choose_layers, offered_layers, probe_images, stage_module
-from devil_hf.build.slim_devil import is_timm_name, load_network, source_folder, weights_hash
-from devil_hf.model.backbone_devil import FeatureBackbone, build_module, first_tensor, run
+from devil_hf.build.slim_devil import is_timm_name, load_network, source_folder
+from devil_hf.build.timm_devil import TIMM_OVERLAY
+from devil_hf.model.backbone_devil import FeatureBackbone, build_module
+from devil_hf.model.checkpoint_devil import weights_hash
 from devil_hf.model.pooling_devil import resolve_layers
 
 logger = logging.get_logger(f"transformers.{__name__}")
 
 PIL_FILTERS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
-# What the weights of an architecture decide about its layers; the rest of timm's pretrained_cfg is about preprocessing.
-TIMM_OVERLAY = ("input_size", "fixed_input_size", "global_pool")
 
 
 def backbone_from_source(
@@ -110,13 +110,14 @@ def load_source(
         name, _, pinned = name.removeprefix("hf-hub:").partition("@")
         revision = revision or pinned or None
     if is_timm_name(name):
-        return _load_timm_name(name, {"num_classes": 0} | kwargs, revision)
+        return _load_timm_name(name, {"num_classes": 0} | kwargs, revision, token)
     folder = _existing_folder(name, revision, token)
     settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     timms = "architecture" in settings
     if timms:
         kwargs = {"num_classes": 0} | settings.get("model_args", {}) | kwargs
-    module: Any = load_network({"kind": "timm" if timms else "transformers", "kwargs": kwargs}, folder)
+    found = {"kind": "timm", "architecture": settings["architecture"]} if timms else {"kind": "transformers"}
+    module: Any = load_network(found | {"kwargs": kwargs}, folder)
     if timms:
         description = _timm_description(module, kwargs)
     else:
@@ -141,30 +142,23 @@ def _existing_folder(name: str, revision: str | None, token: str | None) -> Path
     return folder
 
 
-def _load_timm_name(name: str, kwargs: dict[str, Any], revision: str | None) -> tuple[nn.Module, dict[str, Any]]:
+def _load_timm_name(
+    name: str, kwargs: dict[str, Any], revision: str | None, token: str | None
+) -> tuple[nn.Module, dict[str, Any]]:
     try:
         cfg = timm.models.get_pretrained_cfg(name, allow_unregistered=False)
     except RuntimeError:  # the architecture has no such tag
         cfg = None
-    if cfg is None or not cfg.has_weights:
+    if cfg is None or not cfg.hf_hub_id:
         known = timm.list_pretrained(f"{name.split('.')[0]}*")[:8]
         raise OSError(
-            f"timm has no weights {name!r} (it has {known}); for a network without pretrained weights pass the module "
+            f"timm has no weights {name!r} on the Hub (it has {known}); for others pass the module "
             f"itself, `timm.create_model({name.split('.')[0]!r}, num_classes=0)`"
         )
-    module: Any = load_network({"kind": "timm", "kwargs": kwargs}, name, revision)
+    commit = os.path.basename(_existing_folder(cfg.hf_hub_id, revision, token))
+    module: Any = load_network({"kind": "timm", "kwargs": kwargs}, name, commit, token=token)
     full_name = f"{cfg.architecture}.{cfg.tag}" if cfg.tag else name
-    return module, _timm_description(module, kwargs) | {"source": full_name, "revision": _cached_commit(cfg, revision)}
-
-
-def _cached_commit(cfg, revision: str | None) -> str | None:
-    """The commit from which timm took the weights, read off the Hub's cache."""
-    names = [cfg.hf_hub_filename, "model.safetensors", "open_clip_model.safetensors", "pytorch_model.bin"]
-    for name in filter(None, names if cfg.hf_hub_id else []):
-        path = try_to_load_from_cache(cfg.hf_hub_id, name, revision=revision)
-        if isinstance(path, str):
-            return Path(path).parent.name
-    return None
+    return module, _timm_description(module, kwargs) | {"source": full_name, "revision": commit}
 
 
 def describe_module(module: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from devil_hf.build.slim_devil import weights_hash
 from devil_hf.data.exemplar_set import ExemplarSet, Unit
+from devil_hf.model.checkpoint_devil import weights_hash
 from devil_hf.model.modeling_devil import DevilModel
 from devil_hf.model.pooling_devil import pool, region_weights
 from devil_hf.model.processing_devil import DevilProcessor

@@ -14,9 +14,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from devil_hf.build import backbone_from_source, image_processor_of
-from devil_hf.build.slim_devil import weights_hash
 from devil_hf.data.images import ImageStream, NumberedImages
 from devil_hf.model.backbone_devil import FeatureBackbone
+from devil_hf.model.checkpoint_devil import weights_hash
 from devil_hf.model.image_processing_devil import DevilImageProcessor
 from devil_hf.model.pooling_devil import resolve_layers
 

@@ -34,11 +34,11 @@ from typing import Any
 
 from huggingface_hub import EvalResult
 
-from devil_hf.build.slim_devil import weights_hash
 from devil_hf.data.worlds import HELD_OUT_WORLD, world_label
 from devil_hf.evaluation.maps.combining import map_combinations
 from devil_hf.evaluation.text.metrics import CAPTION_METRICS
 from devil_hf.folders import write_json
+from devil_hf.model.checkpoint_devil import weights_hash
 from devil_hf.model.modeling_devil import DevilModel
 from devil_hf.text_files import read_json
 

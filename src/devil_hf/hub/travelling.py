@@ -13,11 +13,11 @@ from typing import Any
 
 ROOM = Path(__file__).parents[1] / "model"
 # Those that travel only with checkpoints that need them, see `COMPANIONS` in checkpoint_devil.py.
-COMPANIONS = tuple(ROOM.parent / file for file in ("baselines/baselines_devil.py", "build/lora_devil.py", "build/slim_devil.py"))
+COMPANIONS = (ROOM.parent / "baselines" / "baselines_devil.py", *sorted((ROOM.parent / "build").glob("*_devil.py")))
 LIBRARIES = {"PIL", "huggingface_hub", "numpy", "peft", "safetensors", "timm", "torch", "transformers"}
 STANDARD = {
     "base64", "binascii", "collections", "contextlib", "copy", "dataclasses", "functools", "hashlib", "importlib", "inspect",
-    "io", "math", "operator", "os", "pathlib", "sys", "typing",
+    "io", "json", "math", "operator", "os", "pathlib", "re", "sys", "threading", "typing",
 }  # fmt: skip
 OF_OS = {"PathLike", "fspath", "listdir", "path"}
 FORBIDDEN = {"__import__", "breakpoint", "compile", "eval", "exec", "globals", "input", "open"}
@@ -42,37 +42,35 @@ class Access:
 
 
 ACCESSES = (
-    Access("backbone_devil.py", "timm.create_model", "building", "nothing: the architecture, without weights"),
-    Access("backbone_devil.py", "importlib.import_module", "building a transformers backbone",
-           "a module whose name begins with `transformers.`; anything else is refused"),
     Access("checkpoint_devil.py", "cls.config_class.from_pretrained", "loading", "the checkpoint's config.json"),
-    Access("checkpoint_devil.py", "super().from_pretrained", "loading", "the checkpoint's safetensors files"),
+    Access("checkpoint_devil.py", "cached_file", "loading", "the checkpoint's safetensors files and the list of them"),
+    Access("checkpoint_devil.py", "Path(file).read_text", "loading a checkpoint in shards", "the list of them"),
+    Access("checkpoint_devil.py", "load_file", "loading", "the same files, by safetensors"),
+    Access("checkpoint_devil.py", "super().from_pretrained", "loading", "nothing: it is given the weights"),
     Access("checkpoint_devil.py", "super().save_pretrained", "saving", "the directory that you name"),
-    Access("checkpoint_devil.py", "self.config.save_pretrained", "saving with companions", "the directory that you name"),
-    Access("checkpoint_devil.py", "file.read_text", "saving with companions", "the companion's own file"),
-    Access("checkpoint_devil.py", "(folder / file.name).write_text", "saving with companions",
+    Access("checkpoint_devil.py", "self.config.save_pretrained", "saving", "the directory that you name"),
+    Access("checkpoint_devil.py", "file.read_text", "saving", "a companion's own file"),
+    Access("checkpoint_devil.py", "(folder / file.name).write_text", "saving",
            "the companion's file in the directory that you name"),
-    Access("checkpoint_devil.py", "(folder / f'{ENTRY}.py').write_text", "saving with companions",
-           "the file there that imports the companions"),
+    Access("checkpoint_devil.py", "(folder / f'{ENTRY}.py').write_text", "saving", "the file there that imports the companions"),
     Access("pipeline_devil.py", "self.model.save_pretrained", "saving a pipeline", "the directory that you name"),
     Access("pipeline_devil.py", "self.processor.save_pretrained", "saving a pipeline", "the directory that you name"),
     Access("image_processing_devil.py", "Image.open", "giving a path, URL or base64 text as an image", "that file"),
     Access("image_processing_devil.py", "os.path.exists", "giving a text as an image", "whether there is such a file"),
     Access("image_processing_devil.py", "get_session", "giving an http or https URL as an image", "one GET of that URL"),
-    Access("slim_devil.py", "timm.create_model", "loading a slim checkpoint",
-           "the weights of a timm backbone, from the Hub's cache or the Hub, at the recorded commit"),
-    Access("slim_devil.py", "os.path.isdir", "loading a slim checkpoint", "whether the recorded source is a directory"),
-    Access("slim_devil.py", "os.listdir", "loading a slim checkpoint", "names of files in the downloaded source"),
+    Access("timm_devil.py", "timm.create_model", "building", "nothing: an architecture of timm's, without weights; loading a "
+           "slim checkpoint, the file of weights in the folder of its source"),
+    Access("transformers_devil.py", "importlib.import_module", "building",
+           "a `modeling_*` file of transformers' own models; anything else is refused"),
+    Access("slim_devil.py", "os.path.isdir", "loading a slim checkpoint", "whether a source is a directory"),
+    Access("slim_devil.py", "os.listdir", "loading a slim checkpoint", "names of files in the folder of a source"),
     Access("slim_devil.py", "snapshot_download", "loading a slim checkpoint",
-           "`*.json` and `*.safetensors` of the backbone's repository (`*.bin` where there are no others, read with "
-           "`weights_only`), at the recorded commit"),
-    Access("slim_devil.py", "AutoConfig.from_pretrained", "loading a slim checkpoint", "the source's config.json"),
-    Access("slim_devil.py", "AutoModel.from_pretrained", "loading a slim checkpoint", "the source's weights, without code"),
-    Access("slim_devil.py", "kind.from_pretrained", "loading a slim checkpoint", "the source's weights, without code"),
-    Access("slim_devil.py", "cached_file", "loading a slim checkpoint", "the checkpoint's model.safetensors"),
-    Access("slim_devil.py", "load_file", "loading a slim checkpoint", "the same file, by safetensors"),
+           "`*.json` and `*.safetensors` of a source (`*.bin` where there are no others, read with `weights_only`), at the "
+           "recorded commit, from the Hub's cache or the Hub"),
+    Access("slim_devil.py", "AutoModel.from_pretrained", "loading a slim checkpoint", "weights in the folder of a source"),
+    Access("slim_devil.py", "kind.from_pretrained", "loading a slim checkpoint", "weights in the folder of a source"),
     Access("slim_devil.py", "AutoModelForCausalLM.from_pretrained", "loading a slim checkpoint",
-           "the language model at the recorded commit, without code; its hash must be the recorded one"),
+           "weights in the folder of a source"),
 )  # fmt: skip
 
 
@@ -104,9 +102,8 @@ def violations(file: Path) -> Iterator[str]:
             if of_os or (isinstance(node, ast.Name) and node.id in FORBIDDEN):
                 yield f"{file.name}:{node.lineno} uses {ast.unparse(node)}"
         for name in names:
-            if name.partition(".")[0] not in LIBRARIES | STANDARD and not (
-                file in COMPANIONS and name.startswith("devil_hf.model.")
-            ):
+            travels = name.startswith("devil_hf.model.") or name in {f"devil_hf.build.{other.stem}" for other in COMPANIONS}
+            if name.partition(".")[0] not in LIBRARIES | STANDARD and not (file in COMPANIONS and travels):
                 yield f"{file.name}:{node.lineno} imports {name}"
     listed = {access.call for access in ACCESSES if access.file == file.name}
     yield from (f"{file.name} calls {call}, which is not listed" for call in sorted(accesses(file) - listed))

@@ -5,20 +5,29 @@ trained, and name the sources of the frozen parts with revision and a hash of th
 """
 
 import dataclasses
+import hashlib
+import json
+import re
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn.modules import module as registration
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils import cached_file
 
 from .backbone_devil import FeatureBackbone
 from .configuration_devil import DevilConfig
 
 TRAINED_PREFIX = "translator."
-HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "token", "revision", "subfolder")
 LORA_NAME = ".lora_"  # in the name of every weight that peft adds
 AUTO_CLASSES = ("AutoModel", "AutoModelForImageTextToText")
 ENTRY = "companions_devil"
@@ -37,13 +46,86 @@ def companion(need: str) -> Any:
 
 def write_companions(needs: Sequence[str], folder: Path) -> None:
     """Write the files that a checkpoint needs beside the usual ones, and one that imports them with the model."""
-    lines = ['"""The model, with the code that this checkpoint needs beside the files that always travel."""', ""]
+    entry = '"""The model, with the code that this checkpoint needs beside the files that always travel."""\n\n'
+    entry += "from .configuration_devil import DevilConfig\n"
     for file in sorted({Path(COMPANIONS[need].__file__) for need in needs}):
         code = file.read_text(encoding="utf-8")
         code = code.replace("from devil_hf.model.", "from .").replace("from devil_hf.build.", "from .")
         (folder / file.name).write_text(code, encoding="utf-8")
-        lines.append(f"from .{file.stem} import DevilModel")
-    (folder / f"{ENTRY}.py").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        entry += f"from .{file.stem} import DevilModel\n"
+    (folder / f"{ENTRY}.py").write_text(entry, encoding="utf-8")
+
+
+def weights_hash(weights: nn.Module | Mapping[str, Tensor]) -> str:
+    """SHA-256 over the name, dtype, shape and bytes of every persistent tensor, sorted by name."""
+    state = weights.state_dict() if isinstance(weights, nn.Module) else weights
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def read_weights(path: str | PathLike, variant: str | None = None, **hub: Any) -> dict[str, Tensor]:
+    """Every tensor in the safetensors files of a checkpoint, mapped into memory; an OSError for missing and damaged ones."""
+    end = f".{variant}" if variant else ""
+    names, index = [f"model{end}.safetensors"], f"model.safetensors.index{end}.json"
+    if cached_file(path, names[0], _raise_exceptions_for_missing_entries=False, **hub) is None:
+        file = cached_file(path, index, _raise_exceptions_for_missing_entries=False, **hub)
+        if file is None:
+            raise OSError(f"{path} has neither {names[0]} nor {index}: there are no weights to load.")
+        try:
+            names = sorted({str(name) for name in json.loads(Path(file).read_text(encoding="utf-8"))["weight_map"].values()})
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            names = []
+        if not names or not all(re.fullmatch(r"[\w.-]+\.safetensors", name) for name in names):
+            raise OSError(f"{file} is no list of safetensors files beside it: download or copy the checkpoint again.")
+    weights: dict[str, Tensor] = {}
+    for name in names:
+        file = str(cached_file(path, name, **hub))
+        try:
+            weights |= load_file(file)
+        except (SafetensorError, ValueError, LookupError, RuntimeError) as error:
+            raise OSError(f"{file} is cut or damaged ({error}): download or copy the checkpoint again.") from error
+    return weights
+
+
+def verify_weights(weights: Mapping[str, Tensor], sha256: str | None, path: Any) -> None:
+    """A ValueError for weights that are not finite, or not those of the recorded hash, where there is one."""
+    for name, tensor in weights.items():
+        if tensor.is_floating_point() and tensor.numel():
+            low, high = torch.aminmax(tensor if tensor.element_size() > 1 else tensor.float())
+            if not (low.isfinite() and high.isfinite()):
+                raise ValueError(f"{path} holds values of {name} that are not finite: its training diverged, or it is damaged.")
+    if sha256 is not None and (found := weights_hash(weights)) != sha256:
+        raise ValueError(
+            f"the weights of {path} have SHA-256 {found}, not {sha256} as in its config.json: copy or save it again."
+        )
+
+
+@contextmanager
+def building_within(elements: int) -> Iterator[None]:
+    """A ValueError as soon as a network that is built in this thread asks for far more than weights of that many elements.
+
+    Its description may ask for a million layers, which would all be made before anybody compares them with the weights.
+    """
+    own, room = threading.get_ident(), 8 * elements + 2**26
+
+    def count(_module: nn.Module, name: str, tensor: Tensor | None) -> None:
+        nonlocal room
+        if tensor is not None and threading.get_ident() == own:
+            room -= max(tensor.numel(), 2**13)  # making a tensor takes time, however small it is
+            if room < 0:
+                raise ValueError(f"the configuration asks for far more than the {elements} weights that are there, up to {name}.")
+
+    hooks = (registration.register_module_parameter_registration_hook, registration.register_module_buffer_registration_hook)
+    with hooks[0](count), hooks[1](count):
+        yield
+
+
+class OwnGenerationMixin:
+    """A name that says "GenerationMixin": transformers would derive a class for each load, which nobody could pickle."""
 
 
 class DevilPreTrainedModel(PreTrainedModel):
@@ -60,7 +142,12 @@ class DevilPreTrainedModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    _needs: tuple[str, ...] = ()  # companions that a folder lacks while it is being saved
+    _unfinished: tuple[list[str], str | None] | None = None  # companions that a folder lacks while it is saved, and its variant
+
+    @classmethod
+    def can_generate(cls) -> bool:
+        """False, in transformers' sense: the language model has the settings of generation, not the whole."""
+        return False
 
     def freeze(self) -> "DevilPreTrainedModel":
         """Switch the gradients of the frozen parts off: loading makes every weight trainable again."""
@@ -103,33 +190,47 @@ class DevilPreTrainedModel(PreTrainedModel):
         if slim:
             companion("slim")
             if parts := self.parts_without_source:
-                raise ValueError(
-                    f"a slim checkpoint needs a source of the {parts[0]}, but it was given as a module: "
-                    "build the model from an id or a directory, or save with slim=False."
-                )
+                why = f"a slim checkpoint needs a source of the {parts[0]}, but it was given as a module"
+                raise ValueError(f"{why}: build the model from an id or a directory, or save with slim=False.")
             state_dict = self.trainable_state_dict() if state_dict is None else state_dict
-        config.auto_map = {"AutoConfig": "configuration_devil.DevilConfig"}
-        config.auto_map |= dict.fromkeys(AUTO_CLASSES, "modeling_devil.DevilModel")
+        elif state_dict is None and (doubles := self._doubles()):
+            state_dict = self.state_dict() | doubles
         before, config.frozen_weights = config.frozen_weights, "reference" if slim else "embedded"
-        config.custom_pipelines = CUSTOM_PIPELINES
-        needs = (config.translator_type, "lora" if config.lora else "", "slim" if slim else "")
-        self._needs = tuple(need for need in needs if need in COMPANIONS) if kwargs.get("is_main_process", True) else ()
+        config.custom_pipelines, config.weights_sha256 = CUSTOM_PIPELINES, None
+        backbone = config.backbone_config
+        needs = {backbone["kind"], *(reader["by"] for reader in backbone["readers"]), config.translator_type}
+        needs |= {"lora" if config.lora else "", "slim" if slim else "", "hook" if "stages" in needs else ""}
+        unfinished = (sorted(needs & COMPANIONS.keys()), kwargs.get("variant"))
+        self._unfinished = unfinished if kwargs.get("is_main_process", True) else None
         try:
             super().save_pretrained(save_directory, state_dict=state_dict, **kwargs)
-            self._add_companions(save_directory)
+            self._finish(save_directory)
         finally:
-            config.frozen_weights, self._needs = before, ()
+            config.frozen_weights, self._unfinished = before, None
+
+    def _doubles(self) -> dict[str, Tensor]:
+        """Copies of the backbone's weights that share memory with others of it: transformers saves none that it did not tie."""
+        own = self.backbone.state_dict(prefix="backbone.")
+        named = {name: one for name, one in own.items() if one.numel() and not one.is_meta}
+        first = {one.untyped_storage().data_ptr(): name for name, one in reversed(named.items())}
+        return {name: one.clone() for name, one in named.items() if first[one.untyped_storage().data_ptr()] != name}
 
     def _upload_modified_files(self, working_dir, *args, **kwargs):
-        self._add_companions(working_dir)  # before `save_pretrained(push_to_hub=True)` sends the folder
+        self._finish(working_dir)  # before `save_pretrained(push_to_hub=True)` sends the folder
         return super()._upload_modified_files(working_dir, *args, **kwargs)
 
-    def _add_companions(self, folder: str | PathLike) -> None:
-        if self._needs:
-            write_companions(self._needs, Path(folder))
-            self.config.auto_map |= dict.fromkeys(AUTO_CLASSES, f"{ENTRY}.DevilModel")
-            self.config.save_pretrained(folder)
-            self._needs = ()
+    def _finish(self, folder: str | PathLike) -> None:
+        """Add to a saved folder the companions, the name of the file that is loaded, and the hash of what was written."""
+        if self._unfinished is None:
+            return
+        (needs, variant), self._unfinished = self._unfinished, None
+        if needs:
+            write_companions(needs, Path(folder))
+        # One file for all classes: transformers tells code apart by the configuration's class and the files that it imports.
+        entry, type(self.config)._auto_class = ENTRY if needs else "modeling_devil", None  # else it would name its own file
+        self.config.auto_map = dict.fromkeys(AUTO_CLASSES, f"{entry}.DevilModel") | {"AutoConfig": f"{entry}.DevilConfig"}
+        self.config.weights_sha256 = {variant or "": weights_hash(read_weights(folder, variant))}
+        self.config.save_pretrained(folder)
 
     @property
     def parts_without_source(self) -> list[str]:
@@ -154,26 +255,35 @@ class DevilPreTrainedModel(PreTrainedModel):
             ValueError: when weights are missing, or are not those that the translator was trained with.
         """
         path = pretrained_model_name_or_path
-        report = kwargs.pop("output_loading_info", False)
-        hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
-        if not isinstance(config, PreTrainedConfig):
-            fields = {f.name for f in dataclasses.fields(cls.config_class)} - {"dtype"}
-            overrides = {name: kwargs.pop(name) for name in list(kwargs) if name in fields}
-            config = cls.config_class.from_pretrained(config or path, **hub, **overrides)
+        report, variant = kwargs.pop("output_loading_info", False), kwargs.pop("variant", None)
+        hub = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
         if isinstance(language_model, nn.Module):
             raise TypeError("language_model must be an id or a directory; a module goes to from_backbone_and_language_model.")
-        if config.frozen_weights == "embedded" and (language_model or isinstance(backbone, str | PathLike)):
-            raise ValueError(f"{path} holds its frozen weights itself: leave backbone and language_model out.")
-        backbone = backbone.module if isinstance(backbone, FeatureBackbone) else backbone
-        if isinstance(backbone, nn.Module):
-            kwargs["backbone"] = backbone
-        with _told_when_cut(path):
-            if path is not None and state_dict is None and config.frozen_weights == "reference":
-                state_dict = companion("slim").slim_state_dict(path, config, backbone, language_model, hub)
-            source = None if state_dict is not None else path
-            model, info = super().from_pretrained(
-                source, *args, config=config, state_dict=state_dict, output_loading_info=True, **kwargs
-            )
+        with _told(path):
+            if not isinstance(config, PreTrainedConfig):
+                fields = {f.name for f in dataclasses.fields(cls.config_class)} - {"dtype"}
+                overrides = {name: kwargs.pop(name) for name in list(kwargs) if name in fields}
+                config = cls.config_class.from_pretrained(config or path, **hub, **overrides)
+            if config.frozen_weights == "embedded" and (language_model or isinstance(backbone, str | PathLike)):
+                raise ValueError(f"{path} holds its frozen weights itself: leave backbone and language_model out.")
+            backbone = backbone.module if isinstance(backbone, FeatureBackbone) else backbone
+            parts = [*backbone.modules()] if isinstance(backbone, nn.Module) else []
+            kwargs |= {"backbone": backbone} if parts else {}
+            buffers = [(part, *one) for part in parts for one in part.named_buffers(recurse=False)]
+            if path is not None and state_dict is None:
+                state_dict = read_weights(path, variant, **hub)
+                verify_weights(state_dict, (config.weights_sha256 or {}).get(variant or ""), path)
+                if config.frozen_weights == "reference":
+                    # Trained weights come last: those of fresh adapters give way to them.
+                    state_dict = companion("slim").frozen_weights(path, config, backbone, language_model, hub) | state_dict
+            elements = sum(tensor.numel() for tensor in (state_dict or {}).values())
+            with building_within(elements):
+                model, info = super().from_pretrained(
+                    None, *args, config=config, state_dict=state_dict, output_loading_info=True, **kwargs
+                )
+        for part, name, buffer in buffers:
+            if name in part._non_persistent_buffers_set:  # no checkpoint holds it, and transformers put new memory in its place
+                part._buffers[name] = buffer.to(part._buffers[name].device)
         if missing := sorted(info["missing_keys"]):
             raise ValueError(f"{path} lacks {len(missing)} weights, {missing[0]} among them: the checkpoint is incomplete.")
         model.config.name_or_path = model.name_or_path = str(path)
@@ -182,8 +292,8 @@ class DevilPreTrainedModel(PreTrainedModel):
 
 
 @contextmanager
-def _told_when_cut(path: Any) -> Iterator[None]:
-    """Say that the network failed: transformers would say that a file of another name is missing."""
+def _told(path: Any) -> Iterator[None]:
+    """Say what is wrong with a checkpoint, whatever a library says of it: that the network failed, or that it is damaged."""
     try:
         yield
     except Exception as error:
@@ -191,6 +301,8 @@ def _told_when_cut(path: Any) -> Iterator[None]:
         # The client's transport errors are of httpx or httpx2, depending on its version.
         while cause is not None and "TransportError" not in [base.__name__ for base in type(cause).__mro__]:
             cause = cause.__cause__ or cause.__context__
-        if cause is None:
+        if cause is not None:
+            raise OSError(f"loading {path} was cut off by the network ({cause}); load it again to go on.") from error
+        if isinstance(error, OSError | ValueError | ImportError | MemoryError | torch.OutOfMemoryError):
             raise
-        raise OSError(f"loading {path} was cut off by the network ({cause}); load it again to go on.") from error
+        raise ValueError(f"{path} cannot be loaded ({type(error).__name__}: {error!s:.300}): it is damaged.") from error

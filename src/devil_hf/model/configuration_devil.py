@@ -5,12 +5,55 @@ a prefix of 10, layer and location dropout of one half. Everything beyond the pa
 """
 
 import copy
+import dataclasses
+import re
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 FORMAT_VERSION = 1
+# What a checkpoint may say of its parts: words without the separators of paths, URLs and repositories, and numbers that networks
+# have, fewer of what is counted: a list of a billion layers fills the memory before one is made.
+WORD = re.compile(r"[\w.,+ -]{0,200}")
+COUNTED = re.compile("layer|depth|block|stage|expert|head|group|label")
+MOST, MOST_PARTS = 2**31, 2**19
+DTYPES = (None, "float16", "bfloat16", "float32", "float64")
+UNDECLARED = ("out_features", "out_indices", "rope_theta", "rope_scaling", "partial_rotary_factor")  # read all the same
+KEPT = ("auto_map", "custom_pipelines", "model_type")  # beside the fields: what Auto classes and `pipeline` read
+
+
+def check_setting(name: str, value: Any) -> Any:
+    """A value of a part's description, as it is; a ValueError for what may lead out of the checkpoint, or no network has."""
+    if isinstance(value, Mapping) and len(value) <= MOST_PARTS:
+        kind = str(value.get("model_type"))
+        if kind in CONFIG_MAPPING or "timm" in kind:
+            return {"model_type": kind} | settings_of(config_class_of(kind), value)
+        labels = name in ("id2label", "label2id")  # any text, of which only the number matters
+        return dict(value) if labels else {key: check_setting(str(key), one) for key, one in value.items()}
+    if isinstance(value, list | tuple) and len(value) <= MOST_PARTS:
+        return [check_setting(name, one) for one in value]
+    most = MOST_PARTS if COUNTED.search(name) else MOST
+    fits = value is None or isinstance(value, float) or (isinstance(value, int) and abs(value) <= most)
+    fits = fits or (isinstance(value, str) and WORD.fullmatch(value) is not None)
+    if not fits or (name == "dtype" and value not in DTYPES) or (value and name.endswith("_implementation")):
+        raise ValueError(f"{name}={value!r:.80} in the description of a checkpoint's part is refused: no network needs it.")
+    return value
+
+
+def config_class_of(model_type: Any) -> type[PreTrainedConfig]:
+    """The configuration class of a model type; a ValueError for what transformers does not know, and for its wraps of timm."""
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING or "timm" in model_type:
+        raise ValueError(f"model_type {model_type!r:.80} is not one that this transformers builds: upgrade it, or name another.")
+    return CONFIG_MAPPING[model_type]
+
+
+def settings_of(config_class: Any, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of a description's fields that the configuration class declares, checked; the others are left out."""
+    names = {field.name for field in dataclasses.fields(config_class)} | {*config_class.attribute_map, *UNDECLARED}
+    return {name: check_setting(name, value) for name, value in fields.items() if name in names}
 
 
 @strict
@@ -54,18 +97,13 @@ class DevilConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
     scope: str | None = None  # what the training data covered, in a sentence that the tools print beside their answers
     frozen_weights: Literal["embedded", "reference"] = "embedded"  # "reference" when the checkpoint is slim
+    weights_sha256: dict[str, str] | None = None  # of the weights beside it, by the variant of the files ("" for none)
     format_version: int = FORMAT_VERSION  # layout of the checkpoint; newer ones than this code knows are refused
 
     def __post_init__(self, **kwargs):
         if isinstance(self.text_config, dict):
-            model_type = self.text_config.get("model_type")
-            if model_type not in CONFIG_MAPPING:
-                raise ValueError(
-                    f"text_config has model_type {model_type!r}, which this transformers does not know: "
-                    "upgrade transformers, or name a causal language model that it has."
-                )
-            fields = {name: value for name, value in self.text_config.items() if name != "model_type"}
-            self.text_config = CONFIG_MAPPING[model_type](**fields)
+            config_class = config_class_of(self.text_config.get("model_type"))
+            self.text_config = config_class(**settings_of(config_class, self.text_config))
         elif self.text_config is not None:
             # The base class resets the attention implementation of its sub-configurations: not that of a living model.
             self.text_config = copy.deepcopy(self.text_config)
@@ -91,10 +129,17 @@ class DevilConfig(PreTrainedConfig):
     def from_dict(cls, config_dict, **kwargs):
         # Before the fields are read: those of a newer format may well be wrong for this one.
         version = config_dict.get("format_version", FORMAT_VERSION)
-        if version > FORMAT_VERSION:
+        if version not in range(FORMAT_VERSION + 1):
             raise ValueError(f"this checkpoint has format_version {version}, this code reads {FORMAT_VERSION}: upgrade devil-hf.")
-        config_dict = {name: value for name, value in config_dict.items() if name != "translator_norm_eps"}  # a former option
-        return super().from_dict(config_dict, **kwargs)
+        names = {*KEPT, *(field.name for field in dataclasses.fields(cls))}
+        config_dict = {name: value for name, value in config_dict.items() if name in names}  # no others, whatever they do
+        check_setting("", {key: one for key, one in config_dict.items() if isinstance(one, int | float) or key == "dtype"})
+        try:
+            return super().from_dict(config_dict, **kwargs)
+        except (StrictDataclassError, AttributeError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"this is no configuration of a DeViL model ({error!s:.500}): correct it, or copy it again."
+            ) from error
 
     def validate_probabilities(self):
         for name in ("layer_dropout", "location_dropout", *(name for name in vars(self) if name.endswith("_probability"))):
@@ -108,7 +153,7 @@ class DevilConfig(PreTrainedConfig):
                 raise ValueError(f"{name}={value} must be at least 1.")
         if self.translator_width % self.translator_heads:
             raise ValueError(
-                f"translator_width={self.translator_width} is not a multiple of translator_heads={self.translator_heads}."
+                f"translator_width={self.translator_width} is no multiple of translator_heads={self.translator_heads}."
             )
 
     def validate_prefix_fits_the_context(self):
@@ -120,7 +165,5 @@ class DevilConfig(PreTrainedConfig):
                 f"reads {self.context_length}: choose a shorter prefix or another language model."
             )
 
-
-DevilConfig.register_for_auto_class()
 
 __all__ = ["DevilConfig"]

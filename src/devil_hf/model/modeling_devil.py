@@ -17,7 +17,8 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, GenerationConfig, LogitsProcessorList, PreTrainedModel
 
 from .backbone_devil import FeatureBackbone
-from .checkpoint_devil import DevilPreTrainedModel, companion
+from .checkpoint_devil import DevilPreTrainedModel, OwnGenerationMixin, companion
+from .configuration_devil import DevilConfig
 from .explaining_devil import ExplainMixin
 from .outputs_devil import DevilOutput
 from .pooling_devil import Layers, one_per_layer, only_one, place_weights, pool, read_number, read_tensor, resolve_layers
@@ -29,7 +30,7 @@ QUESTION = ("locations", "window", "regions", "location_weights", "layer_mask", 
 COUNTS = ("max_new_tokens", "max_length", "num_beams", "num_return_sequences")  # arguments of `generate` that are at least 1
 
 
-class DevilModel(ExplainMixin, ScoreMixin, DevilPreTrainedModel):
+class DevilModel(OwnGenerationMixin, ExplainMixin, ScoreMixin, DevilPreTrainedModel):
     """A vision backbone that speaks.
 
     Shapes: B images, L layers with feature maps (B, C_l, H_l, W_l), N questions, K phrases of up to T tokens,
@@ -374,3 +375,5 @@ def _nothing_is_padded(*arguments: Any) -> None:
 
 
 DevilModel.register_for_auto_class("AutoModel")
+
+__all__ = ["DevilConfig", "DevilModel"]
