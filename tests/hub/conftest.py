@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 import devil_hf.hub.publish
 from devil_hf import DevilModel
 from devil_hf.hub.publish import prepare, upload
+from devil_hf.model.checkpoint_devil import weights_hash
 from tests.conftest import SMALL_TRANSLATOR
 from tests.loopback_hub import LoopbackHub
 
@@ -84,6 +85,8 @@ def published(hub, draft):
     shutil.copytree(draft.folder, changed.folder)
     other = {name: -t if name == "translator.output.weight" else t for name, t in weights.items()}
     save_file(other, changed.folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((changed.folder / "config.json").read_text()) | {"weights_sha256": {"": weights_hash(other)}}
+    (changed.folder / "config.json").write_text(json.dumps(config))
     upload(changed, "tester/devil", commit_message="Other weights")
     upload(draft, "tester/devil", revision="experiment")
     upload(draft, "tester/secret", private=True)
