@@ -127,3 +127,25 @@ def test_wrong_settings_are_refused_before_anything_is_loaded(lora, text):
         DevilModel.from_backbone_and_language_model("nowhere", "nowhere", lora=lora)
     with pytest.raises(ValueError, match=text):
         add_lora(torch.nn.Linear(2, 2), lora)
+
+
+@pytest.mark.parametrize("targets", [["lm_head"], ["wte"], ["c_attn", "lm_head"]], ids=str)
+def test_adapters_on_tied_weights_are_refused_before_anything_changes(targets):
+    language_model = AutoModelForCausalLM.from_config(GPT2Config(vocab_size=50, n_embd=16, n_layer=1, n_head=2))
+    with pytest.raises(ValueError, match="whose weights another layer reads"):
+        add_lora(language_model, {"target_modules": targets})
+    assert not any(True for _ in lora_layers(language_model))
+
+
+@pytest.mark.parametrize("targets", [["lm_head"], ["wte"]], ids=str)
+@torch.no_grad()
+def test_adapters_on_a_head_or_embeddings_of_their_own_say_the_same_when_merged(targets, model, captions, pixel_values):
+    config = GPT2Config(vocab_size=400, n_embd=16, n_layer=1, n_head=2, tie_word_embeddings=False, bos_token_id=1, eos_token_id=2)
+    language_model = AutoModelForCausalLM.from_config(config)
+    lora = {"rank": 2, "target_modules": targets}
+    plain = DevilModel.from_backbone_and_language_model(model.backbone, language_model, lora=lora, **SMALL_TRANSLATOR)
+    for name, parameter in plain.named_parameters():
+        if ".lora_" in name:
+            parameter.normal_(std=0.3)
+    expected = plain(pixel_values, **captions).logits
+    torch.testing.assert_close(merge_lora(plain)(pixel_values, **captions).logits, expected, atol=1e-4, rtol=1e-4)

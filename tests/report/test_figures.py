@@ -1,5 +1,7 @@
 """Figures show what they are given: the right size, every word, one colour scale, and the crop where it is."""
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -104,3 +106,16 @@ def test_each_layer_stands_beside_its_image(written):
     assert figure.height > 2 * 260
     with pytest.raises(ValueError, match="2 images, but descriptions of 1"):
         figures.layers_figure(images, rows[:1])
+
+
+@pytest.mark.parametrize(
+    ("script", "words"),
+    [("Cjk", ("狗", "猫")), ("Arabic", ("كلب", "قطط")), ("Devanagari", ("कमल", "नगर")), ("Greek", ("σκύλος", "γατάκι"))],
+)
+def test_words_of_other_scripts_are_drawn_or_the_missing_script_is_named(script, words):
+    drawing.font.cache_clear()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        one, other = (np.asarray(figures.layers_figure([Image.new("RGB", (64, 64))], [[("all", word)]])) for word in words)
+    drawn = one.shape != other.shape or (one != other).any()
+    assert drawn or any(f"has the {script} characters" in str(warning.message) for warning in said)

@@ -1,6 +1,7 @@
 """LoRA adapters in the language model. This file travels only with checkpoints that have some."""
 
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -13,6 +14,7 @@ from devil_hf.model.modeling_devil import DevilModel
 if is_peft_available():
     from peft import LoraConfig, inject_adapter_in_model
     from peft.tuners.lora import LoraLayer
+    from peft.tuners.tuners_utils import check_target_module_exists
     from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
 COMPANIONS["lora"] = sys.modules[__name__]
@@ -31,7 +33,7 @@ def add_lora(language_model: nn.Module, lora: Mapping[str, Any]) -> None:
 
     Raises:
         ImportError: when peft is not installed.
-        ValueError: see `check_lora`.
+        ValueError: see `check_lora`; for targets whose weights are tied to those of another layer.
     """
     check_lora(lora)
     if not is_peft_available():
@@ -49,7 +51,20 @@ def add_lora(language_model: nn.Module, lora: Mapping[str, Any]) -> None:
         # Transposed linear layers, as in GPT-2, would otherwise be met with a warning.
         fan_in_fan_out=any(type(module).__name__ == "Conv1D" for module in language_model.modules()),
     )
+    if tied := _tied_targets(language_model, config):
+        raise ValueError(
+            f"lora target_modules={full['target_modules']!r} take in {tied}, whose weights another layer reads, too, as tied "
+            "embeddings and head do: adapters of the one would change the other; name other layers."
+        )
     inject_adapter_in_model(config, language_model)
+
+
+def _tied_targets(language_model: nn.Module, config: Any) -> list[str]:
+    """Names of the targets of a `LoraConfig` whose weight is the weight of another module as well."""
+    weights = [(name, module._parameters.get("weight")) for name, module in language_model.named_modules()]
+    owners = Counter(id(weight) for _, weight in weights)
+    tied = [name for name, weight in weights if weight is not None and owners[id(weight)] > 1]
+    return [name for name in tied if check_target_module_exists(config, name)]
 
 
 def lora_layers(language_model: nn.Module) -> Iterator[tuple[str, Any]]:

@@ -1,7 +1,11 @@
 """What figures are drawn with, by Pillow alone: text that fits, tiles of maps, the colour bar. Sizes are in pixels."""
 
+import importlib.util
+import unicodedata
+import warnings
 from collections.abc import Sequence
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,15 +18,63 @@ from devil_hf.report.overlays import colorize, overlay_map
 MARGIN, GAP = 32, 14
 
 
+# Looked for, by name, where the system keeps its fonts; DejaVu also in matplotlib, where that is installed.
+OTHER_FONTS = (
+    *(
+        "DejaVuSans.ttf",
+        "NotoSans-Regular.ttf",
+        "NotoSansCJK-Regular.ttc",
+        "NotoSansSC-Regular.otf",
+        "NotoSansArabic-Regular.ttf",
+    ),
+    *("NotoSansDevanagari-Regular.ttf", "NotoSansHebrew-Regular.ttf", "NotoSansThai-Regular.ttf", "NotoSansBengali-Regular.ttf"),
+    *("NotoSansTamil-Regular.ttf", "wqy-microhei.ttc", "DroidSansFallbackFull.ttf", "unifont.otf", "FreeSans.ttf"),
+    *("Arial Unicode.ttf", "PingFang.ttc", "msyh.ttc", "Nirmala.ttf", "arial.ttf"),
+)
+
+
 @lru_cache
-def font(size: int) -> Any:
-    """Pillow's own font."""
-    return ImageFont.load_default(size)
+def font(size: int, text: str = "") -> Any:
+    """Pillow's own font, or the first of `OTHER_FONTS` that has every character of `text`; a warning where none has."""
+    missing = {face: _missing(face, text) for face in range(len(OTHER_FONTS) + 1) if _face(face, size) is not None}
+    best = min(missing, key=lambda face: len(missing[face]))
+    for script in sorted({unicodedata.name(character, "unknown").split()[0].title() for character in missing[best]}):
+        warnings.warn(
+            f"no font here has the {script} characters of a figure: they are drawn as boxes. Install one that has them, such as "
+            "Noto Sans (`apt install fonts-noto`, or fonts.google.com/noto).",
+            stacklevel=2,
+        )
+    return _face(best, size)
+
+
+@lru_cache
+def _face(number: int, size: int) -> Any:
+    """Pillow's own font (0) or one of `OTHER_FONTS` (from 1); None where the system does not have it."""
+    if number == 0:
+        return ImageFont.load_default(size)
+    name = OTHER_FONTS[number - 1]
+    matplotlib = importlib.util.find_spec("matplotlib")
+    inside = [Path(str(matplotlib.origin)).parent / "mpl-data" / "fonts" / "ttf" / name] if matplotlib else []
+    for place in (name, *inside):
+        try:
+            return ImageFont.truetype(str(place), size)
+        except OSError:
+            continue
+    return None
+
+
+@lru_cache(maxsize=4096)
+def _missing(number: int, text: str) -> set[str]:
+    """The characters of `text` that a font has no glyph for: they look like one that no font has."""
+    face = _face(number, 16)
+    box = bytes(face.getmask("\U0010fffe"))
+    shown = {character for character in text if unicodedata.category(character) not in ("Mn", "Cf", "Zs", "Cc")}
+    return {character for character in shown if not character.isascii() and bytes(face.getmask(character)) == box}
 
 
 def wrap(text: str, size: int, width: float) -> list[str]:
     """Break `text` into lines of at most `width`; a word longer than a line is broken too."""
-    face, lines, line = font(size), [], ""
+    face, lines, line = font(size, text), [], ""
     for word in text.split():
         while face.getlength(word) > width and len(word) > 1:
             cut = next((n for n in range(len(word) - 1, 1, -1) if face.getlength(word[:n]) <= width), 1)
@@ -49,7 +101,7 @@ def fit(text: str, width: float, height: float, sizes: Sequence[int]) -> tuple[i
         if len(lines) * line_height(size) <= height:
             return size, lines
     lines = lines[: max(int(height // line_height(size)), 1)]
-    while lines[-1] and font(size).getlength(lines[-1] + "…") > width:
+    while lines[-1] and font(size, lines[-1]).getlength(lines[-1] + "…") > width:
         lines[-1] = lines[-1][:-1]
     return size, [*lines[:-1], lines[-1].rstrip() + "…"]
 
@@ -64,7 +116,7 @@ def write(
 ) -> None:
     """Write lines below each other; `anchor` says where `at` is in the first, as Pillow has it."""
     for number, line in enumerate([lines] if isinstance(lines, str) else lines):
-        draw.text((at[0], at[1] + number * line_height(size)), line, fill=color, font=font(size), anchor=anchor)
+        draw.text((at[0], at[1] + number * line_height(size)), line, fill=color, font=font(size, line), anchor=anchor)
 
 
 def scaled(image: Image.Image, longest: int) -> Image.Image:

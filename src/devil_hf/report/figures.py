@@ -167,7 +167,7 @@ def layers_figure(
     pictures = [scaled(picture, tile) for picture in load_images(images)]
     if len(pictures) != len(descriptions):
         raise ValueError(f"{len(pictures)} images, but descriptions of {len(descriptions)}")
-    label_width = max((font(14).getlength(layer) for rows in descriptions for layer, _ in rows), default=0) + 18
+    label_width = max((font(14, layer).getlength(layer) for rows in descriptions for layer, _ in rows), default=0) + 18
     blocks = [[(layer, wrap(text or "(nothing)", 18, text_width - label_width)) for layer, text in rows] for rows in descriptions]
     line, row_gap = line_height(18), 12
     heights = [
