@@ -8,6 +8,7 @@ import asyncio
 import json
 import re
 
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
@@ -59,6 +60,8 @@ class Bounds:
         except Refused as refusal:
             if not sent.begun:
                 await _refuse(sent, refusal)
+        except ClientDisconnect:
+            return  # in the middle of a body: no error of ours
 
     async def _post(self, scope: Scope, receive: Receive, sent: "_Sending") -> None:
         path = scope["path"].removeprefix(scope.get("root_path", ""))
