@@ -232,7 +232,7 @@ def test_errors_are_messages_and_inner_ones_say_nothing_of_the_inside():
     assert "secret" not in str(error.value)
     with pytest.raises(gr.Error) as error:
         told(both)()
-    assert error.value.message == "&lt;img src=x&gt; of … y, or …, read by …; see https://hub/a/b and and/or"
+    assert error.value.message == "&lt;img src=x&gt; of … y, or …, read by …; see https://hub/a/b and and/or more"
 
 
 def test_the_picker_follows_its_owner(monkeypatch):

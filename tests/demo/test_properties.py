@@ -152,7 +152,7 @@ def test_a_file_is_an_upright_rgb_picture_or_refused(tmp_path_factory, size, mod
 
 
 @given(
-    text=st.text(), place=st.from_regex(r"(/[\w.-]+){2,5}", fullmatch=True), token=st.from_regex(r"hf_\w{8,20}", fullmatch=True)
+    text=st.text(), place=st.from_regex(r"(/[\w.-]+){2,5}", fullmatch=True), token=st.from_regex(r"hf_[A-Za-z0-9]{8,20}", fullmatch=True)
 )
 def test_messages_hold_no_paths_no_tokens_and_no_markup(text, place, token):
     said = message(f"{text} {place} '{place}' ({place}) {token} x={place}")

@@ -13,13 +13,12 @@ logger = logging.get_logger(f"transformers.{__name__}")
 
 LONGEST = 400  # characters of a message
 # Absolute paths (not those of an address, nor a single slash between two words), and access tokens.
-INSIDE = re.compile(r"(?<![\w./])(?:/[^\s/'\"<>:,;()\[\]]+){2,}/?|\b[A-Za-z]:\\[^\s'\",;]+|\bhf_\w{4,}")
+INSIDE = re.compile(r"(?<![\w./])(?:/[^\s/'\"<>:,;()\[\]]+){2,}/?|\b[A-Za-z]:\\[^\s'\",;]+|\bhf_[A-Za-z0-9]{6,}")
 
 
 def plain(error: object) -> str:
-    """The first line of an error for strangers: without paths of this machine and tokens."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    text = INSIDE.sub("…", lines[0])
+    """An error for strangers, on one line: without paths of this machine and tokens."""
+    text = INSIDE.sub("…", " ".join(str(error).split()) or type(error).__name__)
     return text if len(text) <= LONGEST else f"{text[:LONGEST]}…"
 
 
