@@ -143,7 +143,7 @@ def test_a_file_is_an_upright_rgb_picture_or_refused(tmp_path_factory, size, mod
     if picture is not None:
         assert picture.mode == "RGB" and max(picture.size) <= LONGEST_SIDE
         assert picture.info.keys() == {"sent"}
-    if not damage and end is None:
+    if not damage and end is None and mode != "P":  # Pillow writes palettes without a colour that it does not read
         assert (picture is not None) == (kind in FORMATS)
         assert picture is None or picture.size == size
 
@@ -152,7 +152,9 @@ def test_a_file_is_an_upright_rgb_picture_or_refused(tmp_path_factory, size, mod
 
 
 @given(
-    text=st.text(), place=st.from_regex(r"(/[\w.-]+){2,5}", fullmatch=True), token=st.from_regex(r"hf_[A-Za-z0-9]{8,20}", fullmatch=True)
+    text=st.text(),
+    place=st.from_regex(r"(/[\w.-]+){2,5}", fullmatch=True),
+    token=st.from_regex(r"hf_[A-Za-z0-9]{8,20}", fullmatch=True),
 )
 def test_messages_hold_no_paths_no_tokens_and_no_markup(text, place, token):
     said = message(f"{text} {place} '{place}' ({place}) {token} x={place}")

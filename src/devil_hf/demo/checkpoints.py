@@ -23,6 +23,7 @@ from devil_hf.demo.downloads import WEIGHTS, Downloads, check_size
 from devil_hf.demo.explorer import Explorer
 from devil_hf.demo.messages import plain
 from devil_hf.hub.sources import HUB_ID, hub_id
+from devil_hf.model.checkpoint_devil import building_within
 from devil_hf.model.configuration_devil import DevilConfig
 from devil_hf.model.image_processing_devil import DevilImageProcessor
 from devil_hf.model.modeling_devil import DevilModel
@@ -197,7 +198,7 @@ def check_weights(config: DevilConfig, weights: int) -> None:
     """
     if 4 * weights > MAX_MEMORY_BYTES:
         raise ValueError(f"it has {weights / 1e9:.1f} billion weights; at most {MAX_MEMORY_BYTES / 4e9:.1f} billion are loaded")
-    with torch.device("meta"):
+    with building_within(weights), torch.device("meta"):
         model = DevilModel(config)
     described = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
     if described > 2 * weights + 2**26:  # buffers, and tied weights that a file holds once
