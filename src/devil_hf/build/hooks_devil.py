@@ -28,7 +28,7 @@ def read_output(output: Tensor, reader: dict, pixel_values: Tensor) -> Tensor:
     """What a module returned, as the map or the class token that its layer is."""
     if reader["token"]:
         return to_token(output, reader["layout"])
-    return to_map(output, reader["layout"], reader["prefix"], *pixel_values.shape[-2:])
+    return to_map(output, reader["layout"], reader["prefix"], *pixel_values.shape[-2:], behind=reader.get("behind", 0))
 
 
 class _DeepestReached(Exception):
@@ -116,12 +116,13 @@ LAYOUTS: dict[str, Callable[[Tensor, int, int, int], Tensor]] = {
 }
 
 
-def to_map(output: Tensor, layout: str, prefix: int, height: int, width: int) -> Tensor:
+def to_map(output: Tensor, layout: str, prefix: int, height: int, width: int, behind: int = 0) -> Tensor:
     """A module's output in one of the `LAYOUTS` -> feature map of shape `(batch_size, channels, rows, columns)`.
 
     Args:
         prefix: number of class and register tokens in front of the grid.
         height, width: size of the images in pixels, which tells the grid of a row of tokens.
+        behind: number of tokens behind the grid.
 
     Raises:
         ValueError: for a layout that is not registered, and for tokens that are no grid.
@@ -131,6 +132,9 @@ def to_map(output: Tensor, layout: str, prefix: int, height: int, width: int) ->
             f"this backbone's features have the layout {layout!r}, of which only {sorted(LAYOUTS)} are registered here: import "
             "the code that registers it first."
         )
+    if behind:
+        axis = 0 if layout == "LNC" else 1
+        output = output.narrow(axis, 0, output.shape[axis] - behind)
     return LAYOUTS[layout](output, prefix, height, width)
 
 

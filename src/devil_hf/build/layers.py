@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from devil_hf.build.hooks_devil import first_tensor, to_map
-from devil_hf.build.layouts import candidate_layers, infer_layout, observe
+from devil_hf.build.layouts import candidate_layers, infer_layout, observe, tokens_around
 from devil_hf.model.pooling_devil import resolve_layers
 
 CLASS_SUFFIX = ":class"
@@ -84,17 +84,41 @@ def _stage_layers(module: Any, config: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def hook_layers(module: nn.Module, config: dict[str, Any], names: list[str]) -> list[dict[str, Any]]:
-    """Those of the named submodules whose output is a feature map."""
+    """Those of the named submodules whose output is a feature map.
+
+    Raises:
+        ValueError: where a single name is asked for, and which of its tokens are patches is not clear.
+    """
     images = probe_images(config, 2, module)
     batch, _, height, width = images.shape
     layers = []
+    known: dict[tuple[str, int], Any] = {}
     for name, shapes in observe(module, images, names).items():
         layout = infer_layout(shapes[-1], batch, height, width)
-        if layout is not None:
-            reader = {"by": "hook", "module": name, "call": len(shapes), "token": False} | layout
-            grid = to_map(torch.empty(shapes[-1], device="meta"), **layout, height=height, width=width).shape
-            layers.append(_layer(name, grid, reader, layout["prefix"]))
+        if layout is None:
+            continue
+        if layout["layout"] in ("NLC", "LNC"):
+            tokens = shapes[-1][0 if layout["layout"] == "LNC" else 1]
+            place = (layout["layout"], tokens)
+            if place not in known:
+                known[place] = config.get("tokens_around") or _tokens_around(module, images, *place, strict=len(names) == 1)
+            if known[place] is None:
+                continue
+            front, behind = known[place]
+            layout |= {"prefix": front} | ({"behind": behind} if behind else {})
+        reader = {"by": "hook", "module": name, "call": len(shapes), "token": False} | layout
+        grid = to_map(torch.empty(shapes[-1], device="meta"), **layout, height=height, width=width).shape
+        layers.append(_layer(name, grid, reader, layout["prefix"]))
     return layers
+
+
+def _tokens_around(module: nn.Module, images: Tensor, layout: str, tokens: int, strict: bool) -> tuple[int, int] | None:
+    try:
+        return tokens_around(module, images, layout, tokens)
+    except ValueError:
+        if strict:
+            raise
+        return None
 
 
 def _layer(name: str, shape: torch.Size, reader: dict[str, Any], prefix: int) -> dict[str, Any]:
@@ -151,7 +175,7 @@ def _requested_layer(module: nn.Module, config: dict, offered: list[dict], item:
 
 def _class_token(module: nn.Module, layer: dict[str, Any]) -> dict[str, Any] | None:
     """The class token of a layer as a layer of its own, if there is one in front of the register tokens."""
-    if layer["reader"]["token"] or layer["prefix"] <= _register_tokens(module):
+    if layer["reader"]["token"] or layer["prefix"] <= max(_register_tokens(module) - layer["reader"].get("behind", 0), 0):
         return None
     return layer | {"name": layer["name"] + CLASS_SUFFIX, "grid": (1, 1), "reader": layer["reader"] | {"token": True}}
 

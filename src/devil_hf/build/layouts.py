@@ -63,6 +63,72 @@ def infer_layout(shape: torch.Size, batch: int, height: int, width: int) -> dict
     return None
 
 
+def tokens_around(module: nn.Module, images: Tensor, layout: str, tokens: int) -> tuple[int, int]:
+    """How many tokens of an output stand in front of its grid and behind it, by a probe of the network.
+
+    Where a submodule first gives so many tokens, those that are the same for two images are no patches; and the token that
+    changes most with a patch of the image is that patch's.
+
+    Args:
+        images: two different ones.
+        layout: "NLC" or "LNC".
+        tokens: number of them in the output.
+
+    Raises:
+        ValueError: where the probe does not tell them.
+    """
+    height, width = images.shape[-2:]
+    fitting = [(n, m) for n in range(17) for m in range(17 - n) if tokens > n + m and token_grid(tokens - n - m, height, width)]
+    if fitting == [(0, 0)] or any(parameter.is_meta for parameter in module.parameters()):
+        return fitting[0]
+    first = _first_tokens(module, images, layout, tokens)
+    alike = (first[0] == first[1]).all(dim=-1)
+    if alike.any():
+        fitting = [(n, m) for n, m in fitting if alike.tolist() == [at < n or at >= tokens - m for at in range(tokens)]]
+    found = [around for around in fitting if _answers(module, images, layout, first, *around)]
+    if len(found) != 1:
+        raise ValueError(
+            f"which of {tokens} tokens are patches of a {height} x {width} image is not clear: say how many others stand in "
+            'front and behind, by backbone_kwargs={"tokens_around": [1, 4]}, or register a layout (devil_hf.build.layouts).'
+        )
+    return found[0]
+
+
+def _first_tokens(module: nn.Module, images: Tensor, layout: str, tokens: int) -> Tensor:
+    """The first output of any submodule with so many tokens, as (images, tokens, channels)."""
+    found: list[Tensor] = []
+    batch = len(images)
+    shape = (tokens, batch) if layout == "LNC" else (batch, tokens)
+
+    def keep(_module, _inputs, output) -> None:
+        tensor = first_tensor(output)
+        if not found and tensor is not None and tensor.ndim == 3 and tensor.shape[:2] == shape:
+            found.append(tensor.detach().float().clone())
+
+    handles = [part.register_forward_hook(keep) for part in module.modules()]
+    try:
+        run(module, images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found[0].transpose(0, 1) if layout == "LNC" else found[0]
+
+
+def _answers(module: nn.Module, images: Tensor, layout: str, before: Tensor, front: int, behind: int) -> bool:
+    """Whether the tokens of three patches of the first image change most when these patches do."""
+    tokens = before.shape[1]
+    height, width = images.shape[-2:]
+    rows, columns = token_grid(tokens - front - behind, height, width) or (1, 1)
+    for row, column in ((0, 0), (0, columns - 1), (rows - 1, columns // 2)):
+        changed = images.clone()
+        y, x = (slice(at * edge // n, (at + 1) * edge // n) for at, edge, n in ((row, height, rows), (column, width, columns)))
+        changed[0, :, y, x] = 3 - changed[0, :, y, x]
+        change = (_first_tokens(module, changed, layout, tokens)[0] - before[0]).norm(dim=-1)
+        if int(change.argmax()) != front + row * columns + column:
+            return False
+    return True
+
+
 def observe(module: nn.Module, pixel_values: Tensor, names: list[str]) -> dict[str, list[torch.Size]]:
     """Shape of the first output tensor of each named submodule, one entry per call, in one whole forward pass."""
     shapes: dict[str, list[torch.Size]] = {}

@@ -53,7 +53,8 @@ def backbone_from_source(
         token: access token for private Hub repositories.
         class_tokens: also take the class token of each chosen layer that has one.
         backbone_kwargs: further arguments of the architecture (`img_size`, `pad_type`; for transformers, fields of
-            its configuration); `data_config` in it overrides the preprocessing.
+            its configuration); `data_config` in it overrides the preprocessing, and `tokens_around` says how many tokens that
+            are no patches stand in front of the grid and behind it, where a probe does not find out.
 
     Raises:
         OSError: if the source cannot be loaded.
@@ -61,6 +62,11 @@ def backbone_from_source(
     """
     kwargs = dict(backbone_kwargs or {})
     data_config = kwargs.pop("data_config", {})
+    around = kwargs.pop("tokens_around", None)
+    if around is not None and (
+        not isinstance(around, list | tuple) or [type(n) for n in around] != [int, int] or min(around) < 0
+    ):
+        raise ValueError(f"tokens_around={around!r} must be two numbers of tokens, in front of the grid and behind it.")
     if isinstance(backbone, nn.Module):
         module, config = backbone, describe_module(backbone, kwargs)
     else:
@@ -69,8 +75,9 @@ def backbone_from_source(
     config["input_size"] = list(config["data_config"]["input_size"])
     module.eval()
     with torch.no_grad():
-        offered = offered_layers(module, config)
-        chosen = choose_layers(module, config, offered, layers, class_tokens)
+        probed = config | {"tokens_around": around}
+        offered = offered_layers(module, probed)
+        chosen = choose_layers(module, probed, offered, layers, class_tokens)
     if stages := [layer["reader"]["stage"] for layer in chosen if layer["reader"]["by"] == "stages"]:
         module = stage_module(module, stages)
         config["model_config"] = json.loads(module.config.to_json_string(use_diff=False))
