@@ -80,8 +80,8 @@ def open_pairs(
         arguments = {name: value for name, value in source.items() if name != "kind"}
         try:
             opened.append(PAIR_SOURCES[source["kind"]](**arguments))
-        except (ValueError, FileNotFoundError) as error:
-            kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+        except (ValueError, OSError) as error:
+            kind = next(one for one in (FileNotFoundError, OSError, ValueError) if isinstance(error, one))
             raise kind(f"sources[{position}] ({source['kind']}): {error}") from error
     if all(isinstance(dataset, Dataset) for dataset in opened):
         dataset = concatenate_datasets(opened)
@@ -91,8 +91,8 @@ def open_pairs(
 
 
 def _check_source(source: dict[str, Any], where: str) -> None:
-    if not isinstance(source, dict) or source.get("kind") not in PAIR_SOURCES:
-        raise ValueError(f"{where} needs a `kind`, one of {sorted(PAIR_SOURCES)}; it is {source!r}")
+    if not isinstance(source, dict) or not isinstance(source.get("kind"), str) or source["kind"] not in PAIR_SOURCES:
+        raise ValueError(f"{where} needs a `kind`, one of {sorted(PAIR_SOURCES)}; it is {source!r:.200}")
     function = PAIR_SOURCES[source["kind"]]
     fields, hints = inspect.signature(function).parameters, get_type_hints(function)
     for name, value in source.items():
@@ -100,9 +100,11 @@ def _check_source(source: dict[str, Any], where: str) -> None:
             continue
         if name not in fields:
             raise ValueError(f"{where} ({source['kind']}) has no field {name!r}; its fields are {list(fields)}")
-        if not isinstance(value, hints[name]):
+        if not isinstance(value, hints[name]) or (isinstance(value, bool) and hints[name] is not bool):
             wanted = getattr(hints[name], "__name__", hints[name])
-            raise ValueError(f"{where} ({source['kind']}): {name}={value!r} must be of type {wanted}")
+            raise ValueError(f"{where} ({source['kind']}): {name}={value!r:.200} must be of type {wanted}")
+        if isinstance(value, list) and not all(isinstance(one, str) for one in value):
+            raise ValueError(f"{where} ({source['kind']}): {name}={value!r:.200} must hold texts alone")
     missing = [name for name, field in fields.items() if field.default is field.empty and name not in source]
     if missing:
         raise ValueError(f"{where} ({source['kind']}) lacks {missing}; its fields are {list(fields)}")
