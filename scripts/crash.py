@@ -153,7 +153,7 @@ SUBJECTS = {
         False,
     ),
     "push": Subject(pushes, pushed, False),
-    "report": Subject(lambda f, i: names_neurons(f, i, "all", "--held-out", "2", "--permutations", "20"), atlas),
+    "report": Subject(lambda f, i: names_neurons(f, i, "all", "--held-out", "2", "--permutations", "100"), atlas),
 }
 
 

@@ -12,15 +12,21 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoModel
+from transformers import AutoModel, TrainingArguments
 
+from devil_hf.data.decoding import BadSamples, PairDecoder, PairTable
+from devil_hf.data.pairs import open_pairs
+from devil_hf.data.unit_reader import UnitReader
 from devil_hf.folders import CLAIM, DiskFull, FolderInUse
 from devil_hf.model.modeling_devil import DevilModel
 from devil_hf.training import run
 from devil_hf.training.divergence import Diverged, check_loss, check_weights
+from devil_hf.training.features import pool_draws
+from devil_hf.training.feed import ImageTable
 from devil_hf.training.recipe import Recipe
 from devil_hf.training.run import train
 from devil_hf.training.trainer import DevilTrainer
+from tests.conftest import SMALL_TRANSLATOR
 from tests.training.runs import CAPTIONS, Killed, kill_at, losses, weights
 
 
@@ -186,3 +192,27 @@ def test_a_run_stopped_at_any_step_ends_as_if_it_had_not_been(step, shared_field
             train(Recipe(**fields))
     torch.testing.assert_close(weights(train(Recipe(**fields))), weights(finished), rtol=0, atol=0)
     assert losses(fields["output_dir"]) == losses(finished.parent)
+
+
+class Views(torch.nn.Module):
+    """A network that flattens by `view`, which memory with channels last does not allow."""
+
+    def __init__(self):
+        super().__init__()
+        self.features = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3, 4, 1), torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(4))
+        self.fc = torch.nn.Linear(128, 16)
+
+    def forward(self, pixels):
+        features = self.features(pixels)
+        return self.fc(features.view(features.size(0), -1))
+
+
+def test_a_backbone_that_views_is_trained_with_and_read_for_units(language_model, tokenizer, processor, images, tmp_path):
+    layers = ["features.0", "fc"]
+    model = DevilModel.from_backbone_and_language_model(Views(), language_model, layers, tokenizer=tokenizer, **SMALL_TRANSLATOR)
+    table = ImageTable(PairTable(open_pairs(captions_in(tmp_path / "some", images), 0, False), PairDecoder(BadSamples())))
+    arguments = TrainingArguments(str(tmp_path / "run"), max_steps=1, per_device_train_batch_size=2, use_cpu=True, report_to=[])
+    DevilTrainer(model, arguments, processor, train_dataset=table).train()
+    pixel_values = processor(images=images, return_tensors="pt")["pixel_values"]
+    assert pool_draws(model, pixel_values)[0].shape == (3, 1, 8)
+    assert UnitReader(model.backbone)(pixel_values)[0][0].shape[:2] == (3, 8)
