@@ -31,6 +31,7 @@ from torchvision.transforms.functional import pil_to_tensor
 from tqdm.auto import tqdm
 
 from devil_hf.folders import written
+from devil_hf.text_files import read_json
 
 SUMMARY, PARTIAL, PARQUET, IMAGES = "exemplars.json", "partial", "exemplars.parquet", "images"
 ROUNDING = 1e-5  # relative, of up-sampled activations in fp32
@@ -64,7 +65,7 @@ class ExemplarSet:
             file = self.folder / SUMMARY
             if not file.is_file():
                 raise FileNotFoundError(f"{self.folder} holds no {SUMMARY}: find exemplars first")
-            summary = json.loads(file.read_text(encoding="utf-8"))
+            summary = read_json(file)
         self.summary: dict[str, Any] = summary
         self.layers: list[str] = summary["layers"]
 

@@ -3,7 +3,6 @@
 Weights must be there, complete and finite; the code must import without devil_hf; frozen parts must not be of this machine alone.
 """
 
-import json
 import os
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 
 from devil_hf.model.modeling_devil import DevilModel
+from devil_hf.text_files import read_json
 
 CODE = "*_devil.py"
 
@@ -38,7 +38,7 @@ def check_weights(folder: str | PathLike) -> None:
         raise ValueError(f"{folder} is no checkpoint: it has no config.json")
     files = {path.name for path in folder.glob("*.safetensors")}
     for index in folder.glob("*.safetensors.index.json"):
-        files |= set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        files |= set(read_json(index)["weight_map"].values())
     if not files:
         raise ValueError(f"{folder} holds no weights (*.safetensors): save the model there first, with save_pretrained")
     for name in sorted(files):
@@ -62,10 +62,10 @@ sys.modules["devil_hf"] = None  # from here on, importing it fails
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.dynamic_module_utils import get_relative_import_files
 folder = Path(sys.argv[1])
-config = json.loads((folder / "config.json").read_text())
+config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
 names = [*config["auto_map"].values(), *(p["impl"] for p in config.get("custom_pipelines", {}).values())]
 processor = folder / "processor_config.json"
-names += json.loads(processor.read_text())["auto_map"].values() if processor.exists() else []
+names += json.loads(processor.read_text(encoding="utf-8"))["auto_map"].values() if processor.exists() else []
 # Those that import nothing come first, so that the file named last is the one at fault.
 files = sorted(folder.glob("*.py"), key=lambda path: len(get_relative_import_files(path)))
 for name in [*(f"{path.stem}.__name__" for path in files), *names]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from devil_hf.evaluation.results import read_evaluations
 from devil_hf.hub.checks import CODE
 from devil_hf.hub.facts import readable_recipe, without_paths
+from devil_hf.text_files import read_json, read_text
 
 RECIPE_FILE = "recipe.yaml"
 # What a checkpoint is made of; what else lies beside it (optimiser states, pickled arguments) stays at home.
@@ -59,7 +60,7 @@ def add_scores(scores: Sequence[str | PathLike], folder: Path) -> None:
 
 
 def _write_scores(path: Path, target: Path) -> None:
-    content = without_paths(json.loads(path.read_text(encoding="utf-8")))
+    content = without_paths(read_json(path))
     target.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
@@ -69,7 +70,7 @@ def forget_this_machine(folder: Path) -> None:
         path = folder / name
         if not path.is_file():
             continue
-        settings = json.loads(path.read_text(encoding="utf-8"))
+        settings = read_json(path)
         for part in ("backbone_config", "language_model_source"):
             if os.path.isabs((settings.get(part) or {}).get("source") or ""):
                 settings[part]["source"] = None
@@ -81,7 +82,7 @@ def forget_this_machine(folder: Path) -> None:
         _write_scores(path, path)
     recipe = folder / RECIPE_FILE
     if recipe.is_file():
-        recipe.write_text(readable_recipe(recipe.read_text(encoding="utf-8")) + "\n", encoding="utf-8")
+        recipe.write_text(readable_recipe(read_text(recipe)) + "\n", encoding="utf-8")
 
 
 __all__ = ["RECIPE_FILE", "add_scores", "copy_checkpoint", "forget_this_machine", "is_outdated", "score_files"]

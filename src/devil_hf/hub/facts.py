@@ -14,6 +14,7 @@ import yaml
 from devil_hf.checkpoints import SCOPE
 from devil_hf.evaluation.results import Evaluation
 from devil_hf.model.configuration_devil import DevilConfig
+from devil_hf.text_files import parse_yaml
 
 UNKNOWN_LICENSE = "unknown"
 
@@ -100,7 +101,7 @@ class Facts:
 
 def readable_recipe(text: str) -> str:
     """A recipe's YAML with every absolute path cut to its last part: a card must not tell where someone's files lie."""
-    return yaml.safe_dump(without_paths(yaml.safe_load(text)), sort_keys=False, allow_unicode=True).strip()
+    return yaml.safe_dump(without_paths(parse_yaml(text, "the recipe")), sort_keys=False, allow_unicode=True).strip()
 
 
 def without_paths(value: Any) -> Any:

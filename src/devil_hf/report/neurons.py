@@ -136,7 +136,7 @@ def _run_stages(run: "_Run") -> dict[str, Any]:
         summary["atlas"] = str(run.write_atlas(exemplars))
     for name in ("labels", "checks"):
         if (run.folder / f"{name}.json").is_file():
-            content = json.loads((run.folder / f"{name}.json").read_text(encoding="utf-8"))
+            content = read_json(run.folder / f"{name}.json")
             summary[name] = content["settings"] if name == "labels" else content["summary"]
     return summary
 

@@ -16,6 +16,7 @@ from datasets import IterableDataset
 from datasets.utils.file_utils import is_local_path, xexists, xopen
 
 from devil_hf.data.pairs import PAIR_FEATURES, PAIR_SOURCES
+from devil_hf.data.pairs.folder import texts_of
 from devil_hf.extras import needs
 
 IMAGE_FIELDS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
@@ -163,8 +164,8 @@ def _row(name: str, fields: dict[str, bytes], caption_field: str) -> dict:
     else:
         try:
             value = json.loads(fields[ending])[field]
-            captions = [text for text in (value if isinstance(value, list) else [value]) if isinstance(text, str)]
-        except (ValueError, KeyError, TypeError) as error:
-            problem = problem or f"no field {field!r} in its {ending} member ({error!r})"
+            captions = texts_of(value)
+        except (ValueError, KeyError, TypeError, RecursionError) as error:  # whose text may hold what the member holds
+            problem = problem or f"no field {field!r} in its {ending} member ({type(error).__name__})"
     picture = {"bytes": fields[image], "path": f"{key}.{image}"} if image else None
     return {"key": key, "image": picture, "captions": captions, "region": None, "problem": problem}
