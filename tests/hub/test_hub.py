@@ -12,7 +12,7 @@ import textwrap
 import pytest
 import timm
 import torch
-from huggingface_hub import HfApi, ModelCard, constants
+from huggingface_hub import HfApi, ModelCard, constants, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel
@@ -218,6 +218,7 @@ def test_a_download_that_is_cut_leaves_no_broken_file(hub, published, model, tmp
 @pytest.mark.parametrize("part", ["backbone", "language_model"])
 def test_a_source_that_is_cut_is_named(part, hub, slim_model, slim_repository, tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    hf_hub_download("tester/slim", "model.safetensors")
     monkeypatch.setitem(hub.cut_downloads, "model.safetensors", 1_000)
     if part == "language_model":
         module = timm.create_model("test_resnet.r160_in1k", num_classes=0)

@@ -78,7 +78,9 @@ def load_language_model(
         options: dict[str, Any] = {"attn_implementation": attn_implementation} if attn_implementation else {}
         with building_within(_bytes_of_weights(folder)):
             model = AutoModelForCausalLM.from_pretrained(folder, config=read_config(folder), dtype=torch.float32, **options)
-    except OSError as error:
+    except ValueError:
+        raise
+    except Exception as error:
         raise OSError(
             f"the language model {source!r} (revision {revision}) could not be loaded: "
             f"name another place of the same weights with language_model=... ({error})"

@@ -2,23 +2,31 @@
 
 import sys
 from os import PathLike
+from pathlib import Path
 
 import torch
+from huggingface_hub import snapshot_download
 from transformers import AutoModel, AutoProcessor
 
 from devil_hf.checkpoints import locate
 from devil_hf.model.modeling_devil import DevilModel
 from devil_hf.model.processing_devil import DevilProcessor
 
+PROCESSOR_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]
+
 
 def load(
-    checkpoint: str | PathLike | None = None, device: str | None = None, dtype: torch.dtype = torch.float32
+    checkpoint: str | PathLike | None = None,
+    device: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    token: bool | str | None = None,
 ) -> tuple[DevilModel, DevilProcessor]:
     """Load a model and its processor.
 
     Args:
         checkpoint: a name, directory or Hub id, see `locate`; None for the checkpoint of the shapes world.
         device: None chooses CUDA where there is one.
+        token: for the Hub; None for this machine's own where there is one, False for none, whatever the checkpoint names.
     """
     source = locate(checkpoint)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -26,8 +34,11 @@ def load(
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # the latter of a torch without CUDA
         raise ValueError(f"device={device!r} is not there ({str(error).partition('.')[0]}): leave it out, or name cpu") from error
-    model = AutoModel.from_pretrained(source, dtype=dtype).to(device).eval()
-    return model, AutoProcessor.from_pretrained(source)
+    model = AutoModel.from_pretrained(source, dtype=dtype, token=token).to(device).eval()
+    if token is False and not Path(source).is_dir():
+        # transformers asks for a repository's list of templates with whatever token there is.
+        source = snapshot_download(str(source), allow_patterns=PROCESSOR_FILES, token=False)
+    return model, AutoProcessor.from_pretrained(source, token=token)
 
 
 def open_checkpoint(checkpoint: str | PathLike | None = None, device: str | None = None) -> tuple[DevilModel, DevilProcessor]:

@@ -44,7 +44,7 @@ class Access:
 ACCESSES = (
     Access("checkpoint_devil.py", "cls.config_class.from_pretrained", "loading", "the checkpoint's config.json"),
     Access("checkpoint_devil.py", "cached_file", "loading", "the checkpoint's safetensors files and the list of them"),
-    Access("checkpoint_devil.py", "Path(file).read_text", "loading a checkpoint in shards", "the list of them"),
+    Access("checkpoint_devil.py", "Path(index).read_text", "loading a checkpoint in shards", "the list of them"),
     Access("checkpoint_devil.py", "load_file", "loading", "the same files, by safetensors"),
     Access("checkpoint_devil.py", "super().from_pretrained", "loading", "nothing: it is given the weights"),
     Access("checkpoint_devil.py", "super().save_pretrained", "saving", "the directory that you name"),

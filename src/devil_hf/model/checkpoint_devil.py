@@ -69,21 +69,21 @@ def weights_hash(weights: nn.Module | Mapping[str, Tensor]) -> str:
 
 def read_weights(path: str | PathLike, variant: str | None = None, **hub: Any) -> dict[str, Tensor]:
     """Every tensor in the safetensors files of a checkpoint, mapped into memory; an OSError for missing and damaged ones."""
-    end = f".{variant}" if variant else ""
-    names, index = [f"model{end}.safetensors"], f"model.safetensors.index{end}.json"
-    if cached_file(path, names[0], _raise_exceptions_for_missing_entries=False, **hub) is None:
-        file = cached_file(path, index, _raise_exceptions_for_missing_entries=False, **hub)
-        if file is None:
-            raise OSError(f"{path} has neither {names[0]} nor {index}: there are no weights to load.")
+    end, optional = f".{variant}" if variant else "", {"_raise_exceptions_for_missing_entries": False} | hub
+    files = [cached_file(path, f"model{end}.safetensors", **optional)]
+    if files == [None]:
+        index = cached_file(path, f"model.safetensors.index{end}.json", **optional)
+        if index is None:
+            raise OSError(f"{path} has neither model{end}.safetensors nor an index of such files: there are no weights to load.")
         try:
-            names = sorted({str(name) for name in json.loads(Path(file).read_text(encoding="utf-8"))["weight_map"].values()})
+            names = sorted({str(name) for name in json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()})
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             names = []
         if not names or not all(re.fullmatch(r"[\w.-]+\.safetensors", name) for name in names):
-            raise OSError(f"{file} is no list of safetensors files beside it: download or copy the checkpoint again.")
+            raise OSError(f"{index} is no list of safetensors files beside it: download or copy the checkpoint again.")
+        files = [cached_file(path, name, **hub) for name in names]
     weights: dict[str, Tensor] = {}
-    for name in names:
-        file = str(cached_file(path, name, **hub))
+    for file in map(str, files):
         try:
             weights |= load_file(file)
         except (SafetensorError, ValueError, LookupError, RuntimeError) as error:
