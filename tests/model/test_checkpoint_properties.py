@@ -1,4 +1,4 @@
-"""Configurations and folders of strangers: a checkpoint loads as it was, or is refused by a documented error; it touches no more."""
+"""Configurations and folders of strangers: a checkpoint loads as it was, or is refused by a documented error."""
 
 import copy
 import functools
