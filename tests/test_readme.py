@@ -1,14 +1,17 @@
 """The README's example runs as it stands, and so do the tables of calls."""
 
 import re
+from dataclasses import fields
 from pathlib import Path
 
 from PIL import Image
 
 from devil_hf.checkpoints import CHECKPOINT
+from devil_hf.cli.attribute import AttributeSettings
 from devil_hf.data.shapes import make_scene
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_example_and_the_calls_of_the_table_run():
@@ -28,3 +31,12 @@ def test_the_example_and_the_calls_of_the_table_run():
     for call in calls:
         result = eval(call.replace("phrases=...", "phrases=phrases"), names)
         assert len(result) > 0, call
+
+
+def test_the_combination_that_points_best_in_the_shapes_world_is_not_said_to_do_so_on_photographs():
+    names = ("README.md", "docs/use.md", "docs/evaluate.md", "docs/results/shapes.md")
+    texts = [(ROOT / name).read_text(encoding="utf-8") for name in names]
+    texts.append(next(one for one in fields(AttributeSettings) if one.name == "combine").metadata["help"])
+    for text in texts:
+        places = [found.start() for found in re.finditer("informed", text) if "|" not in text[found.start() - 3 : found.start()]]
+        assert places and all("photographs" in text[max(0, at - 400) : at + 400].lower() for at in places)

@@ -57,8 +57,8 @@ def read(tmp_path, content):
     return read_evaluations(path)
 
 
-@pytest.fixture
-def facts():
+def some_facts():
+    """The facts of a checkpoint between two parts of the Hub."""
     vision = {
         "kind": "timm",
         "architecture": "resnet50",
@@ -74,6 +74,11 @@ def facts():
     )
     layers = [Layer("layer3", 1024, 14, 14, [3, 224, 224]), Layer("layer4", 2048, 7, 7, [3, 224, 224])]
     return Facts("user/devil", config, layers, trained_parameters=88_600_000)
+
+
+@pytest.fixture
+def facts():
+    return some_facts()
 
 
 def test_every_score_reaches_the_model_index(facts, tmp_path):
@@ -169,7 +174,7 @@ def test_files_that_hold_no_results_are_refused(tmp_path):
     with pytest.raises(ValueError, match="holds no results"):
         read(tmp_path, {"loss": 3.0})
     (tmp_path / "text.json").write_text("loss: 3")
-    with pytest.raises(ValueError, match="no JSON"):
+    with pytest.raises(ValueError, match="not JSON"):
         read_evaluations(tmp_path / "text.json")
 
 

@@ -26,7 +26,11 @@ class AttributeSettings(LayerSettings):
     image: str = option("a file or URL", positional=True)
     phrases: list[str] = option("words whose places are asked", positional=True)
     measure: Literal["evidence", "per_token", "sum"] = option("what a map tells of each place", "evidence")
-    combine: str | None = option("one map from all the layers", None, choices=combinations)
+    combine: str | None = option(
+        "one map from all the layers: informed points best in the shapes world, mean on photographs, joint is the paper's",
+        None,
+        choices=combinations,
+    )
     window: int = option("side of the square around each place", 1, least=1)
     windows: list[str] = option("the same of single layers, instead", [], metavar="LAYER=SIDE")
     carrier: str | None = option('a neutral word read before each phrase, such as "the"', None)

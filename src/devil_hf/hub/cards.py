@@ -19,6 +19,7 @@ from devil_hf.report.templates import Written, code, hub_link, render
 
 TAGS = ["devil", "interpretability", "explainability", "vision-feature-description", "feature-attribution"]
 PIPELINE_TAG = "image-to-text"  # the nearest of the Hub's own tasks
+_EMPTY_LINES = re.compile(r"(?P<block>^(?P<fence>`{3,})\w+\n.*?\n(?P=fence)$)|\n{3,}", re.DOTALL | re.MULTILINE)
 # Of a recipe that nobody has trained there is no picture to ask about.
 PHRASES = ["a cat", "a remote control"]
 
@@ -50,8 +51,9 @@ def dataset_card(data: DatasetCardData, **values: Any) -> DatasetCard:
 
 
 def _filled(name: str, metadata: CardData, **values: Any) -> str:
-    text = render(name, card_data=Written(metadata.to_yaml()), **values)
-    return re.sub(r"\n{3,}", "\n\n", str(text))
+    # Between fences, and in the metadata, empty lines may be someone's text.
+    text = _EMPTY_LINES.sub(lambda found: found["block"] or "\n\n", str(render(name, **values)))
+    return f"---\n{metadata.to_yaml()}\n---\n{text}"
 
 
 def _metadata(facts: Facts) -> ModelCardData:

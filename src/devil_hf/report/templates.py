@@ -24,6 +24,8 @@ MARKDOWN = ".md.jinja"
 # and what a line may begin with: headings, quotes, fences, lists.
 _MARKS = re.compile(r"[\\`\[\]|$]|\*(?!\s)|(?<!\s)\*|~(?=~)|(?<=~)~|(?<![^\W_])_|_(?![^\W_])|^>|^[#+=-]+(?=\s|$)")
 _NUMBERED = re.compile(r"^(\d+)([.)])(?=\s|$)")
+# Control characters, and those that turn the direction of what stands around them.
+_UNSEEN = re.compile(r"[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 class Written(str):
@@ -65,17 +67,22 @@ def _finalize(context: EvalContext, value: Any) -> Any:
     return value if context.autoescape else markdown(value)
 
 
+def one_line(value: Any) -> str:
+    """Text on one line, with the sign of a broken character for each that nobody would see."""
+    return _UNSEEN.sub("\ufffd", " ".join(str(value).split()))
+
+
 def markdown(value: Any) -> str:
     """Text as Markdown that shows it letter by letter, on one line: no markup, no HTML, no cell's end."""
     if isinstance(value, Written):
         return value
-    text = escape(" ".join(str(value).split()), quote=False).replace("&gt;", ">")
+    text = escape(one_line(value), quote=False).replace("&gt;", ">")
     return Written(_NUMBERED.sub(r"\1\\\2", _MARKS.sub(r"\\\g<0>", text)))
 
 
 def code(value: Any) -> str:
     """Text in a code font."""
-    text = " ".join(str(value).split())
+    text = one_line(value)
     if re.fullmatch(r"[^`|<>&]+", text):
         return Written(f"`{text}`")
     # What would end the span or the cell, and what an entity may not stand for in backticks.
