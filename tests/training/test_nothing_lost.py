@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoModel, TrainingArguments
+from transformers import AutoModel, GPT2Config, GPT2LMHeadModel, TrainingArguments
 
 from devil_hf.data.decoding import BadSamples, PairDecoder, PairTable
 from devil_hf.data.pairs import open_pairs
@@ -216,3 +217,16 @@ def test_a_backbone_that_views_is_trained_with_and_read_for_units(language_model
     pixel_values = processor(images=images, return_tensors="pt")["pixel_values"]
     assert pool_draws(model, pixel_values)[0].shape == (3, 1, 8)
     assert UnitReader(model.backbone)(pixel_values)[0][0].shape[:2] == (3, 8)
+
+
+def test_captions_longer_than_the_context_are_cut_and_descriptions_end_in_it(fields, sources, tokenizer, images, tmp_path):
+    small = GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=1, n_head=2, n_positions=16)
+    GPT2LMHeadModel(small).save_pretrained(tmp_path / "lm")
+    tokenizer.save_pretrained(tmp_path / "lm")
+    data = captions_in(tmp_path / "long", images)
+    file = tmp_path / "long" / "captions.jsonl"
+    file.write_text(file.read_text().replace("a red dog", "a red dog " * 50))
+    fields |= {"language_model": str(tmp_path / "lm"), "train_data": data, "validation_data": data, "describe_validation": 2}
+    assert train(Recipe(**fields | {"max_steps": 2})).is_dir()
+    with pytest.raises(StrictDataclassError, match="prefix_length=15 needs a context of at least 17"):
+        train(Recipe(**fields | {"model": SMALL_TRANSLATOR | {"prefix_length": 15}, "output_dir": str(tmp_path / "none")}))

@@ -62,6 +62,12 @@ def longest_caption(model: DevilModel) -> int:
     return min(config.max_caption_tokens, room)
 
 
+def longest_description(model: DevilModel, wanted: int) -> int:
+    """Tokens that a description may have: as many as are wanted, or as the context has room for behind BOS and prefix."""
+    config = model.config
+    return wanted if config.context_length is None else max(min(wanted, config.context_length - config.prefix_length - 1), 1)
+
+
 def open_captioned(data: str = SHAPES, split: str | None = None, limit: int = 200) -> CaptionedImages:
     """Open the first `limit` images of `data`.
 

@@ -20,6 +20,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
 from devil_hf.checkpoints.loading import load
+from devil_hf.data.captioned import longest_description
 from devil_hf.data.decoding import BadSamples, PairDecoder
 from devil_hf.data.pairs import REGION_KINDS, open_pairs
 from devil_hf.evaluation.tables import table
@@ -183,6 +184,7 @@ class EvaluationImages:
         """Descriptions of every image, by all layers together and, of several, by the deepest."""
         features = self.features(model, processor)
         settings = {"max_new_tokens": NEW_TOKENS} | dict(options)
+        settings["max_new_tokens"] = longest_description(model, settings["max_new_tokens"])
         guidance, grounding = settings.pop("guidance", 1.0), settings.pop("grounding", None)
         candidates = CANDIDATES if grounding is None else settings.pop("num_beams", CANDIDATES)
         deepest = torch.ones(1, len(features), dtype=torch.bool)

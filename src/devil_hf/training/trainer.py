@@ -21,7 +21,7 @@ from transformers.integrations import TensorBoardCallback
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 from transformers.utils import logging
 
-from devil_hf.data.captioned import longest_caption
+from devil_hf.data.captioned import longest_caption, longest_description
 from devil_hf.data.decoding import BadSamples
 from devil_hf.evaluation.text.metrics import caption_scores
 from devil_hf.model.modeling_devil import DevilModel
@@ -293,7 +293,8 @@ class DevilTrainer(Trainer):
         model = self.accelerator.unwrap_model(self.model).eval()
         times = 1 if layer_mask is None else len(layer_mask) // len(images)
         pooled = [layer[list(images), 0].repeat(times, 1).to(self.args.device).float() for layer in data.features]
-        tokens = model.decode(model.translate(pooled, layer_mask), max_new_tokens=SAMPLE_TOKENS)
+        length = longest_description(model, SAMPLE_TOKENS)
+        tokens = model.decode(model.translate(pooled, layer_mask), max_new_tokens=length)
         return [text.strip() for text in self.processor.batch_decode(tokens, skip_special_tokens=True)]
 
     def _caption_scores(self, data: PooledCaptions) -> dict[str, float]:
