@@ -332,7 +332,7 @@ def test_images_and_text_go_together_and_lists_are_possible(processor):
     [
         ({"text": ["dog", ""]}, ValueError, "phrase '' is empty"),
         ({"text": " \n"}, ValueError, "is empty"),
-        ({"text": []}, ValueError, "no phrases given"),
+        ({"text": []}, ValueError, "at least one"),
         ({"text": ["dog", 3]}, TypeError, "must be a string, got 3"),
         ({"text": "dog " * 60}, ValueError, "tokens, but the language model reads at most 48"),
         ({}, ValueError, "nothing to process"),

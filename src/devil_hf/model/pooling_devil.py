@@ -125,8 +125,10 @@ def read_locations(locations: Any, layer: str, grid: tuple[int, int]) -> list[tu
     """(row, column) pairs on the grid of `layer`; a ValueError for none at all, for other things, and outside the grid."""
     try:
         places = [(operator.index(row), operator.index(column)) for row, column in locations]
-    except TypeError as error:
-        raise ValueError(f"locations {locations!r} are not (row, column) pairs of whole numbers, such as [(3, 4)].") from error
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"locations {locations!r:.100} are not (row, column) pairs of whole numbers, such as [(3, 4)]."
+        ) from error
     if not places:
         raise ValueError("locations are empty: name at least one (row, column), or leave them out for the whole image.")
     for row, column in places:
@@ -193,7 +195,7 @@ def place_weights(names, seen, pixel_values, locations=None, window=1, regions=N
         given, images = one_per_layer(location_weights, "location_weights", names), len(next(iter(seen.values())))
         return {index: read_weights(given[index], images, names[index], grids[names[index]]) for index in seen}, None
     if locations is None:
-        if window != 1:
+        if check_window(window) != 1:
             raise ValueError(f"window={window!r} is a square around places: give locations, too, or leave it out.")
         return dict.fromkeys(seen), None
     if len(set(grids.values())) > 1:

@@ -68,7 +68,6 @@ class DevilProcessor(ProcessorMixin):
             carrier: neutral words in front of every phrase ("the"), joined by a space; they are context, not scored.
             max_length: captions are cut after this many tokens (the paper: 100). Without it, text longer than the
                 language model's context is an error, or cut there with `truncation`.
-            padding: always to the longest, as True says; no other choice.
             return_tensors: `"pt"`, `"np"` or `None` for lists.
             images_kwargs: settings of the image processor for this call, see `CALL_SETTINGS`.
 
@@ -109,8 +108,8 @@ class DevilProcessor(ProcessorMixin):
     def _tokenize(
         self, phrases: Sequence[str], carrier: str | None, max_length: int | None, return_tensors: str | None
     ) -> BatchFeature:
-        if len(phrases) == 0:
-            raise ValueError("no phrases given: `text` is an empty list")
+        if not isinstance(phrases, Sequence) or not phrases:
+            raise ValueError(f"text={phrases!r:.100} must be a phrase, or a list of at least one")
         context = self._token_ids(carrier, None) if carrier else []
         rows, scored = [], []
         for phrase in phrases:
