@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import sys
+import traceback
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from devil_hf import DevilModel
 from devil_hf.cli.main import main
 from devil_hf.evaluation.results import fingerprint
 from devil_hf.hub.checks import check_code, check_weights
+from devil_hf.hub.contents import copy_checkpoint
 from devil_hf.hub.publish import prepare, push
 from tests.hub.conftest import SCORES
 
@@ -55,6 +57,30 @@ def test_code_that_needs_the_package_is_refused(checkpoint, tmp_path):
 def test_a_slim_checkpoint_of_local_parts_is_refused(checkpoint, sources, tmp_path):
     with pytest.raises(ValueError, match=r"backbone comes from .*self-contained"):
         prepare(checkpoint, "tester/slim", tmp_path, slim=True)
+
+
+def test_a_link_out_of_the_checkpoint_is_refused_and_one_into_its_cache_is_followed(checkpoint, tmp_path):
+    (tmp_path / "secret.txt").write_text("private")
+    folder = broken_copy(checkpoint, tmp_path)
+    (folder / "notes.txt").symlink_to(tmp_path / "secret.txt")
+    (tmp_path / "out").mkdir()
+    with pytest.raises(ValueError, match=r"notes\.txt is a link to .*secret\.txt.*outside"):
+        copy_checkpoint(folder, tmp_path / "out")
+    snapshot, blobs = tmp_path / "models--a--b" / "snapshots" / "abc", tmp_path / "models--a--b" / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    (blobs / "f00").write_text("{}")
+    (snapshot / "config.json").symlink_to("../../blobs/f00")
+    copy_checkpoint(snapshot, tmp_path / "out")
+    assert (tmp_path / "out" / "config.json").read_text() == "{}"
+
+
+def test_no_token_is_in_an_error(hub):
+    token = f"hf_{'sec' + 'ret'}\nword"  # lines of this file are in the traceback
+    with pytest.raises(OSError, match="hf auth login") as caught:
+        push("nowhere", "tester/devil", token=token)
+    said = "".join(traceback.format_exception(caught.value))
+    assert "secret" not in said and "***" in said
 
 
 def test_a_folder_with_other_files_is_refused(checkpoint, tmp_path):

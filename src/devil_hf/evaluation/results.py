@@ -100,7 +100,7 @@ class Evaluation:
         """The one layout of results, see above, as JSON reads it again; what is not defined among the details is null."""
         record = {name: getattr(self, name) for name in ("title", "dataset", "settings", "scores", "controls", "missing")}
         record |= {"verdict": self.verdict} if self.verdict is not None else {}
-        return _finite(json.loads(json.dumps(record | self.details | {"weights": self.weights})))
+        return finite(json.loads(json.dumps(record | self.details | {"weights": self.weights})))
 
     def write(self, file: str | PathLike) -> None:
         """Write the result as JSON."""
@@ -165,12 +165,12 @@ def metric_name(metric: str) -> str:
     return names.get(metric, metric.replace("_", " "))
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """The same JSON-like value with null for every number that is none."""
     if isinstance(value, dict):
-        return {name: _finite(one) for name, one in value.items()}
+        return {name: finite(one) for name, one in value.items()}
     if isinstance(value, list):
-        return [_finite(one) for one in value]
+        return [finite(one) for one in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -226,6 +226,10 @@ def read_evaluations(path: str | PathLike) -> list[Evaluation]:
     """
     path = Path(path)
     content = read_json(path)
+    try:
+        json.dumps(content, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{path} holds half a character ({error.reason}), which no card can show: mend its texts") from error
     parts = content if isinstance(content, list) else [content]
     return [evaluation for part in parts for evaluation in _evaluations_of(part, path)]
 
@@ -316,6 +320,7 @@ __all__ = [
     "Evaluation",
     "check_measured",
     "fingerprint",
+    "finite",
     "judge_controls",
     "metric_name",
     "read_evaluations",

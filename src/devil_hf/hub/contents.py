@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
 
-from devil_hf.evaluation.results import read_evaluations
+from devil_hf.evaluation.results import finite, read_evaluations
 from devil_hf.hub.checks import CODE
 from devil_hf.hub.facts import readable_recipe, without_paths
 from devil_hf.text_files import read_json, read_text
@@ -35,10 +35,19 @@ def _matches(path: str, patterns: Sequence[str]) -> bool:
 
 
 def copy_checkpoint(source: str | PathLike, folder: Path) -> None:
-    """Copy what belongs to a checkpoint, and nothing that lies beside it."""
+    """Copy what belongs to a checkpoint, and nothing that lies beside it.
+
+    Raises:
+        ValueError: for a link that leads out of the folder, and not to its own blobs in the cache of the Hub.
+    """
+    home = Path(source).resolve()
+    homes = (home, home.parents[1] / "blobs") if home.parent.name == "snapshots" else (home,)
     for path in sorted(path for path in Path(source).rglob("*") if path.is_file()):
         name = path.relative_to(source).as_posix()
         if _matches(name, PUBLISHED) and not _matches(name, PRIVATE):
+            target = path.resolve()
+            if not any(place in target.parents for place in homes):
+                raise ValueError(f"{path} is a link to {target}, outside of the checkpoint: put the file itself there")
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, folder / name)
 
@@ -60,7 +69,7 @@ def add_scores(scores: Sequence[str | PathLike], folder: Path) -> None:
 
 
 def _write_scores(path: Path, target: Path) -> None:
-    content = without_paths(read_json(path))
+    content = without_paths(finite(read_json(path)))
     target.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 

@@ -1,5 +1,6 @@
 """A repository as it lies in a folder before it goes up, and the one commit that sends it."""
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -7,6 +8,8 @@ from os import PathLike
 from pathlib import Path
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, RepoCard
+
+_TOKEN = re.compile(r"(Bearer |hf_)[^\s'\"]+")
 
 
 @dataclass
@@ -66,14 +69,18 @@ def commit(
 
 @contextmanager
 def reaching_the_hub(what: str) -> Iterator[None]:
-    """Whatever the Hub's client raises (its transport errors are no OSError) comes as an OSError with a remedy."""
+    """Whatever the Hub's client raises (its transport errors are no OSError) comes as an OSError with a remedy.
+
+    A token that is no header is quoted by the client; it is in neither message nor traceback.
+    """
     try:
         yield
     except Exception as error:
+        said = _TOKEN.sub(r"\1***", str(error))
         raise OSError(
-            f"{what} ({type(error).__name__}: {error}). Check the network and `hf auth login`, and run the same command "
+            f"{what} ({type(error).__name__}: {said}). Check the network and `hf auth login`, and run the same command "
             "again: files that arrived are not sent twice."
-        ) from error
+        ) from (error if said == str(error) else None)
 
 
 __all__ = ["Draft", "commit", "new_folder", "reaching_the_hub"]
