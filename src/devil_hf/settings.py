@@ -426,7 +426,7 @@ def read_number(kind: type[int] | type[float], value: Any) -> int | float:
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         raise ValueError(f"a {type(value).__name__} is not a number")
     try:
-        whole = isinstance(value, int) or (kind is int and re.fullmatch(r"\s*[+-]?\d{1,18}\s*", str(value)))
+        whole = isinstance(value, int) or (kind is int and re.fullmatch(r"\s*[+-]?\d{1,30}\s*", str(value)))
         number = int(value) if whole else float(value)
     except (ValueError, OverflowError) as error:
         raise ValueError(f"{value!r:.200} is not a number") from error
