@@ -28,7 +28,8 @@ def read_output(output: Tensor, reader: dict, pixel_values: Tensor) -> Tensor:
     """What a module returned, as the map or the class token that its layer is."""
     if reader["token"]:
         return to_token(output, reader["layout"])
-    return to_map(output, reader["layout"], reader["prefix"], *pixel_values.shape[-2:], behind=reader.get("behind", 0))
+    height, width = pixel_values.shape[-2:]
+    return to_map(output, reader["layout"], reader["prefix"], height, width, behind=reader.get("behind", 0))
 
 
 class _DeepestReached(Exception):
