@@ -21,7 +21,6 @@ WORD = re.compile(r"[\w.,+ -]{0,200}")
 COUNTED = re.compile("layer|depth|block|stage|expert|head|group|label")
 MOST, MOST_PARTS = 2**31, 2**19
 DTYPES = (None, "float16", "bfloat16", "float32", "float64")
-# Fields that are read without being declared.
 UNDECLARED = "out_features out_indices partial_rotary_factor rope_scaling rope_theta tie_word_embeddings".split()  # noqa: SIM905
 KEPT = ("auto_map", "custom_pipelines", "model_type")  # beside the fields: what Auto classes and `pipeline` read
 
