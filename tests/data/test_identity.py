@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from devil_hf.data.captioned import open_captioned
 from devil_hf.data.identity import BLOCK, PairIdentities, file_identity, image_identity
 from devil_hf.data.images import open_images
 from devil_hf.data.pairs import open_pairs
@@ -94,3 +95,11 @@ def test_pairs_are_known_row_by_row_and_streams_by_their_shards(folder, images):
     images[1].rotate(78).save(folder / "2.png")
     after = PairIdentities(sources + world, open_pairs(sources + world, seed=0, shuffle=False))
     assert stream.all() != after.all() == after(0)
+
+
+def test_an_image_that_is_gone_is_named(folder):
+    (folder / "captions.jsonl").write_text("".join(f'{{"image": "{number}.png", "caption": "a dog"}}\n' for number in range(4)))
+    found = open_captioned(str(folder))
+    (folder / "2.png").unlink()
+    with pytest.raises(OSError, match=r"image .*2\.png.* cannot be read any more"):
+        found.load(2)

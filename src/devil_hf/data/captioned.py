@@ -3,7 +3,6 @@
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import cast
 
 from PIL import Image as PILImage
 
@@ -99,12 +98,19 @@ def open_captioned(data: str = SHAPES, split: str | None = None, limit: int = 20
         raise ValueError(f"{data} holds {len(rows)} images with captions that can be used: at least 2 are needed")
     encoded = list(rows.values())
     dataset = named_sources(sources)
+
+    def load(at: int) -> PILImage.Image:
+        usable = decode(encoded[at])
+        if usable is None:
+            raise OSError(f"image {encoded[at]['key']} of {data} cannot be read any more: give it back, and run the same again")
+        return usable["image"]
+
     return CaptionedImages(
         name=dataset["name"],
         source=json.dumps(sources, default=str),
         keys=list(rows),
         captions=[row["captions"] for row in encoded],
-        load=lambda at: cast(dict, decode(encoded[at]))["image"],
+        load=load,
         split=dataset.get("split"),
         identities=[pair_identity(row) for row in encoded],
     )
