@@ -296,6 +296,7 @@ def _table(content: Mapping[str, Any], name: str, path: Path) -> Table:
 def _quickstart_evaluations(content: Mapping[str, Any], path: Path) -> list[Evaluation]:
     dataset = {"name": world_label(HELD_OUT_WORLD)}  # which this layout always measured
     _check(isinstance(content.get("weights", ""), str | None), path, "weights", "text")
+    _check(bool(content["description_f1"]), path, "description_f1", "an object with a row for each layer")
     words = _prefixed("f1_", _table(content, "description_f1", path))
     weights = content.get("weights")
     found = [Evaluation("F1 of the words in descriptions", words, {}, dataset, {"decoding": "greedy"}, weights=weights)]
