@@ -34,17 +34,16 @@ class DescribeSettings(LayerSettings):
 
     def validate(self) -> None:
         """Raise a ValueError for places that cannot be read, and for what --grounded leaves no room for."""
-        check_window(self.window, places=self.places() is not None)
         if self.checkpoint and not self.images:
             raise ValueError(f"name an image for {self.checkpoint} to describe")
         self._validate_maps()
-        if not self.grounded:
-            return
-        for name, value in {"locations": None, "window": 1, "evidence": False, "output": None}.items():
-            if getattr(self, name) != value:
-                raise ValueError(f"--grounded describes whole images, phrase by phrase: leave out --{name}")
-        if self.guidance != 1.0:
-            raise ValueError(f"--grounded weighs the places instead: leave out --guidance {self.guidance}")
+        if self.grounded:
+            for name, value in {"locations": None, "window": 1, "evidence": False, "output": None}.items():
+                if getattr(self, name) != value:
+                    raise ValueError(f"--grounded describes whole images, phrase by phrase: leave out --{name}")
+            if self.guidance != 1.0:
+                raise ValueError(f"--grounded weighs the places instead: leave out --guidance {self.guidance}")
+        check_window(self.window, places=self.places() is not None)
 
     def _validate_maps(self) -> None:
         if self.against is not None and self.maps is None:

@@ -130,7 +130,7 @@ class WordsEvaluator(Evaluator):
             row["evidence"] = self._against_false(found, mention, scene, own)
             if mention.object is not None and (mask := scene.masks[mention.object]).any():
                 row["hits"] = {name: pointing(one[mention.at].numpy(), mask) for name, one in maps.items()}
-                row["chance"] = {name: chance_pointing(tuple(one.shape[-2:]), mask) for name, one in maps.items()}
+                row["chance"] = {name: chance_pointing((one.shape[-2], one.shape[-1]), mask) for name, one in maps.items()}
             rows.append(row)
         return rows
 

@@ -211,7 +211,7 @@ def _explain(model, processor, features, sentence: str, visible, rule, tiles, ot
     )
 
 
-def _every_place(model: DevilModel, features: Sequence[Tensor | None], index: int) -> Tensor:
+def _every_place(model: DevilModel, features: Sequence[Any], index: int) -> Tensor:
     """Prefixes (H_l * W_l, k, D_lm) of each place of one layer alone."""
     pooled: list[Tensor | None] = [None] * len(model.layer_names)
     pooled[index] = pool_every_location(features[index])
