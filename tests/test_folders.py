@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -44,7 +45,7 @@ def test_two_runs_never_share_a_folder_and_a_dead_ones_claim_is_taken_over(tmp_p
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("change", [{"started": "another start"}, {"pid": 2**22 + 1}, {"pid": "?"}, {"pid": -1}])
+@pytest.mark.parametrize("change", [{"started": "another start"}, {"pid": 2**22 + 1}, {"pid": "?"}, {"pid": -1}, {"pid": 2**70}])
 def test_a_number_that_another_process_got_is_no_claim(change, tmp_path):
     claim_of(tmp_path, **change)
     with claimed(tmp_path, "mine"):
@@ -102,3 +103,122 @@ def test_room_is_asked_for_before_the_work(tmp_path):
     need_room(tmp_path / "new", 1, "a byte", "write less")
     with pytest.raises(DiskFull, match=r"GB free, but all of it needs 1000000000\.0 GB: make room, or write less"):
         need_room(tmp_path, 1e18, "all of it", "write less")
+
+
+def test_what_several_write_at_once_is_one_of_theirs_and_whole(tmp_path):
+    with written(tmp_path / "a.txt") as first:
+        first.write_text("the first, half")
+        with written(tmp_path / "a.txt") as second:
+            second.write_text("the second")
+        assert (tmp_path / "a.txt").read_text() == "the second"
+        first.write_text("the first")
+    assert (tmp_path / "a.txt").read_text() == "the first"
+    with written(tmp_path / "folder") as first:
+        first.mkdir()
+        with written(tmp_path / "folder") as second:
+            second.mkdir()
+        (first / "of the first").touch()
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["a.txt", "folder", "of the first"]
+
+
+def test_many_that_swap_a_folder_at_once_all_succeed(tmp_path):
+    def write(number):
+        with written(tmp_path / "folder") as unfinished:
+            unfinished.mkdir()
+            for name in "ab":
+                (unfinished / name).write_text(str(number))
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(write, range(200)))
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["a", "b", "folder"]
+    assert (tmp_path / "folder/a").read_text() == (tmp_path / "folder/b").read_text()
+
+
+def test_what_a_killed_writer_left_is_swept_by_the_next_and_what_another_writes_is_not(tmp_path):
+    code = "import os, sys\nfrom devil_hf.folders import written\nwith written(sys.argv[1]) as unfinished:\n"
+    code += "    unfinished.write_text('half')\n    os._exit(1)\n"
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "a.txt")], check=False)
+    (left,) = tmp_path.iterdir()
+    assert left.suffix == ".txt"
+    elsewhere = [tmp_path / f".unfinished-00000000-1-0000000{n}-a.txt" for n in (1, 2)]
+    for file in elsewhere:
+        file.touch()
+    os.utime(elsewhere[1], (1, 1))
+    with written(tmp_path / "a.txt") as mine, written(tmp_path / "a.txt") as inner:
+        mine.touch()
+        inner.touch()
+        assert set(tmp_path.iterdir()) == {mine, inner, elsewhere[0]}
+
+
+def test_an_interrupted_writer_leaves_nothing(tmp_path):
+    def interrupt():
+        with written(tmp_path / "a.txt") as unfinished:
+            unfinished.touch()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupt()
+    assert not list(tmp_path.iterdir())
+
+
+def test_of_two_threads_the_last_one_gives_the_claim_back(tmp_path):
+    first, second = claimed(tmp_path, "first"), claimed(tmp_path, "second")
+    with ThreadPoolExecutor(1) as other:
+        first.__enter__()
+        other.submit(second.__enter__).result()
+        first.__exit__(None, None, None)
+        assert (tmp_path / CLAIM).exists()
+        with claimed(tmp_path, "third"):
+            pass
+        assert (tmp_path / CLAIM).exists()
+        other.submit(second.__exit__, None, None, None).result()
+    assert not (tmp_path / CLAIM).exists()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes cannot be forked")
+def test_a_forked_process_has_no_part_in_its_parents_claim(tmp_path):
+    code = (
+        "import os, sys\nfrom devil_hf.folders import FolderInUse, claimed\n"
+        "try:\n    with claimed(sys.argv[1], 'a run'):\n        child = not os.fork()\n        if child:\n"
+        "            with claimed(sys.argv[1], 'another'):\n                os._exit(3)\n"
+        "        code = os.waitstatus_to_exitcode(os.wait()[1])\n"
+        "        assert os.listdir(sys.argv[1]) and code == 5, code\n"
+        "except FolderInUse:\n    os._exit(5)\n"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_claim_that_cannot_be_read_is_somebodys(tmp_path, monkeypatch):
+    claim_of(tmp_path)
+    os.utime(tmp_path / CLAIM, (1, 1))
+
+    def refuse(*_, **__):
+        raise PermissionError(errno.EACCES, "Permission denied", str(tmp_path / CLAIM))
+
+    monkeypatch.setattr("pathlib.Path.read_text", refuse)
+    with pytest.raises(FolderInUse, match=r"\.claimed cannot be read .*Ask its owner"), claimed(tmp_path, "mine"):
+        pass
+    monkeypatch.undo()
+    assert (tmp_path / CLAIM).exists()
+
+
+def test_a_claim_without_content_ends_though_its_clock_is_ahead(tmp_path, monkeypatch):
+    monkeypatch.setattr("devil_hf.folders.YOUNG", 0.2)
+    (tmp_path / CLAIM).touch()
+    os.utime(tmp_path / CLAIM, (time.time() + 1e6,) * 2)
+    with claimed(tmp_path, "mine"):
+        pass
+
+
+def test_a_requeued_job_takes_over_its_own_claim_on_another_host_and_no_other(tmp_path, monkeypatch):
+    claim_of(tmp_path, host="elsewhere", pid=7, job=["cluster", "12", "0"])
+    monkeypatch.setenv("SLURM_CLUSTER_NAME", "cluster")
+    for job, restarts in (("13", "1"), ("12", "0")):  # another job, and another step of the same run
+        monkeypatch.setenv("SLURM_JOB_ID", job)
+        monkeypatch.setenv("SLURM_RESTART_COUNT", restarts)
+        with pytest.raises(FolderInUse, match="elsewhere"), claimed(tmp_path, "mine"):
+            pass
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    with claimed(tmp_path, "mine"):
+        assert json.loads((tmp_path / CLAIM).read_text())["job"] == ["cluster", "12", "1"]

@@ -1,7 +1,9 @@
 """Folders that work writes to: claimed by one run at a time, written whole or not at all, and asked for room before long work.
 
 A claim is a file, made in one step where it is not there, so that it needs no locks of the file system. It names process, host
-and start; one whose process is gone is taken over. A file or folder that is written appears under its name when it is whole.
+and start; one whose process is gone is taken over. Whether a process of another host runs cannot be seen: its claim stays, and
+the message says what to remove; a SLURM job that was requeued knows, though, that its own earlier run is over. A file or folder
+that is written appears under its name when it is whole, and has a name of its writer alone until then.
 """
 
 import contextlib
@@ -9,23 +11,32 @@ import errno
 import functools
 import json
 import os
+import re
 import shutil
 import socket
 import sys
+import threading
 import time
 import uuid
-from collections import Counter
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 CLAIM = ".claimed"
 YOUNG = 10.0  # seconds in which a claim without content is being written
+GONE = "gone"
+UNFINISHED = ".unfinished-"
+FORGOTTEN = 86_400.0  # seconds after which what another host has not finished is taken for left behind
 # What writers say when there is no room: the system itself, and libraries that hand on its text alone.
 FULL_CODES = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 FULL_TEXTS = ("no space left", "file too large", "quota exceeded", "file write failed", "unexpected pos")
 
-_held: Counter[Path] = Counter()  # by this process
+# By process, for a forked one has what its parent held, but not its claims: the token of the claim, once for each that shares it.
+_held: dict[tuple[int, Path], list[str]] = {}
+_holding = threading.RLock()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_holding.acquire, after_in_parent=_holding.release, after_in_child=_holding.release)
 
 
 class FolderInUse(OSError):
@@ -47,32 +58,45 @@ def claimed(folder: str | os.PathLike, work: str, mine: bool = True) -> Iterator
     Raises:
         FolderInUse: when another run works there, on this host or perhaps on another one.
     """
-    place = Path(folder).resolve()
-    if not mine or _held[place]:
-        with _counted(place, mine):
-            yield
+    if not mine:
+        yield
         return
-    place.mkdir(parents=True, exist_ok=True)
-    own = {"pid": os.getpid(), "host": socket.gethostname(), "started": _start_of(os.getpid()), "token": uuid.uuid4().hex}
-    own |= {"work": work, "since": time.strftime("%Y-%m-%d %H:%M:%S")}
-    file = place / CLAIM
-    while not _create(file, own):
-        _remove_if_stale(file, place)
-    try:
-        with _counted(place, mine):
-            yield
-    finally:
-        if _read(file).get("token") == own["token"]:
-            file.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def _counted(place: Path, mine: bool) -> Iterator[None]:
-    _held[place] += mine
+    place, process = Path(folder).resolve(), os.getpid()
+    with _holding:
+        sharing = _held.setdefault((process, place), [])
+        sharing.append(sharing[0] if sharing else _claim(place, work))
     try:
         yield
     finally:
-        _held[place] -= mine
+        if os.getpid() == process:  # and not one that was forked meanwhile
+            with _holding:
+                token = sharing.pop()
+                if not sharing:
+                    _give_back(place / CLAIM, token)
+
+
+def _claim(place: Path, work: str) -> str:
+    """Claim a folder; the token of the claim."""
+    place.mkdir(parents=True, exist_ok=True)
+    token = uuid.uuid4().hex
+    own = {"pid": os.getpid(), "host": socket.gethostname(), "started": _start_of(os.getpid()), "token": token}
+    own |= {"job": _slurm_job(), "work": work, "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+    file, begun = place / CLAIM, time.monotonic()
+    while not _create(file, own):
+        _remove_if_stale(file, place, time.monotonic() - begun)
+    return token
+
+
+def _give_back(file: Path, token: str) -> None:
+    with contextlib.suppress(OSError):  # it can be taken over when this process has ended
+        if _read(file).get("token") == token:
+            file.unlink()
+
+
+def _slurm_job() -> list[str]:
+    """Cluster, job and how often it was requeued; the number of a job stays when it is. Empty outside of SLURM."""
+    job = os.environ.get("SLURM_JOB_ID")
+    return [os.environ.get("SLURM_CLUSTER_NAME", ""), job, os.environ.get("SLURM_RESTART_COUNT", "0")] if job else []
 
 
 def _create(file: Path, own: dict[str, Any]) -> bool:
@@ -91,21 +115,33 @@ def _create(file: Path, own: dict[str, Any]) -> bool:
 
 
 def _read(file: Path) -> dict[str, Any]:
+    """What a claim says; empty where it is gone or without content, and an OSError where it cannot be read."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (FileNotFoundError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
 
 
-def _remove_if_stale(file: Path, folder: Path) -> None:
-    """Take a claim away whose process is gone; a `FolderInUse` where it is there, or on a host that cannot be asked."""
-    found = _read(file)
+def _remove_if_stale(file: Path, folder: Path, waited: float) -> None:
+    """Take a claim away whose process is gone; a `FolderInUse` where it is there, or on a host that cannot be asked.
+
+    Args:
+        waited: seconds since it was first seen; what has no content for so long is nobody's, whatever the clock of its disk says.
+    """
+    try:
+        found = _read(file)
+    except OSError as error:  # somebody else's
+        raise FolderInUse(
+            f"{folder} is in use: {file} cannot be read ({error}). Ask its owner, or name another folder"
+        ) from error
     if not found:  # it is being written this moment, or its writer was killed in that
         with contextlib.suppress(FileNotFoundError):
-            if time.time() - file.stat().st_mtime < YOUNG:
+            if max(time.time() - file.stat().st_mtime, waited) < YOUNG:
                 time.sleep(0.05)
                 return
+    elif _is_over(found.get("job"), _slurm_job()):
+        pass
     elif found.get("host") != socket.gethostname():
         raise FolderInUse(
             f"{folder} is in use: {_who(found)}. Whether it still runs cannot be seen from this host ({socket.gethostname()}): "
@@ -122,6 +158,11 @@ def _remove_if_stale(file: Path, folder: Path) -> None:
         taken.unlink(missing_ok=True)
 
 
+def _is_over(job: Any, now: list[str]) -> bool:
+    """Whether a claim is of an earlier run of this SLURM job: it is ended everywhere before it is requeued."""
+    return bool(now) and isinstance(job, list) and job[:2] == now[:2] and job[2:] != now[2:]
+
+
 def _who(found: dict[str, Any]) -> str:
     return f"{found.get('work')} since {found.get('since')} (process {found.get('pid')} on {found.get('host')})"
 
@@ -131,15 +172,20 @@ def _runs(found: dict[str, Any]) -> bool:
     pid = found.get("pid")
     if not isinstance(pid, int) or pid < 1:
         return False
+    started = _start_of(pid)
+    return _is_there(pid) and (started is None or found.get("started") in (None, started))
+
+
+def _is_there(pid: int) -> bool:
+    """Whether a process has this number."""
     if sys.platform != "win32":  # where the signal 0 is none
         try:
             os.kill(pid, 0)
-        except ProcessLookupError:
+        except (ProcessLookupError, OverflowError):
             return False
         except PermissionError:
             pass
-    started = _start_of(pid)
-    return started is None or found.get("started") in (None, started)
+    return _start_of(pid) != GONE
 
 
 def _start_of(pid: int) -> str | None:
@@ -148,7 +194,7 @@ def _start_of(pid: int) -> str | None:
         state, *fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
     except OSError:
         return None
-    return "gone" if state in "ZX" else f"{_boot()} {fields[18]}"
+    return GONE if state in "ZX" else f"{_boot()} {fields[18]}"
 
 
 @functools.cache
@@ -162,7 +208,7 @@ def _boot() -> str:
 def written(path: str | os.PathLike, kept: str = "") -> Iterator[Path]:
     """A place beside `path` to write a file or a folder to, which takes the name `path` when the block has ended well.
 
-    Whatever was there before stays until then. In a folder that several processes write to, their names must differ.
+    Whatever was there before stays until then. Several may write it at once: each to a place of its own, and the last one stays.
 
     Args:
         kept: what there is all the same, for the message of a full disk.
@@ -171,8 +217,8 @@ def written(path: str | os.PathLike, kept: str = "") -> Iterator[Path]:
         DiskFull: when there was no room; nothing is left of the attempt.
     """
     path = Path(path)
-    unfinished = path.with_name(f".unfinished-{path.name}")  # the suffix stays: some writers add theirs
-    _remove(unfinished)
+    _sweep(path)
+    unfinished = _own_place(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield unfinished
@@ -180,19 +226,52 @@ def written(path: str | os.PathLike, kept: str = "") -> Iterator[Path]:
             _swap(unfinished, path)
         else:
             os.replace(unfinished, path)
-    except Exception as error:
+    except BaseException as error:
         _remove(unfinished)
-        if is_full(error):
+        if isinstance(error, Exception) and is_full(error):
             raise _told(error, path, kept) from error
         raise
 
 
+def _own_place(path: Path) -> Path:
+    """A name beside `path` that no other writer has, and that says whose it is; the suffix stays: some writers add theirs."""
+    return path.with_name(f"{UNFINISHED}{_host()}-{os.getpid()}-{uuid.uuid4().hex[:8]}-{path.name}")
+
+
+def _host() -> str:
+    return f"{zlib.crc32(socket.gethostname().encode()):08x}"
+
+
+def _sweep(path: Path) -> None:
+    """Remove what killed writers of `path` have left beside it."""
+    shape = re.compile(rf"{re.escape(UNFINISHED)}([0-9a-f]{{8}})-(\d+)-[0-9a-f]{{8}}-{re.escape(path.name)}")
+    with contextlib.suppress(OSError):
+        for name in os.listdir(path.parent):
+            if match := shape.fullmatch(name):
+                left, is_here = path.with_name(name), match[1] == _host()
+                if not _is_there(int(match[2])) if is_here else time.time() - _last_change(left) > FORGOTTEN:
+                    _remove(left)
+
+
+def _last_change(path: Path) -> float:
+    return max(one.lstat().st_mtime for one in [path, *path.rglob("*")])
+
+
 def _swap(new: Path, old: Path) -> None:
     """Put a folder in another one's place: the old one goes when the new one is there."""
-    aside = old.with_name(f".{old.name}.old")
-    _remove(aside)
-    os.rename(old, aside)
-    os.rename(new, old)
+    aside = _own_place(old)
+    while True:
+        with contextlib.suppress(FileNotFoundError):  # another writer has just put it aside
+            os.rename(old, aside)
+        try:
+            os.rename(new, old)
+            break
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                with contextlib.suppress(OSError):
+                    os.rename(aside, old)
+                raise
+            _remove(aside)
     _remove(aside)
 
 

@@ -50,3 +50,28 @@ def test_directions_need_one_layer(layers, directions, tmp_path, capsys):
     command = ["neurons", "shapes:8", "--directions", str(directions / "probe.npy"), "--output-dir", str(tmp_path)]
     assert main([*command, *layers]) == 1
     assert "name it by --layers" in capsys.readouterr().err
+
+
+def test_units_of_which_one_or_none_has_a_label_are_checked(model, processor, images, directions, tmp_path):
+    options = {"output_dir": tmp_path, "layers": ["-1"], "directions": directions / "probe.npy", "exemplars": 2, "held_out": 2}
+    options |= {"candidates": 2, "permutations": 100}
+    pictures = [image.rotate(angle) for image in images for angle in range(0, 360, 24)]
+
+    def run(stage):
+        return neurons(NeuronsSettings(**options, stage=stage), model, processor, images=pictures)
+
+    run("exemplars")
+    run("describe")
+    labels = json.loads((tmp_path / "labels.json").read_text())
+    for unit in labels["units"]:
+        unit["label"] = ""
+    (tmp_path / "labels.json").write_text(json.dumps(labels))
+    with pytest.raises(ValueError, match=r"no unit in .*labels\.json has a label to check: go on with the stage 'atlas'"):
+        run("check")
+    assert "checks" not in run("atlas")
+    labels["units"][1]["label"] = "a red dog"
+    (tmp_path / "labels.json").write_text(json.dumps(labels))
+    run("check")
+    summary = run("atlas")
+    assert set(summary["checks"]) >= {"labels", "constant label"} and "shuffled labels" not in summary["checks"]
+    assert json.loads((tmp_path / "atlas" / "atlas.json").read_text())["summary"]["check"] == summary["checks"]

@@ -21,6 +21,7 @@ from devil_hf.data.exemplars import find_exemplars, to_uint8
 from devil_hf.data.images import StreamedImages, open_images
 from devil_hf.data.quantiles import QuantileSketch
 from devil_hf.data.unit_reader import UnitReader, open_network
+from devil_hf.folders import CLAIM
 
 COUNT = 23
 
@@ -179,6 +180,17 @@ def test_a_stopped_pass_does_not_go_on_over_other_images(network, pictures, fold
     pictures[0].save(folder / "07.png")
     with pytest.raises(ValueError, match="have changed since"):  # of a finished one, too
         find_exemplars(UnitReader(backbone), processor, open_images(folder), tmp_path / "out", k=4)
+
+
+def test_finished_exemplars_are_opened_while_another_run_has_the_folder(network, pictures, found):
+    backbone, processor = network
+    claim = found.folder / CLAIM
+    claim.write_text(json.dumps({"pid": 7, "host": "elsewhere"}))
+    again = find_exemplars(UnitReader(backbone), processor, open_images(pictures), found.folder, k=4, batch_size=5)
+    assert again.summary == found.summary
+    with pytest.raises(ValueError, match="k"):
+        find_exemplars(UnitReader(backbone), processor, open_images(pictures), found.folder, k=3, batch_size=5)
+    claim.unlink()
 
 
 def test_images_that_change_between_the_two_passes_are_found(network, pictures, tmp_path):

@@ -43,8 +43,7 @@ def captions_in(folder, images, count: int = 6) -> list[dict]:
 def test_a_second_run_in_the_folder_is_refused_and_says_whose_it_is(fields):
     folder = Path(fields["output_dir"])
     folder.mkdir()
-    claim = {"pid": os.getppid(), "host": socket.gethostname(), "work": "a training", "since": "noon"}
-    (folder / CLAIM).write_text(json.dumps(claim))
+    claim_of_a_living_run(folder)
     with pytest.raises(FolderInUse, match=rf"{folder} is in use: a training since noon \(process {os.getppid()} on"):
         train(Recipe(**fields))
     assert [path.name for path in folder.iterdir()] == [CLAIM]
@@ -122,6 +121,42 @@ def test_validation_features_follow_their_images(fields, images, tmp_path, monke
     assert len(made) == 2
 
 
+def claim_of_a_living_run(folder: Path) -> None:
+    claim = {"pid": os.getppid(), "host": socket.gethostname(), "work": "a training", "since": "noon"}
+    (folder / CLAIM).write_text(json.dumps(claim))
+
+
+def test_another_number_of_validation_images_is_no_change_of_them(fields, images, tmp_path):
+    fields |= {"validation_data": captions_in(tmp_path / "val", images), "validation_images": 3, "max_steps": 2}
+    train(Recipe(**fields))
+    images[0].rotate(50).save(tmp_path / "val" / "5.png")  # not among the three
+    train(Recipe(**fields | {"max_steps": 4, "resume": True}))
+    train(Recipe(**fields | {"max_steps": 6, "resume": True, "validation_images": 6}))
+    images[0].rotate(50).save(tmp_path / "val" / "1.png")
+    with pytest.raises(ValueError, match="validation_data have changed since"):
+        train(Recipe(**fields | {"max_steps": 8, "resume": True, "validation_images": 6}))
+
+
+def test_a_complete_cache_is_read_by_several_runs_and_where_nothing_can_be_written(fields, tmp_path, monkeypatch):
+    cache = tmp_path / "features"
+    fields |= {"cache_features": str(cache), "max_steps": 2}
+    train(Recipe(**fields))
+    next(cache.glob("validation-*")).unlink()
+    claim_of_a_living_run(cache)
+    before, may = sorted(cache.iterdir()), os.access
+    monkeypatch.setattr("os.access", lambda place, *rest: Path(place) != cache and may(place, *rest))
+    second = Path(fields["output_dir"] + "_2")
+    train(Recipe(**fields | {"output_dir": str(second)}))
+    assert sorted(cache.iterdir()) == before and list(second.glob("validation-*"))
+    (cache / CLAIM).unlink()
+    (cache / "cache.json").write_text("")
+    with pytest.raises(ValueError, match=r"cache\.json is not JSON"):
+        train(Recipe(**fields | {"output_dir": str(tmp_path / "third")}))
+    (cache / "cache.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"does not say what the feature cache .* delete it"):
+        train(Recipe(**fields | {"output_dir": str(tmp_path / "third")}))
+
+
 @pytest.mark.parametrize("kind", ["table", "cache"])
 def test_a_stopped_run_does_not_go_on_over_changed_data(kind, fields, images, tmp_path, monkeypatch):
     fields |= {"train_data": captions_in(tmp_path / "train", images)}
@@ -143,7 +178,7 @@ def fail_to_save(monkeypatch, step: int):
     original = DevilModel.save_pretrained
 
     def save(self, folder, *args, **kwargs):
-        if f"checkpoint-{step}" in str(folder) or Path(folder).name == ".unfinished-checkpoint":
+        if f"checkpoint-{step}" in str(folder) or Path(folder).name.startswith(".unfinished-"):
             raise RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)")
         return original(self, folder, *args, **kwargs)
 

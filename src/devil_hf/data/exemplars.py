@@ -64,12 +64,13 @@ def find_exemplars(
         raise ValueError(f"k={k} and batch_size={batch_size} must be at least 1, and quantile={quantile} between 0 and 1")
     output_dir, state = Path(output_dir), PartialState()
     settings = _settings(reader, processor, images, k, quantile)
-    with claimed(output_dir, "a search for exemplars", state.is_main_process):
-        if (output_dir / SUMMARY).is_file():
-            found = ExemplarSet(output_dir)
-            check_settings(settings, found.summary, output_dir)
-            return found
-        return _find(reader, processor, images, output_dir, settings, batch_size, save_every, workers, state)
+    if not (output_dir / SUMMARY).is_file():  # finished ones are claimed by nobody: they may lie where nothing can be written
+        with claimed(output_dir, "a search for exemplars", state.is_main_process):
+            if not (output_dir / SUMMARY).is_file():
+                return _find(reader, processor, images, output_dir, settings, batch_size, save_every, workers, state)
+    found = ExemplarSet(output_dir)
+    check_settings(settings, found.summary, output_dir)
+    return found
 
 
 def _find(reader, processor, images, output_dir: Path, settings, batch_size, save_every, workers, state) -> "ExemplarSet":

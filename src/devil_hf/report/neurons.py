@@ -223,6 +223,8 @@ class _Run:
         self.check_origin(kept)
         unit_labels = [row["label"] for row in rows]
         labels = sorted({label for label in unit_labels if label})
+        if not labels:
+            raise ValueError(f"no unit in {self.folder / 'labels.json'} has a label to check: go on with the stage 'atlas'")
         activations = held_out_activations(self.reader, self.reading, images, settings.batch_size)
         evidence = held_out_evidence(self.model, self.processor, images, labels, settings.batch_size, settings.carrier)
         found = check_all(activations, evidence, labels, unit_labels, **settings.check())
@@ -236,8 +238,9 @@ class _Run:
             "permutations": settings.permutations,
             "labels": summaries["labels"],
             "constant label": {"label": found["texts"]["constant"], **summaries["constant"]},
-            "shuffled labels": summaries["shuffled"],
         }
+        if "shuffled" in summaries:  # of one label there is no other unit to deal it to
+            summary["shuffled labels"] = summaries["shuffled"]
         write_json(self.folder / "checks.json", {"summary": summary, "labels": unit_labels, "units": found["units"]})
 
     def labels(self, exemplars: ExemplarSet) -> dict[str, Any]:

@@ -6,14 +6,14 @@ refused. An interrupted computation goes on where it stopped: shards appear whol
 """
 
 import itertools
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset, IterableDataset
 from datasets.distributed import split_dataset_by_node
 from safetensors import safe_open
@@ -24,10 +24,12 @@ from devil_hf.data.decoding import PairDecoder
 from devil_hf.folders import claimed, need_room, write_json, written
 from devil_hf.model.modeling_devil import DevilModel
 from devil_hf.model.processing_devil import DevilProcessor
+from devil_hf.text_files import read_json
 from devil_hf.training.features import pool_draws
 from devil_hf.training.feed import batch_regions, seed_of, sees_with, view_of
 
 CACHE_FILE = "cache.json"
+CLAIMED = "a computation of cached features"
 SHARDS = "features-*.safetensors"
 SHARD_IMAGES = 1024
 BATCH_IMAGES = 32
@@ -76,24 +78,26 @@ def cached_features(
         StaleCache, DiskFull, FolderInUse: see `open_cache`.
     """
     state = PartialState()
-    open_cache(folder, key, model, dataset)
-    with claimed(folder, "a computation of cached features", state.is_main_process):
-        found = json.loads((folder / CACHE_FILE).read_text(encoding="utf-8"))
-        if not found["complete"]:
+    if not open_cache(folder, key, model, dataset):
+        with claimed(folder, CLAIMED, state.is_main_process):
+            found = _content(folder)
             # An unfinished cache is finished by as many parts as it was begun with, whatever the number of processes now.
-            for part in range(state.process_index, found["processes"], state.num_processes):
+            for part in range(state.process_index, 0 if found["complete"] else found["processes"], state.num_processes):
                 _compute_part(folder, part, found["processes"], key, model, processor, dataset, decoder)
             decoder.bad_samples.judge()
             state.wait_for_everyone()
             if state.is_main_process:
                 shards = len(list(folder.glob(SHARDS)))
                 write_json(folder / CACHE_FILE, found | {"complete": True, "shards": shards})
-        state.wait_for_everyone()
+            state.wait_for_everyone()
     return CachedFeatures(folder, sample_seed)
 
 
-def open_cache(folder: Path, key: dict[str, Any], model: DevilModel, dataset: Dataset | IterableDataset) -> None:
+def open_cache(folder: Path, key: dict[str, Any], model: DevilModel, dataset: Dataset | IterableDataset) -> bool:
     """Make sure that a cache can be computed or gone on with, before any work; all processes of a run call this together.
+
+    Returns:
+        Whether it is complete. Then it is only read, by several runs at once, and may lie where nothing can be written.
 
     Raises:
         StaleCache: when the folder holds features of something else.
@@ -101,22 +105,45 @@ def open_cache(folder: Path, key: dict[str, Any], model: DevilModel, dataset: Da
         FolderInUse: when another run computes them at this moment.
     """
     state, file = PartialState(), folder / CACHE_FILE
-    with claimed(folder, "a computation of cached features", state.is_main_process):
-        if state.is_main_process and not file.is_file():
-            write_json(file, {"key": key, "processes": state.num_processes, "complete": False})
-        state.wait_for_everyone()
-        found = json.loads(file.read_text(encoding="utf-8"))
-        _check_key(folder, found["key"], key)
-        if found["complete"] and found.get("shards") != len(list(folder.glob(SHARDS))):
+    found = _content(folder)
+    if not found["complete"]:
+        with claimed(folder, CLAIMED, state.is_main_process):
+            if state.is_main_process and not file.is_file():
+                write_json(file, {"key": key, "processes": state.num_processes, "complete": False})
+            found = _content(folder)
+    _check_key(folder, found["key"], key)
+    if found["complete"]:
+        if found.get("shards") != len(list(folder.glob(SHARDS))):
             raise StaleCache(f"the feature cache {folder} lacks some of its {found.get('shards')} shards: delete it.")
+        return True
     what = f"the feature cache of {len(dataset)} images" if isinstance(dataset, Dataset) else "the feature cache"
     need_room(folder, cache_bytes(folder, key, model, dataset), what, "name another folder, or lower views or draws")
+    return False
+
+
+def _content(folder: Path) -> dict[str, Any]:
+    """What a cache says of itself, on all processes what the main one reads; of none that it is not complete."""
+    found: list[dict[str, Any] | None] = [None]
+    if PartialState().is_main_process:
+        found[0] = _read_content(folder)
+    if PartialState().num_processes > 1:
+        broadcast_object_list(found)
+    return cast(dict[str, Any], found[0])
+
+
+def _read_content(folder: Path) -> dict[str, Any]:
+    file = folder / CACHE_FILE
+    if not file.is_file():
+        return {"complete": False}
+    found = read_json(file)
+    if not isinstance(found, dict) or not {"key", "processes", "complete"} <= set(found):
+        raise StaleCache(f"{file} does not say what the feature cache {folder} depends on: delete it, or name another folder.")
+    return found
 
 
 def cache_bytes(folder: Path, key: dict[str, Any], model: DevilModel, dataset: Dataset | IterableDataset) -> int:
     """Bytes that a cache still needs on the disk; 0 for a stream, of which nobody knows it."""
-    file = folder / CACHE_FILE
-    if not isinstance(dataset, Dataset) or (file.is_file() and json.loads(file.read_text(encoding="utf-8"))["complete"]):
+    if not isinstance(dataset, Dataset) or _read_content(folder)["complete"]:
         return 0
     there = sum(shard.stat().st_size for shard in folder.glob(SHARDS))
     return 2 * len(dataset) * key["views"] * key["draws"] * sum(model.backbone.channels) - there
@@ -140,7 +167,7 @@ def _compute_part(folder, part, parts, key, model, processor, dataset, decoder) 
             name = folder / f"features-{part:05d}-{number:05d}"
             sidecar = name.with_suffix(".json")
             if name.with_suffix(".safetensors").is_file():
-                read = json.loads(sidecar.read_text(encoding="utf-8"))["rows"]
+                read = read_json(sidecar)["rows"]
                 bar.update(sum(1 for _ in itertools.islice(rows, read)))
                 continue
             drawn: list[dict[str, torch.Tensor]] = []
@@ -216,7 +243,7 @@ class CachedFeatures:
     def __init__(self, folder: Path, seed: int):
         self.seed = seed
         self.shards = sorted(folder.glob(SHARDS))
-        contents = [json.loads(shard.with_suffix(".json").read_text(encoding="utf-8")) for shard in self.shards]
+        contents = [read_json(shard.with_suffix(".json")) for shard in self.shards]
         self.captions: list[list[str]] = [texts for content in contents for texts in content["captions"]]
         self.starts = np.cumsum([0, *(len(content["captions"]) for content in contents)])
         self._open: dict[int, list[torch.Tensor]] = {}

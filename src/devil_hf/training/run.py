@@ -32,6 +32,7 @@ from devil_hf.folders import claimed, need_room, written
 from devil_hf.model.modeling_devil import DevilModel
 from devil_hf.model.processing_devil import DevilProcessor
 from devil_hf.settings import make, read_yaml
+from devil_hf.text_files import read_json
 from devil_hf.training.divergence import check_weights
 from devil_hf.training.feature_cache import CachedFeatures, cache_bytes, cache_key, cached_features, open_cache
 from devil_hf.training.features import PooledCaptions, pooled_feature_draws
@@ -43,6 +44,7 @@ from devil_hf.training.trainer import DevilTrainer
 logger = logging.get_logger(f"transformers.{__name__}")
 
 DATA_FILE = "data.json"  # in the checkpoints of a run: what its data were
+DECIDES = {"train_data": ("train_data",), "validation_data": ("validation_data", "validation_images")}  # which rows are hashed
 ADAM_COPIES = 3  # the trained weights and two moments of each
 
 
@@ -217,9 +219,10 @@ def _known_data(recipe: Recipe, dataset: Dataset | IterableDataset, newest: str 
         broadcast_object_list(found)
     file = Path(newest or "") / DATA_FILE
     if newest and file.is_file():
-        before, written = json.loads(file.read_text(encoding="utf-8")), read_yaml(Recipe, Path(newest))
+        before, fields = read_json(file), read_yaml(Recipe, Path(newest))
         for name, now in found[0].items():
-            if written[name] == getattr(recipe, name) and before.get(name, now) != now:
+            asked_as_before = all(fields[field] == getattr(recipe, field) for field in DECIDES[name])
+            if asked_as_before and before.get(name, now) != now:
                 raise ValueError(
                     f"the images or captions of {name} have changed since {newest}: going on would be another run. Give the data "
                     f"back, name another --output_dir, or remove {file} to go on with them as they are."
@@ -265,7 +268,7 @@ def kept_validation_features(recipe: Recipe, model: DevilModel, processor: Devil
     key += [model.config.backbone_config["sha256"], processor.image_processor.to_json_string()]
     digest = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()[:12]
     name = f"validation-{digest}-{state.process_index}-of-{state.num_processes}.safetensors"
-    file = Path(recipe.cache_features or recipe.output_dir) / name
+    file = _place(name, recipe)
     there = gather_object([file.is_file()])  # all together or not at all: they are counted together
     if all(there):
         with safe_open(file, "pt") as content:
@@ -276,6 +279,12 @@ def kept_validation_features(recipe: Recipe, model: DevilModel, processor: Devil
         tensors = {f"layer.{index}": layer.contiguous() for index, layer in enumerate(found.features)}
         save_file(tensors, unfinished, {"captions": json.dumps([list(texts) for texts in found.captions])})
     return found
+
+
+def _place(name: str, recipe: Recipe) -> Path:
+    """Where a file of validation features is, or else can be: with the feature cache, unless nothing can be written there."""
+    kept, own = Path(recipe.cache_features or recipe.output_dir) / name, Path(recipe.output_dir) / name
+    return kept if kept.is_file() or os.access(kept.parent, os.W_OK) or not kept.parent.exists() else own
 
 
 def validation_features(recipe: Recipe, model: DevilModel, processor: DevilProcessor) -> PooledCaptions:
