@@ -1,7 +1,9 @@
 """The demo without a browser: right answers by name, uploads bounded, no file and no address read that it should not."""
 
+import gc
 import json
 import threading
+import weakref
 import zipfile
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from urllib.error import HTTPError
@@ -277,6 +279,17 @@ def test_features_of_old_visits_make_room_and_are_made_again(model, processor, i
     assert first.look is None and second.look is not None
     assert visits.choose_layer(first, model.layer_names[0])["place"] == said
     assert first.look is not None and second.look is None
+
+
+def test_a_visit_that_nobody_holds_leaves_memory(model, processor, images):
+    checkpoints = Checkpoints(models="none")
+    checkpoints._loaded[EMBEDDED] = Explorer(model, processor)
+    visits = Visits(checkpoints, images)
+    session = visits.start()["session"]
+    left = [weakref.ref(visits.start()["session"]), weakref.ref(session.look)]
+    session = visits.choose_layer(visits.start()["session"], model.layer_names[0])["session"]  # another image, the same visitor
+    gc.collect()
+    assert session.look is not None and [one() for one in left] == [None, None]
 
 
 # ------------------------------------------------------------------------------------------------------ pieces of html

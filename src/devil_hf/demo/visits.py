@@ -2,9 +2,9 @@
 
 import math
 import threading
-from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakValueDictionary
 
 import gradio as gr
 from PIL import Image
@@ -49,7 +49,8 @@ class Visits:
         self.checkpoints = checkpoints
         self.examples = examples
         self.thumbnails = [html.data_uri(example) for example in examples]
-        self._looking: OrderedDict[int, Session] = OrderedDict()  # with features in memory, the latest last
+        # With features in memory, the latest last. Weak: gradio bounds the visits, and a new image ends the one before.
+        self._looking: WeakValueDictionary[int, Session] = WeakValueDictionary()
         self._lock = threading.Lock()
 
     def start(self) -> Answer:
@@ -159,10 +160,14 @@ class Visits:
         look = session.look or self.explorer(session).look(session.image)
         with self._lock:
             session.look = look
+            self._looking.pop(id(session), None)
             self._looking[id(session)] = session
-            self._looking.move_to_end(id(session))
-            while len(self._looking) > 1 and sum(one.look.size for one in self._looking.values() if one.look) > FEATURE_BYTES:
-                self._looking.popitem(last=False)[1].look = None
+            held = 0
+            for one in reversed(list(self._looking.values())):
+                held += one.look.size if one.look else 0
+                if held > FEATURE_BYTES and one is not session:
+                    one.look = None
+                    del self._looking[id(one)]
         return look
 
     def gallery(self, chosen: int | None) -> str:
