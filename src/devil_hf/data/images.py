@@ -17,7 +17,7 @@ from PIL import Image
 from transformers.utils import logging
 
 from devil_hf.data.decoding import BadImage, read_picture
-from devil_hf.data.identity import combined, identities, image_identity
+from devil_hf.data.identity import combined, identities, image_identity, row_identities
 from devil_hf.data.pairs.folder import METADATA_FILES, read_caption_folder
 from devil_hf.data.specifications import Sources, read_specification
 from devil_hf.data.worlds import SHAPES, World
@@ -268,7 +268,7 @@ def _dataset(dataset: Dataset, column: str, name: str) -> NumberedImages:
         return str(number if keys is None else keys[number]["key"])
 
     def hashes(numbers: Sequence[int]) -> list[str]:
-        return [image_identity(rows[number][column]) for number in numbers]
+        return row_identities(rows.select(numbers), column, name)
 
     def load(number: int) -> Image.Image:
         return read_picture(lambda: rows[number][column])

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from devil_hf.data.identity import combined, image_identity
+from devil_hf.data.identity import combined, image_identity, region_identity
 from devil_hf.data.objects import LocalisedImage, open_localised
 from devil_hf.data.worlds import parse_world
 from devil_hf.evaluation.evaluator import EVALUATORS, EvaluationSettings, Evaluator
@@ -111,12 +111,14 @@ class MapsEvaluator(Evaluator):
         return {"source": settings.source, **source, **decisions(self.model, self.asked, self.classes)}
 
     def identity(self, key: str) -> str | None:
-        """Of the images and their objects; scenes are known by their names."""
+        """Of the images, their objects, and the content of mask files; scenes are known by their names."""
         if parse_world(self.settings.source):
             return None
         one = self.by_key[key]
-        members = one.members if isinstance(one, Board) else [one]
-        return combined(text for each in members for text in (image_identity(each.read()), json.dumps([each.groups, each.parts])))
+        members, masks = one.members if isinstance(one, Board) else [one], dict[str, str]()
+        shown = [[phrase, region_identity(each.region(phrase), masks)] for each in members for phrase in each.parts]
+        asked = json.dumps([*(each.groups for each in members), shown])
+        return combined([*(image_identity(each.read()) for each in members), asked])
 
     def rows(self, keys: Sequence[str]) -> list[dict[str, Any]]:
         """One image or board after the other: their phrases are the batch."""

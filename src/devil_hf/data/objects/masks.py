@@ -16,8 +16,6 @@ It never gets a packed code, nor a number that it cannot hold: where these are d
 import json
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from hashlib import sha256
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -162,19 +160,6 @@ def unpack_region(content: bytes) -> dict[str, Any]:
     return json.loads(content)
 
 
-def region_digest(content: bytes) -> bytes:
-    """A hash of what a row's region shows: its outlines, and the content of mask files, wherever those lie."""
-    digest = sha256()
-    region = unpack_region(content)
-    for part in region["parts"]:
-        if "classes" in part:
-            digest.update(Path(part["classes"]).read_bytes())
-            part = dict(part) | {"classes": ""}
-        digest.update(json.dumps(part, sort_keys=True).encode())
-    digest.update(json.dumps(region["size"]).encode())
-    return digest.digest()
-
-
 __all__ = [
     "Part",
     "box_mask",
@@ -182,7 +167,6 @@ __all__ = [
     "draw_region",
     "pack_region",
     "polygon_mask",
-    "region_digest",
     "runs_of",
     "unpack_region",
 ]
