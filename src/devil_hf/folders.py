@@ -222,10 +222,7 @@ def written(path: str | os.PathLike, kept: str = "") -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield unfinished
-        if unfinished.is_dir() and path.is_dir():
-            _swap(unfinished, path)
-        else:
-            os.replace(unfinished, path)
+        _put(unfinished, path)
     except BaseException as error:
         _remove(unfinished)
         if isinstance(error, Exception) and is_full(error):
@@ -257,19 +254,20 @@ def _last_change(path: Path) -> float:
     return max(one.lstat().st_mtime for one in [path, *path.rglob("*")])
 
 
-def _swap(new: Path, old: Path) -> None:
-    """Put a folder in another one's place: the old one goes when the new one is there."""
-    aside = _own_place(old)
+def _put(new: Path, path: Path) -> None:
+    """Let a file or folder take the name of another one, or of none; a folder that was there goes when the new one is there."""
+    aside = _own_place(path)
     while True:
-        with contextlib.suppress(FileNotFoundError):  # another writer has just put it aside
-            os.rename(old, aside)
+        if new.is_dir() and path.is_dir():
+            with contextlib.suppress(FileNotFoundError):  # another writer has just put it aside
+                os.rename(path, aside)
         try:
-            os.rename(new, old)
+            os.replace(new, path)
             break
         except OSError as error:
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):  # else another writer was here first
                 with contextlib.suppress(OSError):
-                    os.rename(aside, old)
+                    os.rename(aside, path)
                 raise
             _remove(aside)
     _remove(aside)
