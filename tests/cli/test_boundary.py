@@ -5,8 +5,11 @@ import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from devil_hf.checkpoints import CHECKPOINT
@@ -149,11 +152,50 @@ def test_a_fault_of_ours_keeps_its_traceback_and_says_where_to_report_it(failing
     assert "fault of devil-hf" in found.value.__notes__[0]
 
 
-def test_a_call_that_goes_wrong_is_a_fault_of_ours(monkeypatch, failing):
+def unpack(settings):
+    _first, _second = (1,)
+
+
+WRONG = [
+    lambda settings: 1 + None,
+    lambda settings: int(""),
+    lambda settings: [].index(1),
+    lambda settings: list(zip([1], [], strict=True)),
+    lambda settings: torch.cat([]),
+    lambda settings: torch.ones(2) + torch.ones(3),
+    lambda settings: torch.nn.functional.linear(torch.ones(2), torch.ones(3, 3)),
+    lambda settings: torch.nn.Linear(3, 3)(torch.ones(2)),
+    unpack,
+]
+
+
+@pytest.mark.parametrize("go_wrong", WRONG)
+def test_a_call_that_goes_wrong_is_a_fault_of_ours(go_wrong, monkeypatch, failing):
     failing(None)
-    VERBS._entries["fail"] = Verb("fail", "fail", "devil fail", lambda: Failing, lambda settings: 1 + None)
-    with pytest.raises(TypeError, match="unsupported operand"):
+    monkeypatch.setattr("devil_hf.cli.main.PACKAGE", Path(__file__).parent)  # where the calls are
+    VERBS._entries["fail"] = Verb("fail", "fail", "devil fail", lambda: Failing, go_wrong)
+    with pytest.raises((TypeError, ValueError, RuntimeError)) as found:
         main(["fail"])
+    assert "fault of devil-hf" in found.value.__notes__[0]
+
+
+@pytest.mark.parametrize(
+    "go_wrong",
+    [
+        lambda settings: torch.load("empty.npy"),
+        lambda settings: np.load("text.npy"),
+        lambda settings: json.loads("{"),
+        lambda settings: "\udc80".encode(),
+        lambda settings: torch.nn.Linear(1 << 22, 1 << 30),
+        lambda settings: torch.nn.Linear(2, 2).load_state_dict({"weight": torch.ones(3)}),
+    ],
+)
+def test_what_files_and_the_machine_cause_is_not(go_wrong, monkeypatch, folder, failing, capsys):
+    failing(None)
+    monkeypatch.setattr("devil_hf.cli.main.PACKAGE", Path(__file__).parent)
+    VERBS._entries["fail"] = Verb("fail", "fail", "devil fail", lambda: Failing, go_wrong)
+    assert main(["fail"]) == 1
+    assert capsys.readouterr().err.startswith("devil fail: ")
 
 
 def test_interrupts_and_closed_pipes_have_the_codes_of_shells(failing, capsys):

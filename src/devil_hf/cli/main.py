@@ -11,12 +11,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from linecache import getline
 from logging import Formatter, LogRecord
+from pathlib import Path
 from traceback import walk_tb
 from typing import Any
 
 from devil_hf import __version__
 from devil_hf.cli.verb import VERBS, Verb
 from devil_hf.extras import explain
+from devil_hf.folders import is_full
 from devil_hf.settings import add_options, from_namespace, names_file, understood
 
 INTERRUPTED, NOBODY_READS = 130, 141  # 128 and the number of the signal, as shells have it
@@ -40,6 +42,18 @@ FOREIGN = {
     "xml.etree.ElementTree": ("ParseError",),
     "subprocess": ("CalledProcessError",),
 }
+PACKAGE = Path(__file__).parents[1]
+# What RuntimeErrors of torch say that the machine causes, and no shape.
+OF_THE_MACHINE = (
+    "out of memory",
+    "not enough memory",
+    "allocate memory",
+    "_alloc_failed",
+    "cuda error",
+    "cudnn",
+    "nccl",
+    "driver",
+)
 EPILOG = "Checkpoints are directories or Hub ids; without one, the shapes-world checkpoint of the package answers."
 
 
@@ -143,11 +157,19 @@ class _Named(Formatter):
 
 
 def is_expected(error: BaseException) -> bool:
-    """Whether a user, his files, his disk or the network may cause an error; else it is a fault of this package."""
+    """Whether a user, his files, his disk or the network may cause an error; else it is a fault of this package.
+
+    What nobody has written a sentence for tells nothing to a user: a call or an operator that went wrong in code of this package
+    (`int("")`, an unpacking), and an operator of torch on shapes that do not fit.
+    """
     if isinstance(error, RecursionError | NotImplementedError):
         return False
-    if isinstance(error, TypeError):  # ours are raised by a statement, others by a call or an operator that went wrong
+    if isinstance(error, TypeError):
         return _is_raised_by_statement(error)
+    if type(error) is ValueError and _is_raised_in(error, PACKAGE):  # not of texts that a terminal cannot show, of damaged JSON
+        return _is_raised_by_statement(error)
+    if type(error) is RuntimeError and _is_raised_in(error, PACKAGE, *_operators()):
+        return _is_raised_by_statement(error) or is_full(error) or any(text in str(error).lower() for text in OF_THE_MACHINE)
     if type(error) is Exception:  # of packages written in Rust, such as tokenizers, for files that they cannot read
         return True
     return isinstance(error, (OSError, ImportError, ValueError, RuntimeError, MemoryError, EOFError, *_foreign()))
@@ -156,6 +178,17 @@ def is_expected(error: BaseException) -> bool:
 def _is_raised_by_statement(error: BaseException) -> bool:
     *_, (frame, line) = walk_tb(error.__traceback__)
     return getline(frame.f_code.co_filename, line).lstrip().startswith("raise")
+
+
+def _is_raised_in(error: BaseException, *folders: Path) -> bool:
+    *_, (frame, _) = walk_tb(error.__traceback__)
+    return any(Path(frame.f_code.co_filename).is_relative_to(folder) for folder in folders)
+
+
+def _operators() -> list[Path]:
+    """Where torch's operators are called, and no file is read."""
+    torch = sys.modules.get("torch")
+    return [Path(str(torch.__file__)).with_name(name) for name in ("nn", "functional.py", "_tensor.py")] if torch else []
 
 
 def _foreign() -> Iterator[type[BaseException]]:
