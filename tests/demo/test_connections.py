@@ -3,6 +3,8 @@
 import os
 import socket
 import time
+from contextlib import suppress
+from pathlib import Path
 from urllib.error import HTTPError
 from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
@@ -14,9 +16,9 @@ from devil_hf.demo.connections import Bounds
 from devil_hf.demo.uploads import UploadFolder
 
 
-def connect(served) -> socket.socket:
+def connect(served, visitor="127.0.0.1") -> socket.socket:
     address = urlsplit(served)
-    return socket.create_connection((address.hostname, address.port), timeout=20)
+    return socket.create_connection((address.hostname, address.port), timeout=20, source_address=(visitor, 0))
 
 
 def trickle(connection: socket.socket, piece: bytes, seconds: float) -> float:
@@ -113,18 +115,79 @@ def test_bodies_are_bounded(served):
         urlopen(Request(f"{served}/gradio_api/upload", *many), timeout=30)
 
 
-def test_uploads_at_once_are_counted(served, monkeypatch):
-    monkeypatch.setattr(connections, "UPLOAD_WAIT", 1)
+def begin_upload(served, visitor="127.0.0.1", size=900) -> socket.socket:
+    """An upload whose head is sent, and nothing of its body."""
+    connection = connect(served, visitor)
     head = b"POST /gradio_api/upload HTTP/1.1\r\nHost: x\r\nContent-Type: multipart/form-data; boundary=B\r\n"
-    slow = [connect(served) for _ in range(connections.UPLOADS_AT_ONCE)]
-    for connection in slow:
-        connection.sendall(head + b"Content-Length: 900\r\n\r\n")
+    connection.sendall(head + b"Content-Length: %d\r\n\r\n" % size)
+    return connection
+
+
+@pytest.mark.parametrize("many", [False, True])
+def test_uploads_at_once_are_counted_of_each_visitor_and_of_all(served, monkeypatch, many):
+    monkeypatch.setattr(connections, "UPLOAD_WAIT", 1)
+    count = connections.UPLOADS_AT_ONCE
+    slow = [begin_upload(served, f"127.0.0.{2 + number % (count if many else 1)}") for number in range(count)]
     time.sleep(0.3)
     request = Request(f"{served}/gradio_api/upload", *multipart(("a.png", b"x")))
-    assert status(request) == 503
+    assert status(request) == (503 if many else 200)  # many visitors keep another out, one does not
     for connection in slow:
         connection.close()
     assert status(request) == 200
+
+
+def test_what_one_visitor_holds_open_is_counted(served, monkeypatch):
+    monkeypatch.setattr(connections, "VISITOR_REQUESTS", 3)
+
+    def listen(visitor):
+        connection = connect(served, visitor)
+        connection.sendall(b"GET /gradio_api/heartbeat/abc HTTP/1.1\r\nHost: x\r\n\r\n")
+        return connection, connection.recv(1000).split(b"\r\n")[0]
+
+    listening = [listen("127.0.0.2") for _ in range(4)]
+    assert [line for _, line in listening] == [b"HTTP/1.1 200 OK"] * 3 + [b"HTTP/1.1 429 Too Many Requests"]
+    assert status(f"{served}/robots.txt") == 200  # another visitor
+    for connection, _ in listening:
+        connection.close()
+    time.sleep(0.5)
+    connection, line = listen("127.0.0.2")
+    connection.close()
+    assert line.endswith(b"200 OK")
+
+
+@pytest.mark.parametrize("end", ["breaks off", "never ends", "names it otherwise", "has no end", "is none"])
+def test_what_an_upload_leaves_is_deleted(served, app, monkeypatch, end):
+    folder = Path(os.environ["GRADIO_TEMP_DIR"])
+    before = set(folder.rglob("*"))
+    if end == "never ends":
+        monkeypatch.setattr(connections, "BODY_SECONDS", 1)
+        monkeypatch.setattr(connections, "BODY_PACE", 2**30)
+    body, _ = multipart(("a.png", os.urandom(300_000)))
+    whole = len(body)
+    if end == "names it otherwise":
+        body = body.replace(b'"files"', b'"other"')
+    if end == "has no end":
+        body, whole = body[:-20], len(body) - 20
+    if end == "is none":
+        body = body.replace(b"\r\n--B--", b"\r\n--BAD-")
+    if end in ("breaks off", "never ends"):
+        whole *= 20
+    for _ in range(3):
+        connection = begin_upload(served, size=whole)
+        with suppress(OSError):
+            connection.sendall(body)
+        time.sleep(0.2)
+        if end == "breaks off":
+            assert set(folder.rglob("*")) - before, "gradio begins a file"
+        else:
+            connection.settimeout(10)
+            with suppress(OSError):
+                assert connection.recv(1000)
+        connection.close()
+    until = time.monotonic() + 10
+    while set(folder.rglob("*")) - before and time.monotonic() < until:
+        time.sleep(0.1)
+    assert set(folder.rglob("*")) <= before
 
 
 def test_the_oldest_uploads_of_who_brings_too_much_are_deleted(tmp_path, monkeypatch):
@@ -145,6 +208,25 @@ def test_the_oldest_uploads_of_who_brings_too_much_are_deleted(tmp_path, monkeyp
     bring("me", 1)  # again: the newest now
     bring("me", 3)
     assert [one.exists() for one in (*mine, other)] == [False, True, False, True]
+
+
+def test_many_small_files_are_looked_at_and_bounded_as_large_ones_are(tmp_path, monkeypatch):
+    monkeypatch.setattr(uploads, "VISITOR_FILES", 5)
+    monkeypatch.setattr(uploads, "FOLDER_FILES", 30)
+    folder = UploadFolder(tmp_path)
+    folder.make_room()
+    paths = [tmp_path / f"{number}" / "empty.png" for number in range(8)]
+    for path in paths:
+        path.parent.mkdir()
+        path.touch()
+    folder.keep("me", [str(path) for path in paths])
+    assert [path.exists() for path in paths] == [False] * 3 + [True] * 5
+    assert folder.due
+    (tmp_path / "new").mkdir()
+    (tmp_path / "old").mkdir()
+    os.utime(tmp_path / "old", (0, 0))
+    folder.make_room()
+    assert not folder.due and (tmp_path / "new").exists() and not (tmp_path / "old").exists()
 
 
 @pytest.mark.parametrize("limit", ["FOLDER_BYTES", "FOLDER_FILES"])

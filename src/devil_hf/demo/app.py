@@ -13,7 +13,7 @@ from devil_hf.demo.checkpoints import Checkpoints, send_no_token_unasked
 from devil_hf.demo.connections import CONNECTIONS, Bounds, PatientProtocol
 from devil_hf.demo.endpoints import Endpoints, build_endpoints
 from devil_hf.demo.page import Page
-from devil_hf.demo.uploads import MAX_BYTES, UploadFolder, own_folder, refuse_addresses
+from devil_hf.demo.uploads import MAX_BYTES, UploadFolder, know_opened_files, own_folder, refuse_addresses
 from devil_hf.demo.visits import Visits
 
 EXAMPLE_SEED, EXAMPLES = 123, (0, 1, 2, 3, 4, 5)
@@ -48,6 +48,7 @@ def launch(
         block: whether to serve until interrupted, or to return at once.
     """
     send_no_token_unasked()
+    know_opened_files()
     folder = UploadFolder(own_folder())
     demo = build_demo(Checkpoints(checkpoint, device=device))
     demo.queue(max_size=QUEUE_SIZE, api_open=False)

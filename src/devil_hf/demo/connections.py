@@ -1,25 +1,32 @@
 """What one connection may take of the server: how long it may be silent, how much it may send, and what it may ask for.
 
 gradio bounds the bytes of a file and the length of its queue. Here is the rest: a body has a size and a pace, so has the head of
-a request, uploads at once are counted, and their files are handed to the folder that bounds them together.
+a request, requests and uploads at once are counted, of each visitor and of all, and the files of uploads are handed to the folder
+that bounds them together.
 """
 
 import asyncio
 import json
 import re
+from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
 
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from devil_hf.demo.uploads import MAX_BYTES, UploadFolder
+from devil_hf.demo.uploads import MAX_BYTES, OPENED, UploadFolder
 
 CONNECTIONS = 512  # open at once; who comes then is told to come back
+VISITOR_REQUESTS = 128  # of one visitor that are not answered to the end; a page that is open has two
 HEAD_SECONDS = 15  # for the head of a request
 BODY_SECONDS, BODY_PACE = 20, 64 * 2**10  # for its body: so long, and a second more for so many bytes
 SEND_SECONDS = 60  # for a client to take a piece of an answer
 MAX_JSON_BYTES = 2**20  # of a body that is no upload
-UPLOADS_AT_ONCE, UPLOAD_WAIT = 8, 20  # and how many seconds another waits for its turn
+UPLOADS_AT_ONCE, VISITOR_UPLOADS = 8, 2  # of all visitors, and of one
+UPLOAD_WAIT = 20  # seconds that another waits for its turn
 MULTIPART_BYTES = 2**16  # around the file of an upload
 # What may be posted; gradio offers more (recordings, direct calls past the queue), which this page does not use.
 POSTED = re.compile(r"(?:/gradio_api)?/(upload|queue/join|call/(?:v2/)?\w+|cancel|reset)/?")
@@ -44,26 +51,33 @@ class Bounds:
 
     def __init__(self, app: ASGIApp, folder: UploadFolder, behind_proxy: bool = False):
         self.app, self.folder, self.behind_proxy = app, folder, behind_proxy
-        self.uploads = asyncio.Semaphore(UPLOADS_AT_ONCE)
+        self.requests: Counter[str] = Counter()  # of each visitor, that are open now
+        self.uploads: Counter[str] = Counter()
+        self.upload_ended = asyncio.Condition()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        sent = _Sending(send)
+        sent, visitor = _Sending(send), self._visitor(scope)
+        self.requests[visitor] += 1
         try:
+            if self.requests[visitor] > VISITOR_REQUESTS:
+                raise Refused(429, "Too much is open from your address; close some of it first.")
             if self.folder.due:
                 await asyncio.to_thread(self.folder.make_room)
             if scope["method"] in ("GET", "HEAD", "OPTIONS"):
                 await self.app(scope, receive, sent)
             else:
-                await self._post(scope, receive, sent)
+                await self._post(scope, receive, sent, visitor)
         except Refused as refusal:
             if not sent.begun:
                 await _refuse(sent, refusal)
         except ClientDisconnect:
             return  # in the middle of a body: no error of ours
+        finally:
+            self.requests -= Counter([visitor])  # which forgets who has none
 
-    async def _post(self, scope: Scope, receive: Receive, sent: "_Sending") -> None:
+    async def _post(self, scope: Scope, receive: Receive, sent: "_Sending", visitor: str) -> None:
         path = scope["path"].removeprefix(scope.get("root_path", ""))
         asked = POSTED.fullmatch(path)
         if scope["method"] != "POST" or asked is None:
@@ -71,17 +85,33 @@ class Bounds:
         if asked[1] != "upload":
             sent.asked = _Receiving(receive, scope, MAX_JSON_BYTES)
             return await self.app(scope, sent.asked, sent)
+        async with self._turn(visitor):
+            opened: list[Any] = []
+            OPENED.set(opened)
+            sent.kept = []
+            try:
+                sent.asked = _Receiving(receive, scope, MAX_BYTES + MULTIPART_BYTES)
+                await self.app(scope, sent.asked, sent)
+            finally:
+                await asyncio.to_thread(self.folder.keep, visitor, _paths(b"".join(sent.kept)), opened)
+
+    @asynccontextmanager
+    async def _turn(self, visitor: str) -> AsyncIterator[None]:
+        """One of the uploads at once, as soon as it may be."""
         try:
-            async with asyncio.timeout(UPLOAD_WAIT):
-                await self.uploads.acquire()
+            async with asyncio.timeout(UPLOAD_WAIT), self.upload_ended:
+                await self.upload_ended.wait_for(
+                    lambda: self.uploads.total() < UPLOADS_AT_ONCE and self.uploads[visitor] < VISITOR_UPLOADS
+                )
+                self.uploads[visitor] += 1
         except TimeoutError as error:
             raise Refused(503, "Many are uploading just now; try again in a moment.") from error
         try:
-            sent.kept, sent.asked = [], _Receiving(receive, scope, MAX_BYTES + MULTIPART_BYTES)
-            await self.app(scope, sent.asked, sent)
-            await asyncio.to_thread(self.folder.keep, self._visitor(scope), _paths(b"".join(sent.kept)))
+            yield
         finally:
-            self.uploads.release()
+            self.uploads -= Counter([visitor])
+            async with self.upload_ended:
+                self.upload_ended.notify_all()
 
     def _visitor(self, scope: Scope) -> str:
         """The address of who asks; the last one that the proxy names, which nobody can make up."""

@@ -6,10 +6,12 @@ import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from gradio import route_utils
 from gradio_client.utils import is_file_obj_with_meta, is_http_url_like, traverse
 from PIL import Image
 
@@ -19,15 +21,31 @@ MAX_BYTES = 20 * 2**20
 MAX_PIXELS = 40_000_000
 LONGEST_SIDE = 1024  # of the picture that is kept: backbones look at less
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
-VISITOR_BYTES = 60 * 2**20  # of one visitor's uploads at a time
+VISITOR_BYTES, VISITOR_FILES = 60 * 2**20, 100  # of one visitor's uploads at a time
 FOLDER_BYTES, FOLDER_FILES = 500 * 2**20, 5_000  # of everybody's, and of pictures that were answered with
 LOOK_SECONDS = 30  # between two looks at a folder that is not full by what is known of it
+EMPTY_SECONDS = 60  # that a folder inside may be empty: it is made just before its file comes
+
+OPENED: ContextVar[list[Any]] = ContextVar("files that gradio opens for this request")
 
 
 def own_folder() -> Path:
     """The folder of this process's uploads; gradio's own is shared with every other app of this machine."""
     os.environ.setdefault("GRADIO_TEMP_DIR", tempfile.mkdtemp(prefix="devil-demo-"))
     return Path(os.environ["GRADIO_TEMP_DIR"])
+
+
+class _Parser(route_utils.GradioMultiPartParser):
+    """gradio's, which leaves the files of an upload that breaks off or names them otherwise; here the request knows them."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._files_to_close_on_error = OPENED.get(self._files_to_close_on_error)
+
+
+def know_opened_files() -> None:
+    """Let `OPENED` of a request hold every file that gradio opens for it, in this whole process."""
+    route_utils.GradioMultiPartParser = _Parser  # type: ignore[misc]
 
 
 class UploadFolder:
@@ -40,37 +58,49 @@ class UploadFolder:
     def __init__(self, folder: Path):
         self.folder = folder
         self._kept: dict[str, tuple[str, int]] = {}  # path -> its visitor and bytes, oldest first
-        self._new = 0  # bytes since the last look
+        self._new = self._new_files = 0  # bytes and files since the last look
         self._looked = -float(LOOK_SECONDS)
         self._lock = threading.Lock()
 
-    def keep(self, visitor: str, paths: Sequence[str]) -> None:
-        """Count files that a visitor has uploaded, and delete that visitor's oldest above `VISITOR_BYTES`."""
+    def keep(self, visitor: str, paths: Sequence[str], opened: Sequence[Any] = ()) -> None:
+        """Count files that a visitor has uploaded, and delete that visitor's oldest above `VISITOR_BYTES` or `VISITOR_FILES`.
+
+        Args:
+            visitor: who.
+            paths: where they are kept.
+            opened: what was opened on the way; what is still there is deleted.
+        """
+        for file in opened:
+            file.close()
+            with suppress(OSError):  # it is one that is kept
+                os.unlink(file.name)
         with self._lock:
             for path in paths:
                 self._kept.pop(path, None)
                 size = _size(path)
                 self._kept[path] = (visitor, size)
                 self._new += size
+            self._new_files += len(paths)
             mine = {path: size for path, (owner, size) in self._kept.items() if owner == visitor}
-            surplus = sum(mine.values()) - VISITOR_BYTES
+            surplus, files = sum(mine.values()) - VISITOR_BYTES, len(mine) - VISITOR_FILES
             for path, size in mine.items():
-                if surplus <= 0:
+                if surplus <= 0 and files <= 0:
                     break
                 self._delete(path)
-                surplus -= size
+                surplus, files = surplus - size, files - 1
 
     @property
     def due(self) -> bool:
         """Whether `make_room` should be called."""
-        return self._new > FOLDER_BYTES // 10 or time.monotonic() - self._looked > LOOK_SECONDS
+        many = self._new > FOLDER_BYTES // 10 or self._new_files > FOLDER_FILES // 10
+        return many or time.monotonic() - self._looked > LOOK_SECONDS
 
     def make_room(self) -> None:
         """Delete the oldest files of a folder that nears `FOLDER_BYTES` or `FOLDER_FILES`."""
         with self._lock:
             if not self.due:  # another thread was here
                 return
-            self._new, self._looked = 0, time.monotonic()
+            self._new, self._new_files, self._looked = 0, 0, time.monotonic()
             found = sorted(_files(self.folder))
             size, count = sum(one for _, one, _ in found), len(found)
             for _, one, path in found:
@@ -96,9 +126,13 @@ def _size(path: str) -> int:
 
 
 def _files(folder: Path) -> list[tuple[float, int, str]]:
-    """(time, bytes, path) of every file."""
+    """(time, bytes, path) of every file; folders that stay empty go."""
     found = []
-    for parent, _, names in os.walk(folder):
+    for parent, folders, names in os.walk(folder):
+        if not folders and not names and parent != str(folder):
+            with suppress(OSError):
+                if time.time() - os.stat(parent).st_mtime > EMPTY_SECONDS:
+                    os.rmdir(parent)
         for name in names:
             path = os.path.join(parent, name)
             try:
