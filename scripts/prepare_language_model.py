@@ -21,6 +21,7 @@ from devil_hf.data.pairs.files import read_coco_captions, read_flickr_captions, 
 from devil_hf.data.pairs.folder import read_caption_folder
 from devil_hf.folders import claimed, write_json
 from devil_hf.settings import option, parse
+from devil_hf.text_files import read_list
 from devil_hf.training.small_models.caption_language_model import CaptionLanguageModelSettings, train_caption_language_model
 
 
@@ -31,14 +32,14 @@ class TextSettings(CaptionLanguageModelSettings):
     output_dir: Path = option("where model, tokenizer and training_log.json are written", Path("language_model"))
     flickr_tokens: list[Path] = option("Flickr token files, plain or .gz", [])
     coco_captions: list[Path] = option("COCO caption JSON files, plain or .gz", [])
-    held_out_images: list[Path] = option("lists of image names to leave out; the first one is measured", [])
+    held_out_images: list[Path] = option("lists of image names to leave out, one a line; the first one is measured", [])
     caption_folders: list[Path] = option("caption folders whose images outside split train are left out", [])
     threads: int = option("CPU threads; 0 keeps PyTorch's choice", 0)
 
 
 def read_text(settings: TextSettings) -> tuple[list[list[str]], list[list[str]] | None]:
     """The captions of each training image, and those of the images that are measured."""
-    lists = [path.read_text(encoding="utf-8").split() for path in settings.held_out_images]
+    lists = [read_list(path) for path in settings.held_out_images]
     excluded = {name for names in lists for name in names}
     for folder in settings.caption_folders:
         excluded |= {one.path.name for one in read_caption_folder(folder) if one.split != "train"}

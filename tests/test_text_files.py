@@ -107,6 +107,11 @@ def test_names_are_found_however_their_accents_are_composed(tmp_path):
     assert existing_file(tmp_path, composed) is None and existing_file(tmp_path, "\0") is None
 
 
+@pytest.mark.parametrize("name", ["x" * 300, "a\0b", "ä" * 200])
+def test_a_name_that_no_file_can_have_is_absent(tmp_path, name):
+    assert existing_file(tmp_path, name) is None
+
+
 def test_recipes_are_utf8_whatever_the_locale(tmp_path):
     (tmp_path / "recipe.yaml").write_text("backbone: réseau\n", encoding="utf-8")
     (tmp_path / "words.json").write_text(json.dumps(["é"], ensure_ascii=False), encoding="utf-8")

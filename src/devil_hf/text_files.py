@@ -169,9 +169,19 @@ class _Loader(yaml.SafeLoader):
 
 
 def existing_file(folder: Path, name: str) -> Path | None:
-    """The file of this name in a folder, also where the disk composes its accents otherwise (macOS); None where there is none."""
+    """The file of this name in a folder, also where the disk composes its accents otherwise (macOS).
+
+    None where there is none, because the name is one that no file can have, too.
+    """
     forms = dict.fromkeys([name, unicodedata.normalize("NFC", name), unicodedata.normalize("NFD", name)])
-    return next((folder / form for form in forms if (folder / form).is_file()), None)
+    return next((folder / form for form in forms if _is_file(folder / form)), None)
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # longer than the disk allows, or with a character that it does not
+        return False
 
 
 __all__ = [

@@ -1,6 +1,8 @@
 """Flickr30k Entities: both layouts give the same phrases and boxes, and what cannot be used is counted."""
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -65,6 +67,44 @@ def test_both_layouts_give_the_same_masks_by_type(original, lines):
     assert (masks["two dogs"] == truth).all()
     for phrase, mask in masks.items():
         assert (mask == same[phrase]).all()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"size": [float("inf"), HEIGHT]}, {"phrases": [5]}, {"types": []}, {"types": [None]}, {"boxes": [[1, 2, "3", 4]]}],
+    ids=str,
+)
+def test_a_line_that_is_none_is_named(lines, change):
+    content = json.loads((lines / "regions.jsonl").read_text().splitlines()[0])
+    for name, value in change.items():
+        (content if name == "size" else content["regions"][0])[name] = value
+    (lines / "regions.jsonl").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"regions\.jsonl:1 is no line of entities"):
+        open_localised(lines)
+
+
+def test_an_image_whose_name_no_file_can_have_is_absent(lines):
+    content = json.loads((lines / "regions.jsonl").read_text().splitlines()[0])
+    (lines / "regions.jsonl").write_text(json.dumps(content | {"image": "x" * 300}))
+    with pytest.raises(FileNotFoundError, match="1 of 1 images are absent"):
+        open_localised(lines)
+
+
+def test_regions_of_a_split_are_read_anew_when_its_lines_change(lines):
+    def first():
+        return open_pairs([{"kind": "regions", "path": f"{lines}:train"}], seed=0, shuffle=False)[0]["captions"][0]
+
+    before = first()
+    file = lines / "regions.jsonl"
+    file.write_text(file.read_text().replace("A small girl", "A small boy"))
+    assert first() == "a small boy" != before
+
+
+def test_a_source_is_recognised_whichever_format_was_imported_first(original):
+    code = "import sys, devil_hf.data.objects.voc as _; from devil_hf.data.objects import open_localised as read; "
+    code += "print(list(read(sys.argv[1])[0].groups))"
+    done = subprocess.run([sys.executable, "-c", code, str(original)], capture_output=True, text=True, check=True)
+    assert "a small girl" in done.stdout
 
 
 def test_each_entity_is_a_region_with_all_of_its_phrases(original, lines):

@@ -105,6 +105,13 @@ def test_which_of_two_rows_has_the_image_counts(tmp_path, images):
     assert known(there, absent) == known(there, absent) != known(absent, there)
 
 
+def test_embedded_images_are_known_as_one_by_one_in_the_order_that_is_asked(images):
+    rows = Dataset.from_dict({"image": images * 50 + [None]}).cast_column("image", ImageFeature())
+    opened, asked = open_images(rows), [150, 3, 0, 149]
+    stored = rows.cast_column("image", ImageFeature(decode=False))
+    assert opened.hashes(asked) == [image_identity(stored[number]["image"]) for number in asked]
+
+
 def test_tensors_are_known_by_their_values(images):
     tensor = torch.arange(12, dtype=torch.bfloat16).reshape(3, 2, 2)
     assert image_identity(tensor) == image_identity(tensor.clone().requires_grad_()) != image_identity(tensor + 1)

@@ -210,6 +210,23 @@ def test_bad_yolo_labels_name_file_and_line(folder, line, message):
         open_localised(folder / "labels")
 
 
+def test_a_blank_line_of_class_names_keeps_the_places_of_the_others_and_its_class_is_refused(folder):
+    (folder / "labels").mkdir()
+    (folder / "classes.txt").write_text("cat\n\n dog \n")
+    (folder / "labels" / "one.txt").write_text("2 .5 .5 1 1\n")
+    assert list(drawn(folder / "labels")) == ["dog"]
+    (folder / "labels" / "one.txt").write_text("1 .5 .5 1 1\n")
+    with pytest.raises(ValueError, match=r"one.txt:1 is of class 1, which has no name"):
+        open_localised(folder / "labels")
+
+
+@pytest.mark.parametrize("place", [{"bbox": [10**400, 8, 20, 12]}, {"segmentation": [[10**400, *OUTLINE[1:]]]}])
+def test_numbers_that_no_float_holds_are_no_place(folder, place, caplog):
+    with pytest.raises(ValueError, match="names no object"):
+        open_localised(coco(folder, {"category_id": 3} | place))
+    assert "1 objects of" in caplog.text
+
+
 def test_an_image_of_another_size_than_its_masks_is_an_error(folder):
     (example,) = open_localised(coco(folder, {"category_id": 3, "bbox": [0, 0, 5, 5]}))
     with pytest.raises(ValueError, match="drawn on"):

@@ -66,6 +66,23 @@ def test_a_line_without_an_image_is_named(folder, line):
         rows(kind="flickr", captions=write(folder / "t.txt", f"a.png#0\tx\n{line}\n"), images=str(folder))
 
 
+@pytest.mark.parametrize("name", ["x" * 300 + ".png", "a\0.png"])
+def test_a_name_that_no_file_can_have_is_an_absent_image(folder, name):
+    tokens = write(folder / "t.txt", f"{name}#0\tx\n")
+    write(folder / "metadata.jsonl", json.dumps({"file_name": name, "text": "x"}))
+    for source in ({"kind": "folder", "path": str(folder)}, {"kind": "flickr", "captions": tokens, "images": str(folder)}):
+        with pytest.raises(FileNotFoundError, match=r"1 of 1 images are absent"):
+            rows(**source)
+    with pytest.raises(FileNotFoundError, match="name the folder"):
+        open_localised(coco(folder, images=[{"id": 1, "file_name": name, "height": 24, "width": 32}]))
+
+
+def test_a_list_where_an_image_is_named_is_told(folder):
+    write(folder / "metadata.jsonl", '{"file_name": ["a.png"], "text": "x"}')
+    with pytest.raises(ValueError, match=r"metadata\.jsonl:1: file_name must be the name of one file, not \['a\.png'\]"):
+        rows(kind="folder", path=str(folder))
+
+
 def test_commas_that_nobody_quoted_are_named_and_not_cut(folder):
     write(folder / "metadata.csv", "file_name,text\r\na.png,a dog, a cat and a ball\r\n")
     with pytest.raises(ValueError, match=r"metadata\.csv:2 has 3 fields.*double quotes"):

@@ -126,6 +126,24 @@ def test_a_cache_knows_the_regions_and_what_is_said_of_them_also_in_a_stream(lab
     assert fingerprint() != first
 
 
+@pytest.mark.parametrize(
+    ("file", "before", "after"), [("data.yaml", "names: [cat]", "names: [dog]"), ("classes.txt", "cat\n", "dog\n")]
+)
+def test_class_names_that_nobody_gave_are_read_anew_when_they_change(images, tmp_path, file, before, after):
+    for name in ("images", "labels"):
+        (tmp_path / name).mkdir()
+    images[0].save(tmp_path / "images" / "one.png")
+    (tmp_path / "labels" / "one.txt").write_text("0 .5 .5 .5 .5\n")
+
+    def names():
+        return open_pairs([{"kind": "regions", "path": str(tmp_path / "labels")}], 0, False)[0]["captions"][0]
+
+    (tmp_path / file).write_text(before)
+    assert names() == "cat"
+    (tmp_path / file).write_text(after)
+    assert names() == "dog"
+
+
 @pytest.mark.parametrize("schedule", ["constant", "log_uniform"])
 def test_dropout_stays_inside_of_a_region_and_is_never_empty(schedule):
     torch.manual_seed(0)

@@ -1,5 +1,6 @@
 """Maps of layers become one by the documented rule; an evaluation of maps goes on after a kill, and asks the model once."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -24,10 +25,11 @@ from devil_hf.evaluation.maps.pointing import pointing
 from devil_hf.evaluation.maps.scores import maps_text, named_in_captions, score_maps, summarise
 from devil_hf.evaluation.maps.views import MAP_MEASURES, map_measure
 from devil_hf.evaluation.results import read_evaluations
+from devil_hf.report.localisation import localisation_figure
 from devil_hf.settings import read_windows
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def examples(images):
     def example(number):
         left, right = np.zeros((96, 128), dtype=bool), np.zeros((96, 128), dtype=bool)
@@ -183,6 +185,31 @@ def test_a_killed_evaluation_goes_on_and_scores_need_no_model(model, mapped, tmp
     assert read == evaluation and read.headline == "informed" and set(read.controls) == {"chance"}
     assert read.dataset["size"] == 3 and "pointing_chance" not in read.scores["informed"]
     assert Image.open(whole / "maps.png").size
+
+
+def test_a_broken_image_or_mask_is_left_out_told_and_mapped_when_it_is_mended(mapped, examples, images, tmp_path, caplog):
+    picture, masks = tmp_path / "0.png", tmp_path / "classes.png"
+    picture.write_bytes(b"no image")
+    Image.new("L", (5, 5)).save(masks)
+    whole = dict(examples[1].parts)
+    examples[:] = [dataclasses.replace(examples[0], read=lambda: picture), *examples[1:]]
+    examples[1] = dataclasses.replace(examples[1], parts=whole | {"cat": [{"classes": str(masks), "index": 1}]})
+    evaluation, records = mapped(tmp_path / "maps", boards=3, joint=False)
+    assert evaluation.dataset["size"] == 1 and evaluation.settings["bad_images"] == 2
+    assert "broken image" in records["0.jpg"]["problem"] and "5" in records["1.jpg"]["problem"]
+    assert all(row["problem"] and not row["phrases"] for key, row in records.items() if key.startswith("board"))
+    assert "0.jpg is left out: broken image" in caplog.text and "1.jpg is left out: broken region" in caplog.text
+    with pytest.raises(ValueError, match="broken image"):
+        mapped(tmp_path / "none", boards=0, joint=False, end=1)
+
+    images[0].save(picture)
+    masks.unlink()
+    evaluation, records = mapped(tmp_path / "maps", boards=3, joint=False)
+    assert evaluation.dataset["size"] == 2 and "problem" not in records["0.jpg"] and "classes.png" in records["1.jpg"]["problem"]
+    kept = json.loads(json.dumps(records))
+    picture.unlink()
+    figure = localisation_figure(None, examples[:1], kept, tmp_path / "maps")  # what is gone when the figure is drawn
+    assert figure.size and "0.jpg is left out of the figure" in caplog.text
 
 
 def test_a_measure_of_maps_is_added_by_one_function(mapped, tmp_path, monkeypatch):

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
@@ -63,7 +64,7 @@ def find_exemplars(
     if k < 1 or not 0 < quantile < 1 or batch_size < 1:
         raise ValueError(f"k={k} and batch_size={batch_size} must be at least 1, and quantile={quantile} between 0 and 1")
     output_dir, state = Path(output_dir), PartialState()
-    settings = _settings(reader, processor, images, k, quantile)
+    settings = _settings(reader, processor, images, k, quantile, state)
     if not (output_dir / SUMMARY).is_file():  # finished ones are claimed by nobody: they may lie where nothing can be written
         with claimed(output_dir, "a search for exemplars", state.is_main_process):
             if not (output_dir / SUMMARY).is_file():
@@ -93,13 +94,18 @@ def _find(reader, processor, images, output_dir: Path, settings, batch_size, sav
     return ExemplarSet(output_dir)
 
 
-def _settings(reader: UnitReader, processor: DevilImageProcessor, images: ImageStream, k: int, quantile: float) -> dict[str, Any]:
-    """What decides the exemplars."""
+def _settings(
+    reader: UnitReader, processor: DevilImageProcessor, images: ImageStream, k: int, quantile: float, state: PartialState
+) -> dict[str, Any]:
+    """What decides the exemplars; the images are looked at by one process for all."""
+    identity = [images.identity if state.is_main_process else None]
+    if state.num_processes > 1:
+        broadcast_object_list(identity)
     return {
         "network": str(reader.backbone.config["source"]),
         "weights_sha256": reader.fingerprint,
         "source": images.name,  # with limit, split and held-out part
-        "images_sha256": images.identity,
+        "images_sha256": identity[0],
         "layers": reader.layers,
         "k": k,
         "quantile": quantile,
@@ -145,6 +151,7 @@ def _finish(reader, processor, images, output_dir: Path, settings: dict, share: 
     sums: list[Any] = [None] * len(share.top)  # a tensor once the width of the layer is seen
     numbers = sorted({int(n) for top in share.top for n in top.images.unique() if n >= 0})
     rows = images.fetch(numbers)
+    allowed = [SAME * float(top.peaks[top.images >= 0].abs().max()) for top in share.top]
     with (
         (output_dir / IMAGES / "metadata.jsonl").open("w", encoding="utf-8") as metadata,
         tqdm(total=len(numbers), desc="exemplars: pictures", unit="image") as bar,
@@ -157,7 +164,7 @@ def _finish(reader, processor, images, output_dir: Path, settings: dict, share: 
                 picture.save(output_dir / IMAGES / name, quality=JPEG_QUALITY, subsampling=0)
                 metadata.write(json.dumps({"file_name": name, "number": number, "key": key}) + "\n")
             for layer, (activations, feature_map) in enumerate(reader(pixel_values)):
-                _check_same(share.top[layer], batch, activations, output_dir)
+                _check_same(share.top[layer], batch, activations, allowed[layer], output_dir)
                 pooled = sums[layer]
                 if pooled is None:
                     pooled = torch.zeros(len(thresholds[layer]), feature_map.shape[1], device=feature_map.device)
@@ -186,12 +193,16 @@ def _finish(reader, processor, images, output_dir: Path, settings: dict, share: 
     shutil.rmtree(output_dir / PARTIAL)
 
 
-def _check_same(top: TopImages, batch: list, activations: Tensor, folder: Path) -> None:
-    """Raise a ValueError when an image (number, key, image) drives its units (B, U, H, W) otherwise than in the first pass."""
+def _check_same(top: TopImages, batch: list, activations: Tensor, allowed: float, folder: Path) -> None:
+    """Raise a ValueError when an image (number, key, image) drives its units (B, U, H, W) otherwise than in the first pass.
+
+    Args:
+        allowed: difference in units that are hardly driven.
+    """
     for (number, key, _), seen in zip(batch, activations.amax(dim=(2, 3)), strict=True):
         unit, slot = torch.nonzero(top.images == number, as_tuple=True)
         before = top.peaks[unit, slot]
-        if not torch.isclose(seen[unit], before, rtol=SAME, atol=SAME * float(top.peaks[top.images >= 0].abs().max())).all():
+        if not torch.isclose(seen[unit], before, rtol=SAME, atol=allowed).all():
             raise ValueError(
                 f"image {key} is another one than when the pass read it: the images changed meanwhile. Remove {folder}, and run "
                 "again on images that stay as they are."

@@ -139,6 +139,8 @@ class MapsEvaluator(Evaluator):
         world = parse_world(settings.source)
         noted: dict[str, Any] = {"carrier": settings.carrier, "seed": settings.seed, "images": len(self.examples)}
         noted |= {"windows": self.windows} if self.windows else {}
+        bad = sum("problem" in row for row in rows.values() if "board" not in row)
+        noted |= {"bad_images": bad} if bad else {}
         scores = as_table(self.content)
         baselines = {name: scores.pop(name) for name in (CENTRE, GRADCAM, RANDOM_ORDER) if name in scores}
         return Evaluation(

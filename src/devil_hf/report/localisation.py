@@ -6,15 +6,18 @@ from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
+from transformers.utils import logging
 
+from devil_hf.data.decoding import BadImage, read_picture
 from devil_hf.data.objects import LocalisedImage
 from devil_hf.evaluation.maps.collecting import DEFAULT_COMBINATION, GRADCAM, read_arrays
 from devil_hf.evaluation.maps.measures import enlarge
-from devil_hf.model.image_processing_devil import load_images
 from devil_hf.model.processing_devil import DevilProcessor
 from devil_hf.report.colours import INK, MUTED, PAPER, TRUTH
 from devil_hf.report.drawing import GAP, MARGIN, color_bar, fit, map_tile, write
 from devil_hf.report.figures import UNITS
+
+logger = logging.get_logger(f"transformers.{__name__}")
 
 
 def localisation_figure(
@@ -37,7 +40,8 @@ def localisation_figure(
     """
     mapped = [example for example in examples if rows[example.key]["phrases"]]
     chosen = mapped[:: max(len(mapped) // phrases, 1)][:phrases]
-    lines = [_line(processor, example, rows[example.key], folder, turn, tile) for turn, example in enumerate(chosen)]
+    found = [_line(processor, example, rows[example.key], folder, turn, tile) for turn, example in enumerate(chosen)]
+    lines = [line for line in found if line is not None]
     if not lines:
         return Image.new("RGB", (2 * MARGIN, 2 * MARGIN), PAPER)
     # Grad-CAM has no unit in common with evidence, and is of some phrases only.
@@ -67,10 +71,15 @@ def localisation_figure(
 
 
 def _line(processor, example, row, folder, turn: int, tile: int):
-    """Phrase, crop, its maps by name and its mask, at the size of a tile."""
+    """Phrase, crop, its maps by name and its mask, at the size of a tile; None, and a warning, of an image that is broken."""
+    try:
+        image = read_picture(example.read)
+    except BadImage as error:
+        logger.warning(f"{example.key} is left out of the figure: {error}")
+        return None
     at = turn % len(row["phrases"])
     masks, maps = read_arrays(folder / "maps" / row["file"])
-    pixels = processor(images=load_images(example.read()), return_tensors="np")["pixel_values"][0]
+    pixels = processor(images=image, return_tensors="np")["pixel_values"][0]
     mean, std = (
         np.array(values)[:, None, None] for values in (processor.image_processor.image_mean, processor.image_processor.image_std)
     )

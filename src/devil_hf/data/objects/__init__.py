@@ -63,11 +63,13 @@ class ObjectSource:
         what: what it is called in messages.
         recognises: whether a text of the command line names such a source.
         read: (source, folder of the images or None, class names or None) -> its images that hold an object, none of them opened.
+        files: (source, class names or None) -> the files and folders that decide what is read, images aside.
     """
 
     what: str
     recognises: Callable[[str], bool]
     read: Callable[[str, str | PathLike | None, str | PathLike | None], list[LocalisedImage]]
+    files: Callable[[str, str | PathLike | None], list[Path]] = lambda source, names: [Path(source)]
 
 
 OBJECT_SOURCES: Registry[ObjectSource] = Registry("object source", "devil_hf.data.objects")
@@ -92,16 +94,31 @@ def open_localised(
         ValueError: for a source that is none of these, or holds no object.
     """
     text = str(source)
-    for kind in OBJECT_SOURCES.values():
+    for kind in _kinds():
         if kind.recognises(text):
             found = kind.read(text, images, names)
             if not found:
                 raise ValueError(f"{text} names no object of any image")
             return found
-    known = " or ".join(kind.what for kind in OBJECT_SOURCES.values())
+    known = " or ".join(sorted(kind.what for kind in _kinds()))
     if not Path(text).exists():
         raise FileNotFoundError(f"{text} does not exist; name {known}")
     raise ValueError(f"{text} is no {known}")
+
+
+def _kinds() -> list[ObjectSource]:
+    """By name, whichever was imported first: Flickr30k Entities comes before VOC, whose layout it holds as well."""
+    return [OBJECT_SOURCES[name] for name in sorted(OBJECT_SOURCES)]
+
+
+def deciding_files(source: str | PathLike, names: str | PathLike | None = None) -> list[Path]:
+    """The files and folders that decide what `open_localised` reads, images aside; none of what it does not know.
+
+    Raises:
+        FileNotFoundError: if class names are needed and not there.
+    """
+    text = str(source)
+    return next((kind.files(text, names) for kind in _kinds() if kind.recognises(text)), [])
 
 
 def of_file(
@@ -124,4 +141,4 @@ def of_file(
     return LocalisedImage(key or path.name, lambda: path, groups, frozenset(parts) | frozenset(present), parts, size)
 
 
-__all__ = ["CLASS", "OBJECT_SOURCES", "LocalisedImage", "ObjectSource", "of_file", "open_localised"]
+__all__ = ["CLASS", "OBJECT_SOURCES", "LocalisedImage", "ObjectSource", "deciding_files", "of_file", "open_localised"]

@@ -138,7 +138,10 @@ def _part(annotation: dict) -> Part | None:
 
 
 def _finite(numbers: list) -> bool:
-    return all(isinstance(one, int | float) and math.isfinite(one) for one in numbers)
+    try:
+        return all(isinstance(one, int | float) and math.isfinite(one) for one in numbers)
+    except OverflowError:  # a whole number that no float holds
+        return False
 
 
 def _size(row: dict, file: Path) -> tuple[int, int]:

@@ -19,7 +19,7 @@ from transformers.utils import logging
 
 from devil_hf.data.objects import OBJECT_SOURCES, LocalisedImage, ObjectSource
 from devil_hf.data.objects.masks import Part
-from devil_hf.text_files import read_json_lines, read_text
+from devil_hf.text_files import existing_file, read_json_lines, read_text
 
 logger = logging.get_logger(f"transformers.{__name__}")
 
@@ -118,7 +118,7 @@ def read_entities(source: str | PathLike, images: str | PathLike | None = None) 
         raise ValueError(f"{source}: the original distribution has no splits; name a folder with the sentences of one split")
     else:
         found = list(_of_distribution(folder, _picture_folder(folder, images), counts))
-    missing = [one.path for one in found if not one.path.is_file()]
+    missing = [one.path for one in found if existing_file(one.path.parent, one.path.name) is None]
     if missing:
         raise FileNotFoundError(f"{len(missing)} of {len(found)} images are absent, the first is {missing[0]}; name their folder")
     if not any(entity.boxes for one in found for entity in one.entities):
@@ -147,11 +147,14 @@ def _of_lines(file: Path, images: Path, split: str | None, counts: EntityCounts)
             entities = []
             for one in line["regions"]:
                 boxes = [counts.box(left, top, width, height, size) for left, top, width, height in one["boxes"]]
-                entities.append(counts.entity(str(one["entity"]), tuple(one["types"]), list(one["phrases"]), boxes))
+                types, phrases = tuple(one["types"]), list(one["phrases"])
+                if not types or not all(isinstance(text, str) for text in (*types, *phrases)):
+                    raise ValueError(f"types {one['types']!r:.80} and phrases {one['phrases']!r:.80} must be texts")
+                entities.append(counts.entity(str(one["entity"]), types, phrases, boxes))
             name = line["image"]
-            path = images / name
+            path = existing_file(images, name) or images / name
             counts.counts["phrases of scenes"] += len(line.get("scene_phrases", ()))
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise ValueError(
                 f"{where} is no line of entities ({error!r}): it needs image, size [width, height] and regions, each with "
                 "entity, types, phrases and boxes [left, top, width, height]"
@@ -226,6 +229,9 @@ def read_localised_entities(source: str, images: str | PathLike | None = None, n
     return found
 
 
-OBJECT_SOURCES.register("entities", ObjectSource("Flickr30k Entities folder", is_entities, read_localised_entities))
+OBJECT_SOURCES.register(
+    "entities",
+    ObjectSource("Flickr30k Entities folder", is_entities, read_localised_entities, lambda source, names: [_place(source)[0]]),
+)
 
 __all__ = ["Entity", "EntityImage", "is_entities", "read_entities", "read_localised_entities"]

@@ -8,7 +8,7 @@ from pathlib import Path
 from devil_hf.data.images import EXTENSIONS
 from devil_hf.data.objects import OBJECT_SOURCES, LocalisedImage, ObjectSource, of_file
 from devil_hf.data.objects.masks import Part
-from devil_hf.text_files import numbered_lines, read_list, read_yaml
+from devil_hf.text_files import numbered_lines, read_yaml, text_lines
 
 
 def read_yolo(source: str, images: str | PathLike | None = None, names: str | PathLike | None = None) -> list[LocalisedImage]:
@@ -82,7 +82,8 @@ def _read_names(spec: str) -> dict[int, str]:
     if not Path(file).is_file():
         raise FileNotFoundError(f"{file} does not exist: it should give the class names")
     if file.endswith(".txt"):
-        return dict(enumerate(read_list(file)))
+        names = {number: line.strip() for number, line in enumerate(text_lines(file))}  # the place of a line is its id
+        return {number: name for number, name in names.items() if name}
     table = read_yaml(file)  # reads JSON as well
     if key or (isinstance(table, dict) and "names" in table):
         table = table.get(key or "names") if isinstance(table, dict) else None
@@ -97,6 +98,10 @@ def _read_names(spec: str) -> dict[int, str]:
     return names
 
 
+def _files(source: str, names: str | PathLike | None) -> list[Path]:
+    return [Path(source), Path(_names_file(Path(source), names).partition("#")[0])]
+
+
 OBJECT_SOURCES.register(
-    "yolo", ObjectSource("folder of YOLO labels (*.txt)", lambda text: any(Path(text).glob("*.txt")), read_yolo)
+    "yolo", ObjectSource("folder of YOLO labels (*.txt)", lambda text: any(Path(text).glob("*.txt")), read_yolo, _files)
 )

@@ -62,8 +62,10 @@ def read_caption_folder(
     inner = split is not None and file.parent != Path(folder)
     found = []
     for where, line in lines:
-        if not isinstance(line.get(image_column), str) or not line[image_column]:
+        if not line.get(image_column):
             raise ValueError(f"{where} names no {image_column}: its fields are {sorted(line)}")
+        if not isinstance(line[image_column], str):
+            raise ValueError(f"{where}: {image_column} must be the name of one file, not {line[image_column]!r:.80}")
         name = texts_of(line[image_column])[0]
         captions = [text for column in chosen for text in texts_of(line.get(column))]
         path = existing_file(file.parent, name) or file.parent / name

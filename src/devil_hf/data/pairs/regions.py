@@ -13,7 +13,7 @@ from datasets import Dataset
 from datasets.exceptions import DatasetGenerationError
 from tqdm.auto import tqdm
 
-from devil_hf.data.objects import LocalisedImage, open_localised
+from devil_hf.data.objects import LocalisedImage, deciding_files, open_localised
 from devil_hf.data.objects.masks import covers_nothing, pack_region
 from devil_hf.data.pairs import PAIR_FEATURES, PAIR_SOURCES
 from devil_hf.data.pairs.world import png
@@ -42,7 +42,7 @@ def open_regions(path: str, images: str | None = None, names: str | None = None,
     if not templates or not all(isinstance(template, str) and template.count("{}") == 1 for template in templates):
         raise ValueError(f"templates={templates!r} must each hold the name once, as {{}}, such as 'a {{}}'")
     files = {"path": path, "images": images, "names": names}
-    states = [LAYOUT, _state(path), _state(names.partition("#")[0]) if names else None]
+    states = [LAYOUT, *map(_state, deciding_files(path, names))]
     arguments = files | {"templates": tuple(templates), "states": repr(states)}  # a list would be read as shards
     try:
         return Dataset.from_generator(_region_rows, features=PAIR_FEATURES, gen_kwargs=arguments)
@@ -50,9 +50,8 @@ def open_regions(path: str, images: str | None = None, names: str | None = None,
         raise (error.__cause__ or error) from None  # what the source said
 
 
-def _state(path: str) -> list:
+def _state(place: Path) -> list:
     """What changes when a file, or a file of a folder, does."""
-    place = Path(path)
     files = sorted(place.rglob("*.*")) if place.is_dir() else [place]
     return [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]
 

@@ -16,21 +16,28 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from transformers.utils import logging
 
+from devil_hf.data.decoding import BadImage, read_picture
 from devil_hf.data.objects import LocalisedImage
 from devil_hf.evaluation.maps.combining import combine_maps, layer_evidence, map_combinations
 from devil_hf.evaluation.maps.gradcam import ClassMapper
 from devil_hf.evaluation.maps.measures import centre_prior, tile_crops
 from devil_hf.folders import written
-from devil_hf.model.image_processing_devil import load_images
 from devil_hf.model.modeling_devil import DevilModel
 from devil_hf.model.pooling_devil import resolve_layers
 from devil_hf.model.processing_devil import DevilProcessor
+
+logger = logging.get_logger(f"transformers.{__name__}")
 
 DEFAULT_COMBINATION = "informed"  # points best in the shapes world; on photographs "mean" does
 CENTRE, RANDOM, GRADCAM = "centre prior", "random", "Grad-CAM"
 SHARES = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7)  # of the locations that insertion shows and deletion hides
 TILES = (2, 3, 4)  # images on one board of the multi-object game
+
+
+class Unusable(ValueError):
+    """An image that cannot be mapped; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -68,9 +75,13 @@ def map_image(
         classes: Grad-CAM of the backbone's classifier, where wanted.
 
     Returns:
-        The row of the record: see `_map_one`, with the `file` of the arrays and the `groups` of the phrases.
+        The row of the record: see `_map_one`, with the `file` of the arrays and the `groups` of the phrases; without phrases,
+        and with a `problem`, for an image that cannot be read, or whose masks cannot be drawn.
     """
-    pixels, masks = _read(processor, example)
+    try:
+        pixels, masks = _read(processor, example)
+    except Unusable as error:
+        return {"phrases": [], "groups": {}, "problem": str(error)}
     own = {phrase: mask for phrase, mask in masks.items() if mask.any()}
     row: dict[str, Any] = {"phrases": []}
     if own:
@@ -84,8 +95,14 @@ def map_image(
 def map_board(
     model: DevilModel, processor: DevilProcessor, board: "Board", folder: Path, settings: MapSettings
 ) -> dict[str, Any]:
-    """Map a phrase of each image of a board; the row of the record has no phrases where one of them is not visible."""
-    row = _map_board(model, processor, board.members, board.phrases, asked_layers(model, settings), settings)
+    """Map a phrase of each image of a board; the row of the record has no phrases where one of them is not visible.
+
+    It has a `problem`, and no phrases, where an image cannot be used; see `map_image`.
+    """
+    try:
+        row = _map_board(model, processor, board.members, board.phrases, asked_layers(model, settings), settings)
+    except Unusable as error:
+        return {"board": len(board.members), "phrases": [], "problem": str(error)}
     if row:
         row |= _write(folder / "maps" / f"{board.key}.npz", row.pop("arrays"))
         row["groups"] = {p: one.groups[p] for one, p in zip(board.members, board.phrases, strict=True)}
@@ -116,9 +133,18 @@ def _read(processor: DevilProcessor, example: LocalisedImage) -> tuple[Tensor, d
 
     Masks go the way of the image, and not maps the way back: nothing outside the crop was seen, every image then weighs the
     same number of pixels, and maps are enlarged once, as the paper does.
+
+    Raises:
+        Unusable: and a warning, for an image that cannot be read, and masks that cannot be drawn.
     """
-    (image,) = load_images(example.read())
-    masks = example.draw((image.height, image.width))
+    try:
+        image = read_picture(example.read)
+        masks = example.draw((image.height, image.width))
+    except (OSError, ValueError) as error:
+        what = "broken image" if isinstance(error, BadImage) else "broken region"
+        problem = f"{what} ({' '.join(str(error).split()):.300})"
+        logger.warning(f"{example.key} is left out: {problem}")
+        raise Unusable(problem) from error
     names = [name for name in masks if name in example.groups]
     regions = processor.masks_to_regions([np.stack([masks[name] for name in names])])[0] >= 0.5
     pixels = processor(images=image, return_tensors="pt")["pixel_values"]

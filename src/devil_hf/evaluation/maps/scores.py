@@ -69,7 +69,8 @@ def score_maps(
         ValueError: if no phrase of any image is visible in the crop.
     """
     if not any(row["phrases"] for row in rows.values() if "board" not in row):
-        raise ValueError("no phrase of these images is visible in the crop: give more images (--limit), or others")
+        problem = next((f"; the first: {row['problem']}" for row in rows.values() if row.get("problem")), "")
+        raise ValueError(f"no phrase of these images is visible in the crop: give more images (--limit), or others{problem}")
     table, boards, areas = Table(), Table(), list[Sample]()
     for number, row in enumerate(tqdm(rows.values(), desc="scores", unit="image", leave=False)):
         if not row["phrases"]:
