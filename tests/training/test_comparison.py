@@ -7,13 +7,14 @@ import torch
 import yaml
 from transformers import AutoModel
 
+from devil_hf.folders import CLAIM, FolderInUse
 from devil_hf.questions.grounding import describe_grounded
 from devil_hf.training import comparison
 from devil_hf.training.comparison import EvaluationImages, compare, comparison_table, read_comparison, summarise
 from devil_hf.training.recipe import Recipe
 from devil_hf.training.run import train
 from tests.conftest import SMALL_TRANSLATOR
-from tests.training.runs import ROOT
+from tests.training.runs import CAPTIONS, ROOT
 
 BASELINES = ("clipcap", "clipcap_mlp", "limber")
 
@@ -103,6 +104,38 @@ def test_a_comparison_trains_each_translator_once_and_scores_all_on_the_same_ima
     assert compare(asked, [3], tmp_path / "runs") == json.loads(json.dumps(results[1:]))
     with pytest.raises(ValueError, match=r"other values of \['learning_rate'\]"):
         compare(read_comparison(comparison_file, fields={"max_steps": 4, "learning_rate": 0.5}), [3], tmp_path / "runs")
+
+
+def test_changed_images_are_scored_anew_and_never_taken_for_those_of_a_training(comparison_file, images, tmp_path, monkeypatch):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    lines = []
+    for number, split in enumerate(["train"] * 4 + ["val"] * 2):
+        images[number % 3].rotate(number).save(folder / f"{number}.png")
+        lines.append(json.dumps({"image": f"{number}.png", "caption": CAPTIONS[number % 4], "split": split}))
+    (folder / "captions.jsonl").write_text("\n".join(lines))
+    monkeypatch.setattr(comparison, "NEW_TOKENS", 4)
+    train_data, evaluation_data = ([{"kind": "folder", "path": str(folder), "split": split}] for split in ("train", "val"))
+    changes = {"train_data": train_data, "validation_data": [], "cache_features": ""}
+    asked = read_comparison(comparison_file, fields=changes)
+    asked.evaluation_data = evaluation_data
+    del asked.recipes["devil"]
+    (before,) = compare(asked, [3], tmp_path / "runs")
+    monkeypatch.setattr(comparison, "train", lambda recipe: pytest.fail("it was trained again"))
+    images[0].rotate(90).save(folder / "5.png")
+    (after,) = compare(asked, [3], tmp_path / "runs")
+    assert before["evaluation"]["data_sha256"] != after["evaluation"]["data_sha256"]
+    assert len(list((tmp_path / "runs/linear/seed_3").glob("scores_*.json"))) == 2
+    images[0].rotate(90).save(folder / "0.png")
+    with pytest.raises(ValueError, match=r"captions of train_data have changed since .*checkpoint-2"):
+        compare(asked, [3], tmp_path / "runs")
+    claim = tmp_path / "runs/linear/seed_3" / CLAIM
+    claim.write_text(json.dumps({"pid": 7, "host": "elsewhere"}))
+    images[0].rotate(0).save(folder / "0.png")
+    assert compare(asked, [3], tmp_path / "runs") == [after], "what is finished is read, and needs no claim"
+    asked.decodings = {"beams": {"num_beams": 2}}
+    with pytest.raises(FolderInUse):
+        compare(asked, [3], tmp_path / "runs")
 
 
 def test_the_table_has_means_and_standard_deviations_over_seeds():

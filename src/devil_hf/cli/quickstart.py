@@ -5,7 +5,6 @@ a fresh process and measures it on held-out scenes; pictures show what it says. 
 """
 
 import contextlib
-import json
 import subprocess
 import sys
 import time
@@ -55,6 +54,7 @@ def _quickstart(settings: QuickstartSettings, say: Callable[[str], None]) -> dic
     from devil_hf.checkpoints.loading import load
     from devil_hf.folders import write_json
     from devil_hf.report.scenes import draw_pictures
+    from devil_hf.text_files import read_json
     from devil_hf.training.run import train
 
     began = time.perf_counter()
@@ -70,7 +70,7 @@ def _quickstart(settings: QuickstartSettings, say: Callable[[str], None]) -> dic
     pictures = draw_pictures(*load(checkpoint), folder / "pictures", say=say)
     say(measured.stdout)
     say("pictures: " + ", ".join(map(str, pictures)))
-    scores = json.loads((evaluated / "scores.json").read_text(encoding="utf-8"))
+    scores = read_json(evaluated / "scores.json")
     scores["seconds"] = round(time.perf_counter() - began, 1)
     write_json(folder / "scores.json", scores)
     return scores

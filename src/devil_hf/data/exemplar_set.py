@@ -10,7 +10,6 @@ Layout of the output folder:
 """
 
 import io
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -31,7 +30,7 @@ from torchvision.transforms.functional import pil_to_tensor
 from tqdm.auto import tqdm
 
 from devil_hf.folders import written
-from devil_hf.text_files import read_json
+from devil_hf.text_files import read_json, read_json_lines
 
 SUMMARY, PARTIAL, PARQUET, IMAGES = "exemplars.json", "partial", "exemplars.parquet", "images"
 ROUNDING = 1e-5  # relative, of up-sampled activations in fp32
@@ -77,9 +76,7 @@ class ExemplarSet:
     @cached_property
     def keys(self) -> dict[int, str]:
         """Key in the source of each stored image's number."""
-        with (self.folder / IMAGES / "metadata.jsonl").open(encoding="utf-8") as lines:
-            rows = [json.loads(line) for line in lines]
-        return {row["number"]: row["key"] for row in rows}
+        return {row["number"]: row["key"] for _, row in read_json_lines(self.folder / IMAGES / "metadata.jsonl")}
 
     @cached_property
     def units(self) -> list[tuple[str, int]]:

@@ -4,7 +4,9 @@ A comparison is a YAML file: a recipe that all share, what each translator chang
 that is finished is kept and never repeated; one that was stopped goes on.
 """
 
+import contextlib
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
@@ -15,6 +17,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from accelerate import PartialState
 from torch import Tensor
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
@@ -22,18 +25,20 @@ from transformers.utils import logging
 from devil_hf.checkpoints.loading import load
 from devil_hf.data.captioned import longest_description
 from devil_hf.data.decoding import BadSamples, PairDecoder
+from devil_hf.data.identity import PairIdentities
 from devil_hf.data.pairs import REGION_KINDS, open_pairs
 from devil_hf.evaluation.tables import table
 from devil_hf.evaluation.text.metrics import caption_scores
-from devil_hf.folders import write_json
+from devil_hf.folders import claimed, write_json
 from devil_hf.model.modeling_devil import DevilModel
 from devil_hf.model.pooling_devil import pool, region_weights
 from devil_hf.model.processing_devil import DevilProcessor
 from devil_hf.questions.grounding import CANDIDATES, PLACES_TO_A_SIDE, choose_grounded, tile_regions
 from devil_hf.settings import make, option, read_yaml
+from devil_hf.text_files import read_json
 from devil_hf.training.features import as_stored
 from devil_hf.training.recipe import CHECKPOINT_FOLDER, Recipe
-from devil_hf.training.run import train
+from devil_hf.training.run import DATA_FILE, check_data, data_hashes, train
 
 logger = logging.get_logger(f"transformers.{__name__}")
 
@@ -104,33 +109,57 @@ def compare(comparison: Comparison, seeds: Sequence[int], output_dir: Path) -> l
         The content of these files.
 
     Raises:
-        ValueError: when a folder holds a run of another recipe.
+        ValueError: when a folder holds a run of another recipe, or of data that have changed since.
+        FolderInUse: when another run works in a folder.
     """
     runs = [
         (name, dataclasses.replace(recipe, seed=seed, output_dir=str(output_dir / name / f"seed_{seed}"), resume=True))
         for seed, (name, recipe) in itertools.product(seeds, comparison.recipes.items())
     ]
+    hashes: dict[str, dict[str, str]] = {}
     for _, recipe in runs:
-        _check_same_run(recipe)
+        _check_same_run(recipe, hashes)
     images = EvaluationImages(comparison.evaluation_data)
     return [run(name, recipe, images, comparison.decodings) for name, recipe in runs]
 
 
-def _check_same_run(recipe: Recipe) -> None:
+def _check_same_run(recipe: Recipe, hashes: dict[str, dict[str, str]]) -> None:
+    """Raise a ValueError when a folder holds another run; `hashes` keeps those of data, for the recipes that share them."""
     folder = Path(recipe.output_dir)
     newest = get_last_checkpoint(str(folder)) if folder.is_dir() else None
     if newest is not None and (changed := recipe.differences(read_yaml(Recipe, Path(newest)))):
         raise ValueError(f"{folder} holds a run with other values of {changed}: name another --output-dir, or delete it")
+    if newest is not None and (Path(newest) / DATA_FILE).is_file():
+        data = json.dumps([recipe.train_data, recipe.validation_data, recipe.validation_images], sort_keys=True, default=str)
+        with contextlib.suppress(OSError):  # data that are not there any more have not changed: what is finished stays
+            if data not in hashes:
+                hashes[data] = data_hashes(recipe)
+            check_data(recipe, hashes[data], Path(newest))
 
 
 def run(name: str, recipe: Recipe, images: "EvaluationImages", decodings: Mapping[str, dict]) -> dict[str, Any]:
     """One run, trained and scored as far as that is not done yet."""
     folder = Path(recipe.output_dir)
     evaluation = {"data": images.sources, "decodings": dict(decodings), "max_new_tokens": NEW_TOKENS}
+    evaluation["data_sha256"] = images.identity
     digest = hashlib.sha256(json.dumps(evaluation, sort_keys=True).encode()).hexdigest()
     file = folder / f"scores_{digest[:8]}.json"
     if file.is_file():
-        return json.loads(file.read_text(encoding="utf-8"))
+        return read_json(file)
+    with claimed(folder, "a comparison of translators", PartialState().is_main_process):
+        result = _run(name, recipe, images, decodings, evaluation)
+        write_json(file, result)
+    return result
+
+
+def _run(
+    name: str,
+    recipe: Recipe,
+    images: "EvaluationImages",
+    decodings: Mapping[str, dict],
+    evaluation: dict[str, Any],
+) -> dict[str, Any]:
+    folder = Path(recipe.output_dir)
     checkpoint = folder / CHECKPOINT_FOLDER
     if not checkpoint.is_dir():
         logger.warning(f"training {name}, seed {recipe.seed}")
@@ -138,7 +167,7 @@ def run(name: str, recipe: Recipe, images: "EvaluationImages", decodings: Mappin
     model, processor = load(checkpoint)
     texts = {column: images.describe(model, processor, options) for column, options in decodings.items()}
     references = images.captions
-    result = {
+    return {
         "name": name,
         "seed": recipe.seed,
         "trained_parameters": sum(tensor.numel() for tensor in model.trainable_state_dict().values()),
@@ -151,13 +180,11 @@ def run(name: str, recipe: Recipe, images: "EvaluationImages", decodings: Mappin
         "images": images.keys,
         "descriptions": texts,
     }
-    write_json(file, result)
-    return result
 
 
 def _training_record(folder: Path) -> dict[str, Any]:
     """The best validation loss and its step, where there are validation data."""
-    state = json.loads((Path(str(get_last_checkpoint(str(folder)))) / "trainer_state.json").read_text(encoding="utf-8"))
+    state = read_json(Path(str(get_last_checkpoint(str(folder)))) / "trainer_state.json")
     return {"validation_loss": state["best_metric"], "best_step": state["best_global_step"]}
 
 
@@ -176,6 +203,11 @@ class EvaluationImages:
         self.captions: list[list[str]] = []
         self._features: dict[str, list[Tensor]] = {}  # per layer (images, 1 + places, C_l)
         self._pairs = open_pairs(self.sources, seed=0, shuffle=False)  # a missing file is an error before the training
+
+    @functools.cached_property
+    def identity(self) -> str:
+        """Hash of the images and captions."""
+        return PairIdentities(self.sources, self._pairs).all()
 
     @torch.no_grad()
     def describe(

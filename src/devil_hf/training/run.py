@@ -5,6 +5,7 @@ import hashlib
 import itertools
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -202,32 +203,53 @@ def _build_on_checkpoint(recipe: Recipe) -> tuple[DevilModel, DevilProcessor]:
 
 
 def _known_data(recipe: Recipe, dataset: Dataset | IterableDataset, newest: str | None) -> dict[str, str]:
-    """Hashes of what is trained and validated on, by the field of the recipe; the same on all processes.
-
-    Raises:
-        ValueError: when they are not those that the run had begun with.
-    """
+    """`data_hashes`, the same on all processes, checked by `check_data`."""
     found: list[dict[str, str]] = [{}]
     if PartialState().is_main_process:
-        found[0]["train_data"] = PairIdentities(recipe.train_data, dataset).all()
-        if recipe.validation_data:
-            validation = open_pairs(recipe.validation_data, recipe.seed, shuffle=False)
-            if isinstance(validation, Dataset):
-                validation = validation.select(range(min(recipe.validation_images, len(validation))))
-            found[0]["validation_data"] = PairIdentities(recipe.validation_data, validation).all()
+        found[0] = data_hashes(recipe, dataset)
     if PartialState().num_processes > 1:
         broadcast_object_list(found)
-    file = Path(newest or "") / DATA_FILE
-    if newest and file.is_file():
-        before, fields = read_json(file), read_yaml(Recipe, Path(newest))
-        for name, now in found[0].items():
-            asked_as_before = all(fields[field] == getattr(recipe, field) for field in DECIDES[name])
-            if asked_as_before and before.get(name, now) != now:
-                raise ValueError(
-                    f"the images or captions of {name} have changed since {newest}: going on would be another run. Give the data "
-                    f"back, name another --output_dir, or remove {file} to go on with them as they are."
-                )
+    if newest:
+        check_data(recipe, found[0], Path(newest))
     return found[0]
+
+
+def data_hashes(recipe: Recipe, dataset: Dataset | IterableDataset | None = None) -> dict[str, str]:
+    """Hashes of what a recipe trains and validates on, by its fields.
+
+    Args:
+        dataset: its `train_data`, where they are open.
+
+    Raises:
+        OSError, ValueError: for data that cannot be opened.
+    """
+    opened = open_pairs(recipe.train_data, recipe.seed, shuffle=False) if dataset is None else dataset
+    found = {"train_data": PairIdentities(recipe.train_data, opened).all()}
+    if recipe.validation_data:
+        validation = open_pairs(recipe.validation_data, recipe.seed, shuffle=False)
+        if isinstance(validation, Dataset):
+            validation = validation.select(range(min(recipe.validation_images, len(validation))))
+        found["validation_data"] = PairIdentities(recipe.validation_data, validation).all()
+    return found
+
+
+def check_data(recipe: Recipe, hashes: Mapping[str, str], newest: Path) -> None:
+    """Raise a ValueError when the data of a run are not those that its newest checkpoint was trained on.
+
+    Args:
+        hashes: see `data_hashes`. What the recipe asks for otherwise than before is not compared.
+    """
+    file = newest / DATA_FILE
+    if not file.is_file():
+        return
+    before, fields = read_json(file), read_yaml(Recipe, newest)
+    for name, now in hashes.items():
+        asked_as_before = all(fields[field] == getattr(recipe, field) for field in DECIDES[name])
+        if asked_as_before and before.get(name, now) != now:
+            raise ValueError(
+                f"the images or captions of {name} have changed since {newest}: going on would be another run. Give the data "
+                f"back, name another --output_dir, or remove {file} to go on with them as they are."
+            )
 
 
 def _cache_key(recipe: Recipe, model: DevilModel, processor: DevilProcessor, data: dict[str, str]) -> dict[str, Any]:
@@ -425,4 +447,4 @@ def _finish(recipe: Recipe, trainer: DevilTrainer) -> Path:
     return checkpoint
 
 
-__all__ = ["build", "train", "training_arguments", "validation_features"]
+__all__ = ["build", "check_data", "data_hashes", "train", "training_arguments", "validation_features"]

@@ -26,6 +26,7 @@ from devil_hf.data.decoding import BadSamples
 from devil_hf.evaluation.text.metrics import caption_scores
 from devil_hf.model.modeling_devil import DevilModel
 from devil_hf.model.processing_devil import DevilProcessor
+from devil_hf.text_files import read_json
 from devil_hf.training.divergence import check_loss, check_weights
 from devil_hf.training.draws import draw_layer_mask
 from devil_hf.training.features import PooledCaptions
@@ -168,7 +169,7 @@ class DevilTrainer(Trainer):
         file = folder / f"stream_{self.args.process_index}.json"
         if not file.is_file():
             raise ValueError(f"{folder} has no {file.name}: go on with as many processes as the run had before.")
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = read_json(file)
         now = (self.args.world_size, self._position.workers)
         if (content["processes"], content["workers"]) != now:
             raise ValueError(
