@@ -222,3 +222,9 @@ def test_a_requeued_job_takes_over_its_own_claim_on_another_host_and_no_other(tm
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     with claimed(tmp_path, "mine"):
         assert json.loads((tmp_path / CLAIM).read_text())["job"] == ["cluster", "12", "1"]
+
+
+def test_numbers_that_json_has_no_word_for_are_null(tmp_path):
+    write_json(tmp_path / "a.json", {"a": [float("nan"), (float("inf"), 1.5)], "b": 2})
+    text = (tmp_path / "a.json").read_text()
+    assert json.loads(text, parse_constant=pytest.fail) == {"a": [None, [None, 1.5]], "b": 2}

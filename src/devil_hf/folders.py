@@ -10,6 +10,7 @@ import contextlib
 import errno
 import functools
 import json
+import math
 import os
 import re
 import shutil
@@ -281,13 +282,22 @@ def _remove(path: Path) -> None:
 
 
 def write_json(path: str | os.PathLike, content: Any, indent: int | None = 1) -> None:
-    """Write JSON to a file, whole or not at all.
+    """Write JSON to a file, whole or not at all; a number that is not finite, for which JSON has no word, is null.
 
     Raises:
         DiskFull: when there is no room.
     """
     with written(path) as unfinished:
-        unfinished.write_text(json.dumps(content, indent=indent) + "\n", encoding="utf-8")
+        unfinished.write_text(json.dumps(finite(content), indent=indent, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def finite(value: Any) -> Any:
+    """The same JSON-like value with null for every number that is none."""
+    if isinstance(value, dict):
+        return {name: finite(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def is_full(error: BaseException) -> bool:
@@ -318,4 +328,4 @@ def need_room(folder: str | os.PathLike, needed: float, what: str, remedy: str) 
         raise DiskFull(f"{place} has {free / 1e9:.1f} GB free, but {what} needs {needed / 1e9:.1f} GB: make room, or {remedy}")
 
 
-__all__ = ["DiskFull", "FolderInUse", "claimed", "is_full", "need_room", "write_json", "written"]
+__all__ = ["DiskFull", "FolderInUse", "claimed", "finite", "is_full", "need_room", "write_json", "written"]

@@ -27,6 +27,7 @@ from devil_hf.build.timm_devil import TIMM_OVERLAY
 from devil_hf.model.backbone_devil import FeatureBackbone, build_module
 from devil_hf.model.checkpoint_devil import weights_hash
 from devil_hf.model.pooling_devil import resolve_layers
+from devil_hf.text_files import read_json
 
 logger = logging.get_logger(f"transformers.{__name__}")
 
@@ -119,7 +120,9 @@ def load_source(
     if is_timm_name(name):
         return _load_timm_name(name, {"num_classes": 0} | kwargs, revision, token)
     folder = _existing_folder(name, revision, token)
-    settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    settings = read_json(folder / "config.json")
+    if not isinstance(settings, dict):
+        raise ValueError(f"{folder / 'config.json'} describes no network: it holds no JSON object")
     timms = "architecture" in settings
     if timms:
         kwargs = {"num_classes": 0} | settings.get("model_args", {}) | kwargs

@@ -37,7 +37,7 @@ from huggingface_hub import EvalResult
 from devil_hf.data.worlds import HELD_OUT_WORLD, world_label
 from devil_hf.evaluation.maps.combining import map_combinations
 from devil_hf.evaluation.text.metrics import CAPTION_METRICS
-from devil_hf.folders import write_json
+from devil_hf.folders import finite, write_json
 from devil_hf.model.checkpoint_devil import weights_hash
 from devil_hf.model.modeling_devil import DevilModel
 from devil_hf.text_files import read_json
@@ -163,15 +163,6 @@ def metric_name(metric: str) -> str:
     """A metric as people write it."""
     names = {score: name for one in CAPTION_METRICS.values() for score, name in one.scores.items()}
     return names.get(metric, metric.replace("_", " "))
-
-
-def finite(value: Any) -> Any:
-    """The same JSON-like value with null for every number that is none."""
-    if isinstance(value, dict):
-        return {name: finite(one) for name, one in value.items()}
-    if isinstance(value, list):
-        return [finite(one) for one in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def judge_controls(evaluations: Sequence[Evaluation]) -> ControlVerdict:
@@ -321,7 +312,6 @@ __all__ = [
     "Evaluation",
     "check_measured",
     "fingerprint",
-    "finite",
     "judge_controls",
     "metric_name",
     "read_evaluations",

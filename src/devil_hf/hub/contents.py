@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
 
-from devil_hf.evaluation.results import finite, read_evaluations
+from devil_hf.evaluation.results import read_evaluations
+from devil_hf.folders import write_json
 from devil_hf.hub.checks import CODE
 from devil_hf.hub.facts import readable_recipe, without_paths
 from devil_hf.text_files import read_json, read_text
@@ -69,8 +70,7 @@ def add_scores(scores: Sequence[str | PathLike], folder: Path) -> None:
 
 
 def _write_scores(path: Path, target: Path) -> None:
-    content = without_paths(finite(read_json(path)))
-    target.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    write_json(target, without_paths(read_json(path)))
 
 
 def forget_this_machine(folder: Path) -> None:
