@@ -257,3 +257,16 @@ def test_uploads_over_http_are_counted_and_deleted(served, app, monkeypatch):
         kept += urlopen(Request(f"{served}/gradio_api/upload", body, headers)).read().decode().strip('[]"').split('","')
     time.sleep(0.3)
     assert [os.path.exists(path) for path in kept] == [False, True, True, True]
+
+
+def test_a_full_disk_keeps_no_opened_file(tmp_path):
+    class Full:
+        def __init__(self, path):
+            path.touch()
+            self.name = str(path)
+
+        def close(self):
+            raise OSError(28, "No space left on device")
+
+    UploadFolder(tmp_path).keep("me", [], [Full(tmp_path / "one"), Full(tmp_path / "two")])
+    assert not list(tmp_path.iterdir())

@@ -71,7 +71,8 @@ class UploadFolder:
             opened: what was opened on the way; what is still there is deleted.
         """
         for file in opened:
-            file.close()
+            with suppress(OSError):  # the disk is full
+                file.close()
             with suppress(OSError):  # it is one that is kept
                 os.unlink(file.name)
         with self._lock:
