@@ -153,8 +153,7 @@ class ExplainMixin:
 
         Args:
             pixel_values, feature_maps: the images, as in `ask`.
-            layers: each layer named here alone; "all" stands for all layers together. None: all together, then each alone
-                (only each alone when `locations` are given).
+            layers: each layer named here alone; "all" is all layers together. None: these, then each (each with `locations`).
             locations: (row, column) places on each of the layers, or "all" for every place; a mapping from layers
                 gives each its own places; None for the whole image.
             window: side of the square around each place, in locations (odd), for all layers or by layer.
@@ -187,12 +186,10 @@ class ExplainMixin:
     def _describe_layer(self, feature_maps, index, locations, window) -> tuple[Tensor, list[tuple[int, int]]]:
         """Prefixes of the described places of one layer (-1 for all), rows by image; and the places."""
         layers = None if index < 0 else index
-        if locations is None:
-            return self.ask(layers=layers, window=window, feature_maps=feature_maps), [(-1, -1)]
         grid = tuple(feature_maps[max(index, 0)].shape[-2:])
         if not isinstance(locations, str):
             prefix = self.ask(layers=layers, locations=locations, window=window, feature_maps=feature_maps)
-            return prefix, read_locations(locations, self.layer_names[index], grid)
+            return prefix, [(-1, -1)] if locations is None else read_locations(locations, self.layer_names[index], grid)
         if locations != ALL_LAYERS or index < 0:
             raise ValueError(f'locations={locations!r}: "all" is the only word, and needs layers asked one by one.')
         vectors = pool_every_location(feature_maps[index], window)
@@ -202,7 +199,7 @@ class ExplainMixin:
 
     def _describe_prefixes(self, prefix, columns, evidence: bool, guidance: float, generation_kwargs) -> DescribeOutput:
         """Decode prefixes (N, k, D_lm) whose image, layer and location are the `columns`."""
-        if generation_kwargs.get("return_dict_in_generate"):
+        if self._generation_options(0, generation_kwargs)[1].return_dict_in_generate:
             raise ValueError("descriptions are sequences: leave out return_dict_in_generate, or call `generate`.")
         sequences = self.decode(prefix, guidance, **generation_kwargs)
         repeats = len(sequences) // len(prefix)  # more than one with num_return_sequences
@@ -212,15 +209,8 @@ class ExplainMixin:
                 raise ValueError("evidence needs one sequence per question: leave out num_return_sequences.")
             given, null = self.sequence_log_probs(prefix, sequences)
             token_evidence = given - null
-        image_index, layer_index, locations = (column.repeat_interleave(repeats, dim=0) for column in columns)
-        return DescribeOutput(
-            sequences=sequences,
-            image_index=image_index,
-            layer_index=layer_index,
-            locations=locations,
-            token_evidence=token_evidence,
-            layer_names=self.layer_names,
-        )
+        images, layers, locations = (column.repeat_interleave(repeats, dim=0) for column in columns)
+        return DescribeOutput(sequences, images, layers, locations, token_evidence, self.layer_names)
 
     def _translate_one(self, vectors: Tensor, index: int) -> Tensor:
         """Prefixes of pooled features (N, C_l) of one layer, the others hidden."""
@@ -235,9 +225,8 @@ class ExplainMixin:
         """Describe vectors of a layer's feature space: class vectors, probes, differences of means, SAE latents.
 
         Args:
-            vectors: (M, C_l), entering as pooled features of `layer`, as long as they are: the length of a class vector or of a
-                decoder row means nothing to the translator. `sweep` of devil_hf.data.directions brings them to that of a feature,
-                at several strengths and from a base.
+            vectors: (M, C_l), entering as pooled features of `layer`, as long as they are: the length of a class vector means
+                nothing to the translator. `sweep` of devil_hf.data.directions brings them to that of a feature, from a base.
             layer: the layer whose space they live in, by name or index.
 
         Returns:
@@ -262,7 +251,7 @@ class PhraseScorer:
     @cached_property
     def null(self) -> Tensor:
         """(1, K) log-probabilities under the null prefix."""
-        return self.model.score_prefix(self.model.null_prefix(), self.phrases).sum(dim=-1)
+        return self.model.score_checked(self.model.null_prefix(), self.phrases).sum(dim=-1)
 
     def measured(self, scores: Tensor, measure: str) -> Tensor:
         """Log-probabilities (..., K), as the measure has them."""
@@ -281,11 +270,11 @@ class PhraseScorer:
         scores = []
         for begin in range(0, B * H * W, chunk):
             prefix = model.translate([None if rows is None else rows[begin : begin + chunk] for rows in pooled])
-            scores.append(model.score_prefix(prefix, self.phrases, chunk).sum(dim=-1))
+            scores.append(model.score_checked(prefix, self.phrases, chunk).sum(dim=-1))
         return self.measured(torch.cat(scores), self.measure).view(B, H, W, K).permute(0, 3, 1, 2)
 
     def layer_evidence(self, feature_maps: Sequence[Tensor | None], visible: Sequence[int]) -> Tensor:
         """(L, B, K) evidence of the phrases for the whole map of each layer alone, in nats per token over the null prefix."""
         prefixes = [self.model.ask(layers=index, feature_maps=feature_maps) for index in visible]
-        scores = [self.model.score_prefix(prefix, self.phrases).sum(dim=-1) for prefix in prefixes]
+        scores = [self.model.score_checked(prefix, self.phrases).sum(dim=-1) for prefix in prefixes]
         return self.measured(torch.stack(scores), "evidence")

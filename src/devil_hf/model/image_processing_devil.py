@@ -156,8 +156,7 @@ def load_images(images: ImageSource) -> list[Image.Image]:
     Args:
         images: a PIL image of any mode, an array or tensor ((H, W), (C, H, W), (H, W, C), or a batch of these with one
             more axis in front), a path, a URL, base64 text, or nested lists of these. An animated file gives its first
-            frame, an open animation the frame it stands at. Where both ways fit, tensors are read channels first and arrays
-            channels last.
+            frame, an open animation the one it stands at. Where both fit, tensors are read channels first, arrays last.
 
     Returns:
         One RGB picture per image, after EXIF rotation.
@@ -266,29 +265,21 @@ class DevilImageProcessor(PilBackend):
         return self._preprocess(pictures, *args, **kwargs)
 
     def _preprocess(  # type: ignore[override]
-        self,
-        images: list[Image.Image],
-        crop_size: SizeDict,
-        crop_pct: float,
-        crop_mode: str,
-        resample: int,
-        image_mean: tuple[float, ...],
-        image_std: tuple[float, ...],
-        return_tensors: str | None = None,
-        **kwargs: Any,
+        self, images, crop_size, crop_pct, crop_mode, resample, image_mean, image_std, return_tensors=None, **kwargs
     ) -> BatchFeature:
         mean, std = np.array(image_mean, dtype=np.float32), np.array(image_std, dtype=np.float32)
         fill = tuple(round(255 * value) for value in image_mean) if crop_mode == "border" else (0, 0, 0)
         pixel_values = []
         for image in images:
             geometry = self.geometry((image.height, image.width), crop_size, crop_pct, crop_mode)
-            pixels = np.asarray(self._resize_and_crop(image, geometry, resample, fill), dtype=np.float32)  # (H, W, 3)
+            pixels = np.asarray(self.resize_and_crop(image, geometry, resample, fill), dtype=np.float32)  # (H, W, 3)
             normalised = (pixels / np.float32(255) - mean) / std
             pixel_values.append(np.ascontiguousarray(normalised.transpose(2, 0, 1)))
         return BatchFeature(data={"pixel_values": pixel_values}, tensor_type=return_tensors)
 
     @staticmethod
-    def _resize_and_crop(image: Image.Image, geometry: CropGeometry, resample: int, fill: tuple[int, ...]) -> Image.Image:
+    def resize_and_crop(image: Image.Image, geometry: CropGeometry, resample: int, fill: Any) -> Image.Image:
+        """The crop of a picture of any mode that can be resized, with the colour `fill` where it reaches beyond the picture."""
         (height, width), (top, left) = geometry.resized_size, geometry.offset
         crop_height, crop_width = geometry.crop_size
         x0, y0, x1, y1 = 0, 0, width, height
@@ -298,7 +289,7 @@ class DevilImageProcessor(PilBackend):
         scale_x, scale_y = image.width / width, image.height / height
         box = (x0 * scale_x, y0 * scale_y, min(x1 * scale_x, image.width), min(y1 * scale_y, image.height))
         resized = image.resize((x1 - x0, y1 - y0), Image.Resampling(resample), box=box)
-        canvas = Image.new("RGB", (crop_width, crop_height), fill)
+        canvas = Image.new(image.mode, (crop_width, crop_height), fill)
         canvas.paste(resized, (x0 - left, y0 - top))
         return canvas
 

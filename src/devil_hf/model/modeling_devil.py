@@ -3,11 +3,11 @@
 Everything that can be asked is a choice of location weights and a layer mask (`DevilModel.ask`); the answer is a prefix,
 and two verbs read it: `generate` (words) and `score` (log-probability of given words). Questions about many layers and
 places at once, `describe` and `attribute`, stand in `explaining_devil.py`. Deviations from the paper, each off by default:
-feature norms, a learned null prefix, log-uniform location dropout, guidance. Unlike the authors' training, the language
-model stays in eval mode.
+feature norms, a learned null prefix, log-uniform location dropout, guidance. The language model stays in eval mode.
 """
 
 import copy
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -110,8 +110,7 @@ class DevilModel(OwnGenerationMixin, ExplainMixin, ScoreMixin, DevilPreTrainedMo
             if list(pixel_values.shape[1:]) == list(self.config.backbone_config["input_size"]):
                 raise
             raise ValueError(f"the backbone cannot read images of {tuple(pixel_values.shape[1:])}: {error}") from error
-        for index in visible:
-            self.check_features(maps[index], index, tuple(maps[index].shape))
+        self.check_finite(maps)
         return maps
 
     def read_features(
@@ -120,13 +119,20 @@ class DevilModel(OwnGenerationMixin, ExplainMixin, ScoreMixin, DevilPreTrainedMo
         """The given feature maps, checked, or those of `pixel_values`, at least for the layers at positions `visible`."""
         if feature_maps is None:
             return self.extract_features(pixel_values, list(visible))
-        maps, names = one_per_layer(feature_maps, "feature_maps", self.layer_names), self.layer_names
-        for index in visible:
-            if maps[index] is None:
-                raise ValueError(f"feature_maps hold nothing of layer {names[index]!r}: extract it, or do not ask for it.")
-            images = len(maps[visible[0]])
-            self.check_features(maps[index], index, (images, self.backbone.channels[index], "rows", "columns"))
+        maps = self._read_layers(feature_maps, "feature_maps", visible, ("rows", "columns"))
+        self.check_finite([maps[index] if index in visible else None for index in range(len(maps))])
         return maps
+
+    def _read_layers(self, given: Any, name: str, visible: Sequence[int], grid: tuple[str, ...] = ()) -> list[Any]:
+        """Features as a user gave them, one per layer; those at positions `visible` must be there, and of as many images."""
+        features = one_per_layer(given, name, self.layer_names)
+        images: int | str = "images"
+        for index in visible:
+            if features[index] is None:
+                raise ValueError(f"{name} hold nothing of layer {self.layer_names[index]!r}: extract it, or do not ask for it.")
+            self.check_shape(features[index], index, (images, self.backbone.channels[index], *grid))
+            images = len(features[index])
+        return features
 
     def translate(self, pooled: Sequence[Tensor | None], layer_mask: Tensor | None = None, rows: int = 1) -> Tensor:
         """Prefix (N, k, D_lm) for pooled features, one (N, C_l) per layer or None where hidden (paper, section 3.1)."""
@@ -142,7 +148,8 @@ class DevilModel(OwnGenerationMixin, ExplainMixin, ScoreMixin, DevilPreTrainedMo
             pooled = [None if gone else vectors for vectors, gone in zip(pooled, hidden, strict=True)]
         for index, vectors in enumerate(pooled):
             if vectors is not None:
-                self.check_features(vectors, index, ("rows", self.backbone.channels[index]))
+                self.check_shape(vectors, index, ("rows", self.backbone.channels[index]))
+        self.check_finite(pooled)
         prefix = self.translator(pooled, layer_mask, rows)
         if not (torch.is_grad_enabled() or torch.isfinite(prefix).all()):
             raise ValueError("the prefix is not finite: check the weights of the translator, and its dtype.")
@@ -198,17 +205,25 @@ class DevilModel(OwnGenerationMixin, ExplainMixin, ScoreMixin, DevilPreTrainedMo
         mask = mask.expand(rows, -1) if mask.ndim == 1 else mask.repeat_interleave(rows // len(mask), dim=0)
         return mask if vanished is None else mask.to(vanished.device) | vanished
 
-    def check_features(self, features: Tensor, index: int, expected: tuple[int | str, ...]) -> None:
-        """A ValueError for features of the layer at position `index` that are not finite, or not of the shape `expected`."""
+    def check_shape(self, features: Tensor, index: int, expected: tuple[int | str, ...]) -> None:
+        """A ValueError for features of the layer at position `index` that are not of the shape `expected`."""
         shape, name = tuple(features.shape), self.layer_names[index]
         fits = [found and (found == wanted or isinstance(wanted, str)) for found, wanted in zip(shape, expected, strict=False)]
         if len(shape) != len(expected) or not all(fits):
             raise ValueError(f"features of layer {name!r} have the shape {shape}: expected ({', '.join(map(str, expected))}).")
-        if not torch.isfinite(features).all():
-            raise ValueError(
-                f"features of layer {name!r} are not finite: check the pixel values, and the backbone's weights and dtype "
-                "(half precision overflows in some backbones)."
-            )
+
+    def check_finite(self, features: Sequence[Tensor | None]) -> None:
+        """A ValueError that names the first layer whose features, one tensor per layer or None, are not finite."""
+        sums = [one.detach().sum(dtype=torch.float32) for one in features if one is not None]
+        # Sums cost a fraction of a look at every number, and the device is waited for once.
+        if math.isfinite(sum(one.to(sums[0].device) for one in sums)):
+            return
+        for name, one in zip(self.layer_names, features, strict=True):
+            if one is not None and not torch.isfinite(one).all():
+                raise ValueError(
+                    f"features of layer {name!r} are not finite: check the pixel values, and the backbone's weights and dtype "
+                    "(half precision overflows in some backbones)."
+                )
 
     # ------------------------------------------------------------------------------------------------------- training
 
@@ -247,7 +262,7 @@ class DevilModel(OwnGenerationMixin, ExplainMixin, ScoreMixin, DevilPreTrainedMo
                 drawn = companion("training").draw_location_weights(self.config, len(maps[0]), list(maps.values()), regions)
                 weights = {index: one[:, None] for index, one in enumerate(drawn)}
             pooled_features = [pool(maps[index], weights[index]) for index in layers]
-        pooled_features = one_per_layer(pooled_features, "pooled_features", self.layer_names)
+        pooled_features = self._read_layers(pooled_features, "pooled_features", layers)
         rows, device = len(pooled_features[0]), pooled_features[0].device
         if layer_mask is None and self.training:
             layer_mask = companion("training").draw_layer_mask(self.config, rows, len(layers), device)
@@ -335,21 +350,24 @@ class DevilModel(OwnGenerationMixin, ExplainMixin, ScoreMixin, DevilPreTrainedMo
         """Arguments for the library's `generate`, our defaults under the caller's, and the configuration they amount to."""
         if text := given.keys() & {"input_ids", "attention_mask", "inputs_embeds", "scored_mask"}:
             raise ValueError(f"{sorted(text)}: descriptions are of images alone; phrases go to `score` or `attribute`.")
-        options = {name: read_number(value, name, 1) if name in COUNTS else value for name, value in given.items()}
-        config = copy.deepcopy(options.get("generation_config") or GenerationConfig())
-        known = config.to_dict()
-        config.update(**{name: value for name, value in given.items() if name in known})
+        given = {name: value for name, value in given.items() if value is not None}  # None: as the library does by default
+        config = copy.deepcopy(given.pop("generation_config", GenerationConfig()))
+        if not isinstance(config, GenerationConfig):
+            raise TypeError(f"generation_config={config!r:.100} must be a GenerationConfig of transformers.")
+        counts = {name: given.get(name, getattr(config, name)) for name in COUNTS}
+        given |= {name: read_number(count, name, 1) for name, count in counts.items() if count is not None}
+        options = config.update(**given) | {"generation_config": config}
         if config.max_new_tokens is None and config.max_length is None:
             limit = self.config.context_length
             room = DEFAULT_NEW_TOKENS if limit is None else min(DEFAULT_NEW_TOKENS, limit - start_length)
-            options["max_new_tokens"] = config.max_new_tokens = max(room, 1)
+            config.max_new_tokens = max(room, 1)
         # A given length counts the prefix in the library's `max_length`, and not in `max_new_tokens`.
         length = start_length + config.max_new_tokens if config.max_new_tokens else config.max_length
         self.check_context(length, "the prefix and the new tokens", "lower max_new_tokens")
         if config.pad_token_id is None:
-            options["pad_token_id"] = self.padding_token_id
+            config.pad_token_id = self.padding_token_id
         if config.eos_token_id is None:
-            options["eos_token_id"] = self.config.eos_token_id
+            config.eos_token_id = self.config.eos_token_id
         return options, config
 
     @property

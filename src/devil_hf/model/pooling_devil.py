@@ -41,10 +41,8 @@ def read_masks(masks: Any, name: str) -> Tensor:
     """Soft masks of any form and type as fp32, of the same shape; a ValueError for values outside of [0, 1]."""
     values = read_tensor(masks, name).float()
     if values.numel() and not (values.min() >= -1e-3 and values.max() <= 1 + 1e-3):
-        low, high = values.min().item(), values.max().item()
-        raise ValueError(
-            f"{name} must lie in [0, 1], got values from {low:.3g} to {high:.3g}: divide them by their highest value."
-        )
+        low, high = values.aminmax()
+        raise ValueError(f"{name} must lie in [0, 1], not from {low:.3g} to {high:.3g}: divide them by their highest value.")
     return values
 
 
@@ -184,8 +182,7 @@ def place_weights(names, seen, pixel_values, locations=None, window=1, regions=N
     """Where a question looks, as `DevilModel.ask` takes it, in the maps `seen` of visible layers, by index of `names`.
 
     Returns:
-        By layer index, weights (R, H_l, W_l) or (B, R, H_l, W_l), None for uniform ones; and where regions vanish, and a layer is
-        to be hidden, (B * R, L) bool.
+        By layer index, weights (R, H_l, W_l) or (B, R, H_l, W_l), None for uniform ones; and where regions vanish, (B * R, L).
     """
     only_one(locations=locations, regions=regions, location_weights=location_weights)
     if regions is not None:
@@ -210,12 +207,16 @@ def _region_weights(names, seen, pixel_values, regions) -> tuple[dict[int, Tenso
     size = tuple(regions.shape[-2:] if pixel_values is None else read_tensor(pixel_values, "pixel_values").shape[-2:])
     expected = ((len(like), *size), (len(like), *regions.shape[1:2], *size))
     H, W = like.shape[-2:]
-    fits = regions.shape in expected and 0 not in regions.shape
-    # A map has about the aspect of the pixel values, and so must what lies over them.
-    if not fits or abs(math.log(size[0] * W / (size[1] * H))) > math.log((H + 1) * (W + 1) / (H * W)):
+    if regions.shape not in expected or 0 in regions.shape:
         raise ValueError(
             f"regions of shape {tuple(regions.shape)} for {len(like)} images: expected {expected[0]} or {expected[1]}, over "
             "the pixel values, as `processor.masks_to_regions` makes them."
+        )
+    # A map has about the aspect of the pixel values, and so must what lies over them; a single place says nothing of it.
+    tolerance = math.log((H + 1) * (W + 1) / (H * W))
+    if pixel_values is None and H * W > 1 and abs(math.log(size[0] * W / (size[1] * H))) > tolerance:
+        raise ValueError(
+            f"regions of {size} on {H} x {W} maps do not lie over the pixel values: mend them, or give pixel_values, too."
         )
     regions = regions.view(len(like), -1, *size)
     vanished = torch.zeros(regions[:, :, 0, 0].numel(), len(names), dtype=torch.bool, device=like.device)

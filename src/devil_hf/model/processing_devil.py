@@ -5,6 +5,7 @@ on the right. Attribution maps are up-sampled bilinearly to the crop as in the p
 backbone's crop and resize are undone, so that a map lies on the image that was given, NaN where the crop did not reach.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,7 @@ from transformers.processing_utils import ProcessorMixin
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils import ModelOutput, logging
 
-from .image_processing_devil import CropGeometry, ImageSource, load_images
+from .image_processing_devil import MAX_RESIZED_PIXELS, CropGeometry, ImageSource, load_images
 from .outputs_devil import DescribeOutput, ShapesRepr, describe_rows
 from .pooling_devil import read_masks, read_number
 
@@ -150,8 +151,7 @@ class DevilProcessor(ProcessorMixin):
     def _check_words(self, phrase: str, ids: list[int]) -> None:
         if not ids:
             raise ValueError(f"phrase {phrase!r} has no token of its own in the vocabulary of the language model")
-        unknown = self.tokenizer.unk_token_id
-        if unknown is not None and unknown in ids:
+        if (unknown := self.tokenizer.unk_token_id) in ids:
             if set(ids) == {unknown}:
                 raise ValueError(f"phrase {phrase!r} has no word that the language model knows: choose another")
             logger.warning(f"phrase {phrase!r} holds words that the language model does not know, read as unknown")
@@ -190,20 +190,16 @@ class DevilProcessor(ProcessorMixin):
     def overlay(self, outputs: Any, images: ImageSource) -> AttributionOverlays:
         """Pictures of the images that the processor was given under their maps, on one colour scale across all of them.
 
-        Warm colours lie above the middle of the scale and cool ones below: zero, unless `outputs` says that it holds another
-        measure than evidence.
+        Warm colours lie above the middle of the scale, cool ones below: zero, unless `outputs` names a measure but evidence.
         """
         pictures = load_images(images)
         maps = self.post_process_attribution(outputs, images=pictures)
         symmetric = getattr(outputs, "measure", "evidence") in (None, "evidence")
         value_range = shared_value_range(attribution_maps(outputs), symmetric)
-        layers = {
-            layer: [
-                [_tinted(image, one.numpy(), value_range) for one in values]
-                for image, values in zip(pictures, placed, strict=True)
-            ]
-            for layer, placed in maps.items()
-        }
+        layers = {}
+        for layer, placed in maps.items():
+            pairs = zip(pictures, placed, strict=True)
+            layers[layer] = [[_tinted(image, one.numpy(), value_range) for one in values] for image, values in pairs]
         return AttributionOverlays(pictures=layers, value_range=value_range)
 
     def masks_to_regions(self, masks: Sequence[np.ndarray | torch.Tensor]) -> torch.Tensor:
@@ -225,6 +221,11 @@ class DevilProcessor(ProcessorMixin):
                 raise ValueError(f"a mask must be (height, width) or (regions, height, width), got {tuple(values.shape)}")
             values = values[None] if values.ndim == 2 else values
             geometry = self.image_processor.geometry(values.shape[-2:])
+            if math.prod(geometry.resized_size) > MAX_RESIZED_PIXELS:
+                cut, linear = self.image_processor.resize_and_crop, Image.Resampling.BILINEAR
+                crops = [cut(Image.fromarray(one), geometry, linear, 0) for one in values.numpy()]
+                regions.append(torch.from_numpy(np.stack(crops)))
+                continue
             resized = F.interpolate(values[None], geometry.resized_size, mode="bilinear", antialias=True)[0]
             (top, left), (height, width) = geometry.offset, geometry.crop_size
             # Negative padding cuts: one call for crops inside the image and for crops that reach beyond it.

@@ -41,11 +41,10 @@ class ScoreMixin:
                 `scored_mask` (a carrier such as "the") are read but not counted.
             question: `layers`, `locations`, `window`, `regions`, `location_weights`, `layer_mask`, `feature_maps` of `ask`.
         """
-        given = {"input_ids": input_ids, "attention_mask": attention_mask, "scored_mask": scored_mask}
-        phrases = self.check_phrases(given)
-        token_log_probs = self.score_prefix(self.ask(pixel_values, **question), phrases)
+        phrases = self.check_phrases({"input_ids": input_ids, "attention_mask": attention_mask, "scored_mask": scored_mask})
+        token_log_probs = self.score_checked(self.ask(pixel_values, **question), phrases)
         log_probs = token_log_probs.sum(dim=-1)
-        null_log_probs = self.score_prefix(self.null_prefix(), phrases).sum(dim=-1)[0]
+        null_log_probs = self.score_checked(self.null_prefix(), phrases).sum(dim=-1)[0]
         evidence = (log_probs - null_log_probs) / phrases["scored_mask"].sum(dim=-1).to(log_probs.device)
         return ScoreOutput(log_probs=log_probs, null_log_probs=null_log_probs, evidence=evidence, token_log_probs=token_log_probs)
 
@@ -56,8 +55,7 @@ class ScoreMixin:
 
         Raises:
             TypeError: for what is no mapping.
-            ValueError: as `read_tokens`; for phrases without a token to score, and phrases that do not fit the context behind
-                the prefix.
+            ValueError: as `read_tokens`; for phrases without a token to score, and those that do not fit behind the prefix.
         """
         if not isinstance(phrases, Mapping):
             raise TypeError(f"phrases must come from processor(text=[...], return_tensors='pt'), got {phrases!r:.80}")
@@ -84,7 +82,7 @@ class ScoreMixin:
                 f"input_ids must be whole numbers of shape (phrases, tokens), got {tuple(ids.shape)} of type {ids.dtype}: "
                 "make them with processor(text=[...])."
             )
-        low, high = int(ids.min()), int(ids.max())
+        low, high = torch.stack(ids.aminmax()).tolist()
         if low < 0 or high >= table.shape[0]:
             raise ValueError(
                 f"input_ids hold token {low if low < 0 else high}, but the language model knows {table.shape[0]}: "
@@ -113,14 +111,14 @@ class ScoreMixin:
             (N, K, T) in nats, fp32, token by token; 0 on padding and on tokens outside of `scored_mask`. So many prefixes as
             `chunk_size` says are read at once; None chooses from the shapes.
         """
-        phrases = self.check_phrases(phrases)
+        return self.score_checked(prefix, self.check_phrases(phrases), chunk_size)
+
+    def score_checked(self, prefix: Tensor, phrases: Mapping[str, Tensor], chunk_size: int | None = None) -> Tensor:
+        """`score_prefix` for what `check_phrases` returned: a map asks it for every chunk, and checks wait for the device."""
         ids, mask = phrases["input_ids"], phrases["attention_mask"]
         chunk_size = rows_per_chunk(self.language_model, prefix.shape[1] + 1, len(ids), ids.shape[1], given=chunk_size)
         chunks = [score_phrases(self.language_model, self.embed_prefix(rows), ids, mask) for rows in prefix.split(chunk_size)]
-        log_probs = torch.cat(chunks)
-        if not torch.isfinite(log_probs).all():
-            raise ValueError("log-probabilities of the phrases are not finite: check the language model's weights and dtype.")
-        return log_probs * phrases["scored_mask"].to(log_probs.device)
+        return finite_log_probs(torch.cat(chunks), phrases["scored_mask"], "phrases")
 
     @torch.no_grad()
     def sequence_log_probs(self, prefix: Tensor, sequences: Tensor) -> tuple[Tensor, Tensor]:
@@ -138,9 +136,9 @@ class ScoreMixin:
             embeds = [torch.cat([start, words.to(start.dtype)], dim=1) for start in starts]
             logits = [run_language_model(self.language_model, one, keep=length).logits for one in embeds]
             pieces.append([gather_log_probs(one, tokens) for one in logits])
-        given, without = (torch.cat(column) for column in zip(*pieces, strict=True))
-        mask = self.word_mask(sequences).to(given.device)
-        return given * mask, without * mask
+        mask, both = self.word_mask(sequences), (torch.cat(column)[None] for column in zip(*pieces, strict=True))
+        given, without = (finite_log_probs(one, mask, "descriptions")[0] for one in both)
+        return given, without
 
     def word_mask(self, sequences: Tensor) -> Tensor:
         """True on generated tokens (N, T) up to and including the first EOS."""
@@ -175,7 +173,18 @@ def score_phrases(language_model: PreTrainedModel, embeds: Tensor, input_ids: Te
         cache = getattr(output, _cache_name(language_model), None)  # recurrent models name theirs otherwise
         rest, rest_mask = input_ids[continued, shared:], mask[continued, shared:]
         log_probs[:, continued, shared + 1 :] = _score_rest(language_model, embeds, cache, rest, rest_mask)
-    return log_probs * mask.to(log_probs.device)
+    return log_probs.masked_fill(~mask.to(log_probs.device), 0.0)
+
+
+def finite_log_probs(log_probs: Tensor, mask: Tensor, texts: str) -> Tensor:
+    """Log-probabilities (N, K, T) of K texts, 0 outside of `mask` (K, T); a ValueError where they are not finite inside of it."""
+    log_probs = log_probs.masked_fill(~mask.to(log_probs.device), 0.0)
+    if not (finite := torch.isfinite(log_probs)).all():
+        if (log_probs[~finite] == -float("inf")).all():
+            never = torch.nonzero(~finite.all(dim=2).all(dim=0)).flatten().tolist()
+            raise ValueError(f"{texts} {never} hold tokens that the language model never says: choose other words.")
+        raise ValueError(f"log-probabilities of the {texts} are not finite: check the language model's weights and dtype.")
+    return log_probs
 
 
 def is_cache_shareable(cache: object) -> bool:
@@ -224,17 +233,11 @@ def gather_log_probs(logits: Tensor, tokens: Tensor) -> Tensor:
 
 
 def rows_per_chunk(
-    language_model: Any,
-    prefix_length: int,
-    phrases: int,
-    phrase_length: int,
-    logit_positions: int | None = None,
-    given: Any = None,
+    language_model, prefix_length: int, phrases: int, phrase_length: int, logit_positions: int | None = None, given: Any = None
 ) -> int:
     """How many prefixes can be scored or decoded at once within `CHUNK_BYTES`, by the shapes alone; `given` if not None.
 
-    A prefix is followed by so many phrases (or beams) of so many tokens; logits are held for `logit_positions` of each at once,
-    None for those that scoring needs.
+    A prefix is followed by so many phrases (or beams) of so many tokens; logits are held for `logit_positions` of each.
     """
     if given is not None:
         return read_number(given, "chunk_size", 1)
@@ -250,9 +253,8 @@ def rows_per_chunk(
 class EvidenceGuidance(LogitsProcessor):
     """Guidance at decoding: push words towards what the feature adds over the null prefix (beyond the paper).
 
-    The next-token distribution becomes log p(w | null) + g (log p(w | feature) - log p(w | null)), normalised; g = 1 is ordinary
-    decoding, as in the paper, more than 1 favours what the feature adds, 0 is the null prefix alone. `null_embeds` (1, P, D_lm)
-    are BOS and null prefix, `strength` is g.
+    The next-token distribution becomes log p(w | null) + g (log p(w | feature) - log p(w | null)), normalised; g = `strength`:
+    1 is decoding as in the paper, 0 is the null prefix alone. `null_embeds` (1, P, D_lm) are BOS and null prefix.
     """
 
     def __init__(self, language_model: PreTrainedModel, null_embeds: Tensor, strength: float):

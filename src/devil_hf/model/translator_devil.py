@@ -95,9 +95,7 @@ class Translator(nn.Module):
         """
         visible = [index for index, vectors in enumerate(pooled) if vectors is not None]
         features = [self.feature_norms[index](pooled[index]) for index in visible]
-        tokens = [
-            self.projections[index](values) + self.layer_embedding[index] for index, values in zip(visible, features, strict=True)
-        ]
+        tokens = [self.projections[i](values) + self.layer_embedding[i] for i, values in zip(visible, features, strict=True)]
         rows = tokens[0].shape[0] if tokens else rows
         queries = self.queries.expand(rows, -1, -1)
         sequence = torch.cat([torch.stack(tokens, dim=1), queries], dim=1) if tokens else queries  # (N, L_visible + k, D)
