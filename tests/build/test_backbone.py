@@ -528,3 +528,10 @@ def test_a_description_of_an_architecture_reaches_neither_the_hub_nor_a_file():
         build_module({"kind": "timm", "architecture": "hf-hub:tester/repository", "kwargs": {}})
     with pytest.raises(ValueError, match="checkpoint_path"):
         build_module({"kind": "timm", "architecture": "test_resnet", "kwargs": {"checkpoint_path": "weights.pt"}})
+
+
+@pytest.mark.parametrize(("content", "told"), [("[]", "describes no network: it holds no JSON object"), ("{", "is not JSON")])
+def test_a_damaged_description_of_a_network_is_named(content, told, tmp_path):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ValueError, match=rf"config\.json {told}"):
+        backbone_from_source(str(tmp_path))

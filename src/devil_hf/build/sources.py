@@ -112,6 +112,7 @@ def load_source(
 
     Raises:
         OSError: if there is no such source, or it cannot be reached.
+        ValueError: if its `config.json` cannot be read.
     """
     name = os.fspath(source).removeprefix("local-dir:")
     if name.startswith("hf-hub:"):
