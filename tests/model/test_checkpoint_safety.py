@@ -18,12 +18,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModel
 
-from devil_hf import DevilModel
+from devil_hf import DevilConfig, DevilModel
 from devil_hf.build.timm_devil import create_network
 from devil_hf.build.transformers_devil import model_class_of
 from devil_hf.model.backbone_devil import build_module
 from devil_hf.model.checkpoint_devil import building_within, read_weights, weights_hash
-from devil_hf.model.configuration_devil import check_setting
+from devil_hf.model.configuration_devil import check_setting, config_class_of, settings_of
 from tests.conftest import SMALL_TRANSLATOR
 from tests.model.test_checkpoints import change_config
 
@@ -87,6 +87,10 @@ def test_architectures_are_names_that_timm_has_registered(name):
         "transformers.models.auto.modeling_auto.AutoModel",
         "transformers.pipelines.pipeline",
         "transformers.models.timm_wrapper.modeling_timm_wrapper.TimmWrapperModel",
+        "transformers.models.x.modeling_x.TimmWrapperModel",
+        "transformers.models.x.modeling_x.TimmBackbone",
+        "transformers.models.resnet.modeling_resnet.PreTrainedModel",
+        "transformers.models.auto.modeling_auto.AutoBackbone",
         "transformers.models.resnet.configuration_resnet.ResNetConfig",
         "transformers.models.nothing.modeling_nothing.Nothing",
         "os.path.join",
@@ -127,6 +131,19 @@ def test_only_declared_fields_are_handed_on(checkpoint):
     assert not hasattr(model.config.text_config, "auto_map")
 
 
+def test_nothing_is_handed_on_to_timm_by_a_configuration_that_wraps_it():
+    """`gemma3n_vision` wraps timm without saying so, and is what parts of it are where they do not say."""
+    evil = {"architecture": "resnet18", "model_args": {"checkpoint_path": "weights.pth"}}
+    for model_type, fields in (
+        ("gemma3n_vision", evil),
+        ("gemma3n", {"vision_config": evil}),
+        ("fast_vlm", {"vision_config": evil}),
+    ):
+        with pytest.raises(ValueError, match="model_args"):
+            settings_of(config_class_of(model_type), fields)
+    assert check_setting("model_args", None) is None
+
+
 @pytest.mark.parametrize("text", ["a/b", "C:\\x", "http:x", "x" * 300, "a\nb"])
 def test_words_of_a_description_are_no_paths(text):
     with pytest.raises(ValueError, match="refused"):
@@ -138,7 +155,7 @@ def test_a_language_model_that_wraps_timm_is_refused(checkpoint):
     nested = {"model_type": "timm_wrapper", "architecture": "hf-hub:owner/private"}
     for changed in (nested, text | {"activation_function": nested}):
         change_config(checkpoint, text_config=changed)
-        with pytest.raises(ValueError, match="timm_wrapper"):
+        with pytest.raises(ValueError, match=r"timm_wrapper' wraps .* name timm's own"):
             AutoModel.from_pretrained(checkpoint)
 
 
@@ -168,6 +185,20 @@ def test_absurd_sizes_are_refused_before_anything_of_them_is_made(part, changes,
     assert time.process_time() - begin < 20
 
 
+def test_pairs_of_places_are_not_listed_one_by_one_for_images_that_no_network_reads():
+    begin = time.process_time()
+    config = {"image_size": 4096}
+    levit = {"kind": "transformers", "model_class": "transformers.models.levit.modeling_levit.LevitModel", "model_config": config}
+    with pytest.raises(ValueError, match="image_size=4096"), torch.device("meta"):
+        build_module(levit)
+    for name, kwargs in (("tiny_vit_5m_224", {"window_sizes": [7, 7, 256, 7]}), ("efficientvit_m0", {"window_size": [256] * 3})):
+        with pytest.raises(ValueError, match=r"=256.* is more than 64"), torch.device("meta"):
+            build_module({"kind": "timm", "architecture": name, "kwargs": kwargs})
+    assert time.process_time() - begin < 10
+    with torch.device("meta"):
+        build_module(levit | {"model_config": {}})
+
+
 def test_building_is_bounded_in_this_thread_alone_and_only_meanwhile():
     with pytest.raises(ValueError, match="far more"), building_within(1000), torch.device("meta"):
         nn.Linear(2**15, 2**15)
@@ -181,6 +212,8 @@ def test_building_is_bounded_in_this_thread_alone_and_only_meanwhile():
 )
 def test_a_configuration_that_is_none_is_an_error_of_a_line(text, checkpoint):
     (checkpoint / "config.json").write_text(text)
+    with pytest.raises((ValueError, OSError), match=r"config\.json|no configuration|attribute"):
+        DevilConfig.from_pretrained(checkpoint)
     with pytest.raises((ValueError, OSError), match=r".+"):
         DevilModel.from_pretrained(checkpoint)
 
@@ -271,6 +304,23 @@ def test_shards_and_variants_load_again(slim, saving, loading, model, pixel_valu
     assert len(list(tmp_path.glob("*.safetensors"))) > 1 or loading
     loaded = AutoModel.from_pretrained(tmp_path, **loading)
     assert torch.equal(loaded.ask(pixel_values), model.ask(pixel_values))
+
+
+def test_variants_in_one_folder_are_each_verified(model, checkpoint):
+    hashes = config_of(checkpoint)["weights_sha256"]
+    model.save_pretrained(checkpoint, variant="fp16")
+    both = config_of(checkpoint)["weights_sha256"]
+    assert both.keys() == {"", "fp16"}
+    assert both[""] == hashes[""]
+    weights = load_file(checkpoint / "model.safetensors")
+    weights["translator.queries"].view(-1)[0] += 1
+    save_file(weights, checkpoint / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match="SHA-256"):
+        AutoModel.from_pretrained(checkpoint)
+    AutoModel.from_pretrained(checkpoint, variant="fp16")
+    (checkpoint / "model.safetensors").unlink()
+    model.save_pretrained(checkpoint, variant="bf16")
+    assert config_of(checkpoint)["weights_sha256"].keys() == {"fp16", "bf16"}
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from devil_hf import DevilModel
 from devil_hf.build import merge_lora
 from devil_hf.build.lora_devil import add_lora, lora_layers
 from tests.conftest import SMALL_TRANSLATOR
+from tests.model.test_checkpoints import change_config
 
 
 @pytest.fixture(scope="module")
@@ -121,12 +122,36 @@ def test_every_family_has_default_targets(config, model):
     assert not any("lm_head" in name for name, _ in lora_layers(lora.language_model))
 
 
-@pytest.mark.parametrize(("lora", "text"), [({"rank": 0}, "rank=0"), ({"r": 4}, "'r'"), ({"dropout": 1.5}, "1.5")])
+@pytest.mark.parametrize(
+    ("lora", "text"),
+    [
+        ({"rank": 0}, "rank=0"),
+        ({"rank": "8"}, "rank='8'"),
+        ({"rank": 2.0}, "rank=2.0"),
+        ({"r": 4}, "'r'"),
+        ({"dropout": 1.5}, "1.5"),
+        ({"dropout": None}, "dropout=None"),
+        ({"alpha": float("nan")}, "alpha=nan"),
+        ({"target_modules": "(a+)+$"}, "target_modules"),  # a regular expression that takes forever
+        ({"target_modules": [3]}, "target_modules"),
+    ],
+)
 def test_wrong_settings_are_refused_before_anything_is_loaded(lora, text):
     with pytest.raises(ValueError, match=text):
         DevilModel.from_backbone_and_language_model("nowhere", "nowhere", lora=lora)
     with pytest.raises(ValueError, match=text):
         add_lora(torch.nn.Linear(2, 2), lora)
+
+
+def test_a_rank_beyond_the_width_is_refused_before_memory_is_taken(model, tmp_path):
+    language_model = AutoModelForCausalLM.from_config(GPT2Config(vocab_size=50, n_embd=16, n_layer=1, n_head=2))
+    with pytest.raises(ValueError, match="rank=3000000 is more than the width 16"):
+        add_lora(language_model, {"rank": 3_000_000})
+    add_lora(language_model, {"rank": 16, "target_modules": "all-linear"})
+    model.save_pretrained(tmp_path, slim=True)
+    change_config(tmp_path, lora={"rank": 3_000_000})
+    with pytest.raises(ValueError, match="rank=3000000 is more than the width"):
+        DevilModel.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("targets", [["lm_head"], ["wte"], ["c_attn", "lm_head"]], ids=str)

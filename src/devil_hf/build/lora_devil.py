@@ -33,7 +33,8 @@ def add_lora(language_model: nn.Module, lora: Mapping[str, Any]) -> None:
 
     Raises:
         ImportError: when peft is not installed.
-        ValueError: see `check_lora`; for targets whose weights are tied to those of another layer.
+        ValueError: see `check_lora`; for a rank beyond the language model's width, and for targets whose weights are tied to
+            those of another layer.
     """
     check_lora(lora)
     if not is_peft_available():
@@ -41,7 +42,11 @@ def add_lora(language_model: nn.Module, lora: Mapping[str, Any]) -> None:
     if next(lora_layers(language_model), None) is not None:
         return
     full = LORA_DEFAULTS | dict(lora)
-    family = getattr(language_model.config, "model_type", "")
+    model_config: Any = language_model.config
+    width = getattr(model_config.get_text_config(), "hidden_size", None)
+    if width is not None and full["rank"] > width:
+        raise ValueError(f"lora rank={full['rank']} is more than the width {width} of the language model: choose a smaller one.")
+    family = getattr(model_config, "model_type", "")
     targets = full["target_modules"] or TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(family, "all-linear")
     config = LoraConfig(
         r=full["rank"],
@@ -78,10 +83,15 @@ def check_lora(lora: Mapping[str, Any]) -> None:
     if unknown := sorted(set(lora) - set(LORA_DEFAULTS)):
         raise ValueError(f"lora has settings {unknown}; there are {sorted(LORA_DEFAULTS)}.")
     full = LORA_DEFAULTS | dict(lora)
-    if full["rank"] < 1:
-        raise ValueError(f"lora rank={full['rank']} must be at least 1.")
-    if not 0 <= full["dropout"] < 1:
-        raise ValueError(f"lora dropout={full['dropout']} must be at least 0 and below 1.")
+    if type(full["rank"]) is not int or full["rank"] < 1:
+        raise ValueError(f"lora rank={full['rank']!r:.80} must be a whole number of at least 1.")
+    for name, most in (("alpha", 2**20), ("dropout", 1)):
+        if type(full[name]) not in (int, float) or not 0 <= full[name] < most:
+            raise ValueError(f"lora {name}={full[name]!r:.80} must be a number of at least 0 and below {most}.")
+    # peft reads a text as a regular expression, some of which take forever.
+    names = full["target_modules"]
+    if names not in (None, "all-linear") and not (isinstance(names, list | tuple) and all(isinstance(one, str) for one in names)):
+        raise ValueError(f"lora target_modules={names!r:.80} must be a list of names of layers, or 'all-linear'.")
 
 
 __all__ = ["LORA_DEFAULTS", "DevilModel", "add_lora", "check_lora", "lora_layers"]

@@ -7,7 +7,7 @@ nothing that fetches weights.
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from typing import Any
 
@@ -15,14 +15,17 @@ import timm
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import MODEL_FOR_BACKBONE_MAPPING, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from devil_hf.model.backbone_devil import build_module
 from devil_hf.model.checkpoint_devil import COMPANIONS, building_within, companion, weights_hash
-from devil_hf.model.configuration_devil import config_class_of, settings_of
+from devil_hf.model.configuration_devil import DevilConfig, config_class_of, settings_of
 from devil_hf.model.modeling_devil import DevilModel
 
 COMPANIONS["slim"] = sys.modules[__name__]
+QUANTISED = ("quantization_config", "compression_config")
 WEIGHTS = (".safetensors", ".bin")
 # Of what a repository of timm's says of its weights: not where they lie.
 TIMM_FACTS = (
@@ -65,6 +68,13 @@ def frozen_weights(path: Any, config: Any, backbone: Any, language_model: Any, h
     return weights | {f"language_model.{name}": tensor for name, tensor in model.state_dict().items()}
 
 
+def check_sources(without: Sequence[str]) -> None:
+    """A ValueError when parts have no source: a slim checkpoint needs one of each."""
+    if without:
+        why = f"a slim checkpoint needs a source of the {without[0]}, but it was given as a module"
+        raise ValueError(f"{why}: build the model from an id or a directory, or save with slim=False.")
+
+
 def load_language_model(
     source: str, revision: str | None = None, attn_implementation: str | None = None, **download: Any
 ) -> tuple[PreTrainedModel, str | None]:
@@ -72,12 +82,18 @@ def load_language_model(
 
     Raises:
         OSError: with the remedy, where it cannot be loaded.
+        ValueError: where its weights are quantised, or not all there.
     """
     try:
         folder = source_folder(source, revision, **download)
         options: dict[str, Any] = {"attn_implementation": attn_implementation} if attn_implementation else {}
         with building_within(_bytes_of_weights(folder)):
-            model = AutoModelForCausalLM.from_pretrained(folder, config=read_config(folder), dtype=torch.float32, **options)
+            config = read_config(folder)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                folder, config=config, dtype=torch.float32, output_loading_info=True, **options
+            )
+        model, info = loaded
+        _check_loaded(source, model, info)
     except ValueError:
         raise
     except Exception as error:
@@ -142,6 +158,9 @@ def load_network(
         else:
             folder = source_folder(name, revision, **download)
         with building_within(_bytes_of_weights(folder)):
+            if "readers" in description:  # of a checkpoint: what it asks for is counted before any memory is taken
+                with torch.device("meta"):
+                    build_module(dict(description))
             if description["kind"] == "timm":
                 return _timm_network(name if is_timm else description["architecture"], kwargs, folder, registered=is_timm)
             return _transformers_network(description, read_config(folder, kwargs), folder)
@@ -159,7 +178,7 @@ def _timm_network(architecture: str, kwargs: Mapping[str, Any], folder: str, reg
         raise OSError(f"{folder} has no weights ({' or '.join(WEIGHTS)})")
     facts = None
     if not registered:
-        settings = PreTrainedConfig.get_config_dict(folder)[0]
+        settings = DevilConfig.get_config_dict(folder)[0]
         facts = {key: value for key, value in settings.get("pretrained_cfg", settings).items() if key in TIMM_FACTS}
     return companion("timm").create_network(architecture, kwargs, os.path.join(folder, files[0]), facts)
 
@@ -175,10 +194,38 @@ def _transformers_network(description: Mapping[str, Any], config: PreTrainedConf
 
 
 def read_config(folder: str | PathLike, changes: Mapping[str, Any] | None = None) -> PreTrainedConfig:
-    """The configuration of a network of transformers in a folder, with changes: the fields that its class declares, checked."""
-    settings = PreTrainedConfig.get_config_dict(folder)[0] | dict(changes or {})
+    """The configuration of a network of transformers in a folder, with changes: the fields that its class declares, checked.
+
+    Raises:
+        ValueError: for settings that are none, and for weights that are quantised: they are not the numbers of a network.
+    """
+    settings = DevilConfig.get_config_dict(folder)[0] | dict(changes or {})
+    if any(settings.get(name) for name in QUANTISED) or (kinds := _strange_types(folder)):
+        found = next((name for name in QUANTISED if settings.get(name)), None) or ", ".join(kinds)
+        raise ValueError(f"{folder} holds quantised weights ({found}): load the network yourself, and pass the module.")
     config_class = config_class_of(settings.get("model_type"))
     return config_class(**settings_of(config_class, settings))
+
+
+def _strange_types(folder: str | PathLike) -> list[str]:
+    """Names and types of weights that are no floating-point numbers of 16, 32 or 64 bits."""
+    found = []
+    for file in (name for name in os.listdir(folder) if name.endswith(".safetensors")):
+        with safe_open(os.path.join(folder, file), "pt") as tensors:
+            types = {name: tensors.get_slice(name).get_dtype() for name in tensors.keys()}  # noqa: SIM118
+        floats = ("BF16", "F16", "F32", "F64")
+        strange = {name: kind for name, kind in types.items() if kind[0] == "F" or name.endswith("weight")}
+        found += [f"{kind} in {name}" for name, kind in strange.items() if kind not in floats]
+    return sorted(found)[:3]
+
+
+def _check_loaded(source: str, model: nn.Module, info: Mapping[str, Any]) -> None:
+    """A ValueError where weights of a model are missing, or others lie beside them, such as scales of quantised ones."""
+    if missing := sorted(info["missing_keys"]):
+        raise ValueError(f"{source} lacks {len(missing)} weights of a language model, {missing[0]} among them.")
+    held = {name.rpartition(".")[0] for name in model.state_dict()}
+    if beside := sorted(name for name in info["unexpected_keys"] if name.rpartition(".")[0] in held):
+        raise ValueError(f"{source} holds {beside[0]} beside the weights: load the language model yourself, and pass the module.")
 
 
 def _bytes_of_weights(folder: str) -> int:

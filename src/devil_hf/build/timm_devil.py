@@ -5,6 +5,7 @@ own, which open files and repositories, and no text that could be a path. This f
 """
 
 import inspect
+import re
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -21,6 +22,7 @@ from devil_hf.model.modeling_devil import DevilModel
 COMPANIONS.update(dict.fromkeys(("timm", "intermediates"), sys.modules[__name__]))
 # What the weights of an architecture decide about its layers; the rest of timm's pretrained_cfg is about preprocessing.
 TIMM_OVERLAY = ("input_size", "fixed_input_size", "global_pool")
+MOST_WINDOW = 64  # some list all pairs of places in a window one by one, which takes minutes beyond this
 # What timm takes for itself, and does not hand on to the architecture.
 RESERVED = {
     *inspect.signature(timm.create_model).parameters, *inspect.signature(build_model_with_cfg).parameters,
@@ -49,6 +51,11 @@ def create_network(
     if refused := sorted({*settings} & RESERVED | {*overlay} - {*TIMM_OVERLAY}):
         raise ValueError(f"{refused} are no arguments of the architecture {name!r}: leave them out of its kwargs.")
     settings = {key: check_setting(key, value) for key, value in settings.items()}
+    for key in (key for key in settings if "window" in key):
+        if wide := [side for side in re.findall(r"\d+", str(settings[key])) if int(side) > MOST_WINDOW]:
+            raise ValueError(
+                f"{key}={', '.join(wide)!s:.80} is more than {MOST_WINDOW}: no architecture of timm's has such windows."
+            )
     overlay = {key: check_setting(key, value) for key, value in overlay.items()} | ({"file": weights} if weights else {})
     return timm.create_model(
         name, pretrained=weights is not None, pretrained_cfg=pretrained_cfg, pretrained_cfg_overlay=overlay or None, **settings

@@ -25,9 +25,9 @@ FORBIDDEN = {"__import__", "breakpoint", "compile", "eval", "exec", "globals", "
 TOUCHING = {
     "cached_file", "create_commit", "create_model", "exists", "from_pretrained", "fromfile", "get_session", "hf_hub_download",
     "import_module", "isdir", "listdir", "load", "load_file", "load_state_dict", "makedirs", "memmap", "mkdir", "open",
-    "popen", "push_to_hub", "read_bytes", "read_text", "rename", "rmdir", "rmtree", "save", "save_file", "save_pretrained",
-    "savez", "snapshot_download", "system", "tofile", "touch", "unlink", "upload_file", "upload_folder", "urlopen",
-    "urlretrieve", "write_bytes", "write_text",
+    "popen", "push_to_hub", "read_bytes", "read_text", "rename", "rmdir", "rmtree", "safe_open", "save", "save_file",
+    "save_pretrained", "savez", "snapshot_download", "system", "tofile", "touch", "unlink", "upload_file", "upload_folder",
+    "urlopen", "urlretrieve", "write_bytes", "write_text",
 }  # fmt: skip
 
 
@@ -49,6 +49,7 @@ ACCESSES = (
     Access("checkpoint_devil.py", "super().from_pretrained", "loading", "nothing: it is given the weights"),
     Access("checkpoint_devil.py", "super().save_pretrained", "saving", "the directory that you name"),
     Access("checkpoint_devil.py", "self.config.save_pretrained", "saving", "the directory that you name"),
+    Access("checkpoint_devil.py", "(folder / 'config.json').read_text", "saving", "the same directory's config.json"),
     Access("checkpoint_devil.py", "file.read_text", "saving", "a companion's own file"),
     Access("checkpoint_devil.py", "(folder / file.name).write_text", "saving",
            "the companion's file in the directory that you name"),
@@ -67,6 +68,7 @@ ACCESSES = (
     Access("slim_devil.py", "snapshot_download", "loading a slim checkpoint",
            "`*.json` and `*.safetensors` of a source (`*.bin` where there are no others, read with `weights_only`), at the "
            "recorded commit, from the Hub's cache or the Hub"),
+    Access("slim_devil.py", "safe_open", "loading a slim checkpoint", "types of the weights in the folder of a source"),
     Access("slim_devil.py", "AutoModel.from_pretrained", "loading a slim checkpoint", "weights in the folder of a source"),
     Access("slim_devil.py", "kind.from_pretrained", "loading a slim checkpoint", "weights in the folder of a source"),
     Access("slim_devil.py", "AutoModelForCausalLM.from_pretrained", "loading a slim checkpoint",

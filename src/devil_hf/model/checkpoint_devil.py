@@ -10,7 +10,7 @@ import json
 import re
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -91,6 +91,16 @@ def read_weights(path: str | PathLike, variant: str | None = None, **hub: Any) -
     return weights
 
 
+def other_hashes(folder: Path, variant: str) -> dict[str, str]:
+    """The hashes, by their variants, of the other weights that a folder holds already, beside which some are saved."""
+    found: dict[str, str] = {}
+    with suppress(OSError, ValueError, LookupError, TypeError, RecursionError):  # nothing is there, or nothing of ours
+        found = dict(json.loads((folder / "config.json").read_text(encoding="utf-8"))["weights_sha256"])
+    ends = {name: f".{name}" if name else "" for name in found if name != variant}
+    files = {name: (f"model{end}.safetensors", f"model.safetensors.index{end}.json") for name, end in ends.items()}
+    return {name: found[name] for name in files if any((folder / file).is_file() for file in files[name])}
+
+
 def verify_weights(weights: Mapping[str, Tensor], sha256: str | None, path: Any) -> None:
     """A ValueError for weights that are not finite, or not those of the recorded hash, where there is one."""
     for name, tensor in weights.items():
@@ -99,9 +109,7 @@ def verify_weights(weights: Mapping[str, Tensor], sha256: str | None, path: Any)
             if not (low.isfinite() and high.isfinite()):
                 raise ValueError(f"{path} holds values of {name} that are not finite: its training diverged, or it is damaged.")
     if sha256 is not None and (found := weights_hash(weights)) != sha256:
-        raise ValueError(
-            f"the weights of {path} have SHA-256 {found}, not {sha256} as in its config.json: copy or save it again."
-        )
+        raise ValueError(f"the weights of {path} have SHA-256 {found}, not {sha256} as in its config.json: copy it again.")
 
 
 @contextmanager
@@ -188,20 +196,17 @@ class DevilPreTrainedModel(PreTrainedModel):
 
         config = self.config
         if slim:
-            companion("slim")
-            if parts := self.parts_without_source:
-                why = f"a slim checkpoint needs a source of the {parts[0]}, but it was given as a module"
-                raise ValueError(f"{why}: build the model from an id or a directory, or save with slim=False.")
+            companion("slim").check_sources(self.parts_without_source)
             state_dict = self.trainable_state_dict() if state_dict is None else state_dict
         elif state_dict is None and (doubles := self._doubles()):
             state_dict = self.state_dict() | doubles
         before, config.frozen_weights = config.frozen_weights, "reference" if slim else "embedded"
-        config.custom_pipelines, config.weights_sha256 = CUSTOM_PIPELINES, None
+        variant = kwargs.get("variant")
+        config.custom_pipelines, config.weights_sha256 = CUSTOM_PIPELINES, other_hashes(Path(save_directory), variant or "")
         backbone = config.backbone_config
         needs = {backbone["kind"], *(reader["by"] for reader in backbone["readers"]), config.translator_type}
         needs |= {"lora" if config.lora else "", "slim" if slim else "", "hook" if "stages" in needs else ""}
-        unfinished = (sorted(needs & COMPANIONS.keys()), kwargs.get("variant"))
-        self._unfinished = unfinished if kwargs.get("is_main_process", True) else None
+        self._unfinished = (sorted(needs & COMPANIONS.keys()), variant) if kwargs.get("is_main_process", True) else None
         try:
             super().save_pretrained(save_directory, state_dict=state_dict, **kwargs)
             self._finish(save_directory)
@@ -229,7 +234,7 @@ class DevilPreTrainedModel(PreTrainedModel):
         # One file for all classes: transformers tells code apart by the configuration's class and the files that it imports.
         entry, type(self.config)._auto_class = ENTRY if needs else "modeling_devil", None  # else it would name its own file
         self.config.auto_map = dict.fromkeys(AUTO_CLASSES, f"{entry}.DevilModel") | {"AutoConfig": f"{entry}.DevilConfig"}
-        self.config.weights_sha256 = {variant or "": weights_hash(read_weights(folder, variant))}
+        self.config.weights_sha256 |= {variant or "": weights_hash(read_weights(folder, variant))}
         self.config.save_pretrained(folder)
 
     @property

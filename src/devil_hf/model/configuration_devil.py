@@ -18,6 +18,7 @@ FORMAT_VERSION = 1
 # What a checkpoint may say of its parts: words without the separators of paths, URLs and repositories, and numbers that networks
 # have, fewer of what is counted: a list of a billion layers fills the memory before one is made.
 WORD = re.compile(r"[\w.,+ -]{0,200}")
+REFUSED = re.compile(".*_implementation|model_args|use_pretrained_backbone")  # kernels of repositories; what timm opens
 COUNTED = re.compile("layer|depth|block|stage|expert|head|group|label")
 MOST, MOST_PARTS = 2**31, 2**19
 DTYPES = (None, "float16", "bfloat16", "float32", "float64")
@@ -27,7 +28,7 @@ KEPT = ("auto_map", "custom_pipelines", "model_type")  # beside the fields: what
 
 def check_setting(name: str, value: Any) -> Any:
     """A value of a part's description, as it is; a ValueError for what may lead out of the checkpoint, or no network has."""
-    if isinstance(value, Mapping) and len(value) <= MOST_PARTS:
+    if isinstance(value, Mapping) and len(value) <= MOST_PARTS and not (value and REFUSED.fullmatch(name)):
         kind = str(value.get("model_type"))
         if kind in CONFIG_MAPPING or "timm" in kind:
             return {"model_type": kind} | settings_of(config_class_of(kind), value)
@@ -38,14 +39,16 @@ def check_setting(name: str, value: Any) -> Any:
     most = MOST_PARTS if COUNTED.search(name) else MOST
     fits = value is None or isinstance(value, float) or (isinstance(value, int) and abs(value) <= most)
     fits = fits or (isinstance(value, str) and WORD.fullmatch(value) is not None)
-    if not fits or (name == "dtype" and value not in DTYPES) or (value and name.endswith("_implementation")):
+    if not fits or (name == "dtype" and value not in DTYPES) or (value and REFUSED.fullmatch(name)):
         raise ValueError(f"{name}={value!r:.80} in the description of a checkpoint's part is refused: no network needs it.")
     return value
 
 
 def config_class_of(model_type: Any) -> type[PreTrainedConfig]:
     """The configuration class of a model type; a ValueError for what transformers does not know, and for its wraps of timm."""
-    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING or "timm" in model_type:
+    if "timm" in str(model_type):
+        raise ValueError(f"model_type {model_type!r:.80} wraps a network of timm's, which is not built: name timm's own network.")
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         raise ValueError(f"model_type {model_type!r:.80} is not one that this transformers builds: upgrade it, or name another.")
     return CONFIG_MAPPING[model_type]
 
@@ -119,11 +122,17 @@ class DevilConfig(PreTrainedConfig):
     @property
     def context_length(self) -> int | None:
         """Longest sequence, in tokens, that the language model can read; None where it has no limit of its own."""
-        for name in ("max_position_embeddings", "n_positions", "max_seq_len", "max_seq_length"):
-            length = getattr(self.text_config, name, None)
-            if isinstance(length, int) and length > 0:
-                return length
-        return None
+        names = ("max_position_embeddings", "n_positions", "max_seq_len", "max_seq_length")
+        lengths = (getattr(self.text_config, name, None) for name in names)
+        return next((length for length in lengths if isinstance(length, int) and length > 0), None)
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
+        try:
+            settings, unused = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+            return {**settings}, unused
+        except (AttributeError, TypeError, RecursionError) as error:
+            raise ValueError(f"the config.json of {pretrained_model_name_or_path} holds no settings: copy it again.") from error
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
@@ -137,9 +146,7 @@ class DevilConfig(PreTrainedConfig):
         try:
             return super().from_dict(config_dict, **kwargs)
         except (StrictDataclassError, AttributeError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"this is no configuration of a DeViL model ({error!s:.500}): correct it, or copy it again."
-            ) from error
+            raise ValueError(f"this is no configuration of DeViL ({error!s:.500}): correct it, or copy it again.") from error
 
     def validate_probabilities(self):
         for name in ("layer_dropout", "location_dropout", *(name for name in vars(self) if name.endswith("_probability"))):
@@ -151,19 +158,15 @@ class DevilConfig(PreTrainedConfig):
         for name in ("prefix_length", *(f"translator_{part}" for part in ("width", "depth", "heads", "feed_forward"))):
             if (value := getattr(self, name)) < 1:
                 raise ValueError(f"{name}={value} must be at least 1.")
-        if self.translator_width % self.translator_heads:
-            raise ValueError(
-                f"translator_width={self.translator_width} is no multiple of translator_heads={self.translator_heads}."
-            )
+        width, heads = self.translator_width, self.translator_heads
+        if width % heads:
+            raise ValueError(f"translator_width={width} is no multiple of translator_heads={heads}.")
 
     def validate_prefix_fits_the_context(self):
         # BOS, the prefix and at least one word have to fit.
-        needed = self.prefix_length + 2
-        if self.text_config is not None and self.context_length is not None and needed > self.context_length:
-            raise ValueError(
-                f"prefix_length={self.prefix_length} needs a context of at least {needed} tokens, but the language model "
-                f"reads {self.context_length}: choose a shorter prefix or another language model."
-            )
+        k, context = self.prefix_length, self.context_length
+        if context is not None and context < k + 2:
+            raise ValueError(f"prefix_length={k} needs a context of at least {k + 2} tokens, the language model's is {context}.")
 
 
 __all__ = ["DevilConfig"]

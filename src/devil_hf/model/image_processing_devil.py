@@ -173,10 +173,7 @@ def load_images(images: ImageSource) -> list[Image.Image]:
         images = images.detach().cpu()
         images = (images.float() if images.is_floating_point() else images).numpy()  # numpy has no bfloat16
     if not isinstance(images, np.ndarray):
-        raise TypeError(
-            "an image must be a PIL image, an array, a tensor, a path, a URL or a list of these, got "
-            f"{images!r:.100} of type {type(images).__name__}"
-        )
+        raise TypeError(f"an image must be a PIL image, array, tensor, path, URL or a list of these, not {images!r:.100}")
     arrays = images if images.ndim == 4 else [images]
     return [_array_to_image(array, channels_first) for array in arrays]
 

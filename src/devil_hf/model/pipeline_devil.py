@@ -107,9 +107,7 @@ class VisionFeatureDescriptionPipeline(Pipeline):
             rows |= {f"{_MAP_PREFIX}{layer}": values for layer, values in attributed.maps.items()}
         return rows
 
-    def postprocess(  # type: ignore[override]
-        self, model_outputs: dict[str, Any], phrases: list[str] | None = None
-    ) -> dict[str, Any]:
+    def postprocess(self, model_outputs: dict[str, Any], phrases=None) -> dict[str, Any]:  # type: ignore[override]
         columns = {name: model_outputs[name][0] for name in _COLUMNS if name in model_outputs}
         here = torch.zeros(len(columns["sequences"]), dtype=torch.long)
         output = DescribeOutput(**columns, image_index=here, layer_names=self.model.layer_names)
@@ -130,6 +128,4 @@ class VisionFeatureDescriptionPipeline(Pipeline):
 
 
 if TASK not in PIPELINE_REGISTRY.get_supported_tasks():
-    PIPELINE_REGISTRY.register_pipeline(
-        TASK, pipeline_class=VisionFeatureDescriptionPipeline, pt_model=AutoModel, type="multimodal"
-    )
+    PIPELINE_REGISTRY.register_pipeline(TASK, VisionFeatureDescriptionPipeline, pt_model=AutoModel, type="multimodal")

@@ -101,8 +101,7 @@ class Translator(nn.Module):
         sequence = torch.cat([torch.stack(tokens, dim=1), queries], dim=1) if tokens else queries  # (N, L_visible + k, D)
         attention_mask = None
         if layer_mask is not None and visible:
-            shown = ~layer_mask[:, visible]
-            shown = F.pad(shown, (0, queries.shape[1]), value=True)
+            shown = F.pad(~layer_mask[:, visible], (0, queries.shape[1]), value=True)
             attention_mask = shown[:, None, None, :]  # (N, 1, 1, T): over the keys, the same for every head and query
         for block in self.blocks[:-1]:
             sequence = block(sequence, attention_mask)
