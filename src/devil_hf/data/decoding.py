@@ -1,10 +1,10 @@
 """Rows of `devil_hf.data.pairs.open_pairs` to decoded samples, and the count of those that cannot be decoded.
 
-What makes a row bad, everywhere in the package, is this list: its image cannot be read or decoded (`read_picture`: it is
-absent, broken, of no known format, without a pixel, or larger than Pillow's limit against decompression bombs); no caption
-has any text; its region cannot be drawn; or its source already said so (a damaged shard). A bad row is counted, logged with
-its key, and left out: a stream goes on with the next row, a table gives another row in its place, a pass over images
-(`exemplars.py`) does without it.
+What makes a row bad, everywhere in the package, is this list: its image cannot be read or decoded (`read_picture`: it
+is absent, broken, of no known format, without a pixel, or larger than Pillow's limit against decompression bombs); no
+caption has any text, or none that the language model reads as words; its region cannot be drawn; or its source
+already said so (a damaged shard). A bad row is counted, logged with its key, and left out: a stream goes on with the
+next row, a table gives another row in its place, a pass over images (`exemplars.py`) does without it.
 
 How the count works in many processes. `BadSamples` holds its counts in shared memory, one slot for each `DataLoader`
 worker, so that no worker waits for another and the main process sees the sum. Whoever counts judges that sum, once
@@ -156,10 +156,17 @@ class PairDecoder:
         seed: seed of the choice among several captions.
         sees: whether enough of a mask (height, width) is in what the model gets to see; rows with other
             regions are left out and counted, and are not bad.
+        read: tokenises a caption, for what is trained on; a ValueError of it leaves that caption out.
     """
 
-    def __init__(self, bad_samples: BadSamples, seed: int = 0, sees: Callable[[np.ndarray], bool] | None = None):
-        self.bad_samples, self.seed, self.sees = bad_samples, seed, sees
+    def __init__(
+        self,
+        bad_samples: BadSamples,
+        seed: int = 0,
+        sees: Callable[[np.ndarray], bool] | None = None,
+        read: Callable[[str], Any] | None = None,
+    ):
+        self.bad_samples, self.seed, self.sees, self.read = bad_samples, seed, sees, read
 
     def __call__(self, row: dict[str, Any], epoch: int = 0) -> dict[str, Any] | None:
         """Decode one row.
@@ -174,6 +181,8 @@ class PairDecoder:
         captions = [text for text in (" ".join(caption.split()) for caption in row["captions"] or []) if text]
         if problem is None and not captions:
             problem = "empty caption"
+        if problem is None and self.read is not None:
+            captions, problem = self._readable(captions, self.read)
         if problem is None:
             try:
                 image = read_picture(lambda: row["image"] or {})
@@ -192,6 +201,18 @@ class PairDecoder:
         caption, seed = captions[rng.integers(len(captions))], int(rng.integers(1 << 31))
         sample = {"key": row["key"], "image": image, "captions": captions, "caption": caption, "seed": seed}
         return sample | {"region": region}
+
+    @staticmethod
+    def _readable(captions: list[str], read: Callable[[str], Any]) -> tuple[list[str], str | None]:
+        """The captions that can be read, and what is wrong when there is none."""
+        readable, problem = [], None
+        for caption in captions:
+            try:
+                read(caption)
+                readable.append(caption)
+            except ValueError as error:
+                problem = f"unreadable caption ({_line(error)})"
+        return readable, None if readable else problem
 
 
 class PairTable:

@@ -161,6 +161,15 @@ def _sees(processor: DevilProcessor, mask: np.ndarray) -> bool:
     return bool((processor.masks_to_regions([mask]) >= 0.5).any())
 
 
+def reads_with(processor: DevilProcessor) -> Callable[[str], Any]:
+    """A function that tokenises a caption as a batch will, and raises a ValueError where the language model reads no words."""
+    return partial(_read, processor)
+
+
+def _read(processor: DevilProcessor, caption: str) -> Any:
+    return processor(text=caption, max_length=1, return_tensors=None)  # whatever its length: captions are cut
+
+
 class _Places:
     """(index, epoch) of every sample of one process, batch by batch, without end."""
 
@@ -270,6 +279,7 @@ __all__ = [
     "Table",
     "batch_regions",
     "random_view",
+    "reads_with",
     "seed_of",
     "sees_with",
     "table_loader",

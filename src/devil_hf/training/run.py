@@ -37,7 +37,7 @@ from devil_hf.text_files import read_json
 from devil_hf.training.divergence import check_weights
 from devil_hf.training.feature_cache import CachedFeatures, cache_bytes, cache_key, cached_features, open_cache
 from devil_hf.training.features import PooledCaptions, pooled_feature_draws
-from devil_hf.training.feed import CaptionStream, ImageTable, sees_with
+from devil_hf.training.feed import CaptionStream, ImageTable, reads_with, sees_with
 from devil_hf.training.recipe import CHECKPOINT_FOLDER, RECIPE_FILE, Recipe
 from devil_hf.training.saving import newest_kept, save_elsewhere, write_checkpoint
 from devil_hf.training.trainer import DevilTrainer
@@ -268,7 +268,7 @@ def _training_data(
     bad_samples: BadSamples,
     key: dict[str, Any],
 ) -> ImageTable | CaptionStream | CachedFeatures:
-    decoder = PairDecoder(bad_samples, recipe.seed, sees_with(processor))
+    decoder = PairDecoder(bad_samples, recipe.seed, sees_with(processor), reads_with(processor))
     if key:
         return cached_features(Path(recipe.cache_features), key, model, processor, dataset, decoder, sample_seed=recipe.seed)
     if isinstance(dataset, Dataset):
@@ -319,7 +319,7 @@ def validation_features(recipe: Recipe, model: DevilModel, processor: DevilProce
     state = PartialState()
     dataset = open_pairs(recipe.validation_data, recipe.seed, shuffle=False)
     bad_samples = BadSamples(recipe.bad_samples)
-    decoder = PairDecoder(bad_samples, recipe.seed)
+    decoder = PairDecoder(bad_samples, recipe.seed, read=reads_with(processor))
     rows = itertools.islice(dataset, recipe.validation_images)
     own = itertools.islice(rows, state.process_index, None, state.num_processes)
     captions: list[list[str]] = []
