@@ -109,5 +109,5 @@ def test_an_unknown_field_of_a_recipe_file_is_named(tmp_path):
 
 def test_half_a_step_is_no_number_of_steps(tmp_path):
     (tmp_path / "r.yaml").write_text("max_steps: 2.5\n")
-    with pytest.raises(ValueError, match=r"max_steps=2\.5 must be a whole number"):
+    with pytest.raises(ValueError, match=r"max_steps=2\.5: 2\.5 must be a whole number"):
         parse(Recipe, ["--config", str(tmp_path / "r.yaml")])
