@@ -21,8 +21,8 @@ from devil_hf.evaluation import controls, judgement
 from devil_hf.evaluation.evaluator import evaluate
 from devil_hf.evaluation.randomise import randomised_backbone, untrained_translator, weight_stages
 from devil_hf.evaluation.results import CONTROLS, judge_controls, read_evaluations
-from devil_hf.evaluation.statistics import Ratio, bootstrap_draws, interval
 from devil_hf.evaluation.text.metrics import caption_scores
+from devil_hf.statistics import Ratio, bootstrap_draws, interval
 
 IMAGES = 12
 FEW = {"layers": ["layer3", "layer4"], "map_images": 4}

@@ -20,7 +20,7 @@ from devil_hf.evaluation.maps.measures import (
 )
 from devil_hf.evaluation.maps.pointing import chance_pointing, hit_cells, pointing
 from devil_hf.evaluation.maps.scores import Sample, summarise
-from devil_hf.evaluation.statistics import bootstrap
+from devil_hf.statistics import bootstrap
 
 SIZE = (24, 32)
 

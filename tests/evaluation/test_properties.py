@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from devil_hf.evaluation.results import Evaluation, judge_controls, read_evaluations
-from devil_hf.evaluation.statistics import Ratio, bootstrap, bootstrap_draws, false_discovery, interval, rank_correlation, ratio
 from devil_hf.evaluation.tables import table
 from devil_hf.evaluation.text.metrics import caption_scores
 from devil_hf.evaluation.text.tokens import ptb_tokens
 from devil_hf.evaluation.text.words import WordCounts
+from devil_hf.statistics import Ratio, bootstrap, bootstrap_draws, false_discovery, interval, rank_correlation, ratio
 from tests.hostile import TEXTS
 
 NUMBERS = st.floats(-100, 100, allow_nan=False).map(lambda value: round(value, 3))

@@ -15,9 +15,9 @@ from devil_hf.evaluation.knowledge import knowledge_table, word_scores
 from devil_hf.evaluation.maps.scores import Sample, summarise
 from devil_hf.evaluation.milan import label_scores
 from devil_hf.evaluation.results import CONTROLS, Evaluation, read_evaluations
-from devil_hf.evaluation.statistics import Ratio, average_precision, bootstrap, bootstrap_draws, interval, rank_correlation
 from devil_hf.evaluation.text.metrics import caption_scores
 from devil_hf.evaluation.unit_check import check_all
+from devil_hf.statistics import Ratio, average_precision, bootstrap, bootstrap_draws, interval, rank_correlation
 
 
 def strict(text):

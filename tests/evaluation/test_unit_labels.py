@@ -17,7 +17,6 @@ from devil_hf.data.unit_reader import UnitReader
 from devil_hf.evaluation import unit_check
 from devil_hf.evaluation.evaluator import evaluate
 from devil_hf.evaluation.results import read_evaluations
-from devil_hf.evaluation.statistics import average_precision, false_discovery
 from devil_hf.evaluation.unit_check import UnitsSettings
 from devil_hf.evaluation.units.labels import label_units
 from devil_hf.evaluation.units.simulation import (
@@ -33,6 +32,7 @@ from devil_hf.evaluation.units.simulation import (
 )
 from devil_hf.model.pooling_devil import region_weights
 from devil_hf.report.neurons import NeuronsSettings, neurons
+from devil_hf.statistics import average_precision, false_discovery
 from tests.evaluation.planted import CONCEPTS, concept_locations, fit_probes, planted_probes, selectivity
 
 

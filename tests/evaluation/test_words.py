@@ -1,11 +1,9 @@
 """Words of sentences are about the right objects, and their scores are those of a naive loop."""
 
-import numpy as np
 import pytest
 
 from devil_hf.data.worlds import World
 from devil_hf.evaluation.evaluator import evaluate
-from devil_hf.evaluation.statistics import roc_area, sign_flip
 from devil_hf.evaluation.words import WordsSettings, mentions
 from devil_hf.settings import make
 
@@ -31,17 +29,6 @@ def test_words_are_about_the_object_that_has_all_of_their_phrase():
     crossed = mentions([first["colour"], first["texture"], second["shape"]], scene)
     assert {one.object for one in crossed} == {None}, "no object has them all"
     assert mentions(["red", "and", "nothing"], scene) == [], "a phrase without a shape is about nothing"
-
-
-def test_the_area_and_the_test_are_those_of_a_naive_count():
-    generator = np.random.default_rng(0)
-    values, truth = generator.normal(size=40).round(1), generator.random(40) < 0.4
-    pairs = [(a > b) + 0.5 * (a == b) for a in values[truth] for b in values[~truth]]
-    assert roc_area(values, truth) == pytest.approx(np.mean(pairs))
-    assert np.isnan(roc_area([1.0, 2.0], [True, True]))
-    differences = generator.normal(0.5, size=8)
-    signs = (np.array(np.meshgrid(*[[-1, 1]] * 8)).reshape(8, -1).T * differences).mean(axis=1)
-    assert sign_flip(differences) == pytest.approx((signs >= differences.mean() - 1e-12).mean())
 
 
 @pytest.mark.slow

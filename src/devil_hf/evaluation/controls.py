@@ -44,13 +44,13 @@ from devil_hf.evaluation.evaluator import EVALUATORS, EvaluationSettings, Evalua
 from devil_hf.evaluation.judgement import INTACT, WORDS, CaptionTable, Measured, control_text, judge
 from devil_hf.evaluation.randomise import randomised_backbone, untrained_translator, weight_stages
 from devil_hf.evaluation.results import Evaluation
-from devil_hf.evaluation.statistics import Ratio, rank_correlation
 from devil_hf.evaluation.text.metrics import best_constant
 from devil_hf.evaluation.text.words import CARRIER, words_of
 from devil_hf.evaluation.units.labels import null_label
 from devil_hf.folders import written
 from devil_hf.model.pooling_devil import resolve_layers
 from devil_hf.settings import option, read_layers
+from devil_hf.statistics import Ratio, rank_correlation
 
 FLAT = 1e-3  # nats per token: a map that differs by less from place to place says nothing
 STATISTICS_BATCH = 32  # images at once when the statistics of random batch norms are estimated

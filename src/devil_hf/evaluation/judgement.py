@@ -9,12 +9,12 @@ import numpy as np
 from devil_hf.data.captioned import CaptionedImages
 from devil_hf.data.shapes import ATTRIBUTE_WORDS
 from devil_hf.evaluation.results import CONTROLS, Evaluation
-from devil_hf.evaluation.statistics import Ratio, bootstrap_draws
 from devil_hf.evaluation.tables import table
 from devil_hf.evaluation.text.ngrams import CiderD, bleu, rouge_l
 from devil_hf.evaluation.text.standard import NO_CIDER
 from devil_hf.evaluation.text.tokens import ptb_tokens
 from devil_hf.evaluation.text.words import words_of
+from devil_hf.statistics import Ratio, bootstrap_draws
 
 INTACT = "all"  # as results name all layers together
 MARGINS = {"cider": 0.01, "word_f1": 0.05, "evidence": 0.02}

@@ -25,9 +25,9 @@ from devil_hf.data.worlds import HELD_OUT_WORLD, World
 from devil_hf.evaluation.evaluator import EVALUATORS, EvaluationSettings, Evaluator
 from devil_hf.evaluation.maps.pointing import chance_pointing, pointing
 from devil_hf.evaluation.results import CHANCE, Evaluation
-from devil_hf.evaluation.statistics import Ratio, bootstrap_draws, interval, roc_area, sign_flip
 from devil_hf.questions.word_evidence import SentenceEvidence, explain_words
 from devil_hf.settings import option
+from devil_hf.statistics import Ratio, bootstrap_draws, interval, roc_area, sign_flip
 
 KINDS = {word: kind for kind, words in ATTRIBUTE_WORDS.items() for word in words}
 ALL = "all"

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from devil_hf.evaluation.maps.pointing import finite_map
-from devil_hf.evaluation.statistics import average_precision
+from devil_hf.statistics import average_precision
 
 LEVELS = np.linspace(0.0, 1.0, 41)  # shares of a map's maximum that the best threshold is looked for among
 FIXED_LEVEL = 0.5

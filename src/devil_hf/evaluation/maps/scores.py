@@ -28,8 +28,8 @@ from devil_hf.evaluation.maps.measures import centre_prior, enlarge
 from devil_hf.evaluation.maps.pointing import pointing
 from devil_hf.evaluation.maps.views import MAP_MEASURES, MapView, mean_of_phrases
 from devil_hf.evaluation.results import CHANCE
-from devil_hf.evaluation.statistics import bootstrap
 from devil_hf.evaluation.tables import table as written
+from devil_hf.statistics import bootstrap
 
 CLASSIFIED = "classes of the backbone"
 EVERY_PHRASE = "all phrases"  # where they are of several groups

@@ -20,7 +20,7 @@ import numpy as np
 from devil_hf.evaluation.maps import measures
 from devil_hf.evaluation.maps.pointing import chance_pointing, pointing
 from devil_hf.evaluation.maps.views import MapView, Pooled, map_measure, mean_of_phrases
-from devil_hf.evaluation.statistics import ratio
+from devil_hf.statistics import ratio
 
 FIXED = int(np.argmin(np.abs(measures.LEVELS - measures.FIXED_LEVEL)))
 

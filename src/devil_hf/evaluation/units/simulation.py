@@ -19,11 +19,11 @@ from tqdm.auto import tqdm
 
 from devil_hf.data.images import ImageStream
 from devil_hf.data.unit_reader import UnitReader, pixel_batches
-from devil_hf.evaluation.statistics import false_discovery
 from devil_hf.evaluation.units.labels import most_frequent
 from devil_hf.model.image_processing_devil import DevilImageProcessor
 from devil_hf.model.modeling_devil import DevilModel
 from devil_hf.model.processing_devil import DevilProcessor
+from devil_hf.statistics import false_discovery
 
 POSITIVE_SHARE = 0.1
 FEWEST_IMAGES = 20

@@ -126,8 +126,11 @@ def false_discovery(p: ArrayLike) -> np.ndarray:
     return false_discovery_control(np.asarray(p, dtype=np.float64), method="bh")
 
 
-def roc_area(values: ArrayLike, truth: ArrayLike) -> float:
+def roc_area(values: ArrayLike, truth: ArrayLike, weights: ArrayLike | None = None) -> float:
     """Area under the ROC curve of what is true (N,) by values (N,), ties halved; NaN unless there is something of both.
+
+    Args:
+        weights: (N,) how often each value counts, for instance in a draw of the bootstrap.
 
     Raises:
         MissingExtraError: without scikit-learn.
@@ -135,7 +138,32 @@ def roc_area(values: ArrayLike, truth: ArrayLike) -> float:
     needs("sklearn", "evaluate")
     from sklearn.metrics import roc_auc_score
 
-    return float(roc_auc_score(truth, values)) if len(set(np.asarray(truth).tolist())) == 2 else float("nan")
+    counted = np.asarray(truth) if weights is None else np.asarray(truth)[np.asarray(weights) > 0]
+    if len(set(counted.tolist())) < 2:
+        return float("nan")
+    return float(roc_auc_score(truth, values, sample_weight=weights))
+
+
+def holm(p: ArrayLike) -> np.ndarray:
+    """p-values (n,) adjusted by Holm (1979): at most a share of level of all families has any that is below level by chance."""
+    values = np.asarray(p, dtype=np.float64)
+    order = np.argsort(values)
+    stepped = np.maximum.accumulate(values[order] * np.arange(len(values), 0, -1))
+    adjusted = np.empty_like(values)
+    adjusted[order] = np.minimum(stepped, 1.0)
+    return adjusted
+
+
+def two_samples(higher: ArrayLike, lower: ArrayLike) -> float:
+    """One-sided p-value of one sample (N,) being above another (M,), by the rank test of Mann and Whitney (1947).
+
+    Raises:
+        MissingExtraError: without scipy.
+    """
+    needs("scipy", "evaluate")
+    from scipy.stats import mannwhitneyu
+
+    return float(mannwhitneyu(higher, lower, alternative="greater").pvalue)
 
 
 def sign_flip(differences: ArrayLike, draws: int = 9_999, seed: int = 0) -> float:
@@ -158,9 +186,11 @@ __all__ = [
     "bootstrap",
     "bootstrap_draws",
     "false_discovery",
+    "holm",
     "interval",
     "rank_correlation",
     "ratio",
     "roc_area",
     "sign_flip",
+    "two_samples",
 ]

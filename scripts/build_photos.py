@@ -1,0 +1,87 @@
+"""Build the photographs' checkpoint: `python scripts/build_photos.py --data DATA --backbone WEIGHTS --output-dir runs/photos`.
+
+Stages: `backbone` writes EfficientNet-Lite0's weights as a folder for timm, `language-model` trains a GPT-2 of captions from text
+alone, `translator` trains between them on whole images and on the regions of Flickr30k Entities and writes the self-contained
+checkpoint, in half precision, that belongs into `src/devil_hf/checkpoints/photos`. Started again, a stopped stage goes on.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import timm
+import torch
+from photos_text import read_text
+from safetensors.torch import load_file
+from transformers.utils import logging
+
+from devil_hf.folders import write_json, written
+from devil_hf.settings import option, parse
+from devil_hf.training.small_models.caption_language_model import CaptionLanguageModelSettings, train_caption_language_model
+
+ARCHITECTURE = "tf_efficientnet_lite0"
+SIDE = 256  # pixels; 16 x 16 places at blocks.4
+HELD_OUT = 300  # images whose captions the language model is measured on
+
+
+@dataclass
+class PhotosSettings:
+    """What to build, from what, and where."""
+
+    data: Path = option("folder with captions/ and text/")
+    backbone: Path = option("safetensors with the weights of tf_efficientnet_lite0, by timm's names")
+    output_dir: Path = option("folder of the parts: backbone, language_model, checkpoint", Path("runs/photos"))
+    stage: Literal["backbone", "language-model", "translator", "all"] = option("which part to build", "all")
+    seed: int = option("of every part", 0)
+    threads: int = option("threads of torch", 1)
+    language_model_steps: int = option("optimiser steps of the language model", 3_600)
+
+
+def build_backbone(settings: PhotosSettings) -> None:
+    """Save the backbone as a directory that timm loads as `local-dir:PATH`; images are squashed to a square."""
+    backbone = timm.create_model(ARCHITECTURE, pretrained=False)
+    backbone.load_state_dict(load_file(settings.backbone))
+    backbone.pretrained_cfg |= {"input_size": (3, SIDE, SIDE), "crop_pct": 1.0, "crop_mode": "squash"}
+    folder = settings.output_dir / "backbone"
+    with written(folder) as whole:
+        timm.models.save_for_hf(backbone, whole, safe_serialization=True)
+    print(f"{folder}: {sum(parameter.numel() for parameter in backbone.parameters())} parameters")
+
+
+def build_language_model(settings: PhotosSettings) -> None:
+    """Train, measure and save the language model with its tokenizer."""
+    text = read_text(settings.data)
+    print(text.counts, flush=True)
+    folder = settings.output_dir / "language_model"
+    unfinished = settings.output_dir / "language_model.unfinished.pt"
+    own = CaptionLanguageModelSettings(
+        seed=settings.seed,
+        max_steps=settings.language_model_steps,
+        vocab_size=5_000,
+        context_length=96,
+        batch_size=128,
+        bf16=True,
+        logging_steps=600,
+    )
+    model, tokenizer, history = train_caption_language_model(text.groups, own, text.held_out[:HELD_OUT], unfinished=unfinished)
+    with written(folder) as whole:
+        model.save_pretrained(whole)
+        tokenizer.save_pretrained(whole)
+    write_json(folder.with_suffix(".json"), {"text": text.counts, "history": history})
+    unfinished.unlink(missing_ok=True)
+    print(f"{folder}: {model.num_parameters()} parameters, {history[-1]}")
+
+
+def main() -> None:
+    settings = parse(PhotosSettings, sys.argv[1:], description=__doc__)
+    logging.set_verbosity_info()
+    torch.set_num_threads(settings.threads)
+    settings.output_dir.mkdir(parents=True, exist_ok=True)
+    stages = {"backbone": build_backbone, "language-model": build_language_model}
+    for stage in stages if settings.stage == "all" else [settings.stage]:
+        stages[stage](settings)
+
+
+if __name__ == "__main__":
+    main()

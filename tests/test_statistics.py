@@ -1,0 +1,35 @@
+"""Each statistic is that of a naive count, or of the library that has it."""
+
+import numpy as np
+import pytest
+
+from devil_hf.statistics import holm, roc_area, sign_flip, two_samples
+
+
+def test_the_area_and_the_test_are_those_of_a_naive_count():
+    generator = np.random.default_rng(0)
+    values, truth = generator.normal(size=40).round(1), generator.random(40) < 0.4
+    pairs = [(a > b) + 0.5 * (a == b) for a in values[truth] for b in values[~truth]]
+    assert roc_area(values, truth) == pytest.approx(np.mean(pairs))
+    assert np.isnan(roc_area([1.0, 2.0], [True, True]))
+    differences = generator.normal(0.5, size=8)
+    signs = (np.array(np.meshgrid(*[[-1, 1]] * 8)).reshape(8, -1).T * differences).mean(axis=1)
+    assert sign_flip(differences) == pytest.approx((signs >= differences.mean() - 1e-12).mean())
+
+
+def test_draws_of_an_area_are_those_of_repeated_values():
+    generator = np.random.default_rng(1)
+    values, truth, times = generator.normal(size=30).round(1), generator.random(30) < 0.5, generator.integers(0, 3, 30)
+    assert roc_area(values, truth, times) == pytest.approx(roc_area(values.repeat(times), truth.repeat(times)))
+    assert np.isnan(roc_area(values, truth, truth)), "nothing false was drawn"
+
+
+def test_a_family_of_true_hypotheses_is_rarely_rejected():
+    assert holm([0.01, 0.04, 0.03, 0.005]).tolist() == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    families = np.random.default_rng(2).random((2_000, 10))
+    assert 0.035 < np.mean([holm(p).min() <= 0.05 for p in families]) < 0.065
+
+
+def test_one_sample_above_another():
+    assert two_samples([3, 4, 5, 6], [0, 1, 2, 2.5]) == pytest.approx(1 / 70)
+    assert two_samples([0, 1, 2, 2.5], [3, 4, 5, 6]) == pytest.approx(1.0)
