@@ -116,6 +116,25 @@ def test_each_entity_is_a_region_with_all_of_its_phrases(original, lines):
     assert [row["captions"][0] for row in rows] == ["A small girl", "two dogs"]
 
 
+def test_an_image_stands_before_its_entities_with_the_captions_of_its_layout(original, lines):
+    (original / "flickr30k-images" / "7.jpg").write_bytes((original / "flickr30k-images" / "36979.jpg").read_bytes())
+    (lines / "captions.jsonl").write_text(json.dumps({"image": "36979.jpg", "captions": ["A girl runs."], "split": "train"}))
+    sentences = ["A small girl with a red hat runs on the beach .", "A child and two dogs play in the sun ."]
+    for source, captions in (
+        ({"path": str(original)}, sentences),
+        ({"path": str(lines), "split": "train"}, ["A girl runs."]),
+    ):
+        rows = open_pairs([{"kind": "entities", "whole": 2, **source}], seed=0, shuffle=False)
+        assert [row["region"] is None for row in rows] == [True, True, False, False, False]
+        assert rows[0]["captions"] == rows[1]["captions"] == captions
+        assert len({row["key"] for row in rows}) == 5
+    (lines / "captions.jsonl").write_text(json.dumps({"image": "other.jpg", "captions": ["A girl."]}))
+    with pytest.raises(ValueError, match=r"no captions of 1 images, the first is 36979\.jpg"):
+        open_pairs([{"kind": "entities", "whole": 1, "path": str(lines), "split": "train"}], seed=0, shuffle=False)
+    with pytest.raises(ValueError, match="whole=-1"):
+        open_pairs([{"kind": "entities", "whole": -1, "path": str(lines)}], seed=0, shuffle=False)
+
+
 def test_one_phrase_of_two_entities_has_the_boxes_of_both(lines):
     line = json.loads((lines / "regions.jsonl").read_text().splitlines()[0])
     line["regions"][1]["phrases"] = ["two dogs"]

@@ -30,6 +30,32 @@ def test_draws_of_one_image_differ_and_come_from_its_locations(model, pixel_valu
     assert (cached[0] >= low[:, None] - tolerance).all() and (cached[0] <= high[:, None] + tolerance).all()
 
 
+def test_regions_of_one_image_are_read_from_one_pass(model, pixel_values):
+    image_of = [0, 0, 1, 2, 2]
+    regions = torch.zeros(5, *pixel_values.shape[-2:])
+    for row, region in enumerate(regions):
+        region[:, 4 * row :] = 1
+    torch.manual_seed(0)
+    expected = pool_draws(model, pixel_values[image_of], 3, regions)
+    torch.manual_seed(0)
+    for found, rows in zip(pool_draws(model, pixel_values, 3, regions, image_of), expected, strict=True):
+        torch.testing.assert_close(found, rows, atol=1e-2, rtol=1e-3)
+
+
+def test_rows_of_one_image_share_its_views(fields, caption_folder, tmp_path, monkeypatch):
+    passes = []
+
+    def draw(model, pixel_values, draws, regions, image_of):
+        passes.append((len(pixel_values), image_of))
+        return pool_draws(model, pixel_values, draws, regions, image_of)
+
+    monkeypatch.setattr("devil_hf.training.feature_cache.pool_draws", draw)
+    source = {"kind": "folder", "path": caption_folder, "split": "train"}
+    fields |= {"cache_features": str(tmp_path / "features"), "views": 2, "smallest_crop": 0.5, "max_steps": 2}
+    train(Recipe(**fields | {"train_data": [source, source], "validation_data": []}))
+    assert passes == [(6, [*range(6), *range(6)])] * 2
+
+
 def test_samples_pair_an_images_draw_with_one_of_its_captions():
     features = [torch.arange(6.0).view(3, 2, 1)]
     captions = [["a", "b"], ["c"], ["d", "e", "f"]]

@@ -16,6 +16,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset, IterableDataset
 from datasets.distributed import split_dataset_by_node
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
@@ -214,22 +215,35 @@ def _rows_of_part(dataset: Dataset | IterableDataset, part: int, parts: int) -> 
 
 
 def _draw(model, processor, samples: Sequence[dict], key: dict, seed: int) -> dict[str, torch.Tensor]:
-    """Per layer (images, views x draws, C_l): the whole image first, then random views of it."""
+    """Per layer (rows, views x draws, C_l): the whole image first, then random views of it.
+
+    Rows of one image (its regions) share its views, and each view goes through the backbone once.
+    """
     sees = sees_with(processor)
+    _, image_of = _distinct([sample["image"] for sample in samples])
 
     def draws_of(view: int) -> list[torch.Tensor]:
         seen = [(sample["image"], sample["region"]) for sample in samples]
         if view:
-            smallest = key["smallest_crop"]
-            seen = [view_of(sample, smallest, seed_of(seed, view, i), sees) for i, sample in enumerate(samples)]
-        pixel_values = processor(images=[image for image, _ in seen], return_tensors="pt")["pixel_values"]
-        return pool_draws(model, pixel_values, key["draws"], batch_regions(processor, [mask for _, mask in seen]))
+            seeds = [seed_of(seed, view, image) for image in image_of]
+            seen = [view_of(*each, sees) for each in zip(samples, itertools.repeat(key["smallest_crop"]), seeds)]
+        pictures, picture_of = _distinct([image for image, _ in seen])
+        pixel_values = processor(images=pictures, return_tensors="pt")["pixel_values"]
+        regions = batch_regions(processor, [mask for _, mask in seen])
+        return pool_draws(model, pixel_values, key["draws"], regions, picture_of)
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         views = [draws_of(view) for view in range(key["views"])]
     layers = [torch.cat(layer, dim=1).contiguous() for layer in zip(*views, strict=True)]
     return {f"layer.{index}": layer for index, layer in enumerate(layers)}
+
+
+def _distinct(images: Sequence[Image.Image]) -> tuple[list[Image.Image], list[int]]:
+    """The images without those that repeat the content of one before, and where among them each one's content is."""
+    places: dict[Any, int] = {}
+    image_of = [places.setdefault((image.mode, image.size, image.tobytes()), len(places)) for image in images]
+    return [images[image_of.index(place)] for place in range(len(places))], image_of
 
 
 class CachedFeatures:

@@ -39,19 +39,28 @@ def pooled_feature_draws(
 
 
 @torch.no_grad()
-def pool_draws(model: DevilModel, pixel_values: Tensor, draws: int | None = None, regions: Tensor | None = None) -> list[Tensor]:
+def pool_draws(
+    model: DevilModel,
+    pixel_values: Tensor,
+    draws: int | None = None,
+    regions: Tensor | None = None,
+    image_index: Sequence[int] | None = None,
+) -> list[Tensor]:
     """The features of one batch, per layer an fp16 tensor (B, draws or 1, C_l).
 
     Args:
-        pixel_values: (B, 3, H, W).
+        pixel_values: (images, 3, H, W).
         draws: see `pooled_feature_draws`.
         regions: (B, H, W) masks that the draws stay inside of; None for the whole images.
+        image_index: (B,) which image each row is of, where several regions of one are read; None for a row each.
 
     Raises:
         ValueError: for regions without draws, and for features that are not finite, or too large for fp16.
     """
     pixel_values = pixel_values.to(memory_format=torch.channels_last)  # convolutions run faster on this layout
     feature_maps = cast(list[Tensor], model.extract_features(pixel_values))
+    if image_index is not None:
+        feature_maps = [maps[list(image_index)] for maps in feature_maps]
     weights = _draw_weights(model, feature_maps, draws, regions)
     return [
         as_stored(pool(maps, rows).view(len(maps), draws or 1, -1), name)

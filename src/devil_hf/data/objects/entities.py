@@ -58,6 +58,7 @@ class EntityImage:
         size: (height, width) that the boxes were drawn on.
         entities: with boxes and without.
         split: where the folder says it.
+        captions: the sentences that name them, where they are in the same place; `captions.jsonl` has those of a `regions.jsonl`.
     """
 
     key: str
@@ -65,6 +66,7 @@ class EntityImage:
     size: tuple[int, int]
     entities: tuple[Entity, ...]
     split: str | None = None
+    captions: tuple[str, ...] = ()
 
 
 @dataclass
@@ -166,7 +168,8 @@ def _of_distribution(folder: Path, images: Path, counts: EntityCounts) -> Iterat
     for file in sorted((folder / "Sentences").glob("*.txt")):
         phrases: dict[str, list[str]] = {}
         types: dict[str, tuple[str, ...]] = {}
-        for name, kinds, phrase in PHRASE.findall(read_text(file)):
+        sentences = read_text(file)
+        for name, kinds, phrase in PHRASE.findall(sentences):
             if name == NOBODY or NOT_VISUAL in kinds:
                 counts.counts["phrases of nothing to be seen"] += 1
                 continue
@@ -174,7 +177,8 @@ def _of_distribution(folder: Path, images: Path, counts: EntityCounts) -> Iterat
             types.setdefault(name, tuple(kinds.strip("/").split("/")))
         size, boxes = _read_annotation(folder / "Annotations" / f"{file.stem}.xml", counts)
         entities = [counts.entity(name, types[name], phrases[name], list(boxes.get(name, ()))) for name in phrases]
-        yield EntityImage(f"{file.stem}.jpg", images / f"{file.stem}.jpg", size, tuple(entities))
+        captions = tuple(line.strip() for line in PHRASE.sub(r"\3", sentences).splitlines() if line.strip())
+        yield EntityImage(f"{file.stem}.jpg", images / f"{file.stem}.jpg", size, tuple(entities), captions=captions)
 
 
 def _read_annotation(file: Path, counts: EntityCounts) -> tuple[tuple[int, int], dict[str, list[Box | None]]]:
