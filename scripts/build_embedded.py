@@ -15,7 +15,7 @@ import timm
 import torch
 from transformers.utils import logging
 
-from devil_hf.checkpoints import SCOPE
+from devil_hf.checkpoints import SCOPES, SHAPES
 from devil_hf.checkpoints.loading import load
 from devil_hf.folders import write_json, written
 from devil_hf.settings import make, option, parse, read_yaml
@@ -89,7 +89,7 @@ def translator_recipe(settings: BuildSettings) -> Recipe:
     }
     fields |= {part: str(settings.output_dir / part) for part in ("backbone", "language_model")}
     fields |= {"max_steps": settings.translator_steps, "warmup_steps": settings.translator_steps // 20}
-    fields["model"] |= {"scope": SCOPE}
+    fields["model"] |= {"scope": SCOPES[SHAPES]}
     fields["train_data"][0] |= {"size": settings.scenes}
     return make(Recipe, fields)
 

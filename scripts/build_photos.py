@@ -16,12 +16,17 @@ from photos_text import read_text
 from safetensors.torch import load_file
 from transformers.utils import logging
 
+from devil_hf.checkpoints import PHOTOS, SCOPES
+from devil_hf.checkpoints.loading import load
 from devil_hf.folders import write_json, written
-from devil_hf.settings import option, parse
+from devil_hf.settings import make, option, parse, read_yaml
+from devil_hf.training.recipe import Recipe
+from devil_hf.training.run import train
 from devil_hf.training.small_models.caption_language_model import CaptionLanguageModelSettings, train_caption_language_model
 
 ARCHITECTURE = "tf_efficientnet_lite0"
 SIDE = 256  # pixels; 16 x 16 places at blocks.4
+RECIPE = Path(__file__).parent / "recipes" / "photos.yaml"
 HELD_OUT = 300  # images whose captions the language model is measured on
 
 
@@ -36,6 +41,7 @@ class PhotosSettings:
     seed: int = option("of every part", 0)
     threads: int = option("threads of torch", 1)
     language_model_steps: int = option("optimiser steps of the language model", 3_600)
+    translator_steps: int = option("those of the translator", 3_000)
 
 
 def build_backbone(settings: PhotosSettings) -> None:
@@ -73,12 +79,41 @@ def build_language_model(settings: PhotosSettings) -> None:
     print(f"{folder}: {model.num_parameters()} parameters, {history[-1]}")
 
 
+def translator_recipe(settings: PhotosSettings) -> Recipe:
+    """The recipe `photos.yaml` with the folders of this build."""
+    fields = read_yaml(Recipe, RECIPE)
+    training = settings.output_dir / "training"
+    fields |= {"output_dir": str(training), "cache_features": str(training / "features"), "save": "full", "resume": True}
+    fields |= {part: str(settings.output_dir / part) for part in ("backbone", "language_model")}
+    fields |= {"max_steps": settings.translator_steps, "seed": settings.seed, "report_to": "none"}
+    fields["model"] |= {"scope": SCOPES[PHOTOS]}
+    for source in fields["train_data"] + fields["validation_data"]:
+        source["path"] = str(settings.data / source["path"])
+    return make(Recipe, fields)
+
+
+def build_translator(settings: PhotosSettings) -> None:
+    """Train the translator between the two parts and save all three as one half-precision checkpoint."""
+    model, processor = load(train(translator_recipe(settings)), device="cpu")
+    # The checkpoint holds the weights itself; the folders they came from mean nothing elsewhere.
+    model.config.backbone_config |= {"source": None, "revision": None}
+    model.config.language_model_source = None
+    folder = settings.output_dir / "checkpoint"
+    with written(folder) as whole:
+        model.half().save_pretrained(whole)
+        processor.save_pretrained(whole)
+        for code in whole.glob("*.py"):
+            code.unlink()  # inside the package, the package is the code
+    size = sum(file.stat().st_size for file in folder.iterdir())
+    print(f"{folder}: {size / 1e6:.1f} MB")
+
+
 def main() -> None:
     settings = parse(PhotosSettings, sys.argv[1:], description=__doc__)
     logging.set_verbosity_info()
     torch.set_num_threads(settings.threads)
     settings.output_dir.mkdir(parents=True, exist_ok=True)
-    stages = {"backbone": build_backbone, "language-model": build_language_model}
+    stages = {"backbone": build_backbone, "language-model": build_language_model, "translator": build_translator}
     for stage in stages if settings.stage == "all" else [settings.stage]:
         stages[stage](settings)
 

@@ -9,12 +9,16 @@ from os import PathLike
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
-DEFAULT = "shapes"
+SHAPES, PHOTOS = "shapes", "photos"
+DEFAULT = SHAPES
 CHECKPOINT = FOLDER / DEFAULT
-SCOPE = (
-    "This checkpoint has only ever seen rendered scenes of coloured, textured shapes. "
-    "What it says about photographs or any other picture means nothing."
-)
+# What the shipped checkpoints say of themselves (`config.scope`).
+SCOPES = {
+    SHAPES: "This checkpoint has only ever seen rendered scenes of coloured, textured shapes. "
+    "What it says about photographs or any other picture means nothing.",
+    PHOTOS: "This checkpoint learned its words from 6,600 photographs of everyday scenes, mostly of people and dogs outdoors. "
+    "What it says about drawings, rendered scenes, documents or medical images means nothing.",
+}
 
 
 def shipped_checkpoints() -> list[str]:

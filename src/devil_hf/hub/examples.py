@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from devil_hf.checkpoints import SCOPE
+from devil_hf.checkpoints import SCOPES, SHAPES
 from devil_hf.data.worlds import HELD_OUT_WORLD, World
 from devil_hf.hub.facts import Examples, Layer
 from devil_hf.model.modeling_devil import DevilModel
@@ -37,7 +37,7 @@ def draw_examples(
     model: DevilModel, processor: DevilProcessor, folder: Path, images: Sequence[Image.Image] = (), phrases: Sequence[str] = ()
 ) -> Examples | None:
     """Let the checkpoint describe and map images, into `folder/pictures`; None where there is no image."""
-    world = EXAMPLE_WORLD if not images and model.config.scope == SCOPE else None
+    world = EXAMPLE_WORLD if not images and model.config.scope == SCOPES[SHAPES] else None
     asked = [list(phrases)] * len(images)
     if world is not None:
         images, words = _scenes(world)

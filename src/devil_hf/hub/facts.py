@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from devil_hf.checkpoints import SCOPE
+from devil_hf.checkpoints import SCOPES, SHAPES
 from devil_hf.evaluation.results import Evaluation
 from devil_hf.model.configuration_devil import DevilConfig
 from devil_hf.text_files import parse_yaml
@@ -96,7 +96,7 @@ class Facts:
 
     @property
     def is_shapes_world(self) -> bool:
-        return self.config.scope == SCOPE
+        return self.config.scope == SCOPES[SHAPES]
 
 
 def readable_recipe(text: str) -> str:
