@@ -127,8 +127,11 @@ class _VerbParser(argparse.ArgumentParser):
         words = list(args or [])
         if self.verb.subjects is not None:
             subjects = self.add_subparsers(dest="subject", required=True, metavar="SUBJECT", parser_class=_VerbParser)
-            for name, subject in self.verb.subjects().items():
+            members = self.verb.subjects()
+            for name, subject in members.items():
                 subjects.add_parser(name, help=subject.summary, verb=subject)
+            if self.verb.usual and words and words[0] not in (*members, "-h", "--help"):
+                words.insert(0, self.verb.usual)
         else:
             settings_class = self.verb.settings()  # type: ignore[misc]
             words = understood(settings_class, words)

@@ -12,8 +12,9 @@ VERBS.register(
     "report",
     Verb(
         "report",
-        "show what a checkpoint knows, as figures and pages",
-        'devil report emergence photo.jpg "a dog" striped',
+        "show what a checkpoint knows, as figures and pages; `devil report CHECKPOINT IMAGES` writes the page",
+        "devil report user/devil-resnet50-opt125m photos/ --output-dir report",
         subjects=lambda: REPORTS,
+        usual="page",
     ),
 )

@@ -32,6 +32,7 @@ class Verb:
         settings: returns the dataclass of its settings (see `devil_hf.settings`); imports happen in here.
         run: does the work for settings; the exit code, None for 0.
         subjects: of a group: its members by name. A group has neither settings nor `run`.
+        usual: the member that is meant where the command line begins with the name of none.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Verb:
     settings: Callable[[], type] | None = None
     run: Callable[[Any], int | None] | None = None
     subjects: "Callable[[], Mapping[str, Verb]] | None" = None
+    usual: str | None = None
 
 
 VERBS: Registry[Verb] = Registry("verb", "devil_hf.cli")

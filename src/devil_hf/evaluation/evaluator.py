@@ -81,6 +81,7 @@ class Evaluator(ABC):
 
     Attributes:
         name, summary, example: as `devil evaluate --help` shows them.
+        verb: whose subject it is.
         Settings: its options.
         records_file: where in the output folder its rows are kept.
         parallel: whether several processes may share its rows.
@@ -93,6 +94,7 @@ class Evaluator(ABC):
     name: ClassVar[str]
     summary: ClassVar[str]
     example: ClassVar[str]
+    verb: ClassVar[str] = "evaluate"
     Settings: ClassVar[type[EvaluationSettings]] = EvaluationSettings
     records_file: ClassVar[str] = "records.jsonl"
     parallel: ClassVar[bool] = True
@@ -184,7 +186,7 @@ def evaluate(
     if state.num_processes > 1 and not kind.parallel:
         raise ValueError(f"the evaluation {kind.name!r} cannot be shared: run it on one process")
     keys = run.open()  # before anything is written
-    with claimed(run.settings.output_dir, f"devil evaluate {kind.name}", state.is_main_process):
+    with claimed(run.settings.output_dir, f"devil {kind.verb} {kind.name}", state.is_main_process):
         return _evaluate(run, keys, model, processor, state)
 
 

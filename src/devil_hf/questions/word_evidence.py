@@ -61,6 +61,7 @@ class SentenceEvidence:
         p_value: how often the features of another image carry the sentence as well, (1 + those) / (1 + images); None without
             other images.
         permutations: how many other images that were.
+        elsewhere: evidence of the sentence with the features of another image, the mean over them; None without them.
     """
 
     text: str
@@ -70,6 +71,7 @@ class SentenceEvidence:
     log_prob: float
     p_value: float | None
     permutations: int
+    elsewhere: float | None
 
     @property
     def evidence(self) -> float:
@@ -91,6 +93,7 @@ def explain_words(
     sentences: Sequence[str] | None = None,
     layers: Layers = None,
     combine: str = "informed",
+    mapped: Layers = None,
     tiles: tuple[int, int] | None = None,
     others: Tensor | None = None,
     feature_maps: Sequence[Tensor | None] | None = None,
@@ -103,6 +106,7 @@ def explain_words(
         sentences: one per image; None describes each image first.
         layers: those that are asked together; None for all.
         combine: how the layers' maps become one, of `COMBINATIONS` but "joint".
+        mapped: of those layers, the ones whose places are asked, too; None for all.
         tiles: rows and columns of tiles, of which each is hidden in turn; None for the finest grid of the layers that has at
             most 16 to a side.
         others: (M, k, D_lm) prefixes of other images, as `model.ask(layers=...)` gives them, for the p-value.
@@ -113,8 +117,8 @@ def explain_words(
         One `SentenceEvidence` per image.
 
     Raises:
-        ValueError: for a number of sentences other than that of images, an empty sentence, an unknown rule, and fewer
-            than two tiles, of which hiding one would leave nothing.
+        ValueError: for a number of sentences other than that of images, an empty sentence, an unknown rule, mapped layers that
+            are not asked, and fewer than two tiles, of which hiding one would leave nothing.
     """
     rule = COMBINATIONS.get(combine)
     if rule is None:
@@ -123,6 +127,9 @@ def explain_words(
     if sentences is not None and generation_kwargs:
         raise ValueError(f"{sorted(generation_kwargs)} shape a description, but the sentences are given: leave them out.")
     visible = resolve_layers(layers, model.layer_names)
+    chosen = visible if mapped is None else resolve_layers(mapped, model.layer_names)
+    if unasked := [model.layer_names[index] for index in chosen if index not in visible]:
+        raise ValueError(f"mapped={unasked}: these layers are not asked; name some of {[model.layer_names[i] for i in visible]}.")
     features = model.read_features(pixel_values, feature_maps, visible)
     images = len(features[visible[0]])
     tiles = _check_tiles(tiles, [tuple(features[index].shape[-2:]) for index in visible])
@@ -134,7 +141,7 @@ def explain_words(
     found = []
     for image, sentence in enumerate(sentences):
         own = [None if maps is None else maps[image : image + 1] for maps in features]
-        found.append(_explain(model, processor, own, sentence, visible, rule, tiles, others))
+        found.append(_explain(model, processor, own, sentence, visible, chosen, rule, tiles, others))
     return found
 
 
@@ -161,7 +168,7 @@ def hiding_weights(tiles: tuple[int, int], grid: tuple[int, int]) -> Tensor:
     return left / left.sum(dim=(1, 2), keepdim=True)
 
 
-def _explain(model, processor, features, sentence: str, visible, rule, tiles, others: Tensor | None) -> SentenceEvidence:
+def _explain(model, processor, features, sentence: str, visible, mapped, rule, tiles, others) -> SentenceEvidence:
     tokens = model.check_phrases(processor(text=[sentence], return_tensors="pt"))
     ids = tokens["input_ids"][0].tolist()
     pairs = word_evidence(processor.tokenizer, list(zip(ids, torch.eye(len(ids)), strict=True)))
@@ -186,9 +193,10 @@ def _explain(model, processor, features, sentence: str, visible, rule, tiles, ot
     sizes = [1, 1, len(visible), len(visible), tiles[0] * tiles[1], 0 if others is None else len(others)]
     whole, null, alone, without, tiled, elsewhere = score(torch.cat([one.float() for one in prefixes])).split(sizes)
     alone, lost = alone - null, whole - without  # (L, words)
-    by_layer = {names[index]: (score(_every_place(model, features, index)) - null) for index in visible}
-    by_layer = {names[i]: by_layer[names[i]].T.unflatten(1, tuple(features[i].shape[-2:])) for i in visible}
-    shown = rule({name: one[None] for name, one in by_layer.items()}, lambda: alone[:, None])
+    by_layer = {names[index]: (score(_every_place(model, features, index)) - null) for index in mapped}
+    by_layer = {names[i]: by_layer[names[i]].T.unflatten(1, tuple(features[i].shape[-2:])) for i in mapped}
+    of_mapped = [visible.index(index) for index in mapped]
+    shown = rule({name: one[None] for name, one in by_layer.items()}, lambda: alone[of_mapped, None])
     maps = {SHOWN: shown, HIDDEN: (whole - tiled).T.reshape(1, len(words), *tiles)}
     own = whole.sum()
     at_least = int((elsewhere.sum(dim=1) >= own).sum())
@@ -208,6 +216,7 @@ def _explain(model, processor, features, sentence: str, visible, rule, tiles, ot
         log_prob=float(own),
         p_value=None if others is None else (1 + at_least) / (1 + len(others)),
         permutations=0 if others is None else len(others),
+        elsewhere=None if others is None else float((elsewhere - null).sum(dim=1).mean()),
     )
 
 

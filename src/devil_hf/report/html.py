@@ -20,10 +20,10 @@ from devil_hf.report.templates import render
 TEMPLATES = "report/templates"
 
 
-def data_uri(image: Image.Image, lossless: bool = False) -> str:
+def data_uri(image: Image.Image, lossless: bool = False, quality: int = 88) -> str:
     """The address of an image that needs no file."""
     buffer = BytesIO()
-    image.save(buffer, "WEBP", quality=88, lossless=lossless)
+    image.save(buffer, "WEBP", quality=quality, lossless=lossless)
     return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
