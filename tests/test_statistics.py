@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from devil_hf.statistics import holm, roc_area, sign_flip, two_samples
+from devil_hf.statistics import expected_calibration_error, holm, reliability, roc_area, sign_flip, two_samples
 
 
 def test_the_area_and_the_test_are_those_of_a_naive_count():
@@ -33,3 +33,17 @@ def test_a_family_of_true_hypotheses_is_rarely_rejected():
 def test_one_sample_above_another():
     assert two_samples([3, 4, 5, 6], [0, 1, 2, 2.5]) == pytest.approx(1 / 70)
     assert two_samples([0, 1, 2, 2.5], [3, 4, 5, 6]) == pytest.approx(1.0)
+
+
+def test_the_calibration_error_is_that_of_a_naive_count():
+    generator = np.random.default_rng(5)
+    confidences = np.append(generator.random(300), [0.0, 1.0])
+    correct = generator.random(302) < confidences**2
+    naive = 0.0
+    for low in np.arange(10) / 10:
+        inside = (confidences >= low) & ((confidences < low + 0.1) | (low == 0.9))
+        naive += inside.mean() * abs(confidences[inside].mean() - correct[inside].mean())
+    assert expected_calibration_error(confidences, correct) == pytest.approx(naive)
+    table = reliability([0.05, 0.95, 1.0], [True, True, False])
+    assert table[0].tolist() == [1, 0.05, 1] and table[9].tolist() == [2, 0.975, 0.5]
+    assert np.isnan(table[1:9, 1:]).all() and np.isnan(expected_calibration_error([], []))

@@ -180,16 +180,39 @@ def sign_flip(differences: ArrayLike, draws: int = 9_999, seed: int = 0) -> floa
     return float(permutation_test(data, lambda x, axis: x.mean(axis=axis), vectorized=True, **options).pvalue)
 
 
+def reliability(confidences: ArrayLike, correct: ArrayLike, bins: int = 10) -> np.ndarray:
+    """(bins, 3): how many answers have a confidence in each of `bins` equal parts of [0, 1], their mean confidence, and how many
+    of them are correct, as a share; NaN in a bin without any.
+
+    Args:
+        confidences: (N,) probability that each answer gives itself.
+        correct: (N,) whether it is.
+    """
+    confident, right = np.asarray(confidences, dtype=np.float64), np.asarray(correct, dtype=np.float64)
+    at = np.clip((confident * bins).astype(int), 0, bins - 1)
+    counts, *sums = (np.bincount(at, weights, bins) for weights in (None, confident, right))
+    return np.stack([counts, *(np.divide(one, counts, out=np.full(bins, np.nan), where=counts > 0) for one in sums)], axis=1)
+
+
+def expected_calibration_error(confidences: ArrayLike, correct: ArrayLike, bins: int = 10) -> float:
+    """The mean over answers of |confidence - share correct| of their bin (Guo et al., 2017), see `reliability`."""
+    counts, confidence, share = reliability(confidences, correct, bins).T
+    filled = counts > 0
+    return float((counts * np.abs(confidence - share))[filled].sum() / counts.sum()) if filled.any() else float("nan")
+
+
 __all__ = [
     "Ratio",
     "average_precision",
     "bootstrap",
     "bootstrap_draws",
+    "expected_calibration_error",
     "false_discovery",
     "holm",
     "interval",
     "rank_correlation",
     "ratio",
+    "reliability",
     "roc_area",
     "sign_flip",
     "two_samples",

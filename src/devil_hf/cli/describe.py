@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from devil_hf.cli.verb import VERBS, Verb, check_picture, show
+from devil_hf.cli.verb import VERBS, Verb, check_picture, named_pictures, show
 from devil_hf.settings import LayerSettings, check_window, option, read_layers
 
 
@@ -77,7 +77,7 @@ def describe(settings: DescribeSettings) -> None:
 
     for file in filter(None, (settings.output, settings.maps)):
         check_picture(file)
-    names, images = _images(settings.images)
+    names, images = named_pictures(settings.images)
     model, processor = open_checkpoint(settings.checkpoint, settings.device)
     asked = {
         **processor(images=images, return_tensors="pt"),
@@ -107,18 +107,6 @@ def describe(settings: DescribeSettings) -> None:
             texts[index].append((_place(row), row["description"]))
         layers_figure(images, texts).save(settings.output)
     show(settings, rows, "\n".join(line for row in rows for line in _lines(row, settings.evidence)))
-
-
-def _images(paths: list[str]) -> tuple[list[str], list[Any]]:
-    """Names and pictures: those that are named, or a scene."""
-    from devil_hf.data.worlds import HELD_OUT_WORLD, World
-    from devil_hf.model.image_processing_devil import load_images
-
-    if paths:
-        return paths, [image for path in paths for image in load_images(path)]
-    scene = World(1, HELD_OUT_WORLD).scene(0)
-    objects = ", ".join(" ".join(one.attributes.values()) for one in scene.objects)
-    return [f"a scene ({objects})"], [scene.image]
 
 
 def _place(row: dict[str, Any]) -> str:

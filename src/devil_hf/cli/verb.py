@@ -63,3 +63,15 @@ def check_picture(file: Path) -> None:
         raise IsADirectoryError(f"--output {file} is a folder; name a file in it")
     if not file.parent.is_dir():
         raise FileNotFoundError(f"--output {file}: there is no folder {file.parent}")
+
+
+def named_pictures(paths: list[str]) -> tuple[list[str], list[Any]]:
+    """Names and pictures: those that are named, or a scene."""
+    from devil_hf.data.worlds import HELD_OUT_WORLD, World
+    from devil_hf.model.image_processing_devil import load_images
+
+    if paths:
+        return paths, [image for path in paths for image in load_images(path)]
+    scene = World(1, HELD_OUT_WORLD).scene(0)
+    objects = ", ".join(" ".join(one.attributes.values()) for one in scene.objects)
+    return [f"a scene ({objects})"], [scene.image]

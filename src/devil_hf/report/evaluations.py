@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from devil_hf.evaluation.choices import ChoicesEvaluator
 from devil_hf.evaluation.evaluator import FIGURES
 from devil_hf.evaluation.knowledge import knowledge_panels
 from devil_hf.evaluation.localisation import MapsEvaluator
@@ -9,6 +10,7 @@ from devil_hf.evaluation.results import Evaluation
 from devil_hf.evaluation.shapes import QUESTIONS, ShapesEvaluator
 from devil_hf.report.knowledge import knowledge_figure
 from devil_hf.report.localisation import localisation_figure
+from devil_hf.report.reliability import reliability_figure
 
 
 @FIGURES.register("shapes")
@@ -24,3 +26,12 @@ def draw_maps(run: MapsEvaluator, evaluation: Evaluation) -> None:
     """`maps.png`: maps of some phrases beside the truth."""
     folder = Path(run.settings.output_dir)
     localisation_figure(run.processor, run.examples, run.recorded, folder).save(folder / "maps.png")
+
+
+@FIGURES.register("choices")
+def draw_reliability(run: ChoicesEvaluator, evaluation: Evaluation) -> None:
+    """`reliability.png`: how often answers are right, against how sure they are."""
+    found = evaluation.details["calibration"]
+    notes = {name: f"calibration error {one['error']:.3f}" for name, one in found.items()}
+    picture = reliability_figure({name: one["bins"] for name, one in found.items()}, notes, "Multiple choice, after fitting")
+    picture.save(Path(run.settings.output_dir) / "reliability.png", optimize=True)

@@ -1,0 +1,80 @@
+"""`devil ask`: a question with given answers, and how sure the features are."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from devil_hf.cli.verb import VERBS, Verb, named_pictures, show
+from devil_hf.settings import LayerSettings, option, read_layers
+
+
+@dataclass(kw_only=True)
+class AskSettings(LayerSettings):
+    """A question to images."""
+
+    images: list[str] = option(
+        "files or URLs (default: a held-out scene of the shapes world, for a checkpoint of it)", [], positional=True
+    )
+    question: str = option('a sentence as captions have it, {} where the choice stands: "the {} square"')
+    choices: list[str] = option("two answers or more")
+    grid: int | None = option(
+        "places to a side of the image, 1 for the whole image (default: the calibration's, or 4)", None, least=1
+    )
+    least_evidence: float | None = option(
+        'nats per token below which the answer is "not encoded" (default: the calibration\'s, or 0)', None
+    )
+    calibration: Path | None = option(
+        "file of devil evaluate choices (default: calibration.json beside the checkpoint, where there is one)", None
+    )
+
+    def validate(self) -> None:
+        """Raise a ValueError for a question or choices that are none."""
+        from devil_hf.questions.choices import Question
+
+        Question(self.question, self.choices)
+        if self.checkpoint and not self.images:
+            raise ValueError(f"name an image for {self.checkpoint} to be asked about")
+
+
+def ask_images(settings: AskSettings) -> None:
+    """Ask and print."""
+    from devil_hf.checkpoints import locate
+    from devil_hf.checkpoints.loading import open_checkpoint
+    from devil_hf.questions.choices import Calibration, ask
+
+    names, images = named_pictures(settings.images)
+    calibration = None if settings.calibration is None else Calibration.read(settings.calibration)
+    model, processor = open_checkpoint(settings.checkpoint, settings.device)
+    answers = ask(
+        model,
+        processor,
+        images,
+        settings.question,
+        settings.choices,
+        layers=read_layers(settings.layers, model.layer_names),
+        grid=settings.grid,
+        least_evidence=settings.least_evidence,
+        calibration=calibration or Calibration.beside(locate(settings.checkpoint)),
+    )
+    lines, wide = [], max(map(len, settings.choices))
+    for name, answer in zip(names, answers, strict=True):
+        told = "" if answer.calibrated else " (not calibrated)"
+        lines.append(f"{name}: {answer.text}")
+        lines.append(f"    {'':{wide}}  probability{told}, nats per token over nothing, probability by the language model alone")
+        for choice, chance in sorted(answer.probabilities.items(), key=lambda pair: -pair[1]):
+            lines.append(f"    {choice:{wide}}  {chance:.3f}  {answer.evidence[choice]:+.2f}  {answer.habit[choice]:.3f}")
+        if answer.choice is None:
+            lines.append(f"    no choice has the least evidence of {answer.least_evidence:+.2f} nats per token")
+    record = [{"image": name, **answer.as_record()} for name, answer in zip(names, answers, strict=True)]
+    show(settings, record, "\n".join(lines))
+
+
+VERBS.register(
+    "ask",
+    Verb(
+        "ask",
+        "ask images a question with given answers",
+        'devil ask photo.jpg --question "a photo of a {}" --choices dog cat horse --checkpoint user/devil-resnet50-opt125m',
+        lambda: AskSettings,
+        ask_images,
+    ),
+)

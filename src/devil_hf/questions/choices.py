@@ -1,0 +1,346 @@
+"""Multiple choice: which of several answers the features support, with a probability that can be checked, or none of them.
+
+A question is a sentence as captions have it, with a mark where the choice stands ("the {} square"): the language models that
+describe images have read captions, not questions. For the sentence s_c of each choice c, and the places r = 1 ... R that tile
+the image,
+
+    evidence(c) = [log (1/R) sum_r p(s_c | place r) - log p(s_c | null prefix)] / tokens of s_c
+    p(c) = softmax over choices of evidence(c) / temperature
+
+A pooled feature of a whole image knows that there is red, and a square, but hardly what is what; a place shows one thing, so
+the sentence is read at a place that nobody names. `grid=1` asks the whole image instead. Where no choice has the least
+evidence, nothing is answered: the words before and after the mark count, too, so that of a scene without a square no square
+gets a colour. The temperature is fitted on other images (Guo et al., 2017; `devil evaluate choices`).
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from os import PathLike
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.utils import cached_file
+
+from devil_hf.extras import needs
+from devil_hf.folders import write_json
+from devil_hf.model.checkpoint_devil import weights_hash
+from devil_hf.model.image_processing_devil import ImageSource
+from devil_hf.model.modeling_devil import DevilModel
+from devil_hf.model.pooling_devil import Layers, read_number, resolve_layers
+from devil_hf.model.processing_devil import DevilProcessor
+from devil_hf.questions.grounding import PLACES_TO_A_SIDE, tile_regions
+from devil_hf.text_files import read_json
+
+MARK = "{}"
+NOT_ENCODED = "not encoded"
+ALL, WHOLE = "all", "whole"  # scales: all layers at places, all layers of the whole image; others are of a layer at places
+COLDEST, HOTTEST = 0.02, 50.0  # bounds of a fitted temperature: where every answer is right, none is the best
+CALIBRATION_FILE = "calibration.json"  # beside a checkpoint
+
+
+@dataclass(frozen=True)
+class Question:
+    """A sentence with the choices that may complete it.
+
+    Args:
+        text: with one mark `{}` where the choice stands; without one, it is continued by the choice.
+        choices: two or more.
+
+    Raises:
+        ValueError: for an empty text or choice, several marks, fewer than two choices, and two that are equal.
+    """
+
+    text: str
+    choices: Sequence[str]
+
+    def __post_init__(self) -> None:
+        if not self.text.strip():
+            raise ValueError(f'question {self.text!r} is empty: give a sentence such as "the {MARK} square", or "{MARK}" alone')
+        if self.text.count(MARK) > 1:
+            raise ValueError(f"question {self.text!r} has several marks {MARK}: leave one, where the choice stands")
+        if isinstance(self.choices, str) or len(self.choices) < 2:
+            raise ValueError(f"choices {self.choices!r}: give at least two, to choose from")
+        object.__setattr__(self, "choices", tuple(" ".join(choice.split()) for choice in self.choices))
+        if not all(self.choices):
+            raise ValueError(f"choices {list(self.choices)} hold an empty one: leave it out")
+        if twice := sorted({choice for choice in self.choices if self.choices.count(choice) > 1}):
+            raise ValueError(f"choices {twice} are given twice: leave one of each")
+
+    @property
+    def before(self) -> str:
+        """The words that stand before the choice."""
+        return self.text.partition(MARK)[0].strip()
+
+    @property
+    def sentences(self) -> list[str]:
+        """The sentence of each choice."""
+        text = self.text if MARK in self.text else f"{self.text} {MARK}"
+        return [" ".join(text.replace(MARK, choice).split()) for choice in self.choices]
+
+    def tokens(self, processor: DevilProcessor) -> dict[str, Tensor]:
+        """The sentences as phrase tensors (K, T).
+
+        Raises:
+            ValueError: for words that the language model does not know, and choices that it cannot tell apart.
+        """
+        unknown = processor.tokenizer.unk_token_id
+        for choice in self.choices:
+            own = processor(text=choice, carrier=self.before or None, return_tensors="pt")
+            if unknown in own["input_ids"][own.get("scored_mask", own["attention_mask"]).bool()].tolist():
+                raise ValueError(f"choice {choice!r} holds words that the language model does not know: choose others")
+        phrases = dict(processor(text=self.sentences, return_tensors="pt"))
+        if unknown in phrases["input_ids"].flatten().tolist():
+            raise ValueError(f"question {self.text!r} holds words that the language model does not know: choose others")
+        rows = phrases["input_ids"].masked_fill(phrases["attention_mask"] == 0, -1).tolist()
+        for at, row in enumerate(rows):
+            if (first := rows.index(row)) != at:
+                pair = f"{self.choices[first]!r} and {self.choices[at]!r}"
+                raise ValueError(f"choices {pair} are the same tokens to the language model: leave one of them out")
+        return phrases
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How evidence becomes an answer.
+
+    Args:
+        temperature: nats per token by which probabilities of choices differ by a factor of e.
+        least_evidence: nats per token that the best choice must have.
+    """
+
+    temperature: float = 1.0
+    least_evidence: float = 0.0
+
+    def probabilities(self, evidence: Tensor) -> Tensor:
+        """(..., K) of evidence (..., K)."""
+        return (evidence / self.temperature).softmax(dim=-1)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Scales that were fitted for one translator.
+
+    Args:
+        scales: by what is asked: `ALL` layers at places, each layer at places, and all layers of the `WHOLE` image.
+        grid: places to a side of the image.
+        fitted_on: which images.
+        questions: how many.
+        translator: hash of the weights of the translator.
+    """
+
+    scales: dict[str, Scale]
+    grid: int
+    fitted_on: str
+    questions: int
+    translator: str
+
+    @classmethod
+    def read(cls, file: str | PathLike) -> "Calibration":
+        """Of a JSON file, as `write` makes it.
+
+        Raises:
+            OSError: if it cannot be opened.
+            ValueError: if it is no such file.
+        """
+        content = read_json(file)
+        try:
+            scales = {str(name): Scale(**{key: float(one[key]) for key in one}) for name, one in content.pop("scales").items()}
+            found = cls(scales=scales, **content)
+            known = all(
+                scale.temperature > 0 and math.isfinite(scale.temperature + scale.least_evidence) for scale in scales.values()
+            )
+            known = known and isinstance(found.grid, int) and isinstance(found.translator, str)
+        except (AttributeError, KeyError, TypeError, ValueError):
+            known = False
+        if not known:
+            raise ValueError(f"{file} is no calibration: make one with devil evaluate choices")
+        return found
+
+    @classmethod
+    def beside(cls, checkpoint: str | PathLike) -> "Calibration | None":
+        """The one that stands beside the weights of a directory or a Hub id; None where there is none."""
+        file = cached_file(str(checkpoint), CALIBRATION_FILE, _raise_exceptions_for_missing_entries=False)
+        return None if file is None else cls.read(file)
+
+    def write(self, file: str | PathLike) -> None:
+        """Write it as JSON."""
+        write_json(file, asdict(self))
+
+    def check(self, model: DevilModel) -> None:
+        """Raise a ValueError where the model has another translator than the one that this was fitted for."""
+        if (own := translator_hash(model)) != self.translator:
+            raise ValueError(
+                f"the calibration is of another translator ({self.translator:.8}) than this checkpoint's ({own:.8}): fit one by "
+                "devil evaluate choices"
+            )
+
+    def scale(self, visible: Sequence[int], names: Sequence[str], grid: int) -> Scale | None:
+        """The scale for layers at positions `visible` of `names` and `grid` places to a side; None where none was fitted."""
+        every = len(visible) == len(names)
+        if grid == self.grid:
+            return self.scales.get(ALL if every else names[visible[0]] if len(visible) == 1 else "")
+        return self.scales.get(WHOLE) if grid == 1 and every else None
+
+
+def translator_hash(model: DevilModel) -> str:
+    """SHA-256 of the translator's weights in single precision."""
+    return weights_hash({name: tensor.float() for name, tensor in model.translator.state_dict().items()})
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What an image says to a question.
+
+    Args:
+        choice: the likeliest; None where the features support none of them.
+        probabilities: of each choice, given that one of them is true.
+        evidence: of the sentence of each choice, in nats per token over the null prefix.
+        habit: of each choice, the probability that the language model alone gives it, without features.
+        least_evidence: what the best choice had to have.
+        calibrated: whether the probabilities were fitted for what was asked.
+    """
+
+    choice: str | None
+    probabilities: dict[str, float]
+    evidence: dict[str, float]
+    habit: dict[str, float]
+    least_evidence: float
+    calibrated: bool = field(default=False)
+
+    @property
+    def text(self) -> str:
+        """The choice, or `NOT_ENCODED`."""
+        return NOT_ENCODED if self.choice is None else self.choice
+
+    def as_record(self) -> dict[str, Any]:
+        """All of it as JSON can hold it."""
+        return {"answer": self.text, **asdict(self)}
+
+
+@torch.no_grad()
+def ask(
+    model: DevilModel,
+    processor: DevilProcessor,
+    images: ImageSource,
+    question: str,
+    choices: Sequence[str],
+    layers: Layers = None,
+    grid: int | None = None,
+    least_evidence: float | None = None,
+    calibration: Calibration | None = None,
+) -> list[Answer]:
+    """Ask images a question with given answers.
+
+    Args:
+        images: anything that the processor accepts.
+        question: a sentence as captions have it, with one mark `{}` where the choice stands ("the {} square"); without one, it
+            is continued by the choice.
+        choices: two or more.
+        layers: those that are asked together, by name or index; None for all.
+        grid: places to a side of the image, 1 for the whole image; None for the calibration's, or 4.
+        least_evidence: nats per token below which the answer is "not encoded"; None for the calibration's, or 0.
+        calibration: None divides evidence by 1, and so promises nothing of the probabilities.
+
+    Returns:
+        An answer per image.
+
+    Raises:
+        ValueError: for a question or choices that are none, see `Question`, and a calibration for another translator.
+    """
+    asked = Question(question, choices)
+    tokens = asked.tokens(processor)
+    grid = read_number(grid or (calibration.grid if calibration else PLACES_TO_A_SIDE), "grid", 1)
+    visible = resolve_layers(layers, model.layer_names)
+    scale = None
+    if calibration is not None:
+        calibration.check(model)
+        scale = calibration.scale(visible, model.layer_names, grid)
+    features = model.extract_features(processor(images=images, return_tensors="pt")["pixel_values"], visible)
+    evidence, habit = choice_evidence(model, ask_places(model, features, grid, visible), tokens)
+    least = (scale or Scale()).least_evidence if least_evidence is None else least_evidence
+    chances = (scale or Scale()).probabilities(evidence)
+    alone = habit.softmax(dim=-1)
+
+    def named(values: Tensor) -> dict[str, float]:
+        return dict(zip(asked.choices, values.tolist(), strict=True))
+
+    return [
+        Answer(
+            asked.choices[int(chance.argmax())] if one.max() >= least else None,
+            named(chance),
+            named(one),
+            named(alone),
+            least,
+            scale is not None,
+        )
+        for one, chance in zip(evidence, chances, strict=True)
+    ]
+
+
+def ask_places(model: DevilModel, feature_maps: Sequence[Tensor | None], grid: int, layers: Layers = None) -> Tensor:
+    """Prefixes (B, grid * grid, k, D_lm) of the tiles of images, from feature maps (B, C_l, H_l, W_l) per layer."""
+    if grid == 1:
+        return model.ask(layers=layers, feature_maps=feature_maps)[:, None]
+    shown = next(maps for maps in feature_maps if maps is not None)
+    regions = tile_regions(grid, shown.shape[-1] / shown.shape[-2]).to(shown.device).expand(len(shown), -1, -1, -1)
+    return model.ask(layers=layers, regions=regions, feature_maps=feature_maps).unflatten(0, (len(shown), -1))
+
+
+@torch.no_grad()
+def choice_evidence(model: DevilModel, places: Tensor, tokens: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Evidence (B, K) of sentences, nats per token, at prefixes of places (B, R, k, D_lm); their log-probabilities (K,) alone.
+
+    Args:
+        tokens: of K sentences, see `Question.tokens`.
+    """
+    prefix = torch.cat([places.flatten(0, 1).float(), model.null_prefix().float()])
+    log_probs = model.score_prefix(prefix, tokens).sum(dim=-1).cpu()  # (B * R + 1, K)
+    of_places, null = log_probs[:-1].unflatten(0, places.shape[:2]), log_probs[-1]
+    mean = of_places.logsumexp(dim=1) - math.log(places.shape[1])
+    return (mean - null) / tokens["attention_mask"].sum(dim=-1), null
+
+
+def fit_scale(evidence: Sequence[Sequence[float]], answers: Sequence[int | None]) -> Scale:
+    """The temperature that makes true answers likeliest, and the least evidence that tells questions with an answer from others.
+
+    Args:
+        evidence: of the choices of each question.
+        answers: which of them is true; None where none is. The least evidence is where the share of questions without an
+            answer that stays below it, less that of those with one, is highest; 0 where all have one.
+
+    Raises:
+        ValueError: where no question has an answer.
+        MissingExtraError: without scipy.
+    """
+    needs("scipy", "evaluate")
+    from scipy.optimize import minimize_scalar
+
+    answered = [(torch.tensor(one), answer) for one, answer in zip(evidence, answers, strict=True) if answer is not None]
+    if not answered:
+        raise ValueError("no question has an answer: there is nothing to fit a temperature on")
+    width = max(len(one) for one, _ in answered)
+    padded = torch.stack([torch.nn.functional.pad(one, (0, width - len(one)), value=-math.inf) for one, _ in answered]).double()
+    true = torch.tensor([answer for _, answer in answered])
+
+    def loss(log_temperature: float) -> float:
+        return float(torch.nn.functional.cross_entropy(padded / math.exp(log_temperature), true))
+
+    found = minimize_scalar(loss, bounds=(math.log(COLDEST), math.log(HOTTEST)), method="bounded")
+    absent = [max(one) for one, answer in zip(evidence, answers, strict=True) if answer is None]
+    return Scale(math.exp(found.x), _between([float(one.max()) for one, _ in answered], absent) if absent else 0.0)
+
+
+def _between(present: Sequence[float], absent: Sequence[float]) -> float:
+    """The level at which the share of `absent` below it, less that of `present`, is highest; the middle of all such levels."""
+    levels = torch.tensor(sorted({*present, *absent})).double()
+    middles = (levels[1:] + levels[:-1]) / 2
+    if not len(middles):
+        return float(levels[0])
+    below = [torch.tensor(values).double()[:, None] < middles for values in (absent, present)]
+    gain = below[0].double().mean(dim=0) - below[1].double().mean(dim=0)
+    return float(middles[gain >= gain.max() - 1e-12].median())
+
+
+__all__ = ["Answer", "Calibration", "Question", "Scale", "ask", "ask_places", "choice_evidence", "fit_scale"]
