@@ -37,7 +37,13 @@ def reliability_figure(
         left = MARGIN + 24 + number * (side + GAP)
         write(draw, (left, top - 2 * line_height(14) - 4), [heading, notes.get(heading, "")], 14)
         _draw_panel(draw, (left, top), side, bins, counts)
-    write(draw, (MARGIN + 24, bottom + GAP + counts + 26), "confidence; bars: share right; below: number of answers", 13, MUTED)
+    write(
+        draw,
+        (MARGIN + 24, bottom + GAP + counts + 26),
+        "confidence; bars: share right, lines: mean confidence; below: number of answers",
+        13,
+        MUTED,
+    )
     return figure
 
 
