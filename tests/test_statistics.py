@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from devil_hf.statistics import expected_calibration_error, holm, reliability, roc_area, sign_flip, two_samples
+from devil_hf.statistics import expected_calibration_error, holm, reliability, roc_area, roc_areas, sign_flip, two_samples
 
 
 def test_the_area_and_the_test_are_those_of_a_naive_count():
@@ -22,6 +22,9 @@ def test_draws_of_an_area_are_those_of_repeated_values():
     values, truth, times = generator.normal(size=30).round(1), generator.random(30) < 0.5, generator.integers(0, 3, 30)
     assert roc_area(values, truth, times) == pytest.approx(roc_area(values.repeat(times), truth.repeat(times)))
     assert np.isnan(roc_area(values, truth, truth)), "nothing false was drawn"
+    draws = np.vstack([generator.integers(0, 3, (20, 30)), truth])
+    assert roc_areas(values, truth, draws)[:-1] == pytest.approx([roc_area(values, truth, one) for one in draws[:-1]])
+    assert np.isnan(roc_areas(values, truth, draws)[-1])
 
 
 def test_a_family_of_true_hypotheses_is_rarely_rejected():

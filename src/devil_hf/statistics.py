@@ -144,6 +144,20 @@ def roc_area(values: ArrayLike, truth: ArrayLike, weights: ArrayLike | None = No
     return float(roc_auc_score(truth, values, sample_weight=weights))
 
 
+def roc_areas(values: ArrayLike, truth: ArrayLike, draws: np.ndarray) -> np.ndarray:
+    """`roc_area` (D,) of each of D draws (D, N) that say how often each value counts; NaN for a draw without both kinds.
+
+    One sort serves them all; a call of scikit-learn for each costs a hundred times as much.
+    """
+    values, truth = np.asarray(values, dtype=np.float64), np.asarray(truth, dtype=bool)
+    order = np.argsort(values)
+    values, truth, times = values[order], truth[order], draws[:, order]
+    first, last = (np.searchsorted(values, values, side) for side in ("left", "right"))  # of those that are equal
+    below = np.concatenate([np.zeros((len(draws), 1)), np.cumsum(times * ~truth, axis=1)], axis=1)
+    won = (times * truth * (below[:, first] + below[:, last]) / 2).sum(axis=1)
+    return ratio(won, (times * truth).sum(axis=1) * below[:, -1])
+
+
 def holm(p: ArrayLike) -> np.ndarray:
     """p-values (n,) adjusted by Holm (1979): at most a share of level of all families has any that is below level by chance."""
     values = np.asarray(p, dtype=np.float64)
@@ -214,6 +228,7 @@ __all__ = [
     "ratio",
     "reliability",
     "roc_area",
+    "roc_areas",
     "sign_flip",
     "two_samples",
 ]

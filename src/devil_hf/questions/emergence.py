@@ -1,10 +1,26 @@
 """At which depth a thing becomes readable: the evidence of phrases for whole images, layer by layer.
 
 A translator with layer dropout is asked one layer at a time for this, as a tuned lens is; all layers together stand beside it.
+
+A statement is a phrase about an image that is true or false. Statements are counted in groups (a phrase, or a class of words). At
+each layer a group has the mean evidence of its true and of its false statements, and the area under the ROC curve of the one
+against the other (AUROC, chance is .5). What is compared with what follows from the group:
+
+* a group of several phrases within images: does this image support what is true of it more than what is false? The AUROC is the
+  mean over images of each one's own; its p-value is of the test that takes the signs of (AUROC - .5) of the images at random;
+* a single phrase between images: do those that it is true of support it more than those that it is false of? The p-value is of
+  the rank test of Mann and Whitney.
+
+Intervals are over images drawn with replacement, p-values are adjusted by Holm for all groups and layers together. A group
+emerges at the first layer that is above chance.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -12,6 +28,79 @@ from devil_hf.model.explaining_devil import ALL_LAYERS, PhraseScorer
 from devil_hf.model.modeling_devil import DevilModel
 from devil_hf.model.pooling_devil import Layers, resolve_layers
 from devil_hf.model.processing_devil import DevilProcessor
+from devil_hf.statistics import Ratio, bootstrap_draws, holm, interval, roc_area, roc_areas, sign_flip, two_samples
+
+ERROR_RATE = 0.05
+DECIMALS = 4  # of evidence; what differs by less is rounding of sums
+Interval = tuple[float, float] | None
+
+
+@dataclass(frozen=True)
+class Statement:
+    """Something said of an image.
+
+    Args:
+        image: its number.
+        phrase: what is said.
+        group: what it is counted with.
+        true: whether it holds.
+        carrier: a neutral word that is read before the phrase, and not scored.
+    """
+
+    image: int
+    phrase: str
+    group: str
+    true: bool
+    carrier: str | None = None
+
+
+@dataclass(frozen=True)
+class Depth:
+    """What one layer tells of a group; intervals are 95 %, None where they are not defined.
+
+    Args:
+        true, false: mean evidence of true and of false statements, in nats per token over the null prefix.
+        auroc: of true against false statements, see the module's docstring.
+        p_value: one-sided, adjusted for all groups and layers.
+    """
+
+    true: float
+    true_interval: Interval
+    false: float
+    false_interval: Interval
+    auroc: float
+    auroc_interval: Interval
+    p_value: float
+
+
+@dataclass(frozen=True)
+class Emergence:
+    """Groups of statements against depth.
+
+    Args:
+        layers: names, shallowest first, without "all".
+        depths: group -> layer, and "all" for these layers together, where they are several -> `Depth`.
+        within: group -> whether statements are compared within images.
+        statements: group -> (true, false) statements that were compared.
+        images: group -> images with a statement that was compared.
+        draws: group -> layer -> AUROC of each draw of the bootstrap, the same draws for all.
+    """
+
+    layers: list[str]
+    depths: dict[str, dict[str, Depth]]
+    within: dict[str, bool]
+    statements: dict[str, tuple[int, int]]
+    images: dict[str, int]
+    draws: dict[str, dict[str, np.ndarray]] = field(repr=False, compare=False)
+
+    def first(self, group: str, error_rate: float = ERROR_RATE) -> str | None:
+        """The shallowest layer that tells true from false statements of a group; None where none does."""
+        return next((layer for layer in self.layers if self.depths[group][layer].p_value <= error_rate), None)
+
+    def lead(self, group: str, other: str, layer: str) -> tuple[float, Interval]:
+        """How far the AUROC of a group is above that of another one at a layer, and the interval of this paired difference."""
+        value = self.depths[group][layer].auroc - self.depths[other][layer].auroc
+        return value, interval(self.draws[group][layer] - self.draws[other][layer])
 
 
 @torch.no_grad()
@@ -66,4 +155,227 @@ def known_phrases(
     return tokens
 
 
-__all__ = ["evidence_by_layer", "known_phrases"]
+@torch.no_grad()
+def ask_statements(
+    model: DevilModel,
+    processor: DevilProcessor,
+    pixel_values: Tensor,
+    statements: Sequence[Sequence[Statement]],
+    layers: Layers = None,
+) -> list[dict[str, list[float]]]:
+    """The evidence of what is said of each image.
+
+    Args:
+        pixel_values: (B, 3, H, W).
+        statements: of each of these images, whatever their number says.
+        layers: as in `evidence_by_layer`.
+
+    Returns:
+        Per image, layer -> evidence of each of its statements, in their order.
+    """
+    features = model.read_features(pixel_values, None, resolve_layers(layers, model.layer_names))
+    calls: dict[tuple[str | None, tuple[str, ...]], list[int]] = {}  # images of which the same is asked are asked together
+    for image, own in enumerate(statements):
+        for carrier in dict.fromkeys(one.carrier for one in own):
+            phrases = tuple(dict.fromkeys(one.phrase for one in own if one.carrier == carrier))
+            calls.setdefault((carrier, phrases), []).append(image)
+    known: list[dict[str, dict[tuple[str | None, str], float]]] = [{} for _ in statements]
+    for (carrier, phrases), images in calls.items():
+        chosen = [None if maps is None else maps[images] for maps in features]
+        for layer, values in evidence_by_layer(model, processor, None, phrases, layers, carrier, chosen).items():
+            for image, row in zip(images, values.tolist(), strict=True):
+                pairs = {(carrier, phrase): value for phrase, value in zip(phrases, row, strict=True)}
+                known[image].setdefault(layer, {}).update(pairs)
+    return [
+        {layer: [values[one.carrier, one.phrase] for one in own] for layer, values in by_layer.items()}
+        for by_layer, own in zip(known, statements, strict=True)
+    ]
+
+
+def emergence(
+    model: DevilModel,
+    processor: DevilProcessor,
+    images: Sequence[Any],
+    statements: Sequence[Statement],
+    layers: Layers = None,
+    batch_size: int = 16,
+    seed: int = 0,
+    progress: Callable[[Iterable], Iterable] = iter,
+) -> Emergence:
+    """At which layer true statements become readable.
+
+    Args:
+        images: by number, in any form that the processor takes.
+        statements: of these images.
+        layers: those that are asked, each alone and all together; None for every one.
+        batch_size: images at once.
+        seed: of intervals and permutations.
+        progress: wraps the batches, such as `tqdm`.
+
+    Raises:
+        ValueError: for a statement about no image, and as `check_statements`.
+    """
+    asked = [model.layer_names[index] for index in resolve_layers(layers, model.layer_names)]
+    check_statements(statements, len(asked) + (len(asked) > 1))
+    by_image: dict[int, list[int]] = {}
+    for at, statement in enumerate(statements):
+        if not 0 <= statement.image < len(images):
+            raise ValueError(f"{statement} is about an image that is not there: there are {len(images)}, numbered from 0")
+        by_image.setdefault(statement.image, []).append(at)
+    values: dict[str, np.ndarray] = {}
+    numbers = sorted(by_image)
+    for begin in progress(range(0, len(numbers), batch_size)):
+        batch = numbers[begin : begin + batch_size]
+        pixels = processor(images=[images[number] for number in batch], return_tensors="pt")["pixel_values"].to(model.device)
+        found = ask_statements(model, processor, pixels, [[statements[at] for at in by_image[n]] for n in batch], layers)
+        for number, by_layer in zip(batch, found, strict=True):
+            for layer, row in by_layer.items():
+                values.setdefault(layer, np.empty(len(statements)))[by_image[number]] = row
+    return summarise(values, statements, seed)
+
+
+# ---------------------------------------------------------------------------------------------------------- statistics
+
+
+def check_statements(statements: Sequence[Statement], rows: int) -> None:
+    """Raise a ValueError for statements that no test could tell from chance, before anything is asked.
+
+    Args:
+        rows: how many layers, and combinations of them, each group is tested at.
+    """
+    if not statements:
+        raise ValueError("there are no statements: name phrases, and images that they are true and false of")
+    groups = _groups(statements)
+    level = ERROR_RATE / (rows * len(groups))
+    for group, positions in groups.items():
+        own = [statements[at] for at in positions]
+        truth = {one.true for one in own}
+        if len(truth) < 2:
+            kind = "true" if truth.pop() else "false"
+            raise ValueError(f"all {len(own)} statements of {group!r} are {kind}: nothing can be told apart; give other images")
+        true, false = ({one.image for one in own if one.true is kind} for kind in (True, False))
+        within = _is_within(own)
+        smallest = 0.5 ** len(true & false) if within else 1 / math.comb(len(true) + len(false), len(true))
+        if smallest > level:
+            images = f"{len(true & false)} images" if within else f"{len(true)} images that it is true of, {len(false)} that not"
+            raise ValueError(
+                f"{group!r}: {images} cannot tell anything from chance at an error of {ERROR_RATE:.0%} over {len(groups)} groups "
+                f"and {rows} layers (the smallest possible p-value is {smallest:.1g}, {level:.1g} is needed): give more images, "
+                "or ask less"
+            )
+
+
+def summarise(values: Mapping[str, np.ndarray], statements: Sequence[Statement], seed: int = 0) -> Emergence:
+    """What evidence by layer (and "all"), each of S statements (S,), adds up to.
+
+    Raises:
+        MissingExtraError: without scipy and scikit-learn.
+    """
+    groups = _groups(statements)
+    numbers = {number: at for at, number in enumerate(dict.fromkeys(one.image for one in statements))}
+    draws = bootstrap_draws(len(numbers), seed=seed)
+    tables, within, compared = {}, {}, {}
+    for group, positions in groups.items():
+        own = [statements[at] for at in positions]
+        within[group], compared[group] = _is_within(own), _compared(own)
+        image, truth = np.array([numbers[one.image] for one in own]), np.array([one.true for one in own])
+        for layer, every in values.items():
+            rounded = np.round(np.asarray(every, dtype=float)[positions], DECIMALS)
+            tables[group, layer] = _Table.of(rounded, truth, image, len(numbers), within[group])
+    family = len(tables)
+    p_values = holm([table.p_value(family, seed) for table in tables.values()])
+    depths: dict[str, dict[str, Depth]] = {}
+    drawn: dict[str, dict[str, np.ndarray]] = {}
+    for ((group, layer), table), p_value in zip(tables.items(), p_values, strict=True):
+        area, areas = table.areas(draws)
+        drawn.setdefault(group, {})[layer] = areas
+        true, false = (Ratio.mean(column) for column in (table.true, table.false))
+        depths.setdefault(group, {})[layer] = Depth(
+            *(true.value, true.interval(draws), false.value, false.interval(draws)), area, interval(areas), float(p_value)
+        )
+    return Emergence(
+        layers=[layer for layer in values if layer != ALL_LAYERS],
+        depths=depths,
+        within=within,
+        statements={group: (sum(one.true for one in own), sum(not one.true for one in own)) for group, own in compared.items()},
+        images={group: len({one.image for one in own}) for group, own in compared.items()},
+        draws=drawn,
+    )
+
+
+@dataclass
+class _Table:
+    """What N images say of a group at a layer: mean evidence of true and of false statements (N,), NaN without any, and each
+    image's own AUROC (N,), where statements are compared within images."""
+
+    true: np.ndarray
+    false: np.ndarray
+    own: np.ndarray | None
+
+    @classmethod
+    def of(cls, values: np.ndarray, truth: np.ndarray, image: np.ndarray, images: int, within: bool) -> "_Table":
+        own = np.full(images, np.nan)
+        means = np.full((2, images), np.nan)
+        for number in np.unique(image):
+            here, is_true = values[image == number], truth[image == number]
+            true, false = here[is_true], here[~is_true]
+            if within and (not len(true) or not len(false)):
+                continue
+            means[:, number] = [part.mean() if len(part) else np.nan for part in (true, false)]
+            if within:
+                own[number] = np.mean((true[:, None] > false) + 0.5 * (true[:, None] == false))
+        return cls(means[0], means[1], own if within else None)
+
+    def _between(self) -> tuple[np.ndarray, np.ndarray]:
+        """Values and truth: those of the images that it is true of, then those of the others; NaN where they do not belong."""
+        return np.concatenate([self.true, self.false]), np.repeat([True, False], len(self.true))
+
+    def areas(self, draws: np.ndarray) -> tuple[float, np.ndarray]:
+        """The AUROC, and that of each of D draws (D, N)."""
+        if self.own is not None:
+            mean = Ratio.mean(self.own)
+            return mean.value, mean.over(draws)
+        values, truth = self._between()
+        known = ~np.isnan(values)
+        times = np.concatenate([draws, draws], axis=1)[:, known]
+        return roc_area(values[known], truth[known]), roc_areas(values[known], truth[known], times)
+
+    def p_value(self, family: int, seed: int) -> float:
+        """Of being above chance, fine enough to be judged among a family of tests."""
+        if self.own is not None:
+            draws = max(9_999, round(4 * family / ERROR_RATE))
+            return sign_flip(self.own[~np.isnan(self.own)] - 0.5, draws, seed)
+        return two_samples(self.true[~np.isnan(self.true)], self.false[~np.isnan(self.false)])
+
+
+def _groups(statements: Sequence[Statement]) -> dict[str, list[int]]:
+    """Positions of the statements of each group."""
+    groups: dict[str, list[int]] = {}
+    for at, one in enumerate(statements):
+        groups.setdefault(one.group, []).append(at)
+    return groups
+
+
+def _is_within(own: Sequence[Statement]) -> bool:
+    return len({one.phrase for one in own}) > 1
+
+
+def _compared(own: Sequence[Statement]) -> list[Statement]:
+    """Without those of images that say only one thing, where statements are compared within images."""
+    if not _is_within(own):
+        return list(own)
+    both = {one.image for one in own if one.true} & {one.image for one in own if not one.true}
+    return [one for one in own if one.image in both]
+
+
+__all__ = [
+    "Depth",
+    "Emergence",
+    "Statement",
+    "ask_statements",
+    "check_statements",
+    "emergence",
+    "evidence_by_layer",
+    "known_phrases",
+    "summarise",
+]
