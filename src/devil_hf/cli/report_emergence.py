@@ -1,7 +1,8 @@
-"""`devil report emergence`: at which depth, and where, phrases become readable in an image."""
+"""`devil report emergence`: at which depth, and where, phrases become readable, in one image or over labelled ones."""
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from devil_hf.cli.report import REPORTS
 from devil_hf.cli.verb import Verb, show
@@ -14,10 +15,13 @@ PICTURE = "emergence.png"
 class ReportEmergenceSettings(LayerSettings):
     """Phrases against depth and place."""
 
-    images: str = option("a picture (file or URL)", positional=True)
-    phrases: list[str] = option("what is asked", positional=True)
+    images: str = option("a picture (file or URL); or labelled images, as `devil evaluate emergence --source`", positional=True)
+    phrases: list[str] = option(
+        "what is asked; of labelled images also several as NAME=PHRASE,PHRASE, or nothing for every name", [], positional=True
+    )
     carrier: str | None = option('a neutral word read before each phrase, such as "the"', None)
-    output_dir: Path = option("of the picture emergence.png", Path("devil-emergence"))
+    limit: int = option("of labelled images, from the first on", 200, least=1)
+    output_dir: Path = option(f"of {PICTURE}, and of rows and scores of labelled images", Path("devil-emergence"))
 
     def validate(self) -> None:
         """Raise a ValueError for phrases that can be seen to be none."""
@@ -26,28 +30,51 @@ class ReportEmergenceSettings(LayerSettings):
 
 
 def report_emergence(settings: ReportEmergenceSettings) -> None:
-    """Ask one image, draw and print."""
+    """Ask, draw and print."""
+    from devil_hf.data.specifications import read_specification
+
+    named = read_specification(settings.images)
+    if isinstance(named, Path | str) and not Path(named).is_dir() and not settings.images.endswith(".json"):
+        if not settings.phrases:
+            raise ValueError(f"say what is asked of {settings.images}: name phrases")
+        _report_image(settings)
+        return
+    from devil_hf.evaluation.emergence import EmergenceSettings
+    from devil_hf.evaluation.evaluator import evaluate
+
+    shared = {
+        name: getattr(settings, name) for name in ("checkpoint", "device", "phrases", "carrier", "layers", "limit", "output_dir")
+    }
+    evaluation = evaluate("emergence", EmergenceSettings(source=settings.images, **shared))
+    if evaluation is not None:
+        show(settings, evaluation.as_record(), f"{evaluation.text}\npicture: {settings.output_dir / PICTURE}")
+
+
+def _report_image(settings: ReportEmergenceSettings) -> None:
+    """Evidence and maps of phrases in one image."""
     from devil_hf.checkpoints.loading import open_checkpoint
     from devil_hf.model.image_processing_devil import load_images
     from devil_hf.questions.emergence import evidence_by_layer
-    from devil_hf.report.figures import attribution_figure
+    from devil_hf.report.emergence import emergence_figure
 
     (image,) = load_images(settings.images)
     model, processor = open_checkpoint(settings.checkpoint, settings.device)
     layers = read_layers(settings.layers, model.layer_names)
-    pixels = processor(images=image, return_tensors="pt")["pixel_values"].to(model.device)
-    features = model.extract_features(pixels)
+    features = model.extract_features(processor(images=image, return_tensors="pt")["pixel_values"].to(model.device))
     found = evidence_by_layer(model, processor, None, settings.phrases, layers, settings.carrier, features)
     phrases = processor(text=settings.phrases, carrier=settings.carrier, return_tensors="pt")
     maps = model.attribute(phrases=phrases, layers=layers, feature_maps=features)
     maps.maps = {name: one.cpu() for name, one in maps.maps.items()}
     settings.output_dir.mkdir(parents=True, exist_ok=True)
-    attribution_figure(processor, image, maps, settings.phrases).save(settings.output_dir / PICTURE)
+    file = settings.output_dir / PICTURE
+    emergence_figure(processor, image, maps, found, settings.phrases).save(file, optimize=True)
+    record: dict[str, Any] = {"image": settings.images, "phrases": {}}
     lines = ["evidence in the whole image, nats per token over the null prefix"]
     for at, phrase in enumerate(settings.phrases):
-        lines.append(f"{phrase}: " + "  ".join(f"{layer} {values[0, at]:+.2f}" for layer, values in found.items()))
-    record = {phrase: {layer: float(v[0, at]) for layer, v in found.items()} for at, phrase in enumerate(settings.phrases)}
-    show(settings, record, "\n".join([*lines, f"maps: {settings.output_dir / PICTURE}"]))
+        evidence = {layer: float(values[0, at]) for layer, values in found.items()}
+        record["phrases"][phrase] = {"evidence": evidence, "maps": {name: one[0, at].tolist() for name, one in maps.maps.items()}}
+        lines.append(f"{phrase}: " + "  ".join(f"{layer} {value:+.2f}" for layer, value in evidence.items()))
+    show(settings, record, "\n".join([*lines, f"picture: {file}"]))
 
 
 REPORTS.register(
