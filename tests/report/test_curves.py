@@ -37,7 +37,9 @@ def test_higher_values_are_drawn_higher_and_names_stand_beside_them(written):
 @pytest.mark.parametrize("values", [[0.0], [1e-9, 0.0], [-3000.0, 7.0], [0.5] * 40])
 def test_any_scale_and_any_number_of_layers_is_drawn(values, written):
     curves_panel("t", [f"blocks.{at}" for at in range(len(values))], [Curve("a", values, SERIES[0])], base=0.0)
-    assert len([text for text in written if text.startswith("blocks")]) == len(values)
+    shown = [text for text in written if text.startswith("blocks.")]
+    assert shown[0] == f"blocks.{len(values) - 1}" and "…" not in "".join(shown), "the deepest one, and none cut short"
+    assert len(shown) == len(values) or len(shown) > 4
 
 
 def test_the_groups_that_are_not_drawn_are_counted(written):

@@ -8,7 +8,7 @@ from itertools import pairwise
 from PIL import Image, ImageDraw
 
 from devil_hf.report.colours import MUTED, PAPER, RULE, Colour
-from devil_hf.report.drawing import GAP, MARGIN, fit, line_height, wrap, write
+from devil_hf.report.drawing import GAP, MARGIN, fit, font, line_height, wrap, write
 
 # Told apart by people who see colours differently (Okabe and Ito), and from each other in grey, as far as eight can be.
 SERIES: tuple[Colour, ...] = (
@@ -77,10 +77,7 @@ def curves_panel(
     panel.paste(plot, (AXIS, head))
     for value in _ticks(low, high):
         write(draw, (AXIS - 8, head + y(value)), f"{value:g}", 13, MUTED, "rm")
-    step = min((b - a for a, b in pairwise(places)), default=width)
-    for layer, x in zip(layers, places, strict=True):
-        size, text = fit(layer, step - 6, line_height(13) * 2, (13, 11, 9))
-        write(draw, (AXIS + x, head + height + 8), text, size, MUTED, "ma")
+    _write_layers(draw, layers, [AXIS + x for x in places], head + height + 8)
     _write_names(draw, curves, (AXIS + width + 8, head), height, y)
     write(draw, (0, head + height + 44), lines, 13, MUTED)
     return panel
@@ -134,6 +131,16 @@ def _line(draw: ImageDraw.ImageDraw, points: Sequence[tuple[float, float]], curv
         for part in range(0, parts, 2):
             cut = [tuple(a + (b - a) * share / parts for a, b in zip(start, end, strict=True)) for share in (part, part + 1)]
             draw.line([*cut[0], *cut[1]], fill=curve.colour, width=2 * SCALE)
+
+
+def _write_layers(draw: ImageDraw.ImageDraw, layers: Sequence[str], places: Sequence[float], top: float) -> None:
+    """The names of the layers below their places, counted from the last one as many as there is room for."""
+    wide = max(font(13, layer).getlength(layer) for layer in layers) + 8
+    free = float("inf")
+    for layer, x in reversed(list(zip(layers, places, strict=True))):
+        if x + wide / 2 <= free:
+            write(draw, (x, top), layer, 13, MUTED, "ma")
+            free = x - wide / 2
 
 
 def _write_names(

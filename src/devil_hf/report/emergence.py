@@ -61,7 +61,7 @@ def depths_figure(depths: Mapping[str, Mapping[str, Mapping[str, Any]]], name: s
             intervals = [row[f"{kind}_interval"] for row in rows]
             evidence.append(Curve("" if dashed else group, [row[kind] for row in rows], colour, intervals, dashed=dashed))
     left_out = f" {len(depths) - len(shown)} more groups are not drawn." if len(depths) > len(shown) else ""
-    least = min(0.4, *(end for curve in told for one in curve.intervals if one for end in one))
+    least = min([0.4, *(end for curve in told for one in curve.intervals if one for end in one)])
     panels = [
         curves_panel(
             f"AUROC of true against false phrases; {name}",
