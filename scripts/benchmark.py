@@ -3,6 +3,7 @@
     python scripts/benchmark.py attribution     phrases mapped over the deepest layer's grid (ResNet-50: 7 x 7)
     python scripts/benchmark.py describe        every location of that grid described
     python scripts/benchmark.py training        one training step, see benchmark_training.py
+    python scripts/benchmark.py evidence        a sentence explained word by word, see benchmark_evidence.py
     python scripts/benchmark.py                 the first two
 
 The naive loop does what the method's equations say, for one location after another: all the layer tokens computed and the hidden
@@ -17,6 +18,7 @@ import json
 import statistics
 
 import torch
+from benchmark_evidence import evidence
 from benchmark_training import bf16_pays, build, timed, training
 from transformers.utils import logging
 
@@ -147,21 +149,24 @@ def describe(model: DevilModel, fast_model: DevilModel, pixel_values: torch.Tens
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="*", help="attribution, describe, training (default: the first two)")
+    parser.add_argument("what", nargs="*", help="attribution, describe, training, evidence (default: the first two)")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each side (default: %(default)s)")
     parser.add_argument("--words", type=int, default=12, help="words of each description (default: %(default)s)")
+    parser.add_argument("--sample", type=int, default=1, help="of evidence: every N-th question of the loop (default: all)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     parser.add_argument("--json", action="store_true", help="print one object on one line")
     arguments = parser.parse_args()
     subjects = arguments.what or ["attribution", "describe"]
-    if unknown := sorted(set(subjects) - {"attribution", "describe", "training"}):
-        parser.error(f"unknown subjects {unknown}; there are attribution, describe and training")
+    if unknown := sorted(set(subjects) - {"attribution", "describe", "training", "evidence"}):
+        parser.error(f"unknown subjects {unknown}; there are attribution, describe, training and evidence")
     logging.set_verbosity_error()
     torch.set_num_threads(arguments.threads)
     report = {"threads": arguments.threads, "device": arguments.device}
     if "training" in subjects:
         report |= training(arguments.device, arguments.threads, arguments.repeats)
+    if "evidence" in subjects:
+        report |= evidence(arguments.repeats, arguments.sample)
     if {"attribution", "describe"} & set(subjects):
         # Without an EOS every description has the length asked for.
         model = build("paper", arguments.device, eos_token_id=None).eval()

@@ -6,6 +6,7 @@ import threading
 import weakref
 import zipfile
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from types import SimpleNamespace
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
@@ -26,6 +27,7 @@ from devil_hf.demo.explorer import Explorer, read_phrases
 from devil_hf.demo.messages import told
 from devil_hf.demo.uploads import read_upload
 from devil_hf.demo.visits import Visits
+from devil_hf.questions.word_evidence import explain_words
 from devil_hf.report import html
 from devil_hf.report.features import feature_picture
 
@@ -298,7 +300,8 @@ def test_a_visit_that_nobody_holds_leaves_memory(model, processor, images):
 def test_words_are_buttons_that_say_their_evidence_and_cannot_break_out():
     words = [("red", 1.5), ('"><script>', -0.5)]
     text = html.image_html([{"layer": "all", "location": None, "description": "", "evidence": 0.5, "words": words}])
-    assert text.count("<button") == 2 and 'data-word="red"' in text and "+1.50 nats" in text
+    assert text.count("<button") == 2 and 'data-word="red" data-before=""' in text and "+1.50 nats" in text
+    assert 'data-before="red"' in text
     assert "<script" not in text
     assert "240, 130, 40" in text and "63, 142, 206" in text
 
@@ -307,6 +310,24 @@ def test_the_stage_marks_the_place(images):
     stage = html.stage_html(images[0], (0.125, 0.0, 0.875, 1.0), (4, 3), (1, 2), "<layer>")
     assert 'data-rows="4"' in stage and 'data-row="1"' in stage and "<layer>" not in stage
     assert "left:62.500%;top:25.000%;width:25.000%;height:25.000%" in stage
+
+
+def test_a_clicked_word_is_mapped_after_the_words_before_it(explorer, images):
+    checkpoints = Checkpoints(models="none")
+    checkpoints._loaded[EMBEDDED] = explorer
+    visits = Visits(checkpoints, images)
+    session = visits.start()["session"]
+    said, features = ["a red dog on the grass"], session.look.feature_maps
+    (found,) = explain_words(explorer.model, explorer.processor, sentences=said, feature_maps=features)
+    at = len(found.words) - 1
+    before = " ".join(word.text for word in found.words[:at])
+    outputs = explorer.map_phrases(session.look, [found.words[at].text], before)
+    tokens = len(explorer.processor(text=[" " + found.words[at].text])["input_ids"][0])
+    for layer, maps in outputs.maps.items():
+        torch.testing.assert_close(tokens * maps[0, 0], found.by_layer[layer][at], atol=1e-4, rtol=0)
+    clicked = visits.act(SimpleNamespace(word=found.words[at].text, before=before), session, explorer.layers[0], "the")
+    assert (clicked["phrases"], clicked["carrier"]) == (found.words[at].text, before)
+    assert clicked["maps"] == html.maps_html(explorer.processor, session.image, outputs, [found.words[at].text])
 
 
 def test_every_phrase_has_a_map_at_every_layer_on_one_scale(explorer, images):

@@ -26,7 +26,7 @@ json_values = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
     max_leaves=6,
 )
-PIECES = ("example", "word", "layer", "at", "x", "y")  # what an event of the page may carry
+PIECES = ("example", "word", "before", "layer", "at", "x", "y")  # what an event of the page may carry
 numbers = st.floats() | st.integers() | st.floats(-20, 150) | json_values
 sizes = st.tuples(st.integers(1, 60), st.integers(1, 60))
 

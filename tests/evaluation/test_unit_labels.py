@@ -123,6 +123,7 @@ def test_rerank_takes_the_beam_with_the_most_information(model, processor, poole
             scored.append((given - 0.7 * null, text, (given - null) / length))
         best = max(scored)
         assert row["label"] == best[1] and row["evidence"] == pytest.approx(best[2], abs=1e-3)
+        assert " ".join(word for word, _ in row["words"]) == " ".join(row["label"].split())
         assert row["runner_up"] != row["label"]
         plain = model.decode(prefix, max_new_tokens=5)
         assert greedy[at]["label"] == processor.batch_decode(plain, skip_special_tokens=True)[0].strip()
@@ -143,6 +144,9 @@ def test_words_are_chosen_by_evidence(model, processor, pooled):
         order = sorted(values, key=values.get, reverse=True)
         assert [row["label"], row["runner_up"]] == order[:2]
         assert row["evidence"] == pytest.approx(values[order[0]], abs=1e-3)
+        assert [word for word, _ in row["words"]] == row["label"].split()
+        count = len(processor.tokenizer(row["label"])["input_ids"])
+        assert sum(nats for _, nats in row["words"]) == pytest.approx(count * row["evidence"], abs=1e-3)
     with pytest.raises(ValueError, match="words"):
         label_units(model, processor, pooled, "words")
 

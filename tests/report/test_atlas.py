@@ -78,6 +78,7 @@ def test_parquet_json_and_pictures_agree(tmp_path):
     for row, other, label, check in zip(table, plain, labels, checks, strict=True):
         assert row["label"] == other["label"] == label["label"] and row["passed"] == other["passed"] == check["passed"]
         assert other["words"] == label["words"] and other["pearson"] == check["pearson"]
+        assert list(zip(row["words"], row["word_evidence"], strict=True)) == [tuple(one) for one in label["words"]]
         assert len(row["images"]) == len(row["keys"]) == 15 and (folder / row["images"][0]).is_file()
         assert row["peaks"] == sorted(row["peaks"], reverse=True)
     strip = Image.open(folder / "masks" / "blocks.6" / "3.png").convert("RGBA")

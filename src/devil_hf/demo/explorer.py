@@ -14,7 +14,7 @@ from devil_hf.model.processing_devil import DevilProcessor
 from devil_hf.report.places import crop_box, location_to_box, pixel_to_location
 
 MAX_PHRASES, MAX_PHRASE_LENGTH = 6, 60
-MAX_CARRIER_LENGTH = 40
+MAX_CARRIER_LENGTH = 160  # letters: about the words of a description before its last
 MAX_NEW_TOKENS = 30
 
 

@@ -30,7 +30,7 @@ element.addEventListener("pointerleave", () => {
 });
 element.addEventListener("click", (event) => {
   const word = event.target.closest("[data-word]");
-  if (word) return trigger("select", { word: word.dataset.word });
+  if (word) return trigger("select", { word: word.dataset.word, before: word.dataset.before });
   const tile = event.target.closest(".dv-features");
   if (tile) {
     const byKey = event.detail === 0;  // Enter on a tile only chooses the layer

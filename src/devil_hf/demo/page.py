@@ -17,7 +17,7 @@ SESSION_SECONDS = 3600
 # The pieces that answers may change.
 CHANGING = (
     *("session", "layer", "stage", "row", "column", "place", "sentence", "features"),
-    *("gallery", "maps", "phrases", "upload", "head"),
+    *("gallery", "maps", "phrases", "carrier", "upload", "head"),
 )
 SCROLL_TO_MAPS = "() => document.getElementById('dv-maps').scrollIntoView({ behavior: 'smooth', block: 'nearest' })"
 
@@ -56,7 +56,10 @@ class Page:
             with gr.Column(scale=5, min_width=320):
                 self.build_choice()
             with gr.Column(scale=6, min_width=320):
-                with card("What this place says", "Tinted words owe more to the features. Click one to see its map."):
+                with card(
+                    "What this place says",
+                    "Tinted words owe more to the features. Click one for its map, after the words before it.",
+                ):
                     self.place = piece("dv-place")
                 with card("What the whole image says"):
                     self.sentence = piece("dv-sentence")
@@ -97,7 +100,7 @@ class Page:
                     max_lines=2,
                     elem_id="dv-phrases",
                 )
-                self.carrier = gr.Textbox("the", label="Neutral word before", scale=1, min_width=90, max_lines=1)
+                self.carrier = gr.Textbox("the", label="Words before", scale=1, min_width=90, max_lines=1)
                 self.map_button = gr.Button("Show maps", variant="primary", scale=1, min_width=120, elem_id="dv-map")
             self.maps = piece("dv-maps", render(NO_MAPS))
 

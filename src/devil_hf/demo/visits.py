@@ -10,7 +10,7 @@ import gradio as gr
 from PIL import Image
 
 from devil_hf.demo.checkpoints import Checkpoints
-from devil_hf.demo.explorer import Explorer, Look, read_phrases
+from devil_hf.demo.explorer import MAX_CARRIER_LENGTH, Explorer, Look, read_phrases
 from devil_hf.demo.messages import message
 from devil_hf.demo.uploads import read_upload
 from devil_hf.report import html
@@ -133,12 +133,14 @@ class Visits:
     def act(self, event: gr.EventData, session: Session, layer: str, carrier: str) -> Answer:
         """A click on a word, a layer, an example, a tile of features or the stage."""
         session = _opened(session)
-        example, word, chosen, at, x, y = (getattr(event, name, None) for name in ("example", "word", "layer", "at", "x", "y"))
+        names = ("example", "word", "before", "layer", "at", "x", "y")
+        example, word, before, chosen, at, x, y = (getattr(event, name, None) for name in names)
         if example is not None:
             index = int(_number(example)) % len(self.examples)
             return self.open(self.examples[index], session.checkpoint, layer, example=index)
         if word is not None:
-            return {**self.show_maps(session, word, carrier), "phrases": word}
+            before = before[:MAX_CARRIER_LENGTH] if isinstance(before, str) else carrier  # a word in its sentence
+            return {**self.show_maps(session, word, before), "phrases": word, "carrier": before}
         explorer, look = self.explorer(session), self.look(session)
         if chosen is None:
             x, y = _number(x) * look.image.width, _number(y) * look.image.height

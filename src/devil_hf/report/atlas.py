@@ -80,6 +80,7 @@ def write_atlas(
             write(exemplars, unfinished)
     features = Features(
         {name: Value(kind) for name, kind in COLUMNS.items()}
+        | {"words": List(Value("string")), "word_evidence": List(Value("float32"))}
         | {"images": List(Value("string")), "peaks": List(Value("float32")), "keys": List(Value("string"))}
     )
     write_rows(_parquet_rows(exemplars, rows), features, output_dir / "atlas.parquet")
@@ -119,6 +120,8 @@ def _rows(exemplars: ExemplarSet, labels, checks, names: Mapping[str, Sequence[s
 def _parquet_rows(exemplars: ExemplarSet, rows: list[dict]) -> Iterator[dict]:
     for row in rows:
         yield {name: row[name] for name in (*COLUMNS, "peaks")} | {
+            "words": [word for word, _ in row["words"]],
+            "word_evidence": [nats for _, nats in row["words"]],
             "images": [f"thumbs/{number}.jpg" for number in row["images"]],
             "keys": [exemplars.keys[number] for number in row["images"]],
         }

@@ -9,6 +9,7 @@ from transformers.utils import requires_backends
 
 from devil_hf.model.outputs_devil import AttributionOutput, ScoreOutput
 from devil_hf.model.processing_devil import AttributionOverlays
+from devil_hf.questions.word_evidence import SentenceEvidence
 from devil_hf.report.html import data_uri, tinted
 from devil_hf.report.templates import render
 
@@ -20,9 +21,10 @@ def to_pandas(result: Any, phrases: Sequence[str] = ()) -> Any:
     """A `pandas.DataFrame` of descriptions, scores or attribution maps.
 
     Args:
-        result: rows of `processor.post_process_descriptions`, one row each; what `model.score` returned, one row per question
-            and phrase (question, phrase, log_prob, evidence); or what `model.attribute` returned, one row per place (layer,
-            image, phrase, row, column, and the value in nats under the name of the measure).
+        result: rows of `processor.post_process_descriptions`, one row each; what `explain_words` returned, one row per word
+            (sentence, word, evidence, and by layer "alone LAYER" and "lost LAYER"); what `model.score` returned, one row per
+            question and phrase (question, phrase, log_prob, evidence); or what `model.attribute` returned, one row per place
+            (layer, image, phrase, row, column, and the value in nats under the name of the measure).
         phrases: those that were scored or mapped, in the same order.
 
     Raises:
@@ -37,7 +39,18 @@ def to_pandas(result: Any, phrases: Sequence[str] = ()) -> Any:
     if isinstance(result, AttributionOutput):
         columns = ["layer", "image", "phrase", "row", "column", result.measure]
         return pandas.DataFrame(_map_rows(result, phrases), columns=columns)
-    return pandas.DataFrame(list(result))
+    return pandas.DataFrame([row for at, one in enumerate(result) for row in _table_rows(at, one)])
+
+
+def _table_rows(at: int, one: Any) -> list[dict[str, Any]]:
+    """The rows of a description, or of the words of the sentence at position `at`."""
+    if not isinstance(one, SentenceEvidence):
+        return [one]
+    return [
+        {"sentence": at, "word": word.text, "evidence": word.evidence}
+        | {f"{name} {layer}": nats for name in ("alone", "lost") for layer, nats in getattr(word, name).items()}
+        for word in one.words
+    ]
 
 
 def _score_rows(output: ScoreOutput, phrases: Sequence[str]) -> list[tuple]:
@@ -74,10 +87,27 @@ class Html:
         return self.html
 
 
-def show(result: Sequence[dict] | AttributionOverlays) -> Html:
-    """What a notebook shows: descriptions as a table, words tinted by their evidence, or pictures under their maps."""
-    rows = _overlay_rows(result) if isinstance(result, AttributionOverlays) else map(_description_row, result)
-    return Html(render(TEMPLATE, rows=list(rows)))
+def show(result: Sequence[dict | SentenceEvidence] | AttributionOverlays) -> Html:
+    """What a notebook shows.
+
+    Args:
+        result: rows of descriptions, as a table of words tinted by their evidence; what `explain_words` returned, each sentence
+            tinted by what all layers carry, by each alone, and by what is lost without it; or the pictures of
+            `processor.overlay`, of the maps of words (`processor.overlay(found.maps, image)`), too.
+    """
+    if isinstance(result, AttributionOverlays):
+        return Html(render(TEMPLATE, rows=_overlay_rows(result)))
+    return Html(render(TEMPLATE, rows=[row for one in result for row in _shown_rows(one)]))
+
+
+def _shown_rows(one: dict | SentenceEvidence) -> list[dict[str, Any]]:
+    if not isinstance(one, SentenceEvidence):
+        return [_description_row(one)]
+    lines = {"all": [word.evidence for word in one.words]}
+    for name, title in (("alone", "{} alone"), ("lost", "lost without {}")):
+        lines |= {title.format(layer): [getattr(word, name)[layer] for word in one.words] for layer in one.words[0].alone}
+    texts = [word.text for word in one.words]
+    return [{"name": name, "pictures": [], "words": tinted(list(zip(texts, nats, strict=True)))} for name, nats in lines.items()]
 
 
 def _description_row(row: dict) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 
 from devil_hf.data.unit_features import PooledUnits
 from devil_hf.model.modeling_devil import DevilModel
+from devil_hf.model.outputs_devil import word_evidence
 from devil_hf.model.processing_devil import DevilProcessor
 from devil_hf.settings import option
 from devil_hf.text_files import read_list
@@ -75,8 +76,8 @@ def label_units(
 
     Returns:
         Per unit `layer`, `unit`, `label`, `evidence` (nats per token over the null prefix), `runner_up` and
-        `runner_up_evidence` (the best candidate that says something else), `words` (each token of the label and what it owes
-        to the features, in nats). Labels of silent units are empty, their evidence None.
+        `runner_up_evidence` (the best candidate that says something else), `words` (each word of the label and what it owes
+        to the features, in nats, after the words before it). Labels of silent units are empty, their evidence None.
     """
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy={strategy!r} is not one of {STRATEGIES}")
@@ -88,13 +89,13 @@ def label_units(
     bar = tqdm(total=len(pooled.units), desc="labels", unit="unit")
     if strategy == "words":
         phrases = model.check_phrases(processor(text=list(words or ()), carrier=carrier, return_tensors="pt"))
-        null = model.score_prefix(model.null_prefix(), phrases).sum(dim=-1)
+        null = model.score_prefix(model.null_prefix(), phrases)
     for begin in range(0, len(pooled.units), ROWS):
         part = slice(begin, begin + ROWS)
         features = [None if one is None else one[part] for one in pooled.features]
         prefix = model.translate(features, pooled.hidden[part])
         if strategy == "words":
-            labelled = _choose_words(model, prefix, list(words or ()), phrases, null)
+            labelled = _choose_words(model, processor, prefix, list(words or ()), phrases, null)
         else:
             labelled = _choose_texts(model, processor, prefix, strategy, candidates, prior_weight, max_new_tokens)
         for (layer, unit), row, silent in zip(pooled.units[part], labelled, pooled.silent[part].tolist(), strict=True):
@@ -105,16 +106,21 @@ def label_units(
     return rows
 
 
-def _choose_words(model, prefix: Tensor, words: list[str], phrases: dict[str, Tensor], null: Tensor) -> list[dict]:
-    """The words (K,) of the most evidence; `null` (1, K) are their log-probabilities under the null prefix."""
-    given = model.score_prefix(prefix, phrases).sum(dim=-1)
-    evidence = (given - null) / phrases["scored_mask"].sum(dim=1)
+def _choose_words(
+    model, processor, prefix: Tensor, words: list[str], phrases: dict[str, Tensor], null: Tensor
+) -> list[dict[str, Any]]:
+    """The words (K,) of the most evidence; `null` (1, K, T) are the log-probabilities of their tokens under the null prefix."""
+    given = model.score_prefix(prefix, phrases) - null  # 0 for tokens that are not scored
+    evidence = given.sum(dim=-1) / phrases["scored_mask"].sum(dim=1)
     best = evidence.topk(min(2, len(words)), dim=1)
     rows = []
-    for values, order in zip(best.values.tolist(), best.indices.tolist(), strict=True):
+    for unit, (values, order) in enumerate(zip(best.values.tolist(), best.indices.tolist(), strict=True)):
         second = (words[order[1]], values[1]) if len(order) > 1 else ("", None)
         row = {"label": words[order[0]], "evidence": values[0], "runner_up": second[0], "runner_up_evidence": second[1]}
-        rows.append(row | {"words": [[words[order[0]], values[0]]]})
+        scored = phrases["scored_mask"][order[0]].bool().cpu()
+        tokens = phrases["input_ids"][order[0]].cpu()[scored].tolist()
+        pairs = zip(tokens, given[unit, order[0]].cpu()[scored].tolist(), strict=True)
+        rows.append(row | {"words": [list(one) for one in word_evidence(processor.tokenizer, list(pairs))]})
     return rows
 
 
@@ -146,18 +152,15 @@ def _choose_texts(model, processor, prefix, strategy, candidates, prior_weight, 
         first = order[0]
         second = next((at for at in order if names[at] != names[first]), None)
         at = n * each + first
-        contributions = (given[at] - null[at]).tolist()
+        nats = zip(flat[at].tolist(), (given[at] - null[at]).tolist(), strict=True)
+        pairs = [(token, value) for token, value in nats if token not in special]
         rows.append(
             {
                 "label": names[first],
                 "evidence": float(per_token[n, first]),
                 "runner_up": "" if second is None else names[second],
                 "runner_up_evidence": None if second is None else float(per_token[n, second]),
-                "words": [
-                    [processor.tokenizer.decode([token]), value]
-                    for token, value in zip(flat[at].tolist(), contributions, strict=True)
-                    if token not in special
-                ],
+                "words": [list(one) for one in word_evidence(processor.tokenizer, pairs)],
             }
         )
     return rows

@@ -58,6 +58,13 @@ function badge(unit) {
   if (!unit.label) return element("span", "badge failed", "silent");
   return meta.checked ? element("span", `badge ${state(unit)}`, unit.passed ? "✓ passed" : "not passed") : element("span");
 }
+const tint = value => `color-mix(in srgb, var(--accent) ${Math.round(Math.max(0, Math.min(value / 4, 1)) * 28)}%, transparent)`;
+function label(unit) {                  // word by word, each tinted by what it owes to the unit
+  const e = element("div", "label"), said = unit.words.map(([word]) => word).join(" ");
+  if (!unit.label || said !== unit.label.split(/\s+/).join(" ")) { e.textContent = unit.label || "no activation to speak of"; return e; }
+  unit.words.forEach(([word, value], at) => { const part = element("mark", "", word); part.style.background = tint(value); part.title = `${number(value)} nats`; e.append(at ? " " : "", part); });
+  return e;
+}
 function measure(name, value) { const e = element("span", "", name + " "); e.append(element("b", "", value)); return e; }
 
 function make(unit, at) {
@@ -66,7 +73,7 @@ function make(unit, at) {
   top.append(element("span", "", `${unit.layer} · ${unit.name}`), badge(unit));
   numbers.append(measure("evidence", number(unit.evidence)));
   if (meta.checked) numbers.append(measure("r", number(unit.pearson)), measure("AUPRC", number(unit.auprc)));
-  card.append(top, element("div", "label", unit.label || "no activation to speak of"), numbers, shots(unit, 5));
+  card.append(top, label(unit), numbers, shots(unit, 5));
   card.onclick = () => show(at); card.onkeydown = event => { if (event.key === "Enter") show(at); };
   return card;
 }
@@ -80,13 +87,13 @@ function show(at) {
   }
   for (const [word, value] of unit.words) {
     const e = element("span", "", word); e.append(element("small", "", (value >= 0 ? "+" : "") + value.toFixed(1)));
-    e.style.background = `color-mix(in srgb, var(--accent) ${Math.round(Math.max(0, Math.min(value / 4, 1)) * 28)}%, transparent)`; words.append(e);
+    e.style.background = tint(value); words.append(e);
   }
   const rows = [["runner-up", unit.runner_up ? `${unit.runner_up} (${number(unit.runner_up_evidence)})` : "–"], ["evidence, nats per token", number(unit.evidence)]];
   if (meta.checked) rows.push(["correlation on held-out", `${number(unit.pearson, 3)} (p ${number(unit.pearson_p, 4)}, q ${number(unit.q, 4)})`], ["AUPRC on held-out", `${number(unit.auprc, 3)} (p ${number(unit.auprc_p, 4)})`]);
   rows.push(["threshold of the masks", number(unit.threshold, 3)]);
   for (const [name, value] of rows) { const row = element("tr"); row.append(element("th", "", name), element("td", "", value)); table.append(row); }
-  inside.replaceChildren(bar, element("div", "label", unit.label || "no activation to speak of"), words, table, shots(unit, 99));
+  inside.replaceChildren(bar, label(unit), words, table, shots(unit, 99));
   if (!$("detail").open) $("detail").showModal();
   $("detail").scrollTop = 0; history.replaceState(null, "", `#${unit.layer}/${unit.unit}`);
 }
