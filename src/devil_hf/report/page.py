@@ -22,6 +22,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
+from transformers.utils import logging
 
 from devil_hf.data.identity import combined
 from devil_hf.data.images import ImageStream, NumberedImages, open_images
@@ -35,6 +36,8 @@ from devil_hf.report.html import data_uri
 from devil_hf.report.page_figures import add_up, page_html, page_text
 from devil_hf.report.places import crop_box
 from devil_hf.settings import option, read_layers
+
+logger = logging.get_logger(f"transformers.{__name__}")
 
 PAGE = "index.html"
 THUMBNAIL, QUALITY = 208, 60  # pixels of the longer side, and of WEBP
@@ -157,9 +160,12 @@ class Page(Evaluator):
         ]
         prefixes = [one for (other, _), one in zip(self.others, self.prefixes, strict=True) if other != number]
         others = torch.cat(prefixes) if prefixes else None
-        (found,) = explain_words(
-            self.model, self.processor, None, [sentence], self.layers, mapped=mapped, others=others, feature_maps=features
-        )
+        asked = {"layers": self.layers, "mapped": mapped, "others": others, "feature_maps": features}
+        try:
+            (found,) = explain_words(self.model, self.processor, sentences=[sentence], **asked)
+        except ValueError as error:  # of a text that is longer, or nothing, when it is read again as tokens
+            logger.warning(f"image {number}: the words of {sentence!r:.100} are not explained: {error}")
+            return {}
         return _as_row(found, self.layers)
 
     def score(self, rows: Mapping[str, Any]) -> Evaluation:

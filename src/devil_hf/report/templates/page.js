@@ -60,7 +60,7 @@ function fill(row) {
     };
     sentence.append(button, " ");
   });
-  if (!row.words.length) sentence.append(element("span", "nothing", "(no words)"));
+  if (!row.words.length) sentence.append(element("span", "", row.text || "(no words)"));
   row.layers.forEach(one => {
     const item = element("li"), words = element("span");
     one.words.forEach(([word, nats]) => { const e = element("span", "tinted", word); e.style.setProperty("--tint", tint(nats)); e.title = `${signed(nats, 2)} nats`; words.append(e, " "); });
