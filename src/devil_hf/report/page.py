@@ -160,7 +160,7 @@ class Page(Evaluator):
         ]
         prefixes = [one for (other, _), one in zip(self.others, self.prefixes, strict=True) if other != number]
         others = torch.cat(prefixes) if prefixes else None
-        asked = {"layers": self.layers, "mapped": mapped, "others": others, "feature_maps": features}
+        asked: dict[str, Any] = {"layers": self.layers, "mapped": mapped, "others": others, "feature_maps": features}
         try:
             (found,) = explain_words(self.model, self.processor, sentences=[sentence], **asked)
         except ValueError as error:  # of a text that is longer, or nothing, when it is read again as tokens
