@@ -17,12 +17,12 @@ from devil_hf.evaluation.evaluator import evaluate
 from devil_hf.evaluation.localisation import MapsSettings
 from devil_hf.evaluation.maps import collecting as mapping
 from devil_hf.evaluation.maps import scores as map_scores
-from devil_hf.evaluation.maps.collecting import draw_boards, location_curves, read_arrays, shown_weights
+from devil_hf.evaluation.maps.collecting import CENTRE, draw_boards, location_curves, read_arrays, shown_weights
 from devil_hf.evaluation.maps.combining import combine_maps
 from devil_hf.evaluation.maps.gradcam import ClassMapper
 from devil_hf.evaluation.maps.measures import centre_prior
 from devil_hf.evaluation.maps.pointing import pointing
-from devil_hf.evaluation.maps.scores import maps_text, named_in_captions, score_maps, summarise
+from devil_hf.evaluation.maps.scores import UNSEEN_HEAD, maps_text, named_in_captions, score_maps, summarise
 from devil_hf.evaluation.maps.views import MAP_MEASURES, map_measure
 from devil_hf.evaluation.results import read_evaluations
 from devil_hf.report.localisation import localisation_figure
@@ -54,6 +54,19 @@ def mapped(model, processor, examples, monkeypatch):
         return evaluation, {line["key"]: line["row"] for line in map(json.loads, lines)}
 
     return run
+
+
+def test_phrases_whose_head_word_no_training_region_has_are_a_group_with_the_centre_beside(mapped, tmp_path):
+    evaluation, rows = mapped(tmp_path, boards=0, unseen=["shapes:40:1"])
+    counts, groups = evaluation.details["counts"], evaluation.details["over_centre"]
+    assert counts["class"]["phrases"] == 6 and counts[UNSEEN_HEAD]["phrases"] == 4, "circle and square are the world's"
+    assert sum(phrase in ("dog", "grass", "cat") for row in rows.values() for phrase in row["phrases"]) == 4
+    own = f"pointing_{UNSEEN_HEAD.replace(' ', '_')}"
+    centre = evaluation.details["pointing_centre"][UNSEEN_HEAD]["mean"]
+    value, low, high = groups[UNSEEN_HEAD]["mean"]["pointing"]
+    assert value == pytest.approx(evaluation.scores["mean"][own] - centre) and low <= value <= high
+    assert groups["class"][CENTRE]["pointing"] == (0, 0, 0), "paired"
+    assert UNSEEN_HEAD in evaluation.text and "pointing over the centre: " in evaluation.text
 
 
 def test_the_informed_combination_is_its_formula(model, pixel_values, phrases):

@@ -22,7 +22,7 @@ from devil_hf.evaluation.maps.collecting import (
     map_image,
 )
 from devil_hf.evaluation.maps.gradcam import ClassMapper, read_class_names
-from devil_hf.evaluation.maps.scores import RANDOM_ORDER, as_table, beside, maps_text, named_in_captions, score_maps
+from devil_hf.evaluation.maps.scores import RANDOM_ORDER, as_table, beside, known_heads, maps_text, named_in_captions, score_maps
 from devil_hf.evaluation.results import CHANCE, Evaluation
 from devil_hf.model.pooling_devil import resolve_layers
 from devil_hf.settings import option, read_layers, read_windows
@@ -55,6 +55,11 @@ class MapsSettings(EvaluationSettings):
         metavar="FOLDER:SPLIT",
     )
     seen: int = option("of the training's images must name a class that counts as known", 10)
+    unseen: list[str] = option(
+        "regions of the training, as SOURCE has them: phrases whose head word none of theirs has are reported apart",
+        [],
+        metavar="SOURCE",
+    )
     gradcam: bool = option("also Grad-CAM of the backbone's classifier", False)
     class_names: Path | None = option("of that classifier, one a line (default: ImageNet's)", None)
     batch_size: int = option("images between two records, per process; each is mapped alone", 1)
@@ -87,6 +92,7 @@ class MapsEvaluator(Evaluator):
         if settings.captions:
             names = {phrase for one in self.examples for phrase in one.groups}
             self.seen = named_in_captions(names, settings.captions, settings.seen)
+        self.heads = known_heads(settings.unseen) if settings.unseen else None
         self.by_key: dict[str, LocalisedImage | Board] = {one.key: one for one in self.examples}
         self.by_key |= self.boards
         return list(self.by_key)
@@ -135,10 +141,11 @@ class MapsEvaluator(Evaluator):
         """See `score_maps`."""
         settings, folder = self.settings, Path(self.settings.output_dir)
         self.recorded = rows
-        self.content = score_maps(rows, folder, self.seen, seed=settings.seed)
+        self.content = score_maps(rows, folder, self.seen, self.heads, seed=settings.seed)
         world = parse_world(settings.source)
         noted: dict[str, Any] = {"carrier": settings.carrier, "seed": settings.seed, "images": len(self.examples)}
         noted |= {"windows": self.windows} if self.windows else {}
+        noted |= {"unseen": settings.unseen} if settings.unseen else {}
         bad = sum("problem" in row for row in rows.values() if "board" not in row)
         noted |= {"bad_images": bad} if bad else {}
         scores = as_table(self.content)
@@ -151,7 +158,7 @@ class MapsEvaluator(Evaluator):
             settings=noted | {"tolerance": "half a cell of a map's own grid, chance that of the finest"},
             details={
                 "baselines": baselines,
-                **{name: self.content[name] for name in ("intervals", "board_intervals", "counts")},
+                **{name: self.content[name] for name in ("intervals", "board_intervals", "counts", "over_centre")},
                 **beside(self.content),
             },
         )

@@ -20,6 +20,21 @@ CLASS = "class"  # the group of phrases that are class names
 
 
 @dataclass(frozen=True)
+class Region:
+    """One thing of an image.
+
+    Args:
+        phrases: what it is called, at least one.
+        group: that scores are reported for.
+        parts: where it is, as `masks.py` has it.
+    """
+
+    phrases: tuple[str, ...]
+    group: str
+    parts: list[Part]
+
+
+@dataclass(frozen=True)
 class LocalisedImage:
     """One image, and where its phrases are.
 
@@ -30,6 +45,7 @@ class LocalisedImage:
         present: everything that is known to be in the image, phrases or not.
         parts: phrase -> its objects, as `masks.py` has them.
         size: (height, width) of the upright image that the parts were drawn on; None where they do not say it.
+        things: one by one, where the source knows several phrases of a thing, or several things of a phrase.
     """
 
     key: str
@@ -38,10 +54,22 @@ class LocalisedImage:
     present: frozenset[str]
     parts: dict[str, list[Part]]
     size: tuple[int, int] | None = None
+    things: tuple[Region, ...] | None = None
+
+    @property
+    def regions(self) -> tuple[Region, ...]:
+        """The things of the image, one by one; where the source does not tell them apart, one for each phrase."""
+        if self.things is not None:
+            return self.things
+        return tuple(Region((phrase,), group, self.parts[phrase]) for phrase, group in self.groups.items())
 
     def region(self, phrase: str) -> dict[str, Any]:
         """Where a phrase is, as JSON can hold it; `draw_region` draws it."""
-        return {"parts": self.parts[phrase], "size": None if self.size is None else list(self.size)}
+        return self.place(self.parts[phrase])
+
+    def place(self, parts: list[Part]) -> dict[str, Any]:
+        """Where parts of this image are, as JSON can hold it; `draw_region` draws it."""
+        return {"parts": parts, "size": None if self.size is None else list(self.size)}
 
     def draw(self, size: tuple[int, int]) -> dict[str, np.ndarray]:
         """Phrase -> bool mask of `size`, the (height, width) of the upright image.
@@ -141,4 +169,4 @@ def of_file(
     return LocalisedImage(key or path.name, lambda: path, groups, frozenset(parts) | frozenset(present), parts, size)
 
 
-__all__ = ["CLASS", "OBJECT_SOURCES", "LocalisedImage", "ObjectSource", "deciding_files", "of_file", "open_localised"]
+__all__ = ["CLASS", "OBJECT_SOURCES", "LocalisedImage", "ObjectSource", "Region", "deciding_files", "of_file", "open_localised"]

@@ -17,7 +17,7 @@ from xml.etree import ElementTree
 
 from transformers.utils import logging
 
-from devil_hf.data.objects import OBJECT_SOURCES, LocalisedImage, ObjectSource
+from devil_hf.data.objects import OBJECT_SOURCES, LocalisedImage, ObjectSource, Region
 from devil_hf.data.objects.masks import Part
 from devil_hf.text_files import existing_file, read_json_lines, read_text
 
@@ -229,7 +229,12 @@ def read_localised_entities(source: str, images: str | PathLike | None = None, n
                 parts.setdefault(phrase, []).extend({"box": list(box)} for box in entity.boxes)
         if parts:
             read = (lambda path: lambda: path)(image.path)
-            found.append(LocalisedImage(image.key, read, groups, frozenset(parts), parts, image.size))
+            things = tuple(
+                Region(tuple(dict.fromkeys(map(str.lower, one.phrases))), one.types[0], [{"box": list(box)} for box in one.boxes])
+                for one in image.entities
+                if one.boxes and one.phrases
+            )
+            found.append(LocalisedImage(image.key, read, groups, frozenset(parts), parts, image.size, things))
     return found
 
 

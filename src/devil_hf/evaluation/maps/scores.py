@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
+from devil_hf.data.objects import open_localised
 from devil_hf.data.pairs.folder import read_caption_folder
 from devil_hf.evaluation.maps.collecting import CENTRE, DEFAULT_COMBINATION, GRADCAM, RANDOM, read_arrays
 from devil_hf.evaluation.maps.measures import centre_prior, enlarge
@@ -29,12 +30,14 @@ from devil_hf.evaluation.maps.pointing import pointing
 from devil_hf.evaluation.maps.views import MAP_MEASURES, MapView, mean_of_phrases
 from devil_hf.evaluation.results import CHANCE
 from devil_hf.evaluation.tables import table as written
+from devil_hf.evaluation.text.head_words import head_word
 from devil_hf.statistics import bootstrap
 
 CLASSIFIED = "classes of the backbone"
 EVERY_PHRASE = "all phrases"  # where they are of several groups
 RANDOM_ORDER = "random order"
-POINTING_CHANCE, POINTING_CENTRE = "pointing_chance", "pointing_centre"
+POINTING_CHANCE, POINTING_CENTRE, POINTING_EXACT_CENTRE = "pointing_chance", "pointing_centre", "pointing_exact_centre"
+UNSEEN_HEAD = "head word in no training region"
 
 
 @dataclass
@@ -51,7 +54,12 @@ Table = dict[str, list[Sample]]
 
 
 def score_maps(
-    rows: Mapping[str, Any], folder: Path, seen: Collection[str] | None = None, resamples: int = 2_000, seed: int = 0
+    rows: Mapping[str, Any],
+    folder: Path,
+    seen: Collection[str] | None = None,
+    heads: Collection[str] | None = None,
+    resamples: int = 2_000,
+    seed: int = 0,
 ) -> dict[str, Any]:
     """Score the recorded maps of images and boards.
 
@@ -59,10 +67,12 @@ def score_maps(
         rows: key -> row, those to score.
         folder: that of the records.
         seen: class names that the training captions hold; class phrases are then reported as "seen" and "unseen".
+        heads: head words of the training's regions; phrases with another one are a group of their own, too.
 
     Returns:
         `images`: how many hold a phrase; `groups`: group -> row -> metric -> value; `intervals`: the same with (low, high);
-        `counts`: group -> phrases, images, area; `boards`: the multi-object game likewise, row -> metric, with
+        `over_centre`: group -> row -> `pointing` and `pointing_exact` less those of the centre on the same grid, as (value, low,
+        high), paired; `counts`: group -> phrases, images, area; `boards`: the multi-object game likewise, row -> metric, with
         `board_intervals`.
 
     Raises:
@@ -79,10 +89,10 @@ def score_maps(
         if "board" in row:
             _score_board(number, row, masks, maps, boards)
             continue
-        tags = {phrase: _tags(phrase, row, seen) for phrase in row["phrases"]}
+        tags = {phrase: _tags(phrase, row, seen, heads) for phrase in row["phrases"]}
         areas += [Sample(number, p, tags[p], {"area": float(m.mean())}) for p, m in zip(row["phrases"], masks, strict=True)]
         _score_image(number, row, masks, maps, tags, table)
-    content: dict[str, Any] = {"groups": {}, "intervals": {}, "counts": {}}
+    content: dict[str, Any] = {"groups": {}, "intervals": {}, "over_centre": {}, "counts": {}}
     if len({sample.tags[0] for sample in areas}) > 1:
         for sample in itertools.chain(areas, *table.values()):
             sample.tags = (*sample.tags, EVERY_PHRASE) if sample.tags != (CLASSIFIED,) else sample.tags
@@ -95,6 +105,7 @@ def score_maps(
         }
         own = {name: [sample for sample in samples if tag in sample.tags] for name, samples in table.items()}
         content["groups"][tag], content["intervals"][tag] = _summaries(own, resamples, seed)
+        content["over_centre"][tag] = {name: over_centre(own[name], resamples, seed) for name in content["groups"][tag]}
     content["images"] = len({sample.image for sample in areas})
     content["boards"], content["board_intervals"] = _summaries(boards, resamples, seed)
     return content
@@ -116,11 +127,18 @@ def named_in_captions(names: Collection[str], sources: Sequence[str], least: int
     return {name for name, pattern in counted.items() if sum(bool(pattern.search(text)) for text in texts) >= least}
 
 
-def _tags(phrase: str, row: Mapping[str, Any], seen: Collection[str] | None) -> tuple[str, ...]:
+def known_heads(sources: Sequence[str]) -> set[str]:
+    """The head words of all phrases of sources of objects, such as those of a training."""
+    phrases = {phrase for source in sources for image in open_localised(source) for phrase in image.groups}
+    return {head for phrase in phrases if (head := head_word(phrase))}
+
+
+def _tags(phrase: str, row: Mapping[str, Any], seen: Collection[str] | None, heads: Collection[str] | None) -> tuple[str, ...]:
     group = row["groups"][phrase]
     if seen is not None:
         group = "seen" if phrase in seen else "unseen"
-    return (group, CLASSIFIED) if phrase in row.get("classified", ()) else (group,)
+    new = (UNSEEN_HEAD,) if heads is not None and head_word(phrase) not in heads else ()
+    return (group, *new, CLASSIFIED) if phrase in row.get("classified", ()) else (group, *new)
 
 
 def _score_image(number: int, row, masks, maps, tags, table: Table) -> None:
@@ -208,6 +226,24 @@ def summarise(samples: Iterable[Sample], resamples: int, seed: int) -> dict[str,
     return found
 
 
+def over_centre(samples: Sequence[Sample], resamples: int, seed: int) -> dict[str, tuple[float, float, float]]:
+    """What pointing has over the centre prior on the map's own grid, and the field's rule over the middle of the image.
+
+    Returns:
+        Measure -> (difference, low, high): the 95 % interval of the paired difference over images; of several images only.
+    """
+    found = {}
+    for measure, centre in (("pointing", POINTING_CENTRE), ("pointing_exact", POINTING_EXACT_CENTRE)):
+        chosen = [sample for sample in samples if measure in sample.values and centre in sample.values]
+        if chosen:
+            more = [sample.values[measure] - sample.values[centre] for sample in chosen]
+            images, phrases = (_numbered([getattr(sample, name) for sample in chosen]) for name in ("image", "phrase"))
+            pooled = mean_of_phrases(more, images, phrases)
+            if span := bootstrap(pooled.sums, pooled.weights, resamples, seed):
+                found[measure] = (pooled.value, *span)
+    return found
+
+
 def _numbered(values: Sequence[Any]) -> np.ndarray:
     numbers = {value: at for at, value in enumerate(dict.fromkeys(values))}
     return np.array([numbers[value] for value in values])
@@ -264,12 +300,30 @@ def maps_text(details: Mapping[str, Any]) -> str:
         lines += [
             f"{group}: {counts['phrases']} phrases on {counts['images']} images, mean area {counts['area']:.3f}",
             written(rows, list(MAP_MEASURES), intervals=details["intervals"][group]),
-            "",
         ]
+        for measure in ("pointing", "pointing_exact"):
+            more = {
+                name: row[measure]
+                for name, row in details["over_centre"][group].items()
+                if measure in row and name not in (CENTRE, CHANCE)
+            }
+            said = [f"{name} {value:+.3f} [{low:+.3f}, {high:+.3f}]" for name, (value, low, high) in more.items()]
+            lines += [f"{measure.replace('_', ' ')} over the centre: {', '.join(said)}"] if said else []
+        lines += [""]
     if boards := details["boards"]:
         columns = list(next(iter(boards.values())))
         lines += ["several images on one board, a phrase each", written(boards, columns, intervals=details["board_intervals"])]
     return "\n".join(lines).rstrip()
 
 
-__all__ = ["CLASSIFIED", "Sample", "as_table", "beside", "maps_text", "named_in_captions", "score_maps", "summarise"]
+__all__ = [
+    "CLASSIFIED",
+    "Sample",
+    "as_table",
+    "beside",
+    "known_heads",
+    "maps_text",
+    "named_in_captions",
+    "score_maps",
+    "summarise",
+]

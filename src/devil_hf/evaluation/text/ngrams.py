@@ -9,6 +9,8 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 
+import numpy as np
+
 Tokens = Sequence[str]
 Weights = dict[tuple[str, ...], float]
 N = 4
@@ -23,27 +25,31 @@ def ngrams(tokens: Tokens) -> Counter[tuple[str, ...]]:
 
 def bleu(predictions: Sequence[Tokens], references: Sequence[Sequence[Tokens]]) -> list[float]:
     """BLEU-1 to BLEU-4 of the corpus, in [0, 1]."""
-    matches, guesses = [0] * N, [0] * N
-    length = reference_length = 0
-    for prediction, texts in zip(predictions, references, strict=True):
+    return bleu_of(bleu_counts(predictions, references).sum(axis=0)).tolist()
+
+
+def bleu_counts(predictions: Sequence[Tokens], references: Sequence[Sequence[Tokens]]) -> np.ndarray:
+    """What BLEU adds up over images, (images, 10): matches and guesses of one to four tokens, length, closest reference."""
+    counts = np.zeros((len(predictions), 2 * N + 2))
+    for row, prediction, texts in zip(counts, predictions, references, strict=True):
         highest: Counter[tuple[str, ...]] = Counter()
         for text in texts:
             highest |= ngrams(text)
         for run, count in (ngrams(prediction) & highest).items():
-            matches[len(run) - 1] += count
-        for n in range(N):
-            guesses[n] += max(0, len(prediction) - n)
-        length += len(prediction)
-        reference_length += min((abs(len(text) - len(prediction)), len(text)) for text in texts)[1]
+            row[len(run) - 1] += count
+        row[N : 2 * N] = [max(0, len(prediction) - n) for n in range(N)]
+        row[-2:] = len(prediction), min((abs(len(text) - len(prediction)), len(text)) for text in texts)[1]
+    return counts
+
+
+def bleu_of(counts: np.ndarray) -> np.ndarray:
+    """BLEU-1 to BLEU-4 (..., 4) of sums (..., 10) of `bleu_counts`."""
     # The toolkit's guards against division by zero.
     small, tiny = 1e-9, 1e-15
-    ratio = (length + tiny) / (reference_length + small)
-    penalty = math.exp(1 - 1 / ratio) if ratio < 1 else 1.0
-    scores, product = [], 1.0
-    for n in range(N):
-        product *= (matches[n] + tiny) / (guesses[n] + small)
-        scores.append(product ** (1 / (n + 1)) * penalty)
-    return scores
+    matches, guesses, lengths = counts[..., :N], counts[..., N : 2 * N], counts[..., 2 * N :]
+    ratio = (lengths[..., :1] + tiny) / (lengths[..., 1:] + small)
+    products = np.cumprod((matches + tiny) / (guesses + small), axis=-1)
+    return products ** (1 / np.arange(1, N + 1)) * np.exp(np.minimum(1 - 1 / ratio, 0.0))
 
 
 def rouge_l(predictions: Sequence[Tokens], references: Sequence[Sequence[Tokens]]) -> list[float]:
