@@ -4,6 +4,7 @@
     python scripts/benchmark.py describe        every location of that grid described
     python scripts/benchmark.py training        one training step, see benchmark_training.py
     python scripts/benchmark.py evidence        a sentence explained word by word, see benchmark_evidence.py
+    python scripts/benchmark.py cost            what training on CC3M takes, see training_cost.py
     python scripts/benchmark.py                 the first two
 
 The naive loop does what the method's equations say, for one location after another: all the layer tokens computed and the hidden
@@ -20,6 +21,7 @@ import statistics
 import torch
 from benchmark_evidence import evidence
 from benchmark_training import bf16_pays, build, timed, training
+from training_cost import cost
 from transformers.utils import logging
 
 from devil_hf import DevilModel
@@ -149,7 +151,7 @@ def describe(model: DevilModel, fast_model: DevilModel, pixel_values: torch.Tens
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="*", help="attribution, describe, training, evidence (default: the first two)")
+    parser.add_argument("what", nargs="*", help="attribution, describe, training, evidence, cost (default: the first two)")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each side (default: %(default)s)")
     parser.add_argument("--words", type=int, default=12, help="words of each description (default: %(default)s)")
@@ -158,8 +160,8 @@ def main():
     parser.add_argument("--json", action="store_true", help="print one object on one line")
     arguments = parser.parse_args()
     subjects = arguments.what or ["attribution", "describe"]
-    if unknown := sorted(set(subjects) - {"attribution", "describe", "training", "evidence"}):
-        parser.error(f"unknown subjects {unknown}; there are attribution, describe, training and evidence")
+    if unknown := sorted(set(subjects) - {"attribution", "describe", "training", "evidence", "cost"}):
+        parser.error(f"unknown subjects {unknown}; there are attribution, describe, training, evidence and cost")
     logging.set_verbosity_error()
     torch.set_num_threads(arguments.threads)
     report = {"threads": arguments.threads, "device": arguments.device}
@@ -167,6 +169,8 @@ def main():
         report |= training(arguments.device, arguments.threads, arguments.repeats)
     if "evidence" in subjects:
         report |= evidence(arguments.repeats, arguments.sample)
+    if "cost" in subjects:
+        report |= cost(arguments.device, arguments.repeats)
     if {"attribution", "describe"} & set(subjects):
         # Without an EOS every description has the length asked for.
         model = build("paper", arguments.device, eos_token_id=None).eval()

@@ -8,6 +8,7 @@ evaluations/, where the result of `devil evaluate controls` lies.
 """
 
 import argparse
+import sys
 import tempfile
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from transformers import OPTConfig
 
 from devil_hf.build import backbone_from_source
 from devil_hf.checkpoints import CHECKPOINT
+from devil_hf.cli.main import bounded
 from devil_hf.data import rendering, shapes, world_dataset, worlds
 from devil_hf.hub.cards import dataset_card, model_card
 from devil_hf.hub.facts import Facts, Layer, readable_recipe
@@ -112,4 +114,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(bounded("build_cards.py", main))

@@ -17,7 +17,8 @@ from transformers.utils import logging
 
 from devil_hf.checkpoints import SCOPES, SHAPES
 from devil_hf.checkpoints.loading import load
-from devil_hf.folders import write_json, written
+from devil_hf.cli.main import bounded
+from devil_hf.folders import claimed, write_json, written
 from devil_hf.settings import make, option, parse, read_yaml
 from devil_hf.training.recipe import Recipe
 from devil_hf.training.run import train
@@ -113,11 +114,11 @@ def main() -> None:
     settings = parse(BuildSettings, sys.argv[1:], description=__doc__)
     logging.set_verbosity_info()
     torch.set_num_threads(settings.threads)
-    settings.output_dir.mkdir(parents=True, exist_ok=True)
     stages = {"backbone": build_backbone, "language-model": build_language_model, "translator": build_translator}
     for stage in stages if settings.stage == "all" else [settings.stage]:
-        stages[stage](settings)
+        with claimed(settings.output_dir / "claims" / stage, f"the stage {stage}"):  # others may be worked on at the same time
+            stages[stage](settings)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(bounded("build_embedded.py", main))

@@ -12,6 +12,7 @@ import json
 import sys
 from pathlib import Path
 
+from devil_hf.cli.main import bounded
 from devil_hf.settings import add_options, given, understood
 from devil_hf.training.comparison import compare, comparison_table, read_comparison, summarise
 from devil_hf.training.recipe import Recipe
@@ -47,4 +48,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(bounded("compare_translators.py", main))

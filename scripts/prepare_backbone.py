@@ -16,6 +16,7 @@ import timm
 from safetensors.torch import load_file
 from timm.models import save_for_hf
 
+from devil_hf.cli.main import bounded
 from devil_hf.settings import option, parse
 
 KEYS = {"input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode"}
@@ -52,4 +53,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(bounded("prepare_backbone.py", main))

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from transformers.utils import logging
 
+from devil_hf.cli.main import bounded
 from devil_hf.data.pairs.files import read_coco_captions, read_flickr_captions, without_images
 from devil_hf.data.pairs.folder import read_caption_folder
 from devil_hf.folders import claimed, write_json
@@ -76,4 +77,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(bounded("prepare_language_model.py", main))

@@ -16,7 +16,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
 
 TOKENS = {"hf_tester": "tester", "hf_timm": "timm"}
-LFS_SUFFIXES = (".safetensors", ".bin", ".png", ".msgpack")
+LFS_SUFFIXES = (".safetensors", ".bin", ".png", ".msgpack", ".tar")
 PREFIXES = {"model": "", "dataset": "datasets/", "space": "spaces/"}
 
 
@@ -120,10 +120,11 @@ class LoopbackHub:
 
     # ---------------------------------------------------------------------------------------------------- repositories
 
-    def plant(self, name: str, files: dict[str, bytes], private: bool = False) -> None:
-        """A model repository of these files, put there past the client, which would refuse some of their names."""
-        repository = self.repositories["model", name] = Repository("model", name, private)
-        repository.commit("main", {path: Entry(data, path.endswith(LFS_SUFFIXES)) for path, data in files.items()}, "planted")
+    def plant(self, name: str, files: dict[str, bytes], private: bool = False, kind: str = "model") -> str:
+        """A repository of these files, put there past the client, which would refuse some of their names; its commit."""
+        repository = self.repositories[kind, name] = Repository(kind, name, private)
+        tree = {path: Entry(data, path.endswith(LFS_SUFFIXES)) for path, data in files.items()}
+        return repository.commit("main", tree, "planted")
 
     def repository(self, kind: str, name: str, user: str | None, write: bool = False) -> Repository:
         repository = self.repositories.get((kind, name))
@@ -363,22 +364,25 @@ class Handler(BaseHTTPRequestHandler):
         self.send_part(self.hub.store[oid], unquote(urlsplit(self.path).query.removeprefix("name=")), ETag=f'"{oid}"')
 
     def send_part(self, data: bytes, path: str, **headers: str) -> None:
-        start = int(re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", "bytes=0-"))[1])
-        if start:
-            headers["Content_Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
+        start, end = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "bytes=0-")).groups()
+        start, end = int(start), min(int(end or len(data)) + 1, len(data))
+        partial = "Range" in self.headers and (start, end) != (0, len(data))
+        if partial:
+            headers["Content_Range"] = f"bytes {start}-{end - 1}/{len(data)}"
         with self.hub.lock:
-            ordered = next((end for end, left in self.hub.cut_downloads.items() if left and path.endswith(end)), None)
+            ordered = next((name for name, left in self.hub.cut_downloads.items() if left and path.endswith(name)), None)
             if ordered is not None and self.command == "GET":
                 self.hub.cut_downloads[ordered] -= 1
+        part = data[start:end]
         if ordered is None or self.command != "GET":
-            self.answer(206 if start else 200, data[start:], **headers)
+            self.answer(206 if partial else 200, part, **headers)
             return
-        self.send_response(206 if start else 200)
-        self.send_header("Content-Length", str(len(data) - start))
+        self.send_response(206 if partial else 200)
+        self.send_header("Content-Length", str(len(part)))
         for name, value in headers.items():
             self.send_header(name.replace("_", "-"), value)
         self.end_headers()
-        self.wfile.write(data[start : start + (len(data) - start) // 2])
+        self.wfile.write(part[: len(part) // 2])
         self.close_connection = True
 
     KIND = r"/api/(?P<kind>model|dataset|space)s/(?P<name>[^/]+/[^/]+)"

@@ -9,9 +9,9 @@ import unicodedata
 
 import pytest
 
-from devil_hf.text_files import existing_file, read_csv, read_json, read_json_lines, read_list, read_text, read_yaml
+from devil_hf.text_files import existing_file, read_csv, read_json, read_json_lines, read_list, read_results, read_text, read_yaml
 
-READERS = [read_text, read_list, read_json, read_yaml, lambda path: list(read_csv(path))]
+READERS = [read_text, read_list, read_json, read_results, read_yaml, lambda path: list(read_csv(path))]
 
 
 @pytest.mark.parametrize("ends", ["\n", "\r\n"])
@@ -123,3 +123,16 @@ def test_recipes_are_utf8_whatever_the_locale(tmp_path):
     plain = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     run = subprocess.run([sys.executable, "-c", ask, tmp_path], env=plain, capture_output=True, encoding="utf-8")
     assert run.returncode == 0, run.stderr
+
+
+def test_results_that_name_a_key_twice_or_are_too_large_are_refused(tmp_path, monkeypatch):
+    file = tmp_path / "scores.json"
+    file.write_text('{"scores": {"all": {"cider": 1.0}, "all": {"cider": 9.0}}}')
+    with pytest.raises(ValueError, match=r"scores\.json cannot be read: the key 'all' is there twice; remove or rename"):
+        read_results(file)
+    monkeypatch.setattr("devil_hf.text_files.LARGEST_RESULTS", 2**20)
+    file.write_bytes(gzip.compress(b"[" + b" " * 2**20 + b"]"))  # unpacked, it is larger
+    with pytest.raises(ValueError, match=r"scores\.json has more than 1 MB"):
+        read_results(file)
+    file.write_text('{"scores": {"all": {"cider": 1.0}}}')
+    assert read_results(file) == {"scores": {"all": {"cider": 1.0}}}

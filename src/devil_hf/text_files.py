@@ -9,7 +9,7 @@ import gzip
 import json
 import unicodedata
 import zlib
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
@@ -19,6 +19,7 @@ import yaml
 
 GZIP = b"\x1f\x8b"
 BYTE_ORDER_MARKS = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
+LARGEST_RESULTS = 2**26  # bytes of a file with results
 LONGEST_FIELD = 2**30  # characters of a CSV field; the csv module stops at 131,072, the most is a C long
 
 
@@ -76,15 +77,49 @@ def read_json(path: str | PathLike) -> Any:
     return parse_json(read_text(path), str(path))
 
 
-def parse_json(text: str, where: str) -> Any:
-    """What a JSON text holds; `where` is named in the ValueError of one that cannot be read."""
+def read_results(path: str | PathLike) -> Any:
+    """What a JSON file of results holds, which may have come from anybody.
+
+    Raises:
+        OSError: if it cannot be opened.
+        ValueError: as of `read_json`; also for a file of more than `LARGEST_RESULTS` bytes, unpacked, and for one that names a
+            key twice, of which JSON would silently take the last.
+    """
+    with open(path, "rb") as file, _whole(path):
+        content = gzip.GzipFile(fileobj=file) if file.peek(2).startswith(GZIP) else file
+        if len(content.read(LARGEST_RESULTS + 1)) > LARGEST_RESULTS:
+            raise ValueError(f"{path} has more than {LARGEST_RESULTS >> 20} MB, as no file of results has: look what it is")
+    return parse_json(read_text(path), str(path), _unique)
+
+
+def parse_json(text: str, where: str, pairs: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
+    """What a JSON text holds; `where` is named in the ValueError of one that cannot be read.
+
+    Args:
+        pairs: makes an object of its keys and values; a `TwiceError` of it is told.
+    """
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=pairs)
     except json.JSONDecodeError as error:
         raise ValueError(f"{where} is not JSON: {error.msg} in line {error.lineno}, column {error.colno}") from error
+    except TwiceError as error:
+        raise ValueError(f"{where} cannot be read: {error}; remove or rename one of them") from error
     except (RecursionError, ValueError) as error:  # the latter for numbers of thousands of digits
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else "a number of it is too long"
         raise ValueError(f"{where} cannot be read as JSON: {reason}") from error
+
+
+class TwiceError(ValueError):
+    """A key that an object names twice."""
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise TwiceError(f"the key {key!r:.100} is there twice")
+        found[key] = value
+    return found
 
 
 def read_json_lines(path: str | PathLike) -> Iterator[tuple[str, dict]]:
@@ -193,6 +228,7 @@ __all__ = [
     "read_json",
     "read_json_lines",
     "read_list",
+    "read_results",
     "read_text",
     "read_yaml",
     "text_lines",

@@ -11,12 +11,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tqdm.auto import tqdm
 
 from devil_hf.checkpoints import CHECKPOINT
-from devil_hf.cli.main import LONGEST_LINE, main
+from devil_hf.cli.main import LONGEST_LINE, bounded, main
 from devil_hf.cli.verb import VERBS, Verb
 from devil_hf.extras import MissingExtraError
 from devil_hf.settings import JsonSettings
+from devil_hf.training.divergence import Diverged
 
 
 @pytest.fixture
@@ -212,3 +214,33 @@ def test_an_output_that_is_full_is_an_error():
         ["sh", "-c", command.replace("evaluate --help", "space user/name --dry-run --json")], capture_output=True
     )
     assert run.returncode == 1 and b"No space left" in run.stderr and b"Traceback" not in run.stderr
+
+
+def test_a_progress_bar_does_not_have_the_last_word(capsys):
+    bars = []
+
+    def work():
+        bars.append(tqdm(total=10))
+        bars[0].update(3)
+        raise ValueError("image 7 is absent")
+
+    assert bounded("work.py", work) == 1
+    told = capsys.readouterr().err.splitlines()
+    assert told[-1] == "work.py: image 7 is absent" and bars[0].disable  # it is closed
+    assert any("3/10" in line for line in told[:-1])
+
+
+@pytest.mark.parametrize("name", ["prepare_language_model", "prepare_backbone", "build_embedded", "build_photos"])
+def test_errors_of_scripts_end_as_those_of_verbs(name):
+    code = (Path(__file__).parents[2] / "scripts" / f"{name}.py").read_text(encoding="utf-8")
+    assert code.endswith(f'sys.exit(bounded("{name}.py", main))\n')
+
+
+def test_a_training_that_diverged_is_one_line_of_a_script(capsys):
+    def work():
+        raise Diverged("the training has diverged: the loss is nan at step 3. Lower the learning rate.")
+
+    assert bounded("prepare_language_model.py", work) == 1
+    assert capsys.readouterr().err == (
+        "prepare_language_model.py: the training has diverged: the loss is nan at step 3. Lower the learning rate.\n"
+    )

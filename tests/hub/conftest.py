@@ -7,6 +7,7 @@ import time
 from contextlib import contextmanager
 from types import SimpleNamespace
 
+import datasets
 import huggingface_hub
 import pytest
 import torch
@@ -41,6 +42,8 @@ def hub(tmp_path_factory):
         patch.setattr(constants, "HF_HUB_OFFLINE", False)
         patch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         patch.setattr(constants, "HF_HUB_CACHE", str(home))
+        patch.setattr(datasets.config, "HF_ENDPOINT", hub.endpoint)
+        patch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
         patch.setattr(huggingface_hub.hf_api.api, "endpoint", hub.endpoint)
         patch.setattr(transformers.utils.hub, "_hf_api", None)
         patch.setenv("HF_TOKEN", "hf_tester")

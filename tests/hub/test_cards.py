@@ -13,10 +13,10 @@ from huggingface_hub import DatasetCard, ModelCard
 from transformers import GPT2Config
 
 from devil_hf import DevilConfig
+from devil_hf.build.repositories import hub_id
 from devil_hf.evaluation.results import Evaluation, judge_controls, read_evaluations
 from devil_hf.hub.cards import model_card
 from devil_hf.hub.facts import Examples, Facts, Layer, readable_recipe
-from devil_hf.hub.sources import hub_id
 from devil_hf.report.templates import card_folder, fenced, markdown
 
 CAPTIONS = {

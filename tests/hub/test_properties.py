@@ -10,10 +10,10 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
+from devil_hf.build.repositories import hub_id
 from devil_hf.evaluation.results import Evaluation
 from devil_hf.hub.cards import model_card
 from devil_hf.hub.facts import Examples, Layer, readable_recipe, without_paths
-from devil_hf.hub.sources import hub_id
 from devil_hf.report.templates import one_line
 from tests.hostile import TEXTS, Page
 from tests.hub.test_cards import some_facts

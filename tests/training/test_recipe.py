@@ -39,7 +39,7 @@ def test_a_recipe_is_read_from_options_files_folders_and_names(tmp_path):
 @pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)
 def test_every_recipe_is_valid(file):
     recipe = parse(Recipe, ["--config", str(file), "--report_to", "none"])
-    assert recipe.output_dir == f"runs/{file.stem}"
+    assert Path(recipe.output_dir).parts[:2] == ("runs", file.stem)
     if file.stem.startswith("cc3m"):  # the paper's settings
         assert (recipe.learning_rate, recipe.final_learning_rate, recipe.batch_size) == (1e-4, 1e-6, 64)
         assert (recipe.warmup_steps, recipe.schedule, recipe.max_steps) == (5000, "linear", 1_000_000)

@@ -7,7 +7,7 @@ fault of this package keeps its traceback, and says where to report it.
 import argparse
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from linecache import getline
 from logging import Formatter, LogRecord
@@ -28,6 +28,7 @@ LONGEST_LINE = 2_000  # characters of an error that are shown
 FOREIGN = {
     "huggingface_hub.errors": ("StrictDataclassError",),
     "httpx": ("HTTPError", "InvalidURL"),
+    "httpx2": ("HTTPError", "InvalidURL"),  # of huggingface_hub from 2.0 on
     "requests": ("RequestException",),
     "safetensors": ("SafetensorError",),
     "datasets.exceptions": ("DatasetsError",),
@@ -69,19 +70,38 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     words = list(sys.argv[1:] if argv is None else argv)
     name = "devil " + next((word for word in words if not word.startswith("-")), "")
+    chosen: list[argparse.Namespace] = []
     debug = "--debug" in words
+    code = bounded(name.strip(), lambda: chosen.append(build_parser().parse_args(words)), debug)
+    return bounded(chosen[0].chosen[2], lambda: _run(chosen[0]), debug) if chosen else code
+
+
+def _run(namespace: argparse.Namespace) -> int | None:
+    verb, settings_class, _ = namespace.chosen
+    settings = from_namespace(settings_class, namespace)
+    set_verbosity(namespace.verbose)
+    return verb.run(settings)
+
+
+def bounded(name: str, work: Callable[[], int | None], debug: bool = False) -> int:
+    """Do the work of a verb or a script, where its errors end.
+
+    Args:
+        name: of the command, for the line that names the error.
+        debug: let errors through.
+
+    Returns:
+        The exit code, see `main`.
+    """
     try:
-        namespace = build_parser().parse_args(words)
-        verb, settings_class, name = namespace.chosen
-        settings = from_namespace(settings_class, namespace)
-        set_verbosity(namespace.verbose)
-        code = verb.run(settings) or 0
+        code = work() or 0
         sys.stdout.flush()  # a full disk or a closed pipe is noticed here, and not by the interpreter at its end
         return code
     except KeyboardInterrupt:
         if debug:
             raise
-        print(f"\n{name.strip()}: interrupted; what was written is kept", file=sys.stderr)
+        _close_progress_bars()
+        print(f"\n{name}: interrupted; what was written is kept", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
         with suppress(OSError, ValueError):  # of an output that is no file
@@ -92,8 +112,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             error.add_note(f"This is a fault of devil-hf {__version__}: please report it, with these lines, to its repository")
         if debug or not is_expected(error):
             raise
-        print(f"{name.strip()}: {told(error)}", file=sys.stderr)
+        _close_progress_bars()
+        print(f"{name}: {told(error)}", file=sys.stderr)
         return 1
+
+
+def _close_progress_bars() -> None:
+    """Let bars of work that ended in an error draw their last line now: they would do so behind the message that names it."""
+    tqdm = getattr(sys.modules.get("tqdm.std"), "tqdm", None)
+    for bar in list(getattr(tqdm, "_instances", ())):
+        bar.close()
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -28,6 +28,7 @@ import numpy as np
 import torch
 from datasets import Dataset, IterableDataset
 from datasets.utils.file_utils import xopen
+from huggingface_hub import HfFileSystem
 from PIL import Image
 from torch.utils.data import get_worker_info
 from transformers.utils import logging
@@ -286,7 +287,8 @@ class PairStream(torch.utils.data.IterableDataset):
 
 def _in_epoch(dataset: IterableDataset, epoch: int) -> IterableDataset:
     """A copy at `epoch`: the epoch of a data set lies in memory that all workers share, and they need not be level."""
-    dataset = deepcopy(dataset)
+    connections = HfFileSystem._cache  # of this process, which a data set holds on to; a copy of one would join them
+    dataset = deepcopy(dataset, {id(connections): connections})
     dataset.set_epoch(epoch)
     return dataset
 

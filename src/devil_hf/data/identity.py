@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 
 from devil_hf.data.objects.masks import unpack_region
 from devil_hf.data.pairs import open_pairs
-from devil_hf.data.pairs.shards import expand_urls
+from devil_hf.data.pairs.shards import find_shards
 from devil_hf.data.worlds import SHAPES
 
 LARGE = 1 << 20  # bytes up to which a file is read whole
@@ -149,8 +149,8 @@ def region_identity(region: Mapping[str, Any], masks: dict[str, str] | None = No
 class PairIdentities:
     """Hashes of the rows of `open_pairs`, by their position, without decoding an image.
 
-    Of a stream, whose rows are not known beforehand, all rows have the hash of the sources, of their local shards, and of the
-    rows of regions.
+    Of a stream, whose rows are not known beforehand, all rows have the hash of the sources, of their shards (local ones by
+    content, those of a repository by its commit), and of the rows of regions.
 
     Args:
         sources: that were opened.
@@ -197,7 +197,8 @@ def _stream_identity(sources: Sequence[dict]) -> str:
     parts = [json.dumps(list(sources), sort_keys=True, default=str)]
     for source in sources:
         if source["kind"] == "webdataset":
-            parts += identities(expand_urls(source["urls"]), "shards")
+            named = {name: source.get(name) for name in ("urls", "repo", "split", "revision")}
+            parts += identities(list(find_shards(**named)), "shards")
         elif source["kind"] not in (SHAPES, HUB):  # these are named by what they are
             parts.append(PairIdentities([], open_pairs([source], seed=0, shuffle=False)).all())
     return combined(parts)

@@ -18,11 +18,11 @@ from safetensors import safe_open
 from transformers import AutoModel, AutoProcessor
 from transformers.utils import logging
 
+from devil_hf.build.repositories import HUB_ID, hub_id
 from devil_hf.checkpoints import CHECKPOINT
 from devil_hf.demo.downloads import WEIGHTS, Downloads, check_size
 from devil_hf.demo.explorer import Explorer
 from devil_hf.demo.messages import plain
-from devil_hf.hub.sources import HUB_ID, hub_id
 from devil_hf.model.checkpoint_devil import building_within
 from devil_hf.model.configuration_devil import DevilConfig
 from devil_hf.model.image_processing_devil import DevilImageProcessor

@@ -40,7 +40,7 @@ from devil_hf.evaluation.text.metrics import CAPTION_METRICS
 from devil_hf.folders import finite, write_json
 from devil_hf.model.checkpoint_devil import weights_hash
 from devil_hf.model.modeling_devil import DevilModel
-from devil_hf.text_files import read_json
+from devil_hf.text_files import read_results
 
 TASK = "image-to-text"
 # Rows that need no image, or not the right one, by what they take away.
@@ -213,10 +213,11 @@ def read_evaluations(path: str | PathLike) -> list[Evaluation]:
     """The evaluations of a JSON file in one of the layouts named above.
 
     Raises:
-        ValueError: for a file that is no JSON, has another layout, or holds a score that is neither a finite number nor null.
+        ValueError: for a file that `read_results` refuses, that has another layout, or holds a score that is neither a finite
+            number nor null.
     """
     path = Path(path)
-    content = read_json(path)
+    content = read_results(path)
     try:
         json.dumps(content, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:

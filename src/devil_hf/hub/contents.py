@@ -12,7 +12,7 @@ from devil_hf.evaluation.results import read_evaluations
 from devil_hf.folders import write_json
 from devil_hf.hub.checks import CODE
 from devil_hf.hub.facts import readable_recipe, without_paths
-from devil_hf.text_files import read_json, read_text
+from devil_hf.text_files import read_json, read_results, read_text
 
 RECIPE_FILE = "recipe.yaml"
 # What a checkpoint is made of; what else lies beside it (optimiser states, pickled arguments) stays at home.
@@ -70,7 +70,7 @@ def add_scores(scores: Sequence[str | PathLike], folder: Path) -> None:
 
 
 def _write_scores(path: Path, target: Path) -> None:
-    write_json(target, without_paths(read_json(path)))
+    write_json(target, without_paths(read_results(path)))
 
 
 def forget_this_machine(folder: Path) -> None:

@@ -3,15 +3,10 @@
 What a configuration says of it is not trusted: only what is spelled like a Hub id is one.
 """
 
-import os
-import re
 from typing import Any
 
-import timm
-
+from devil_hf.build.repositories import hub_id
 from devil_hf.model.configuration_devil import DevilConfig
-
-HUB_ID = re.compile(r"(?:[A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*", re.ASCII)  # old repositories belong to nobody: gpt2
 
 
 def base_models(config: DevilConfig) -> list[str]:
@@ -35,16 +30,4 @@ def source_parts(config: DevilConfig) -> list[dict[str, Any]]:
     return parts
 
 
-def hub_id(source: str | None) -> str | None:
-    """The Hub repository of a part's source; None for a directory, for a module as it was given, and for no such name."""
-    if not source or os.path.isabs(source) or os.path.isdir(source):
-        return None
-    source = source.removeprefix("hf-hub:").partition("@")[0]
-    if "/" not in source and timm.is_model(source.split(".")[0]):
-        known = timm.models.get_pretrained_cfg(source, allow_unregistered=False)
-        found = known.hf_hub_id if known is not None else None
-        return (found if found != "timm/" else f"timm/{source}") or None
-    return source if HUB_ID.fullmatch(source) and ".." not in source else None
-
-
-__all__ = ["HUB_ID", "base_models", "hub_id", "source_parts"]
+__all__ = ["base_models", "source_parts"]

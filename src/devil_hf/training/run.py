@@ -38,6 +38,7 @@ from devil_hf.training.divergence import check_weights
 from devil_hf.training.feature_cache import CachedFeatures, cache_bytes, cache_key, cached_features, open_cache
 from devil_hf.training.features import PooledCaptions, pooled_feature_draws
 from devil_hf.training.feed import CaptionStream, ImageTable, reads_with, sees_with
+from devil_hf.training.needed import check_sources
 from devil_hf.training.recipe import CHECKPOINT_FOLDER, RECIPE_FILE, Recipe
 from devil_hf.training.saving import newest_kept, save_elsewhere, write_checkpoint
 from devil_hf.training.trainer import DevilTrainer
@@ -65,6 +66,7 @@ def train(recipe: Recipe) -> Path:
     """
     recipe = make(Recipe, vars(recipe))  # one that was built in Python is checked, too
     _check_launch(recipe)
+    check_sources(recipe)
     arguments = training_arguments(recipe)
     device, state = arguments.device, PartialState()  # in this order: the arguments choose the backend
     if recipe.processes and state.num_processes != recipe.processes:

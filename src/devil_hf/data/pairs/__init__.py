@@ -6,6 +6,7 @@ A source is a dictionary of a recipe, its `kind` and the keyword arguments of th
     {"kind": "coco", "annotations": "captions_val2017.json", "images": "val2017"}
     {"kind": "flickr", "captions": "Flickr8k.token.txt", "images": "Images", "names": "Flickr_8k.trainImages.txt"}
     {"kind": "webdataset", "urls": "https://host/cc3m/{00000..00331}.tar"}
+    {"kind": "webdataset", "repo": "pixparse/cc3m-wds", "split": "train"}
     {"kind": "hub", "path": "user/pairs", "split": "train", "image_column": "image", "caption_column": "caption"}
     {"kind": "shapes", "size": 100000, "seed": 0}
     {"kind": "regions", "path": "instances_train2017.json", "images": "train2017"}

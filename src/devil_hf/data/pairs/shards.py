@@ -17,6 +17,7 @@ from datasets.utils.file_utils import is_local_path, xexists, xopen
 
 from devil_hf.data.pairs import PAIR_FEATURES, PAIR_SOURCES
 from devil_hf.data.pairs.folder import texts_of
+from devil_hf.data.pairs.repositories import repository_shards
 from devil_hf.extras import needs
 
 IMAGE_FIELDS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
@@ -25,17 +26,50 @@ PEEK = 100  # samples that are read to see whether a source has images and capti
 
 
 @PAIR_SOURCES.register("webdataset")
-def open_webdataset(urls: str | list, caption_field: str = "txt") -> IterableDataset:
-    """Tar shards in the layout of img2dataset, streamed.
+def open_webdataset(
+    urls: str | list | None = None,
+    repo: str | None = None,
+    split: str | None = None,
+    revision: str | None = None,
+    caption_field: str = "txt",
+) -> IterableDataset:
+    """Tar shards in the layout of img2dataset, streamed: by their URLs, or by the id of a repository of the Hub.
 
     Args:
         urls: paths or URLs, with `{00000..00331}` for numbered shards.
+        repo: instead of them, id of a data set on the Hub that consists of such shards, such as `pixparse/cc3m-wds`. Shards
+            that `hf download` has fetched are read from its cache.
+        split: of the repository; by default `train`.
+        revision: commit, branch or tag of the repository; by default its newest commit.
         caption_field: file ending of the caption, or `json.NAME` for a field of the json member.
     """
-    shards = expand_urls(urls)
-    check_shards(shards, caption_field)
-    arguments = {"urls": shards, "caption_field": caption_field}
+    shards = find_shards(urls, repo, split, revision)
+    if repo is None:
+        check_there(list(shards))
+    check_pairs(list(shards.values()), caption_field)
+    arguments = {"urls": list(shards.values()), "caption_field": caption_field}
     return IterableDataset.from_generator(shard_rows, features=PAIR_FEATURES, gen_kwargs=arguments)
+
+
+def find_shards(
+    urls: str | Sequence[str] | None = None, repo: str | None = None, split: str | None = None, revision: str | None = None
+) -> dict[str, str]:
+    """Where the shards of a source are read, by their names; for the arguments see `open_webdataset`.
+
+    The name of a repository's shard has its commit, so that it stands for one content wherever that is read.
+
+    Raises:
+        OSError: if no local file matches a pattern, or a repository is neither within reach nor in the cache.
+        ValueError: for a source that names no shards, or a split that a repository does not have.
+    """
+    if (urls is None) == (repo is None):
+        raise ValueError("the shards are named by `urls` (paths or URLs) or by `repo` (a data set of the Hub): give one of them")
+    if repo is not None:
+        return repository_shards(repo, split or "train", revision)
+    for name, value in (("split", split), ("revision", revision)):
+        if value is not None:
+            raise ValueError(f"{name}={value!r} is of a repository of the Hub (`repo`), not of urls: leave it out")
+    return {url: url for url in expand_urls(urls or [])}
 
 
 class _TarInfo(tarfile.TarInfo):
@@ -72,20 +106,23 @@ def expand_urls(urls: str | Sequence[str]) -> list[str]:
     return expanded
 
 
-def check_shards(urls: Sequence[str], caption_field: str) -> None:
-    """See that all shards are there and that the first readable one holds pairs.
-
-    Raises:
-        FileNotFoundError: if a shard is missing.
-        ValueError: if there is no shard, or no pair in the first `PEEK` samples of any.
-    """
-    if not urls:
-        raise ValueError("the list of shards is empty")
+def check_there(urls: Sequence[str]) -> None:
+    """Raise a FileNotFoundError when a shard is missing."""
     with ThreadPoolExecutor(16) as pool:
         found = list(pool.map(xexists, urls))
     missing = [url for url, there in zip(urls, found, strict=True) if not there]
     if missing:
         raise FileNotFoundError(f"{len(missing)} of {len(urls)} shards are missing, the first is {missing[0]}")
+
+
+def check_pairs(urls: Sequence[str], caption_field: str) -> None:
+    """See that the first readable shard holds pairs.
+
+    Raises:
+        ValueError: if there is no shard, or no pair in the first `PEEK` samples of any.
+    """
+    if not urls:
+        raise ValueError("the list of shards is empty")
     problems: list[str] = []
     for url in urls:
         rows = list(islice(shard_rows([url], caption_field), PEEK))
