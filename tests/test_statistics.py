@@ -2,8 +2,18 @@
 
 import numpy as np
 import pytest
+from scipy.stats import permutation_test
 
-from devil_hf.statistics import expected_calibration_error, holm, reliability, roc_area, roc_areas, sign_flip, two_samples
+from devil_hf.statistics import (
+    expected_calibration_error,
+    holm,
+    paired_swaps,
+    reliability,
+    roc_area,
+    roc_areas,
+    sign_flip,
+    two_samples,
+)
 
 
 def test_the_area_and_the_test_are_those_of_a_naive_count():
@@ -15,6 +25,27 @@ def test_the_area_and_the_test_are_those_of_a_naive_count():
     differences = generator.normal(0.5, size=8)
     signs = (np.array(np.meshgrid(*[[-1, 1]] * 8)).reshape(8, -1).T * differences).mean(axis=1)
     assert sign_flip(differences) == pytest.approx((signs >= differences.mean() - 1e-12).mean())
+
+
+def test_exchanged_pairs_are_those_of_scipy():
+    generator = np.random.default_rng(3)
+    one, other = generator.normal(0.8, size=(2, 8)), generator.normal(size=(2, 8))
+
+    def ratio_of_means(x, y, axis):
+        return np.exp(x).mean(axis=axis) / np.exp(y).mean(axis=axis) - np.exp(y).mean(axis=axis) / np.exp(x).mean(axis=axis)
+
+    def difference(kept):
+        first = (kept @ np.exp(one).T + (1 - kept) @ np.exp(other).T) / 8
+        second = (kept @ np.exp(other).T + (1 - kept) @ np.exp(one).T) / 8
+        return first / second - second / first
+
+    observed, p = paired_swaps(difference, 8)
+    for row in range(2):
+        wanted = permutation_test((one[row], other[row]), ratio_of_means, permutation_type="samples", n_resamples=np.inf)
+        assert (observed[row], p[row]) == pytest.approx((wanted.statistic, wanted.pvalue))
+    _, drawn = paired_swaps(difference, 8, draws=200)
+    assert drawn == pytest.approx(p, abs=0.08), "a sample of the exchanges says about the same"
+    assert paired_swaps(lambda kept: np.zeros((len(kept), 3)), 30)[1].tolist() == [1.0] * 3, "no difference is none"
 
 
 def test_draws_of_an_area_are_those_of_repeated_values():

@@ -1,22 +1,31 @@
-"""A new model from pretrained parts, and a plain one from one with adapters."""
+"""A new model from pretrained parts, one with another backbone, and a plain one from one with adapters."""
 
+import copy
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from devil_hf.build.lora_devil import check_lora, lora_layers
+from devil_hf.build.preprocessing import image_processor_of
 from devil_hf.build.slim_devil import load_language_model
 from devil_hf.build.sources import backbone_from_source
 from devil_hf.model.backbone_devil import FeatureBackbone
 from devil_hf.model.checkpoint_devil import weights_hash
 from devil_hf.model.configuration_devil import DevilConfig
 from devil_hf.model.modeling_devil import DevilModel
+from devil_hf.model.processing_devil import DevilProcessor
+
+logger = logging.get_logger(f"transformers.{__name__}")
 
 
 def from_backbone_and_language_model(
@@ -130,3 +139,53 @@ def merge_lora(model: DevilModel) -> DevilModel:
     model.config.lora = model.config.language_model_source = None
     model.freeze()
     return model
+
+
+def with_backbone(
+    model: DevilModel, processor: DevilProcessor, weights: str | PathLike | nn.Module
+) -> tuple[DevilModel, DevilProcessor]:
+    """The same translator and language model behind another network with the same features, and the processor of its images.
+
+    Args:
+        weights: a safetensors file of the backbone's weights; a folder or Hub id of timm or transformers; or a network. The
+            layers that the translator reads are looked for by name, and must be as wide.
+
+    Raises:
+        OSError: for weights that cannot be read.
+        ValueError: for weights of another architecture, and for layers that are not there or not as wide.
+    """
+    own = model.backbone
+    if not isinstance(weights, nn.Module) and str(weights).endswith(".safetensors"):
+        backbone = copy.deepcopy(own)
+        backbone.module.load_state_dict(_read_weights(Path(weights), own.module.state_dict()))
+    else:
+        if isinstance(weights, FeatureBackbone):
+            backbone = weights
+        else:
+            backbone = backbone_from_source(weights, own.layers)
+            processor = DevilProcessor(image_processor_of(backbone.config["data_config"]), processor.tokenizer)
+        wanted = dict(zip(own.layers, own.channels, strict=True))
+        found = dict(zip(backbone.layers, backbone.channels, strict=True))
+        if found != wanted:
+            raise ValueError(f"the translator reads layers of so many channels: {wanted}, but this network has {found}.")
+    shared = {id(part): part for part in (model.language_model, model.translator, own)}
+    twin = copy.deepcopy(model, shared)
+    twin.backbone = backbone.to(model.device)
+    return twin.eval(), processor
+
+
+def _read_weights(file: Path, wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a file by the names that a network has; those of a head that the network has not are left out."""
+    if not file.is_file():
+        raise FileNotFoundError(f"there is no file {file}")
+    try:
+        found = {name.removeprefix("backbone.").removeprefix("module."): one for name, one in load_file(file).items()}
+    except SafetensorError as error:
+        raise OSError(f"{file} is no safetensors file: {error}") from error
+    for name, own in wanted.items():
+        if name not in found or found[name].shape != own.shape:
+            has = f"is of shape {tuple(found[name].shape)}" if name in found else "is not there"
+            raise ValueError(f"{file} holds another architecture: {name} {has}, and must be of shape {tuple(own.shape)}.")
+    if beside := sorted(found.keys() - wanted.keys()):
+        logger.warning(f"{file}: {len(beside)} weights are of no part that is read, {beside[0]} among them")
+    return {name: found[name] for name in wanted}
