@@ -6,12 +6,13 @@ A word tells something of an image where the network makes it likelier there tha
 
 is its log-likelihood ratio in nats, each image counted as much as the network says the word of it: 0 where it is as likely of
 every image, log(1 / share) where it belongs to a share of them and to no other. A word is lost where A tells more by it than B,
-gained where B does. Under the null hypothesis the two networks are exchangeable image by image, so their probabilities are
-exchanged at random (`paired_swaps`); words and layers are one family of false discoveries (Benjamini and Hochberg). Of what is
-certain only changes of a given share of the richer network's nats are reported: a test of many images finds any change at all.
+gained where B does. Under the null hypothesis the two networks are exchangeable image by image, so their evidence of the word,
+log p(word | x) - log p(word | null prefix), is exchanged at random, and both figures are made anew (`paired_swaps`). To divide
+each network by its own mean first would not do: its figures would be less random than those that they are compared with. Words
+and layers are one family of false discoveries (Benjamini and Hochberg). Of what is certain only changes of a given share of the
+richer network's nats are reported: a test of many images finds any change at all.
 
-Probabilities are of the bare word behind the prefix (or a carrier), which one prefix per image answers for all words. Their scale
-cancels in r, so translators, language models and tokenizers may differ.
+Probabilities are of the bare word behind the prefix (or a carrier), which one prefix per image answers for all words.
 """
 
 import dataclasses
@@ -44,7 +45,7 @@ LOST, GAINED = "lost", "gained"
 LEVEL = 0.05
 LEAST = 0.33  # share of the richer network's nats
 MOST_WORDS = 100
-TELLING = 0.1  # nats that a word must tell, on average of the two networks, to be compared at all: "and" tells .02
+TELLING = 0.1  # nats that a word must tell, on average of the two networks, for a change to be reported: "and" tells .02
 PLAUSIBLE = 0.1  # Li et al. (2023): words with less than this share of the likeliest one's probability are not contrasted
 BATCH = 32
 
@@ -209,29 +210,31 @@ def said_words(texts: Iterable[str], most: int = MOST_WORDS) -> list[str]:
 
 
 @torch.no_grad()
-def word_log_probs(reading: Reading, words: Sequence[str], layers: Sequence[str], carrier: str | None = None) -> np.ndarray:
-    """(layers, N, words): log-probability of each word of each image by each layer, in nats."""
+def evidence_of_words(reading: Reading, words: Sequence[str], layers: Sequence[str], carrier: str | None = None) -> np.ndarray:
+    """(layers, N, words): evidence of each word of each image by each layer, in nats over the null prefix."""
     phrases = reading.processor(text=list(words), carrier=carrier, return_tensors="pt")
+    null = reading.model.score_prefix(reading.model.null_prefix(), phrases).sum(dim=-1)
     tables = []
     for layer in tqdm(layers, desc="scoring words", unit="layer"):
-        tables.append(reading.model.score_prefix(reading.prefix(layer), phrases).sum(dim=-1).double().cpu().numpy())
+        scores = reading.model.score_prefix(reading.prefix(layer), phrases).sum(dim=-1)
+        tables.append((scores - null).double().cpu().numpy())
     return np.stack(tables)
 
 
-def ratios(log_probs: np.ndarray) -> np.ndarray:
-    """r (N, ...) of log-probabilities (N, ...): each image's over the mean of all images."""
-    shares = np.exp(log_probs - log_probs.max(axis=0))
-    return shares / shares.mean(axis=0)
+def _sums(odds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """x, and x log x, of odds x (N, ...); what a word tells is a function of their sums over images."""
+    return odds, odds * np.log(np.maximum(odds, np.finfo(float).tiny))
 
 
-def _log_ratios(r: np.ndarray) -> np.ndarray:
-    """r log r, 0 where r is 0."""
-    return r * np.log(np.maximum(r, np.finfo(float).tiny))
+def _told(odds: np.ndarray, logged: np.ndarray, images: int) -> np.ndarray:
+    """Nats told, of sums over so many images of x and of x log x: the scale of x cancels."""
+    return logged / odds - np.log(odds / images)
 
 
-def told(log_probs: np.ndarray) -> np.ndarray:
-    """Nats (...) that words tell of an image, of log-probabilities (N, ...); see the module's docstring."""
-    return _log_ratios(ratios(log_probs)).mean(axis=0)
+def told(evidence: np.ndarray) -> np.ndarray:
+    """Nats (...) that words tell of an image, of their evidence, or log-probabilities, (N, ...); see the module's docstring."""
+    odds, logged = _sums(np.exp(evidence - evidence.max(axis=0)))
+    return _told(odds.sum(axis=0), logged.sum(axis=0), len(evidence))
 
 
 def changed_words(
@@ -243,34 +246,34 @@ def changed_words(
     least: float = LEAST,
     seed: int = 0,
 ) -> list[WordChange]:
-    """Compare two networks by the log-probabilities (layers, N, words) of words of the same images.
+    """Compare two networks by the evidence (layers, N, words) of words of the same images.
 
     Raises:
         MissingExtraError: without scipy.
     """
-    one, other = (ratios(np.moveaxis(values, 1, 0)) for values in (a, b))  # (N, layers, words)
-    of_a, of_b = _log_ratios(one).mean(axis=0), _log_ratios(other).mean(axis=0)
-    compared = (of_a + of_b) / 2 >= TELLING
-    if not compared.any():
-        return []
-    images = len(one)
-    sums = [values[:, compared] for values in (one, other, _log_ratios(one), _log_ratios(other))]
+    images, scale = a.shape[1], np.maximum(a, b).max(axis=1, keepdims=True)
+    # Sums over images of x, and of x log x: an exchange adds to those of one network what it takes from the other.
+    pairs = list(zip(*(_sums(np.exp(values - scale)) for values in (a, b)), strict=True))
+    first = [x.sum(axis=1).ravel() for x, _ in pairs]
+    total = [(x + y).sum(axis=1).ravel() for x, y in pairs]
+    gaps = [np.moveaxis(x - y, 1, 0).reshape(images, -1) for x, y in pairs]
 
     def difference(kept: np.ndarray) -> np.ndarray:
-        first, second = (
-            [(side @ x + (1 - side) @ y) / images for x, y in (sums[:2], sums[2:])] for side in (kept, 1 - kept)
-        )  # mean r, and mean r log r, of either side
-        return first[1] / first[0] - np.log(first[0]) - second[1] / second[0] + np.log(second[0])
+        own = [sums - (1 - kept) @ gap for sums, gap in zip(first, gaps, strict=True)]
+        others = [both - sums for both, sums in zip(total, own, strict=True)]
+        return _told(*own, images) - _told(*others, images)
 
-    tests = int(compared.sum())
+    tests = len(layers) * len(words)
     change, p = paired_swaps(difference, images, draws=max(9_999, math.ceil(2 * tests / level)), seed=seed)
     q = false_discovery(p)
+    before, after = (told(np.moveaxis(values, 1, 0)).ravel() for values in (a, b))
     found = []
-    for at, (layer, word) in enumerate(np.argwhere(compared)):
-        before, after = float(of_a[layer, word]), float(of_b[layer, word])
-        sure = q[at] <= level and abs(change[at]) >= least * max(before, after)
-        verdict = (LOST if change[at] > 0 else GAINED) if sure else None
-        found.append(WordChange(layers[layer], words[word], before, after, float(p[at]), float(q[at]), verdict))
+    for at in range(tests):
+        richer = max(before[at], after[at])
+        large = before[at] + after[at] >= 2 * TELLING and abs(change[at]) >= least * richer
+        verdict = (LOST if change[at] > 0 else GAINED) if large and q[at] <= level else None
+        figures = map(float, (before[at], after[at], p[at], q[at]))
+        found.append(WordChange(layers[at // len(words)], words[at % len(words)], *figures, verdict))
     return sorted(found, key=lambda row: -abs(row.told_a - row.told_b))
 
 
@@ -409,7 +412,7 @@ def compare_networks(
     candidates = [word for word in candidates if word not in left_out]
     if not candidates:
         raise ValueError("no word was said of two images, so there is nothing to compare: give words.")
-    before, after = (word_log_probs(reading, candidates, compared, carrier) for reading in (one, other))
+    before, after = (evidence_of_words(reading, candidates, compared, carrier) for reading in (one, other))
     changes = changed_words(before, after, candidates, compared, level, least, seed)
     shown = changed_images(one, other, keys, examples)
     return Difference(tuple(changes), tuple(shown), compared, len(keys), level, least, tuple(left_out))
@@ -439,9 +442,9 @@ __all__ = [
     "compare_networks",
     "contrast",
     "describe_images",
+    "evidence_of_words",
     "images_needed",
     "read_images",
     "text_log_probs",
     "told",
-    "word_log_probs",
 ]

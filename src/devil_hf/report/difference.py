@@ -42,8 +42,8 @@ def write_difference(
     rows = [_row(word, by_layer, found, most) for word, by_layer in by_word.items()]
     page = render(
         TEMPLATE,
-        a=a,
-        b=b,
+        a=Path(a).name,
+        b=Path(b).name,
         source=source,
         images=found.images,
         layers=found.layers,
