@@ -226,15 +226,16 @@ def _sums(odds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return odds, odds * np.log(np.maximum(odds, np.finfo(float).tiny))
 
 
-def _told(odds: np.ndarray, logged: np.ndarray, images: int) -> np.ndarray:
+def _told(sums: Sequence[np.ndarray], images: int) -> np.ndarray:
     """Nats told, of sums over so many images of x and of x log x: the scale of x cancels."""
+    odds, logged = sums
     return logged / odds - np.log(odds / images)
 
 
 def told(evidence: np.ndarray) -> np.ndarray:
     """Nats (...) that words tell of an image, of their evidence, or log-probabilities, (N, ...); see the module's docstring."""
-    odds, logged = _sums(np.exp(evidence - evidence.max(axis=0)))
-    return _told(odds.sum(axis=0), logged.sum(axis=0), len(evidence))
+    sums = [one.sum(axis=0) for one in _sums(np.exp(evidence - evidence.max(axis=0)))]
+    return _told(sums, len(evidence))
 
 
 def changed_words(
@@ -261,7 +262,7 @@ def changed_words(
     def difference(kept: np.ndarray) -> np.ndarray:
         own = [sums - (1 - kept) @ gap for sums, gap in zip(first, gaps, strict=True)]
         others = [both - sums for both, sums in zip(total, own, strict=True)]
-        return _told(*own, images) - _told(*others, images)
+        return _told(own, images) - _told(others, images)
 
     tests = len(layers) * len(words)
     change, p = paired_swaps(difference, images, draws=max(9_999, math.ceil(2 * tests / level)), seed=seed)
@@ -272,8 +273,8 @@ def changed_words(
         richer = max(before[at], after[at])
         large = before[at] + after[at] >= 2 * TELLING and abs(change[at]) >= least * richer
         verdict = (LOST if change[at] > 0 else GAINED) if large and q[at] <= level else None
-        figures = map(float, (before[at], after[at], p[at], q[at]))
-        found.append(WordChange(layers[at // len(words)], words[at % len(words)], *figures, verdict))
+        told_a, told_b, chance, controlled = (float(one[at]) for one in (before, after, p, q))
+        found.append(WordChange(layers[at // len(words)], words[at % len(words)], told_a, told_b, chance, controlled, verdict))
     return sorted(found, key=lambda row: -abs(row.told_a - row.told_b))
 
 
