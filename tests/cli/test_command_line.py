@@ -101,7 +101,9 @@ def test_exit_codes_and_where_is_printed_what(greeting, capsys, tmp_path):
     assert capsys.readouterr().out == "hello all\n"
 
 
-@pytest.mark.parametrize("verb", ["ask", "attribute", "demo", "describe", "neurons", "push", "quickstart", "space", "train"])
+@pytest.mark.parametrize(
+    "verb", ["ask", "attribute", "demo", "describe", "knock-out", "neurons", "push", "quickstart", "space", "train"]
+)
 def test_every_verb_helps_with_an_example(verb, capsys):
     with pytest.raises(SystemExit, match="0"):
         main([verb, "--help"])

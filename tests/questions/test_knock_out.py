@@ -1,0 +1,120 @@
+"""What is removed is what a naive loop finds, the network runs without it, and a planted class falls with its channel."""
+
+import pytest
+import torch
+
+from devil_hf.questions.knock_out import LinearProbe, fit_probe, knock_out, own_head
+
+PHRASE = "a dog"
+
+
+@pytest.fixture(scope="module")
+def maps(model, pixel_values):
+    return model.extract_features(pixel_values)
+
+
+def last_channels(model, pixels):
+    """A classifier with a channel a class."""
+    return model.extract_features(pixels)[-1].mean(dim=(2, 3))
+
+
+def ask(model, processor, pixels, classifier=last_channels, layer=-1, **options):
+    options = {"number": 2, "draws": 9, "others": pixels} | options
+    return knock_out(model, processor, pixels, [PHRASE], [0], classifier, layer, **options)[0]
+
+
+def test_drops_of_channels_are_those_of_a_naive_loop(model, processor, pixel_values, maps):
+    found = ask(model, processor, pixel_values)
+    phrase = processor(text=PHRASE, return_tensors="pt")
+    own, mean = maps[-1], maps[-1].mean(dim=(0, 2, 3))
+
+    def score(features):
+        return model.score(**phrase, layers=-1, feature_maps=[*maps[:-1], features]).log_probs[:, 0]
+
+    for channel in (0, 3, own.shape[1] - 1):
+        without = own.clone()
+        without[:, channel] = mean[channel]
+        assert float(found.drops[channel]) == pytest.approx(float((score(own) - score(without)).mean()), abs=1e-4)
+    assert set(found.removed.tolist()) == set(found.drops.argsort(descending=True)[:2].tolist())
+
+
+def test_drops_of_places_are_those_of_a_naive_loop(model, processor, pixel_values, maps):
+    found = ask(model, processor, pixel_values, what="places")
+    phrase = processor(text=PHRASE, return_tensors="pt")
+    own, mean = maps[-1], maps[-1].mean(dim=(0, 2, 3))
+    whole = model.score(**phrase, layers=-1, feature_maps=maps).log_probs[:, 0]
+    without = own.clone()
+    without[:, :, 0, 1] = mean
+    gone = model.score(**phrase, layers=-1, feature_maps=[*maps[:-1], without]).log_probs[:, 0]
+    torch.testing.assert_close(found.drops[:, 1], whole - gone, atol=1e-4, rtol=1e-4)
+    assert found.removed.shape == (len(pixel_values), 2)
+
+
+def test_the_network_itself_runs_without_what_is_removed_and_is_whole_again(model, processor, pixel_values, maps):
+    """The logits of the channels that are removed are their means, all others are as they were, and deeper layers hear of it."""
+    pixels, mean = pixel_values, maps[-1].mean(dim=(0, 2, 3))
+    width = maps[-1].shape[1]
+    seen = []
+
+    def watched(model, part):
+        seen.append(model.extract_features(part))
+        return seen[-1][-1].mean(dim=(2, 3))
+
+    found = knock_out(model, processor, pixels, [PHRASE], [0], watched, -1, pixels, number=2, draws=1)[0]
+    removed = found.removed.tolist()
+    whole, _, changed, _ = (one[-1].mean(dim=(2, 3)) for one in seen)
+    torch.testing.assert_close(changed[:, removed], mean[removed].expand(len(pixels), -1))
+    rest = [channel for channel in range(width) if channel not in removed]
+    torch.testing.assert_close(changed[:, rest], whole[:, rest])
+    live = int(whole.std(dim=0).argmax())
+    (earlier,) = knock_out(model, processor, pixels, [PHRASE], [live], last_channels, 0, pixels, draws=2)
+    assert earlier.random.abs().min() > 1e-4, "what is removed early changes what is late"
+    for before, after in zip(maps, model.extract_features(pixels), strict=True):
+        torch.testing.assert_close(before, after)
+
+
+def test_a_planted_class_falls_with_the_channels_of_its_phrase_and_no_other_does(model, processor, pixel_values):
+    """Classes that read exactly the channels of the highest, and of the lowest, drops."""
+    drops = ask(model, processor, pixel_values[:1], others=pixel_values).drops
+    pooled = last_channels(model, pixel_values)
+    top, low = drops.argsort(descending=True)[:2], drops.argsort()[:2]
+    weight = torch.zeros(2, pooled.shape[1])
+    toward = (pooled[0] - pooled.mean(dim=0)).sign()
+    weight[0, top], weight[1, low] = toward[top], toward[low]
+    probe = LinearProbe(weight, torch.zeros(2))
+    found = ask(model, processor, pixel_values[:1], probe, others=pixel_values, draws=199)
+    assert found.fall > 0 and found.others == pytest.approx(0, abs=1e-5) and found.least == pytest.approx(0, abs=1e-5)
+    assert found.ratio >= 3 and found.p_value <= 0.05
+    assert set(found.as_record()) >= {"phrase", "drops", "removed", "fall", "random", "ratio", "p_value"}
+
+
+def test_a_probe_tells_what_its_labels_tell(model, pixel_values):
+    images = torch.cat([pixel_values, pixel_values + 1.0])
+    labels = torch.tensor([[False], [False], [False], [True], [True], [True]])
+    probe = fit_probe(model, images, labels)
+    assert ((probe(model, images) > 0) == labels).all()
+    with pytest.raises(ValueError, match=r"classes \[0\] need images with and without"):
+        fit_probe(model, images, labels | True)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"number": 10_000}, "remove at most half"),
+        ({"number": 0}, "number"),
+        ({"draws": 0}, "draws"),
+        ({"layer": "layer9"}, "layer9"),
+        ({"present": torch.zeros(1, 3)}, "must name an image"),
+        ({"classifier": own_head}, "no head of its own"),
+    ],
+)
+def test_what_cannot_be_removed_is_said(model, processor, pixel_values, options, message):
+    with pytest.raises(ValueError, match=message):
+        ask(model, processor, pixel_values, **options)
+
+
+def test_a_class_and_a_phrase_each(model, processor, pixel_values):
+    with pytest.raises(ValueError, match="2 classes for 1 phrases"):
+        knock_out(model, processor, pixel_values, [PHRASE], [0, 1], last_channels, -1, pixel_values)
+    with pytest.raises(ValueError, match=r"classes \[9999\]: the classifier has"):
+        knock_out(model, processor, pixel_values, [PHRASE], [9999], last_channels, -1, pixel_values)
