@@ -5,8 +5,9 @@ it, fitted on other scenes (is there an object with that word?). For every word 
 lowers the evidence of "the WORD" most over the scenes that have it are removed in the network, and the probe of the word is
 read again.
 
-* `fall`: of the logit of the word's probe, mean over the scenes that have it and over words; `random_fall`: mean size of the
-  change when as many channels are removed at random; `ratio`: one over the other; `fall_of_others`: of the other probes.
+* `fall`: of the logit of the word's probe, mean over the scenes that have it and over words; `fall_of_random`: mean size of the
+  change when as many channels are removed at random; `ratio`: one over the other; `fall_of_least`: when the channels with the
+  lowest drops are removed; `fall_of_others`: of the other probes.
 * `significant`: share of words of which at most one in twenty random removals takes as much.
 * `three_times`: share of words of which the logit falls at least three times as far as under random removals.
 """
@@ -23,6 +24,7 @@ from devil_hf.data.shapes import ATTRIBUTE_WORDS, Scene
 from devil_hf.data.worlds import HELD_OUT_WORLD, World
 from devil_hf.evaluation.evaluator import EVALUATORS, EvaluationSettings, Evaluator
 from devil_hf.evaluation.results import Evaluation
+from devil_hf.evaluation.tables import table
 from devil_hf.evaluation.text.words import CARRIER
 from devil_hf.model.pooling_devil import resolve_layers
 from devil_hf.questions.knock_out import fit_probe, knock_out
@@ -31,6 +33,7 @@ from devil_hf.statistics import Ratio, bootstrap_draws
 
 KINDS = {word: kind for kind, words in ATTRIBUTE_WORDS.items() for word in words}
 LEVEL, TIMES = 0.05, 3.0
+BESIDE = ("fall_of_random", "fall_of_least", "fall_of_others")
 
 
 @dataclass(kw_only=True)
@@ -122,34 +125,33 @@ class KnockOutEvaluator(Evaluator):
 
     def score(self, rows: Mapping[str, Any]) -> Evaluation:
         """See the module's docstring."""
-        scores, intervals = {}, {}
+        scores, intervals, beside = {}, {}, {}
         for layer, words in rows.items():
             found = list(words.values())
             fall, random = (np.array([one[name] for one in found]) for name in ("fall", "random"))
             ratio = Ratio(fall, random)
             scores[layer] = {
                 "fall": float(fall.mean()),
-                "random_fall": float(random.mean()),
-                "fall_of_least": float(np.mean([one["least"] for one in found])),
-                "fall_of_others": float(np.mean([one["others"] for one in found])),
                 "ratio": ratio.value,
                 "three_times": float(np.mean([one["ratio"] >= TIMES for one in found])),
                 "significant": float(np.mean([one["p_value"] <= LEVEL for one in found])),
             }
             intervals[layer] = {"ratio": ratio.interval(bootstrap_draws(len(found), seed=0))}
+            beside[layer] = {name: float(np.mean([one[name.removeprefix("fall_of_")] for one in found])) for name in BESIDE}
         return Evaluation(
             title="Knock-outs",
             scores=scores,
             dataset={"name": self.world.label, "size": self.settings.limit},
             settings={"draws": self.settings.draws, "fitted_on": self.settings.fit, "phrase": f"{CARRIER} WORD"},
-            details={"intervals": intervals, "words": dict(rows), "probes_right": self.right},
+            details={"intervals": intervals, "beside": beside, "words": dict(rows), "probes_right": self.right},
         )
 
     def text(self, evaluation: Evaluation) -> str:
         """The table, and what stands beside it."""
         return (
             f"{evaluation.dataset['name']}, {evaluation.dataset['size']} scenes; probes right in "
-            f"{evaluation.details['probes_right']:.3f} of cases\n\n{super().text(evaluation)}"
+            f"{evaluation.details['probes_right']:.3f} of cases\n\n{super().text(evaluation)}\n\n"
+            f"{table(evaluation.details['beside'], BESIDE)}"
         )
 
 

@@ -116,35 +116,42 @@ def knock_out(
     if 2 * number > units:
         raise ValueError(f"number={number} of {units} {what}: remove at most half of them, so that others are left to compare")
     network = _Network(model, pixel_values, classifier, index, maps, mean)
-    network.check()
     whole = network.logits(None)
     if not all(0 <= one < whole.shape[1] for one in classes):
         raise ValueError(f"classes {list(classes)}: the classifier has {whole.shape[1]}, from 0 on")
-    random = torch.Generator().manual_seed(seed)
-    shape = (1 if what == "channels" else len(maps), units)
-    drawn = [torch.rand(shape, generator=random).argsort(dim=1)[:, :number] for _ in range(read_number(draws, "draws", 1))]
-    at_random = torch.stack([whole - network.logits(network.mask(one, what)) for one in drawn])  # (draws, B, classes)
+    at_random = _random_falls(network, whole, what, number, read_number(draws, "draws", 1), seed)
     found = []
     for row, phrase in enumerate(phrases):
         drops = evidence_drops(model, tokens[row], maps, mean, index, what, about[row])
         order = drops.reshape(-1, units).argsort(dim=1, descending=True)
         most, least = (whole - network.logits(network.mask(one, what)) for one in (order[:, :number], order[:, -number:]))
-        rest = [one for one in range(whole.shape[1]) if one != classes[row]]
-        falls = at_random[:, about[row], classes[row]].mean(dim=1)
-        fall = float(most[about[row], classes[row]].mean())
-        found.append(
-            KnockOut(
-                phrase=phrase,
-                drops=drops,
-                removed=order[:, :number].reshape(*drops.shape[:-1], number),
-                fall=fall,
-                random=falls,
-                least=float(least[about[row], classes[row]].mean()),
-                others=float(most[about[row]][:, rest].mean()) if rest else None,
-                p_value=(1 + int((falls >= fall).sum())) / (1 + len(falls)),
-            )
-        )
+        parts = (falls[..., about[row], :] for falls in (most, least, at_random))
+        found.append(_judge(phrase, classes[row], drops, order[:, :number], *parts))
     return found
+
+
+def _random_falls(network: "_Network", whole: Tensor, what: What, number: int, draws: int, seed: int) -> Tensor:
+    """(draws, B, classes): how far logits fall when `number` channels, or places of each image, are removed at random."""
+    random, maps = torch.Generator().manual_seed(seed), network.maps
+    shape = (1, maps.shape[1]) if what == "channels" else (len(maps), maps[0, 0].numel())
+    drawn = [torch.rand(shape, generator=random).argsort(dim=1)[:, :number] for _ in range(draws)]
+    return torch.stack([whole - network.logits(network.mask(one, what)) for one in drawn])
+
+
+def _judge(phrase: str, own: int, drops: Tensor, removed: Tensor, most: Tensor, least: Tensor, at_random: Tensor) -> KnockOut:
+    """The falls (B, classes) of a removal and of the least, and (draws, B, classes) at random, as the verdict on class `own`."""
+    rest = [one for one in range(most.shape[1]) if one != own]
+    falls, fall = at_random[:, :, own].mean(dim=1), float(most[:, own].mean())
+    return KnockOut(
+        phrase=phrase,
+        drops=drops,
+        removed=removed.reshape(*drops.shape[:-1], removed.shape[1]),
+        fall=fall,
+        random=falls,
+        least=float(least[:, own].mean()),
+        others=float(most[:, rest].mean()) if rest else None,
+        p_value=(1 + int((falls >= fall).sum())) / (1 + len(falls)),
+    )
 
 
 def evidence_drops(
@@ -241,12 +248,12 @@ class _Network:
         tokens = mask.expand(-1, -1, height, width).flatten(2).transpose(1, 2)
         return torch.cat([output[:, :extra], torch.where(tokens, mean, output[:, extra:])], dim=1)
 
-    def check(self) -> None:
+    def __post_init__(self) -> None:
         """A ValueError where what the hook removes is not what the layer is read from."""
         half = torch.arange(self.maps.shape[1], device=self.maps.device)[None] < self.maps.shape[1] // 2
         mask = half[:, :, None, None]
         with self.removing(mask):
-            found = self.model.extract_features(self.pixel_values[:1], [self.index])[self.index]
+            found = _maps(self.model, self.pixel_values[:1], self.index)
         if not torch.allclose(found, torch.where(mask, self.mean[:, None, None], self.maps[:1]), atol=1e-4, rtol=1e-3):
             name = self.model.layer_names[self.index]
             raise ValueError(f"layer {name!r} is not read where the network makes it, so nothing can be removed: choose another")
