@@ -34,7 +34,7 @@ def knock_out_of_folders(settings: KnockOutSettings) -> None:
 
     from devil_hf.checkpoints.loading import open_checkpoint
     from devil_hf.data.images import open_images
-    from devil_hf.questions.knock_out import fit_probe, knock_out, own_head
+    from devil_hf.questions.knock_out import Classifier, fit_probe, knock_out, own_head
     from devil_hf.settings import read_layers
 
     folders = []
@@ -45,14 +45,27 @@ def knock_out_of_folders(settings: KnockOutSettings) -> None:
             raise ValueError(f"{source} has {len(folders[-1])} images: at least 4 are needed, half of them for the probe")
     model, processor = open_checkpoint(settings.checkpoint, settings.device)
     shown, without = (processor(images=one, return_tensors="pt")["pixel_values"].to(model.device) for one in folders)
-    classifier, at, judged, told = own_head, settings.head, shown, f"class {settings.head} of the network's own head"
+    classifier: Classifier = own_head
+    at, judged, told = settings.head, shown, f"class {settings.head} of the network's own head"
     if at is None:  # one half for the probe, the other to be judged
         labels = torch.tensor([[True]] * len(shown[::2]) + [[False]] * len(without[::2]))
         classifier, at, judged = fit_probe(model, torch.cat([shown[::2], without[::2]]), labels), 0, shown[1::2]
         told = f"a probe that tells {settings.images} from {settings.without}"
     (layer,) = read_layers([settings.layer], model.layer_names) or [settings.layer]
-    options = {"what": settings.what, "number": settings.number, "draws": settings.draws, "seed": settings.seed}
-    (found,) = knock_out(model, processor, judged, [settings.phrase], [at], classifier, layer, without, **options)
+    (found,) = knock_out(
+        model,
+        processor,
+        judged,
+        [settings.phrase],
+        [at],
+        classifier,
+        layer,
+        without,
+        what=settings.what,
+        number=settings.number,
+        draws=settings.draws,
+        seed=settings.seed,
+    )
     lines = [
         f"{found.removed.shape[-1]} {settings.what} of {settings.layer} that carry {settings.phrase!r} most, removed from "
         f"{len(judged)} images",

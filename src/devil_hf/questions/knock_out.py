@@ -326,4 +326,4 @@ def fit_probe(model: DevilModel, pixel_values: Tensor, labels: Tensor, penalty: 
     return LinearProbe(weight, (probe.bias - weight @ mean).detach())
 
 
-__all__ = ["KnockOut", "LinearProbe", "evidence_drops", "fit_probe", "knock_out", "own_head"]
+__all__ = ["Classifier", "KnockOut", "LinearProbe", "evidence_drops", "fit_probe", "knock_out", "own_head"]
