@@ -1,17 +1,23 @@
 """Each statistic is that of a naive count, or of the library that has it."""
 
+from statistics import NormalDist
+
 import numpy as np
 import pytest
 from scipy.stats import permutation_test
 
 from devil_hf.statistics import (
+    detectable_area,
     expected_calibration_error,
     holm,
     paired_swaps,
     reliability,
     roc_area,
     roc_areas,
+    separation,
     sign_flip,
+    size_for_absence,
+    size_for_presence,
     two_samples,
 )
 
@@ -81,3 +87,67 @@ def test_the_calibration_error_is_that_of_a_naive_count():
     table = reliability([0.05, 0.95, 1.0], [True, True, False])
     assert table[0].tolist() == [1, 0.05, 1] and table[9].tolist() == [2, 0.975, 0.5]
     assert np.isnan(table[1:9, 1:]).all() and np.isnan(expected_calibration_error([], []))
+
+
+# ----------------------------------------------------------------------- one sample above another, and what a test can see
+
+
+def samples(kind, area, size, generator):
+    """Two samples of which a value of the first is above one of the second with the probability `area`."""
+    shift = 2**0.5 * NormalDist().inv_cdf(area)
+    noise, other = generator.normal(size=(2, size))
+    if kind == "shifted":
+        return noise + shift, other
+    if kind == "paired":
+        scenes = generator.normal(scale=5, size=size)
+        return scenes + noise + shift, scenes + other
+    share = (area - 0.5) / 0.5  # of images in which the thing is seen
+    return np.where(generator.random(size) < share, noise + 10, noise), other
+
+
+def test_a_separation_is_the_naive_count_and_never_certain():
+    generator = np.random.default_rng(3)
+    higher, lower = generator.normal(0.4, size=30).round(1), generator.normal(size=25).round(1)
+    found = separation(higher, lower)
+    assert found.area == pytest.approx(np.mean([(a > b) + 0.5 * (a == b) for a in higher for b in lower]))
+    assert found.low < found.area < found.high and found.sizes == (30, 25)
+    paired = separation([2, 1, 0, 5], [1, 1, 1, 1], paired=True)
+    assert paired.area == pytest.approx((2 + 0.5) / 4) and paired.sizes == (4,)
+    for kind in ({}, {"paired": True}):
+        clear, same = separation(np.arange(40) + 100, np.arange(40), **kind), separation(np.ones(40), np.ones(40), **kind)
+        assert clear.area == 1 and 0.85 < clear.low < 0.96
+        assert same.area == 0.5 and same.low < 0.42 and same.high > 0.58, "equal values are not a large sample"
+
+
+@pytest.mark.parametrize("kind", ["shifted", "seen in some", "paired"])
+@pytest.mark.parametrize("area", [0.5, 0.6])
+def test_each_bound_is_wrong_as_often_as_its_level_says(kind, area):
+    generator = np.random.default_rng(4)
+    found = [separation(*samples(kind, area, 120, generator), paired=kind == "paired") for _ in range(1_500)]
+    for wrong in ([one.low > area for one in found], [one.high < area for one in found]):
+        assert 0.02 < np.mean(wrong) < 0.07
+
+
+def test_a_stated_power_is_the_share_that_is_found():
+    generator = np.random.default_rng(5)
+    for kind, sizes in (("shifted", (80, 80)), ("paired", (80,))):
+        area, paired = detectable_area(sizes), kind == "paired"
+        found = [separation(*samples(kind, area, 80, generator), paired=paired).low > 0.5 for _ in range(800)]
+        assert 0.75 < np.mean(found) < 0.86
+        size = size_for_absence(0.6, paired=paired)
+        found = [separation(*samples(kind, 0.5, size, generator), paired=paired) for _ in range(800)]
+        assert 0.75 < np.mean([one.low > 0.4 and one.high < 0.6 for one in found]) < 0.87
+    assert np.isnan(detectable_area((5, 5))), "too few for any effect"
+
+
+@pytest.mark.parametrize("paired", [False, True])
+def test_fewer_values_than_needed_can_show_nothing(paired):
+    """One value less than the least size, and even the clearest outcome leaves the claim open."""
+    size = size_for_presence(0.05, paired)
+    for count, enough in ((size, True), (size - 1, False)):
+        assert (separation(np.ones(count), np.zeros(count), paired=paired).low > 0.5) == enough
+    size = size_for_absence(0.6, power=0, paired=paired)
+    for count, enough in ((size, True), (size - 1, False)):
+        found = separation(np.ones(count), np.ones(count), paired=paired)
+        assert (found.low > 0.4 and found.high < 0.6) == enough
+    assert size_for_absence(0.6, area=0.57) > size_for_absence(0.6) > size and size_for_absence(0.6, area=0.6) is None

@@ -10,11 +10,14 @@ interval, never 0; whoever writes it down leaves it out.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from devil_hf.extras import needs
+
+LARGEST_SAMPLE = 1_000_000  # beyond which no size is looked for
 
 
 @dataclass
@@ -245,11 +248,117 @@ def paired_swaps(
     return observed, above / (1 + draws)
 
 
+# ------------------------------------------------------------- one sample above another, and what a test of it can see
+
+
+@dataclass(frozen=True)
+class Separation:
+    """How far one sample lies above another: the area under the ROC curve, with one-sided bounds.
+
+    Args:
+        area: chance that a value of the one is above one of the other, of a pair where they are paired; ties are halved.
+        low, high: each is passed by the true area with a probability of at most `level`.
+        level: that error rate.
+        sizes: of both samples; one number where they are paired.
+    """
+
+    area: float
+    low: float
+    high: float
+    level: float
+    sizes: tuple[int, ...]
+
+
+def separation(higher: ArrayLike, lower: ArrayLike, level: float = 0.05, paired: bool = False) -> Separation:
+    """The area (N,) above (M,), bounded by the variance of DeLong et al. (1988), on the logit scale.
+
+    No sample is so clear that it leaves no doubt: for its bounds the area is at least half a value of the smaller sample from 0
+    and 1, and its variance at least that of Hanley and McNeil (1982). Of pairs, the area is the share in which the one is above,
+    and binomial.
+    """
+    above, below = (np.asarray(one, dtype=np.float64) for one in (higher, lower))
+    if paired:
+        area = float(np.mean((above > below) + 0.5 * (above == below)))
+        return _bounded(area, 0.0, level, (len(above),))
+    shares = [_share_below(above, below), 1 - _share_below(below, above)]  # of each value, how much of the other sample it beats
+    measured = sum(float(np.var(one, ddof=1)) / len(one) for one in shares)
+    return _bounded(float(shares[0].mean()), measured, level, (len(above), len(below)))
+
+
+def _share_below(values: np.ndarray, others: np.ndarray) -> np.ndarray:
+    ranked = np.sort(others)
+    return (np.searchsorted(ranked, values, "left") + np.searchsorted(ranked, values, "right")) / (2 * len(others))
+
+
+def _bounded(area: float, measured: float, level: float, sizes: tuple[int, ...]) -> Separation:
+    reach, half = NormalDist().inv_cdf(1 - level), 0.5 / min(sizes)
+    ends = []
+    for side in (-1, 1):
+        # Shares of pairs are counts, so that a bound has half a pair more to reach.
+        inside = float(np.clip(area + side * half * (len(sizes) == 1), half, 1 - half))
+        error = np.sqrt(max(measured, area_variance(inside, sizes))) / (inside * (1 - inside))
+        ends.append(float(1 / (1 + np.exp(-(np.log(inside / (1 - inside)) + side * reach * error)))))
+    return Separation(area, ends[0], ends[1], level, sizes)
+
+
+def area_variance(area: float, sizes: tuple[int, ...]) -> float:
+    """Variance of an area of samples of these sizes by Hanley and McNeil (1982); of one size, of pairs, the binomial one."""
+    spread = area * (1 - area)
+    if len(sizes) == 1:
+        return spread / sizes[0]
+    one, other = sizes
+    both_above, both_below = area / (2 - area) - area**2, 2 * area**2 / (1 + area) - area**2
+    return (spread + (one - 1) * both_above + (other - 1) * both_below) / (one * other)
+
+
+def detectable_area(sizes: tuple[int, ...], level: float = 0.05, power: float = 0.8) -> float:
+    """The smallest area whose lower bound is above 1/2 with a probability of `power`; NaN where samples are too small for any."""
+    reach = NormalDist().inv_cdf(1 - level) + NormalDist().inv_cdf(power)
+    areas = np.linspace(0.501, 1 - 0.5 / min(sizes), 1_000)
+    errors = np.sqrt([area_variance(area, sizes) for area in areas]) / (areas * (1 - areas))
+    seen = np.log(areas / (1 - areas)) >= reach * errors
+    return float(areas[seen][0]) if seen.any() else float("nan")
+
+
+def size_for_absence(
+    bound: float, level: float = 0.05, power: float = 0.8, paired: bool = False, area: float = 0.5
+) -> int | None:
+    """How many values each sample needs for both bounds of an area to lie within `bound` of 1/2 on either side.
+
+    Args:
+        bound: above 1/2, the area that the upper bound must stay below, and one minus the lower bound.
+        power: with this probability, where the true area is `area`; 0 for where that is the area that is found.
+
+    Returns:
+        None where `area` is not within `bound` itself.
+    """
+    reach = NormalDist().inv_cdf(1 - level) + NormalDist().inv_cdf((1 + power) / 2)
+    area, size = max(area, 1 - area), 2
+    while size < LARGEST_SAMPLE and area < bound:
+        inside, middle = bound - 0.5 / size * paired, area * (1 - area)
+        error = np.sqrt(area_variance(area, (size,) if paired else (size, size))) / middle
+        if inside > area and np.log(inside / (1 - inside)) - np.log(area / (1 - area)) > reach * error:
+            return size
+        size = max(size + 1, size * 101 // 100)
+    return None
+
+
+def size_for_presence(level: float = 0.05, paired: bool = False) -> int:
+    """How many values each sample needs for the lower bound to be above 1/2 where the samples do not overlap."""
+    size = 2
+    while _bounded(1.0, 0.0, level, (size,) if paired else (size, size)).low <= 0.5:
+        size += 1
+    return size
+
+
 __all__ = [
     "Ratio",
+    "Separation",
+    "area_variance",
     "average_precision",
     "bootstrap",
     "bootstrap_draws",
+    "detectable_area",
     "expected_calibration_error",
     "false_discovery",
     "holm",
@@ -260,6 +369,9 @@ __all__ = [
     "reliability",
     "roc_area",
     "roc_areas",
+    "separation",
     "sign_flip",
+    "size_for_absence",
+    "size_for_presence",
     "two_samples",
 ]

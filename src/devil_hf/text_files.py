@@ -189,6 +189,25 @@ def parse_yaml(text: str, where: str) -> Any:
         raise ValueError(f"{where} is no YAML: {reason:.200}") from error
 
 
+def key_lines(path: str | PathLike) -> dict[tuple[str | int, ...], int]:
+    """In which line of a YAML file each key and each entry of a list stands, by its path from the top."""
+    found: dict[tuple[str | int, ...], int] = {}
+
+    def walk(node: yaml.Node | None, path: tuple[str | int, ...]) -> None:
+        if isinstance(node, yaml.MappingNode):
+            for key, value in node.value:
+                here = (*path, str(key.value))
+                found[here] = key.start_mark.line + 1
+                walk(value, here)
+        elif isinstance(node, yaml.SequenceNode):
+            for number, value in enumerate(node.value):
+                found[(*path, number)] = value.start_mark.line + 1
+                walk(value, (*path, number))
+
+    walk(yaml.compose(read_text(path), _Loader), ())
+    return found
+
+
 class _Loader(yaml.SafeLoader):
     """Refuses a key that is there twice, of which YAML would silently take the last."""
 
@@ -221,6 +240,7 @@ def _is_file(path: Path) -> bool:
 
 __all__ = [
     "existing_file",
+    "key_lines",
     "numbered_lines",
     "parse_json",
     "parse_yaml",

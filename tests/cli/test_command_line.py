@@ -102,7 +102,7 @@ def test_exit_codes_and_where_is_printed_what(greeting, capsys, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "verb", ["ask", "attribute", "demo", "describe", "knock-out", "neurons", "push", "quickstart", "space", "train"]
+    "verb", ["ask", "attribute", "audit", "demo", "describe", "knock-out", "neurons", "push", "quickstart", "space", "train"]
 )
 def test_every_verb_helps_with_an_example(verb, capsys):
     with pytest.raises(SystemExit, match="0"):

@@ -1,0 +1,136 @@
+"""`devil audit` judges a file of claims: exit code, JUnit XML and page; what is wrong in the file is named with its line."""
+
+import json
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from devil_hf.cli.main import main
+from devil_hf.data.shapes import make_scene
+
+FILE = """\
+checkpoint: shapes
+bound: 0.8
+checks:
+  - phrase: red
+    claim: encoded
+    present: {0}/red
+    absent: {0}/blue
+    layers: [layer3, -1]
+  - phrase: red
+    claim: not encoded
+    present: {0}/red
+    masks: {0}/masks
+  - phrase: red
+    claim: not encoded
+    present: {0}/blue
+    absent: {0}/blue_too
+    paired: true
+    control: {{present: {0}/red, absent: {0}/blue}}
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Squares on a grey ground: red ones, blue ones, blue ones again, and masks of the squares."""
+    root = tmp_path_factory.mktemp("audit")
+    generator = np.random.default_rng(0)
+    for at in range(24):
+        left, top, side = generator.integers(20, 60, 3)
+        for name, colour in (("red", (208, 32, 36)), ("blue", (40, 66, 208)), ("blue_too", (40, 66, 208)), ("masks", (255,) * 3)):
+            picture = np.full((128, 128, 3), 0 if name == "masks" else 200, np.uint8)
+            picture[top : top + side, left : left + side] = colour
+            (root / name).mkdir(exist_ok=True)
+            Image.fromarray(picture).save(root / name / f"{at:02}.{'png' if name == 'masks' else 'webp'}", lossless=True)
+    return root
+
+
+@pytest.fixture
+def file(folder, tmp_path):
+    path = tmp_path / "audit.yaml"
+    path.write_text(FILE.format(folder))
+    return path
+
+
+def test_claims_are_judged_and_written(file, tmp_path, capsys):
+    junit, html = tmp_path / "audit.xml", tmp_path / "audit.html"
+    assert main(["audit", str(file), "--junit", str(junit), "--html", str(html), "--json"]) == 1
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["verdict"] for row in rows] == ["encoded", "encoded", "not encoded"]
+    assert [row["passed"] for row in rows] == [True, False, True]
+    assert rows[0]["layers"] == ["layer3", "layer4"] and rows[2]["control"]["passed"]
+    suite = ElementTree.parse(junit).getroot()
+    assert (suite.tag, suite.get("tests"), suite.get("failures")) == ("testsuite", "3", "1")
+    cases = suite.findall("testcase")
+    (failure,) = [failure for case in cases for failure in case.findall("failure")]
+    assert failure.get("type") == "encoded" and failure.text == rows[1]["message"] and "Worst images:" in failure.text
+    assert len({case.get("name") for case in cases}) == 3, "checks that ask the same have names of their own"
+    page = html.read_text()
+    assert page.count("<article>") == 3 and page.count("data:image/webp") == 15 and "1 failed" in page
+    assert "http" not in page, "the page needs nothing else"
+
+
+def test_claims_that_hold_end_well(file, capsys):
+    text = file.read_text()
+    file.write_text(text[: text.index("  - phrase: red\n    claim: not encoded\n    present")])
+    assert main(["audit", str(file)]) == 0
+    assert "1 checks, 0 failed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "line", "message"),
+    [
+        (
+            "    layers: [layer3, -1]",
+            "    layres: [layer3]",
+            8,
+            "fields ['layres'] that Check does not have (did you mean 'layers'?)",
+        ),
+        ("bound: 0.8", "bounds: 0.8", 2, "fields ['bounds'] that AuditFile does not have (did you mean 'bound'?)"),
+        ("control: {{present", "control: {{preset: 1, present", 18, "fields ['preset'] that Control does not have"),
+        ("claim: encoded", "claim: there", 5, "claim='there' is none of encoded, not encoded"),
+        ("    layers: [layer3, -1]", "    level: much", 8, "level='much': 'much' is not a number"),
+        ("    layers: [layer3, -1]", "    level: 2", 4, "level=2.0 must be an error rate"),
+        ("    layers: [layer3, -1]", "    layers: [layer9]", 4, "unknown layer 'layer9'"),
+        ("phrase: red", "phrase: a hospital tag", 4, "no token for ['hospital', 'tag']"),
+        ("bound: 0.8", "bound: 0.6", 9, "'red': 24 and 24 images cannot show that it is not encoded at an error rate of 0.05"),
+        ("    masks: {0}/masks", "    masks: {0}/none", 9, "/none is neither a folder of images"),
+        (
+            "    absent: {0}/blue_too",
+            "    absent: {0}/masks",
+            13,
+            "/masks has nothing of the name of 00.webp (24 of 24 are missing)",
+        ),
+        ("checks:", "checks: []\nothers:", 4, "fields ['others']"),
+        ("  - phrase: red\n    claim: encoded", "  - red\n  - phrase: red\n    claim: encoded", 4, "a check is a mapping"),
+    ],
+)
+def test_what_is_wrong_in_the_file_is_named_with_its_line(folder, tmp_path, capsys, old, new, line, message):
+    path = tmp_path / "audit.yaml"
+    assert old in FILE
+    path.write_text(FILE.replace(old, new, 1).format(folder))
+    assert main(["audit", str(path)]) == 1
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert f"{path}:{line}: " in told and message in told, told
+
+
+def test_files_are_looked_for_before_the_work(file, tmp_path, capsys):
+    assert main(["audit", str(tmp_path / "none.yaml")]) == 1
+    assert "there is no file" in capsys.readouterr().err
+    assert main(["audit", str(file), "--html", str(tmp_path)]) == 1
+    assert "is a folder: name a file in it" in capsys.readouterr().err
+    file.write_text("- red\n")
+    assert main(["audit", str(file)]) == 1
+    assert "holds no mapping" in capsys.readouterr().err
+
+
+def test_scenes_can_be_audited_without_a_folder(tmp_path, capsys):
+    """Worlds of two seeds differ in nothing, so that no word can tell them."""
+    assert make_scene(1, 0) != make_scene(2, 0)
+    (tmp_path / "a.yaml").write_text(
+        "checks: [{phrase: red, claim: encoded, present: 'shapes:20:1', absent: 'shapes:20:2', level: 0.001}]"
+    )
+    assert main(["audit", str(tmp_path / "a.yaml")]) == 1
+    assert "was claimed to be encoded" in capsys.readouterr().out
