@@ -94,7 +94,7 @@ def test_claims_that_hold_end_well(file, capsys):
         ("    layers: [layer3, -1]", "    level: much", 8, "level='much': 'much' is not a number"),
         ("    layers: [layer3, -1]", "    level: 2", 4, "level=2.0 must be an error rate"),
         ("    layers: [layer3, -1]", "    layers: [layer9]", 4, "unknown layer 'layer9'"),
-        ("phrase: red", "phrase: a hospital tag", 4, "no token for ['hospital', 'tag']"),
+        ("phrase: red", "phrase: a hospital tag", 4, "phrases ['a hospital tag'] hold words that"),
         ("bound: 0.8", "bound: 0.6", 9, "'red': 24 and 24 images cannot show that it is not encoded at an error rate of 0.05"),
         ("    masks: {0}/masks", "    masks: {0}/none", 9, "/none is neither a folder of images"),
         (

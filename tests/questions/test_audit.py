@@ -180,11 +180,11 @@ def test_questions_that_cannot_be_asked_are_errors_before_images_are_read(model,
         audit(model, processor, Audit(**{"phrase": PHRASE, "claim": ENCODED} | missing | wrong))
 
 
-def test_a_word_without_a_token_is_named(processor, model):
+def test_a_phrase_that_the_language_model_cannot_represent_is_named():
     from devil_hf.checkpoints.loading import load
 
     own, its = load("shapes", device="cpu")
-    with pytest.raises(ValueError, match=r"no token for \['hospital', 'tag'\]"):
+    with pytest.raises(ValueError, match="'a hospital tag'"):
         Audit(phrase="a hospital tag", claim=ENCODED, present=pictures(5), absent=pictures(5, 1)).check(own, its)
 
 

@@ -17,14 +17,6 @@ class AuditSettings(ModelSettings):
     junit: Path | None = option("write the verdicts as JUnit XML, which CI servers read, into this file", None)
     html: Path | None = option("write a page with figures and the worst images into this file", None)
 
-    def validate(self) -> None:
-        """Raise an OSError for files that are not there, or cannot be written."""
-        if not self.file.is_file():
-            raise FileNotFoundError(f"there is no file {self.file}: name a YAML file of checks")
-        for file in filter(None, (self.junit, self.html)):
-            if file.is_dir():
-                raise IsADirectoryError(f"{file} is a folder: name a file in it")
-
 
 def audit(settings: AuditSettings) -> int:
     """Judge every check, print and write the verdicts; 1 where a claim does not hold."""
@@ -33,6 +25,11 @@ def audit(settings: AuditSettings) -> int:
     from devil_hf.questions.audit_file import read_audits
     from devil_hf.report.audit import audit_page, junit_xml
 
+    if not settings.file.is_file():
+        raise FileNotFoundError(f"there is no file {settings.file}: name a YAML file of checks")
+    for file in filter(None, (settings.junit, settings.html)):
+        if file.is_dir():
+            raise IsADirectoryError(f"{file} is a folder: name a file in it")
     named, planned = read_audits(settings.file)
     own = settings.checkpoint or named
     names = dict.fromkeys([own, *(one.checkpoint or own for one in planned)])

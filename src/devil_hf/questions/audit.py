@@ -28,6 +28,7 @@ from devil_hf.extras import needs
 from devil_hf.model.modeling_devil import DevilModel
 from devil_hf.model.pooling_devil import pool, region_weights, resolve_layers
 from devil_hf.model.processing_devil import DevilProcessor
+from devil_hf.questions.emergence import known_phrases
 from devil_hf.statistics import Separation, detectable_area, separation, size_for_absence, size_for_presence
 
 ENCODED, NOT_ENCODED, REVERSED, UNDECIDED = "encoded", "not encoded", "reversed", "undecided"
@@ -111,12 +112,16 @@ class Audit:
             )
 
     def check(self, model: DevilModel, processor: DevilProcessor) -> None:
-        """Raise a ValueError for a phrase that the language model cannot represent, and for unknown layers."""
+        """Raise what stands in the way of asking, before any image is read.
+
+        Raises:
+            ValueError: for a phrase that the language model cannot represent, and for unknown layers.
+            MissingExtraError: for a probe without scikit-learn.
+        """
+        if self.probe:
+            needs("sklearn", "evaluate")
         resolve_layers(self.layers, model.layer_names)
-        tokens, unknown = model.check_phrases(processor(text=[self.phrase])), processor.tokenizer.unk_token_id
-        if unknown is not None and (tokens["input_ids"] == unknown).any():
-            told = [word for word in self.phrase.split() if unknown in processor.tokenizer(word)["input_ids"]]
-            raise ValueError(f"phrase {self.phrase!r}: the language model has no token for {told}; say it otherwise")
+        known_phrases(model, processor, [self.phrase])
 
 
 @dataclass(frozen=True)
@@ -200,12 +205,11 @@ def audit(model: DevilModel, processor: DevilProcessor, asked: Audit, control: F
             features of another network that it reads, or another phrase. Where it is not encoded, no absence is claimed.
 
     Raises:
-        ValueError: see `Audit.check`; for images that cannot be read, and masks that are empty, or full, where the network looks.
+        ValueError: see `Audit.check`, which is called first; for images that cannot be read, and masks that are empty, or full,
+            where the network looks.
         MissingExtraError: for a probe without scikit-learn.
     """
     asked.check(model, processor)
-    if asked.probe:
-        needs("sklearn", "evaluate")
     names, present, features = _read(model, processor, asked, asked.present, asked.masks)
     if asked.absent is None:
         present, absent = present[0::2], present[1::2]

@@ -178,7 +178,7 @@ class _Reader:
                 probe=probe,
             )
         except (ValueError, OSError) as error:
-            raise type(error)(f"{self.at(path)}: {error}") from error
+            raise (OSError if isinstance(error, OSError) else ValueError)(f"{self.at(path)}: {error}") from error
 
     def images(self, source: str) -> Mapping[str, Any]:
         """Images by name; files by their paths, which are read when they are asked."""
