@@ -1,9 +1,13 @@
 """What is removed is what a naive loop finds, the network runs without it, and a planted class falls with its channel."""
 
 import pytest
+import timm
 import torch
 
+from devil_hf import DevilModel, DevilProcessor
+from devil_hf.build import image_processor_of
 from devil_hf.questions.knock_out import LinearProbe, fit_probe, knock_out, own_head
+from tests.conftest import SMALL_TRANSLATOR
 
 PHRASE = "a dog"
 
@@ -118,3 +122,30 @@ def test_a_class_and_a_phrase_each(model, processor, pixel_values):
         knock_out(model, processor, pixel_values, [PHRASE], [0, 1], last_channels, -1, pixel_values)
     with pytest.raises(ValueError, match=r"classes \[9999\]: the classifier has"):
         knock_out(model, processor, pixel_values, [PHRASE], [9999], last_channels, -1, pixel_values)
+
+
+@pytest.mark.parametrize("what", ["channels", "places"])
+def test_tokens_of_a_transformer_are_removed_and_its_own_head_is_read(sources, tokenizer, images, what):
+    torch.manual_seed(4)
+    network = timm.create_model("test_vit", num_classes=5).eval()
+    layers = ["blocks.0", "blocks.3"]
+    model = DevilModel.from_backbone_and_language_model(
+        network, sources["language_model"], layers, tokenizer=tokenizer, **SMALL_TRANSLATOR
+    ).eval()
+    processor = DevilProcessor(image_processor_of(model.config.backbone_config["data_config"]), tokenizer)
+    pixels = processor(images=images, return_tensors="pt")["pixel_values"]
+    seen = []
+
+    def watched(model, part):
+        seen.append(model.extract_features(part)[0])
+        return own_head(model, part)
+
+    found = knock_out(model, processor, pixels, [PHRASE], [2], watched, "blocks.0", pixels, what=what, number=3, draws=2)[0]
+    whole, mean = seen[0].flatten(2), seen[0].mean(dim=(0, 2, 3))
+    gone = torch.zeros(whole.shape, dtype=torch.bool)
+    for row, units in enumerate(found.removed.expand(len(pixels), -1)):
+        gone[(row, units) if what == "channels" else (row, slice(None), units)] = True
+    torch.testing.assert_close(seen[3].flatten(2), torch.where(gone, mean[:, None], whole), atol=1e-5, rtol=1e-4)
+    with torch.no_grad():
+        assert own_head(model, pixels).shape == (3, 5)
+    assert found.random.abs().max() > 0
