@@ -4,11 +4,11 @@ The shipped checkpoint and one scene, each word with its evidence, its layers, a
 every hidden tile. Ours is `explain_words`. The loop does what its docstring says, one question after another: the pooled features
 of that question through the translator, all layer tokens computed and the hidden ones masked, the words behind its prefix, logits
 at every position. It is run twice: with a pass for each word ("one by one"), and with one for all words of a question
-("question by question"). The sentence is written by both, and the backbone is shared.
+("question by question"). Only ours reads the image and writes the sentence, too.
 
 All are timed alternately, on the clock and in seconds of the processor, which a busy machine leaves as they are; ratios are of
 medians. With `--sample N` the loops ask every N-th place and tile, in turn from one
-repetition to the next, and their seconds are N times those; differences are of the places and tiles that were asked.
+repetition to the next, and their seconds are counted for all; differences are of those that were asked.
 """
 
 import statistics
@@ -79,9 +79,9 @@ def token_log_probs(model: DevilModel, prefix: torch.Tensor, ids: torch.Tensor) 
 
 
 def word_ends(processor: DevilProcessor, ids: torch.Tensor) -> list[int]:
-    """The end of each word among the tokens, a word being the tokens that begin with its space."""
-    begins = [at for at, token in enumerate(ids.tolist()) if at and processor.tokenizer.decode([token]).startswith(" ")]
-    return [*begins, len(ids)]
+    """The end of each word among the tokens: the next one begins another word of the text."""
+    words = [len(processor.tokenizer.decode(ids[:end]).split()) for end in range(1, len(ids) + 1)]
+    return [end for end in range(1, len(ids)) if words[end] > words[end - 1]] + [len(ids)]
 
 
 def difference(found: SentenceEvidence, naive: dict[str, list[float]]) -> float:
@@ -114,23 +114,20 @@ def evidence(repeats: int, sample: int) -> dict:
     taken: dict[str, list[tuple[float, float]]] = {"ours": [], "one by one": [], "question by question": []}
     worst, count = 0.0, 0
 
-    def run(name: str, times: int, function: Callable[..., Any], *arguments: Any) -> Any:
+    def run(name: str, times: float, function: Callable[..., Any], *arguments: Any) -> Any:
         begun = time.process_time()
         elapsed, result = timed(function, *arguments)
         taken[name].append((times * elapsed, times * (time.process_time() - begun)))
         return result
 
-    def loop(turn: int, each_word: bool) -> dict[str, list[float]]:
-        features = model.extract_features(pixels)
-        text = processor.batch_decode(model.generate(feature_maps=features), skip_special_tokens=True)[0].strip()
-        ids = processor(text=[text], return_tensors="pt")["input_ids"][0]
-        asked = [one for at, one in enumerate(questions(model, features, tiles)) if at < 2 or at % sample == turn % sample]
-        return one_by_one(model, processor, ids, asked, each_word)
-
+    features = model.extract_features(pixels)
+    ids = processor(text=[found.text], return_tensors="pt")["input_ids"][0]
+    every = list(questions(model, features, tiles))
     for turn in range(repeats):
         (found,) = run("ours", 1, explain_words, model, processor, pixels)
+        asked = [one for at, one in enumerate(every) if at < 2 or at % sample == turn % sample]
         for name, each_word in (("one by one", True), ("question by question", False)):
-            naive = run(name, sample, loop, turn, each_word)
+            naive = run(name, len(every) / len(asked), one_by_one, model, processor, ids, asked, each_word)
             worst, count = max(worst, difference(found, naive)), len(naive)
     clock, processor_time = (
         {name: statistics.median(pair[at] for pair in pairs) for name, pairs in taken.items()} for at in (0, 1)

@@ -71,6 +71,7 @@ def test_the_page_is_whole_by_itself_and_shows_names_as_text(written):
     assert not re.search(r"""(src|href)=["'](?!data:)""", text.partition('<script type="application/json"')[0])
     assert "https://" not in text and "http://" not in text
     assert "<b>two" not in text
+    assert "pictures" in text and str(written[1].parent) not in text
 
 
 def test_broken_images_are_left_out_and_counted(written):

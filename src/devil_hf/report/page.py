@@ -174,7 +174,10 @@ class Page(Evaluator):
         if not self.shown:
             raise ValueError(f"{self.images.name}: none of {len(rows)} images can be read")
         evaluation = add_up(self.shown, self.layers, self.settings.seed)
-        evaluation.dataset = {"name": self.images.name, "size": len(self.shown)}
+        source, name = Path(self.settings.images), self.images.name
+        if source.exists():  # whoever gets the page need not know where the folder is
+            name = name.replace(str(source), source.resolve().name, 1)
+        evaluation.dataset = {"name": name, "size": len(self.shown)}
         evaluation.settings = {"decoding": "greedy", "layers": ", ".join(self.layers), "others": len(self.others)}
         evaluation.details |= {"left_out": len(rows) - len(self.shown)}
         evaluation.details["null_text"] = null_label(self.model, self.processor, self.settings.max_new_tokens)
