@@ -33,7 +33,7 @@ function draw(canvas, scale, row, word) {          // the map of a word, or noth
 
 function owes(line, word) {
   line.replaceChildren(element("b", "", `${word.text} ${signed(word.evidence)} nats`), " ");
-  layers.forEach((layer, at) => line.append(element("span", "", `${layer} ${signed(word.alone[at])} alone, ${signed(word.lost[at])} lost`)));
+  layers.forEach((layer, at) => line.append(element("span", "", `${layer} ${signed(word.alone[at])} alone, ${signed(word.lost[at])} lost`), " "));
 }
 
 function fill(row) {
