@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from devil_hf.build.models import with_backbone
+from devil_hf.checkpoints.loading import load
 from devil_hf.questions.difference import (
     GAINED,
     LOST,
@@ -177,6 +178,20 @@ def test_the_whole_reports_nothing_of_a_copy_and_is_json(model, processor, pictu
     assert found.images == 16 and found.layers == ("all", *model.layer_names)
     assert not any(found.found(LOST).values()) and not any(found.found(GAINED).values()) and found.examples == ()
     assert json.loads(json.dumps(found.as_record()))["images"] == 16
+
+
+def test_networks_with_other_words_are_compared_by_those_that_both_have(model, processor, pictures):
+    shapes = load("shapes", "cpu")
+    found = compare_networks((model, processor), shapes, pictures, words=["red", "blue"])
+    assert found.layers == ("all", *(name for name in model.layer_names if name in shapes[0].layer_names))
+    assert {"red", "blue"} <= {one.word for one in found.words} and not {one.word for one in found.words} & {*found.left_out}
+    readings, _ = read_images([(model, processor), shapes], pictures[:2])
+    readings[0].texts, readings[1].texts = ["a red circle", "a dog"], ["a blue circle", "a blue square"]
+    (one,) = changed_images(*readings, ["first", "second"])
+    assert one.image == "first" and one.more_a is None, "the other one's language model knows no dog"
+    assert [word for word, _ in one.words_b] == ["a", "blue", "circle"]
+    with pytest.raises(ValueError, match="cannot represent the word 'dog'"):
+        compare_networks((model, processor), shapes, pictures, words=["dog"])
 
 
 def test_other_weights_are_read_by_the_same_translator(model, processor, tmp_path, pixel_values):

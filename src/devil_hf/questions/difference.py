@@ -323,16 +323,21 @@ def text_log_probs(reading: Reading, texts: Sequence[str], rows: Sequence[int]) 
 
 
 def _more(own: Sequence[tuple[str, float]], others: Sequence[tuple[str, float]]) -> tuple[tuple[str, float], ...]:
-    """How much likelier each word of a text is to who said it than to the other one."""
-    return tuple((word, nats - other) for (word, nats), (_, other) in zip(own, others, strict=True))
+    """How much likelier each word of a text is to who said it than to the other one; shared evenly where words part differently."""
+    if [word for word, _ in own] == [word for word, _ in others]:
+        return tuple((word, nats - other) for (word, nats), (_, other) in zip(own, others, strict=True))
+    gap = sum(nats for _, nats in own) - sum(nats for _, nats in others)
+    return tuple((word, gap / len(own)) for word, _ in own)
 
 
 def changed_images(a: Reading, b: Reading, keys: Sequence[str], most: int = 12) -> list[Example]:
     """The images of which two networks say the most different things, at most so many of them.
 
-    Images that a network has no words for are left out.
+    Images of which one of them says nothing, or what the other's language model cannot represent, are left out.
     """
-    rows = [at for at, pair in enumerate(zip(a.texts, b.texts, strict=True)) if all(pair) and pair[0] != pair[1]]
+    different = [at for at, pair in enumerate(zip(a.texts, b.texts, strict=True)) if pair[0] != pair[1]]
+    sayings = [(reading.processor, texts) for reading in (a, b) for texts in (a.texts, b.texts)]
+    rows = [at for at in different if all(_represents(processor, texts[at]) for processor, texts in sayings)]
     if not rows or not most:
         return []
     said = [[reading.texts[at] for at in rows] for reading in (a, b)]
