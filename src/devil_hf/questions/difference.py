@@ -323,7 +323,7 @@ def text_log_probs(reading: Reading, texts: Sequence[str], rows: Sequence[int]) 
 
 
 def _more(own: Sequence[tuple[str, float]], others: Sequence[tuple[str, float]]) -> tuple[tuple[str, float], ...]:
-    """How much likelier each word of a text is to who said it than to the other one; shared evenly where words part differently."""
+    """How much likelier each word of a text is to who said it than to the other one; evenly where words part differently."""
     if [word for word, _ in own] == [word for word, _ in others]:
         return tuple((word, nats - other) for (word, nats), (_, other) in zip(own, others, strict=True))
     gap = sum(nats for _, nats in own) - sum(nats for _, nats in others)
