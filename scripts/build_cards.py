@@ -19,8 +19,8 @@ from huggingface_hub import DatasetCardData
 from transformers import OPTConfig
 
 from devil_hf.build import backbone_from_source
-from devil_hf.checkpoints import CHECKPOINT
 from devil_hf.cli.main import bounded
+from devil_hf.checkpoints import locate
 from devil_hf.data import rendering, shapes, world_dataset, worlds
 from devil_hf.hub.cards import dataset_card, model_card
 from devil_hf.hub.facts import Facts, Layer, readable_recipe
@@ -75,7 +75,7 @@ def recipe_card(path: Path) -> str:
 def embedded_card() -> str:
     """The card of the checkpoint that ships with the package."""
     with tempfile.TemporaryDirectory() as folder:
-        return str(prepare(CHECKPOINT, f"{OWNER}/devil-shapes-world", folder).card)
+        return str(prepare(locate("shapes"), f"{OWNER}/devil-shapes-world", folder).card)
 
 
 def shapes_card() -> str:

@@ -6,6 +6,7 @@ checkpoint, in half precision, that belongs into `src/devil_hf/checkpoints/photo
 """
 
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -20,6 +21,10 @@ from devil_hf.checkpoints import PHOTOS, SCOPES
 from devil_hf.checkpoints.loading import load
 from devil_hf.cli.main import bounded
 from devil_hf.folders import claimed, write_json, written
+from devil_hf.checkpoints.scope import measure_scope
+from devil_hf.data.pairs.folder import read_caption_folder
+from devil_hf.model.image_processing_devil import load_images
+from devil_hf.model.processing_devil import DevilProcessor
 from devil_hf.settings import make, option, parse, read_yaml
 from devil_hf.training.recipe import Recipe
 from devil_hf.training.run import train
@@ -28,6 +33,7 @@ from devil_hf.training.small_models.caption_language_model import CaptionLanguag
 ARCHITECTURE = "tf_efficientnet_lite0"
 SIDE = 256  # pixels; 16 x 16 places at blocks.4
 RECIPE = Path(__file__).parent / "recipes" / "photos.yaml"
+SCOPE_IMAGES = 500  # whose features say what is like the training
 HELD_OUT = 300  # images whose captions the language model is measured on
 
 
@@ -42,13 +48,14 @@ class PhotosSettings:
     seed: int = option("of every part", 0)
     threads: int = option("threads of torch", 1)
     language_model_steps: int = option("optimiser steps of the language model", 3_600)
-    translator_steps: int = option("those of the translator", 3_000)
+    translator_steps: int = option("those of the translator", 2_000)
 
 
 def build_backbone(settings: PhotosSettings) -> None:
-    """Save the backbone as a directory that timm loads as `local-dir:PATH`; images are squashed to a square."""
-    backbone = timm.create_model(ARCHITECTURE, pretrained=False)
-    backbone.load_state_dict(load_file(settings.backbone))
+    """Save the backbone without its classifier, as a directory that timm loads as `local-dir:PATH`; images become squares."""
+    backbone = timm.create_model(ARCHITECTURE, pretrained=False, num_classes=0)
+    weights = load_file(settings.backbone)
+    backbone.load_state_dict({name: weights[name] for name in backbone.state_dict()})
     backbone.pretrained_cfg |= {"input_size": (3, SIDE, SIDE), "crop_pct": 1.0, "crop_mode": "squash"}
     folder = settings.output_dir / "backbone"
     with written(folder) as whole:
@@ -93,9 +100,18 @@ def translator_recipe(settings: PhotosSettings) -> Recipe:
     return make(Recipe, fields)
 
 
+def training_pixels(settings: PhotosSettings, processor: DevilProcessor, batch: int = 16) -> Iterator[torch.Tensor]:
+    """Pixel values of some training photographs, by which the checkpoint knows what is unlike them."""
+    files = read_caption_folder(settings.data / "captions" / "flickr8k", "train")
+    images = [image for file in files[:: len(files) // SCOPE_IMAGES] for image in load_images(str(file.path))]
+    for begin in range(0, len(images), batch):
+        yield processor(images=images[begin : begin + batch], return_tensors="pt")["pixel_values"]
+
+
 def build_translator(settings: PhotosSettings) -> None:
     """Train the translator between the two parts and save all three as one half-precision checkpoint."""
     model, processor = load(train(translator_recipe(settings)), device="cpu")
+    model.config.scope_statistics = measure_scope(model, training_pixels(settings, processor))
     # The checkpoint holds the weights itself; the folders they came from mean nothing elsewhere.
     model.config.backbone_config |= {"source": None, "revision": None}
     model.config.language_model_source = None

@@ -104,7 +104,7 @@ def test_a_layout_is_read_and_a_question_asked(installed):
         "found = infer_layout(torch.Size([16, 2, 6, 8]), 2, 96, 128)\n"
         "assert found == {'layout': 'CNHW', 'prefix': 0}, found\n"
         "assert to_map(torch.zeros(16, 2, 6, 8), 'CNHW', 0, 96, 128).shape == (2, 16, 6, 8)\n"
-        "model, processor = load(None, 'cpu')\n"
+        "model, processor = load('shapes', 'cpu')\n"
         "scene = make_scene(1, 0)\n"
         "thing = scene.objects[0]\n"
         "others = [one for one in ('red', 'blue', 'green') if one not in {o.colour for o in scene.objects}]\n"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from devil_hf.checkpoints import CHECKPOINT
+from devil_hf.checkpoints import locate
 from devil_hf.cli.attribute import AttributeSettings
 from devil_hf.data.shapes import make_scene
 
@@ -18,7 +18,7 @@ def test_the_example_and_the_calls_of_the_table_run():
     example = re.search(r"```python\n(from transformers.*?)```", README, flags=re.DOTALL)[1]
     scene = make_scene(1, 0)
     names = {"image": Image.fromarray(scene.image)}
-    exec(example.replace('"devil-quickstart/checkpoint"', repr(str(CHECKPOINT))), names)
+    exec(example.replace('"devil-quickstart/checkpoint"', repr(str(locate("shapes")))), names)
     assert len(names["ids"]) == 2  # one row per place
     assert names["maps"].maps["layer1"].shape == (1, 2, 32, 32)
     import devil_hf

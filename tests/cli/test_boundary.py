@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-from devil_hf.checkpoints import CHECKPOINT
 from devil_hf.cli.main import LONGEST_LINE, bounded, main
+from devil_hf.checkpoints import locate
 from devil_hf.cli.verb import VERBS, Verb
 from devil_hf.extras import MissingExtraError
 from devil_hf.settings import JsonSettings
@@ -93,7 +93,7 @@ def test_numbers_that_are_none_end_with_2(folder, capsys, words):
 
 
 def test_damaged_weights_are_one_line(folder, capsys):
-    shutil.copytree(CHECKPOINT, "damaged")
+    shutil.copytree(locate("shapes"), "damaged")
     weights = folder / "damaged" / "model.safetensors"
     content = weights.read_bytes()
     for damage in (content[: len(content) // 2], content[:5], b"", b"\xff" * 100):

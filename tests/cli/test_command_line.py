@@ -26,8 +26,8 @@ FIRST = "import devil_hf\nfrom transformers import AutoModel, AutoProcessor"
 SECOND = "from transformers import AutoModel, AutoProcessor\nimport devil_hf"
 LOADED = """
 import sys
-from devil_hf.checkpoints import CHECKPOINT
-processor, model = AutoProcessor.from_pretrained(CHECKPOINT), AutoModel.from_pretrained(CHECKPOINT)
+from devil_hf.checkpoints import locate
+processor, model = AutoProcessor.from_pretrained(locate('shapes')), AutoModel.from_pretrained(locate('shapes'))
 assert type(model) is devil_hf.DevilModel and type(processor) is devil_hf.DevilProcessor
 assert not [finder for finder in sys.meta_path if type(finder).__module__ == "devil_hf.registration"]
 """

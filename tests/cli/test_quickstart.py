@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from devil_hf.checkpoints import CHECKPOINT
+from devil_hf.checkpoints import locate
 from devil_hf.checkpoints.loading import load
 from devil_hf.cli import main as cli
 from devil_hf.cli.quickstart import QuickstartSettings, recipe
@@ -35,11 +35,11 @@ def scene_file(tmp_path_factory):
 
 
 def test_the_embedded_checkpoint_is_small_and_in_half_precision():
-    files = [path for path in CHECKPOINT.rglob("*") if path.is_file()]
+    files = [path for path in locate("shapes").rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) <= 10e6
-    model, _ = load()
+    model, _ = load("shapes")
     assert {p.dtype for p in model.parameters()} == {torch.float32}, "computed in fp32 unless told otherwise"
-    config = json.loads((CHECKPOINT / "config.json").read_text())
+    config = json.loads((locate("shapes") / "config.json").read_text())
     assert config["dtype"] == "float16" and config["frozen_weights"] == "embedded"
     assert config["backbone_config"]["source"] is None
 

@@ -10,11 +10,11 @@ pytest.importorskip("gradio")
 
 from huggingface_hub import constants
 
-from devil_hf.checkpoints import CHECKPOINT
+from devil_hf.checkpoints import locate
 from devil_hf.demo.app import launch
 from tests.hub.conftest import hub  # noqa: F401 - a fixture
 
-GOOD = {file.name: file.read_bytes() for file in CHECKPOINT.iterdir() if file.is_file()}
+GOOD = {file.name: file.read_bytes() for file in locate("shapes").iterdir() if file.is_file()}
 SECRET = "the owner's secret"
 
 
@@ -29,8 +29,8 @@ def own_settings(tmp_path_factory):
 
 @pytest.fixture(scope="package")
 def app(own_settings):
-    """The running demo of the embedded checkpoint, to which visitors may bring their own."""
-    demo = launch(host="127.0.0.1", block=False)
+    """The running demo of the shapes checkpoint, to which visitors may bring their own."""
+    demo = launch("shapes", host="127.0.0.1", block=False)
     yield demo
     demo.close()
 

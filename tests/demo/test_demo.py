@@ -1,5 +1,6 @@
 """The demo without a browser: right answers by name, uploads bounded, no file and no address read that it should not."""
 
+import copy
 import gc
 import json
 import threading
@@ -19,14 +20,16 @@ gr = pytest.importorskip("gradio")
 
 from gradio_client import Client, handle_file
 
-from devil_hf.checkpoints import CHECKPOINT
+from devil_hf.checkpoints import locate
+from devil_hf.checkpoints.scope import measure_scope
 from devil_hf.data.shapes import make_scene
 from devil_hf.demo import visits as visits_module
-from devil_hf.demo.checkpoints import EMBEDDED, Checkpoints
+from devil_hf.demo.app import example_images
+from devil_hf.demo.checkpoints import PHOTOGRAPHS, SCENES, Checkpoints
 from devil_hf.demo.explorer import Explorer, read_phrases
 from devil_hf.demo.messages import told
 from devil_hf.demo.uploads import read_upload
-from devil_hf.demo.visits import Visits
+from devil_hf.demo.visits import Example, Visits
 from devil_hf.questions.word_evidence import explain_words
 from devil_hf.report import html
 from devil_hf.report.features import feature_picture
@@ -162,9 +165,9 @@ def test_good_files_become_upright_small_pictures(tmp_path):
 # -------------------------------------------------------------------------------------------------------------- safety
 
 
-@pytest.mark.parametrize("path", ["/etc/passwd", "../../../../etc/passwd", "%2e%2e/%2e%2e/etc/passwd", str(CHECKPOINT)])
+@pytest.mark.parametrize("path", ["/etc/passwd", "../../../../etc/passwd", "%2e%2e/%2e%2e/etc/passwd", str(locate("shapes"))])
 def test_no_file_outside_the_uploads_is_served(served, path):
-    path = f"{path}/config.json" if path == str(CHECKPOINT) else path
+    path = f"{path}/config.json" if path == str(locate("shapes")) else path
     for route in ("gradio_api/file=", "file=", "gradio_api/file/", "static/", "assets/"):
         with pytest.raises(HTTPError) as refused:
             urlopen(f"{served}/{route}{path}")
@@ -182,7 +185,7 @@ def call(served, endpoint, data):
     return urlopen(f"{served}/gradio_api/call/{endpoint}/{event}", timeout=60).read().decode()
 
 
-@pytest.mark.parametrize("path", ["/etc/passwd", str(CHECKPOINT / "config.json")])
+@pytest.mark.parametrize("path", ["/etc/passwd", str(locate("shapes") / "config.json")])
 def test_a_request_cannot_name_a_file_of_the_server(served, path):
     answer = call(served, "describe", [{"path": path, "meta": {"_type": "gradio.FileData"}}])
     assert "event: error" in answer and "Traceback" not in answer and "root:" not in answer
@@ -240,7 +243,8 @@ def test_errors_are_messages_and_inner_ones_say_nothing_of_the_inside():
 
 
 def test_the_picker_follows_its_owner(monkeypatch):
-    assert not Checkpoints(models="none").picker
+    assert not Checkpoints("shapes", models="none").picker
+    assert Checkpoints(models="none").picker, "between the built-in ones"
     assert Checkpoints(models="any").picker
     some = Checkpoints(models="user/one, user/two")
     assert some.picker
@@ -260,20 +264,48 @@ def test_the_picker_follows_its_owner(monkeypatch):
 def test_few_models_stay_in_memory(model, processor, monkeypatch):
     checkpoints = Checkpoints(models="any")
     monkeypatch.setattr(Checkpoints, "_load", lambda self, name: Explorer(model, processor))
-    for name in (EMBEDDED, "a/b", "c/d", "e/f"):
+    for name in (PHOTOGRAPHS, SCENES, "a/b", "c/d", "e/f"):
         checkpoints.get(name)
-    assert sorted(checkpoints._loaded) == ["c/d", "e/f", EMBEDDED]
+    assert sorted(checkpoints._loaded) == ["c/d", "e/f", PHOTOGRAPHS, SCENES]
     checkpoints.held("c/d")  # asked again, it stays
     checkpoints.get("g/h")
-    assert sorted(checkpoints._loaded) == ["c/d", "g/h", EMBEDDED]
+    assert sorted(checkpoints._loaded) == ["c/d", "g/h", PHOTOGRAPHS, SCENES]
     with pytest.raises(ValueError, match="e/f has made room"):
         checkpoints.held("e/f")
 
 
+def test_an_example_is_looked_at_by_the_model_of_its_world(model, processor, images, monkeypatch):
+    monkeypatch.setattr(Checkpoints, "_load", lambda self, name: Explorer(model, processor))
+    checkpoints = Checkpoints(models="any")
+    for name in (*checkpoints.own, "user/own"):
+        checkpoints.get(name)
+    examples = example_images()
+    assert {example.checkpoint for example in examples} == {PHOTOGRAPHS, SCENES}
+    visits = Visits(checkpoints, examples)
+    session = visits.start()["session"]
+    assert session.checkpoint == PHOTOGRAPHS
+    scene = visits.open_example(len(examples) - 1, session.checkpoint, None)["session"]
+    assert scene.checkpoint == SCENES
+    assert visits.open_example(0, "user/own", None)["session"].checkpoint == "user/own", "whoever brought one stays with it"
+
+
+def test_an_image_unlike_the_training_is_said_to_be_so(model, processor, images):
+    asked = copy.deepcopy(model)
+    pixels = processor(images=images, return_tensors="pt")["pixel_values"]
+    asked.config.scope_statistics = measure_scope(asked, [pixels, pixels + 0.01])
+    asked.config.scope = "<b>Only noise.</b>"
+    checkpoints = Checkpoints(models="none")
+    checkpoints._loaded[PHOTOGRAPHS] = explorer = Explorer(asked, processor)
+    visits = Visits(checkpoints, [Example(image, PHOTOGRAPHS) for image in images])
+    assert "What this model knows" in visits.head(PHOTOGRAPHS, explorer.look(images[0]))
+    told = visits.head(PHOTOGRAPHS, explorer.look(Image.new("RGB", (50, 50), "red")))
+    assert "this image is unlike" in told and "&lt;b&gt;" in told and "<b>Only" not in told
+
+
 def test_features_of_old_visits_make_room_and_are_made_again(model, processor, images, monkeypatch):
     checkpoints = Checkpoints(models="none")
-    checkpoints._loaded[EMBEDDED] = Explorer(model, processor)
-    visits = Visits(checkpoints, images)
+    checkpoints._loaded[PHOTOGRAPHS] = Explorer(model, processor)
+    visits = Visits(checkpoints, [Example(image, PHOTOGRAPHS) for image in images])
     first = visits.start()["session"]
     said = visits.choose_layer(first, model.layer_names[0])["place"]
     monkeypatch.setattr(visits_module, "FEATURE_BYTES", first.look.size + 1)
@@ -285,8 +317,8 @@ def test_features_of_old_visits_make_room_and_are_made_again(model, processor, i
 
 def test_a_visit_that_nobody_holds_leaves_memory(model, processor, images):
     checkpoints = Checkpoints(models="none")
-    checkpoints._loaded[EMBEDDED] = Explorer(model, processor)
-    visits = Visits(checkpoints, images)
+    checkpoints._loaded[PHOTOGRAPHS] = Explorer(model, processor)
+    visits = Visits(checkpoints, [Example(image, PHOTOGRAPHS) for image in images])
     session = visits.start()["session"]
     left = [weakref.ref(visits.start()["session"]), weakref.ref(session.look)]
     session = visits.choose_layer(visits.start()["session"], model.layer_names[0])["session"]  # another image, the same visitor

@@ -189,7 +189,7 @@ def test_a_hostile_repository_shows_its_markup_as_text_and_a_broken_one_its_reas
     assert page.locator("img[src='x']").count() == 0
     assert page.evaluate("window.hacked") is None
     assert not any(owner.authorizations)
-    load("shapes world (built in)")
+    load("shapes")
     page.wait_for_function("text => !document.querySelector('.dv-scope').innerText.includes(text)", arg=MARKUP)
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load, save
 
-from devil_hf.checkpoints import CHECKPOINT
+from devil_hf.checkpoints import locate
 from tests.demo.conftest import GOOD, SECRET
 
 CONFIG = json.loads(GOOD["config.json"])
@@ -57,7 +57,7 @@ HOSTILE = {
     "private_in_overlay": changed("backbone_config", "kwargs", pretrained_cfg_overlay={"hf_hub_id": "tester/private"}),
     "pretrained": changed("backbone_config", "kwargs", pretrained=True),
     "repository_as_architecture": changed("backbone_config", architecture="hf-hub:tester/private"),
-    "folder_as_architecture": changed("backbone_config", architecture=f"local-dir:{CHECKPOINT}"),
+    "folder_as_architecture": changed("backbone_config", architecture=f"local-dir:{locate('shapes')}"),
     "no_architecture": changed("backbone_config", architecture="no_such_network"),
     "any_class": changed("backbone_config", kind="transformers", model_class="transformers.Trainer", model_config={}),
     "any_module": changed("backbone_config", kind="transformers", model_class="os.system", model_config={}),
@@ -66,8 +66,8 @@ HOSTILE = {
     "private_source": slim("tester/private"),
     "private_language_model": slim("tester/public", "tester/private"),
     "timm_source": slim("resnet10t.c3_in1k"),
-    "folder_source": slim(str(CHECKPOINT)),
-    "local_source": slim(f"local-dir:{CHECKPOINT}"),
+    "folder_source": slim(str(locate("shapes"))),
+    "local_source": slim(f"local-dir:{locate('shapes')}"),
     "climbing_source": slim("../../etc"),
     "address_source": slim("http://127.0.0.1:9/x"),
     "source_of_no_kind": slim(["tester/private"], {"a": 1}),
@@ -129,7 +129,7 @@ def test_a_hostile_repository_is_refused_or_answers_and_nothing_gets_out(owner, 
     assert owner.requests and not any(owner.authorizations), "a visitor's load carries no token"
     assert not marker.exists(), "no code of a repository runs"
     assert not list(tmp_path.rglob("escaped.json")) and not list(tmp_path.rglob("inner.json"))
-    for inner in ("Traceback", str(tmp_path), HERE, str(CHECKPOINT), "root:", SECRET, "hf_tester"):
+    for inner in ("Traceback", str(tmp_path), HERE, str(locate("shapes")), "root:", SECRET, "hf_tester"):
         assert inner not in said
     if not succeeded:
         assert output["error"] and "log says why" not in output["error"], "a refusal says why"

@@ -13,13 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from devil_hf.demo.checkpoints import EMBEDDED, Checkpoints
+from devil_hf.demo.checkpoints import PHOTOGRAPHS, Checkpoints
 from devil_hf.demo.downloads import FETCHED
 from devil_hf.demo.endpoints import Endpoints, shrunk_point
 from devil_hf.demo.explorer import MAX_PHRASE_LENGTH, MAX_PHRASES, Explorer, read_phrases
 from devil_hf.demo.messages import LONGEST, message, told
 from devil_hf.demo.uploads import FORMATS, LONGEST_SIDE, read_upload
-from devil_hf.demo.visits import Visits
+from devil_hf.demo.visits import Example, Visits
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
@@ -39,8 +39,8 @@ def explorer(model, processor):
 @pytest.fixture(scope="module")
 def visits(explorer, images):
     checkpoints = Checkpoints(models="none")
-    checkpoints._loaded[EMBEDDED] = explorer
-    return Visits(checkpoints, images)
+    checkpoints._loaded[PHOTOGRAPHS] = explorer
+    return Visits(checkpoints, [Example(image, PHOTOGRAPHS) for image in images])
 
 
 def asked(answer, *arguments):

@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from devil_hf import DevilModel
 from devil_hf.build import backbone_from_source
-from devil_hf.checkpoints import CHECKPOINT
+from devil_hf.checkpoints import locate
 from devil_hf.checkpoints.loading import load
 from devil_hf.cli import main as cli
 from devil_hf.data.captioned import captioned_scenes, open_captioned
@@ -30,7 +30,7 @@ FEW = {"layers": ["layer3", "layer4"], "map_images": 4}
 
 @pytest.fixture(scope="module")
 def shipped():
-    return load(device="cpu")
+    return load("shapes", device="cpu")
 
 
 def run_controls(model, processor, images, folder, **changes):
@@ -125,7 +125,7 @@ def test_an_explainer_whose_translator_says_nothing_is_not_trusted(shipped, tmp_
 
 def test_the_verdict_reaches_the_card(folder, capsys):
     scores = str(folder / "scores.json")
-    assert cli.main(["push", str(CHECKPOINT), "user/devil", "--scores", scores, "--dry-run"]) == 0
+    assert cli.main(["push", str(locate("shapes")), "user/devil", "--scores", scores, "--dry-run"]) == 0
     printed = capsys.readouterr().out
     assert "Every control that was run is beaten" in printed and "No control was run" not in printed
     assert "Controls: all 19 comparisons hold" in printed and "Not run:" not in printed

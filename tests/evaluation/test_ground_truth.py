@@ -58,17 +58,17 @@ def test_answers_are_not_asked_twice(answers, monkeypatch):
     folder, result, _ = answers
     monkeypatch.setattr(DevilModel, "extract_features", None)
     settings = truth.ShapesSettings(limit=SCENES, output_dir=folder)
-    again = evaluate("shapes", settings, *load(device="cpu"))
+    again = evaluate("shapes", settings, *load("shapes", device="cpu"))
     assert json.loads(json.dumps(again.as_record())) == result
     with pytest.raises(ValueError, match="seed"):
-        evaluate("shapes", replace(settings, seed=5), *load(device="cpu"))
+        evaluate("shapes", replace(settings, seed=5), *load("shapes", device="cpu"))
 
 
 def test_some_questions_have_the_same_answers_as_all(answers, tmp_path):
     """What `devil quickstart` asks: descriptions of every scene, pointing in the first ones."""
     _, result, rows = answers
     settings = truth.ShapesSettings(limit=4, questions=["described", "pointing"], pointing_limit=2, output_dir=tmp_path)
-    few = evaluate("shapes", settings, *load(device="cpu"))
+    few = evaluate("shapes", settings, *load("shapes", device="cpu"))
     found = {line["key"]: line["row"] for line in map(json.loads, (tmp_path / "shapes.jsonl").read_text().splitlines()[1:])}
     for key in "0123":
         assert found[key]["said"] == rows[key]["said"]
@@ -85,7 +85,7 @@ def test_some_questions_have_the_same_answers_as_all(answers, tmp_path):
 def test_places_and_maps_are_those_of_the_public_calls(answers):
     """Descriptions of places against `describe`, choices against `attribute`, pointing against the game played by hand."""
     _, _, rows = answers
-    model, processor = load(device="cpu")
+    model, processor = load("shapes", device="cpu")
     scene, row = make_scene(1, 1), rows["1"]
     pixel_values = processor(images=scene.image)["pixel_values"]
     for layer in ("layer2", "layer4"):
@@ -137,7 +137,7 @@ def test_choices_differ_in_one_thing_and_the_first_is_true():
 
 def test_a_translator_that_sees_nothing_chooses_no_better_than_chance():
     """All options then have the same evidence: the true one, which `choices` names first, must not win."""
-    model, processor = load(device="cpu")
+    model, processor = load("shapes", device="cpu")
     torch.nn.init.zeros_(model.translator.output.weight)
     indices = [index for index in range(40) if make_scene(1, index).relations][:6]
     scenes = [make_scene(1, index) for index in indices]

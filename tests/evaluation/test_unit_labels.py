@@ -255,7 +255,7 @@ def test_probes_and_selectivity_equal_their_definitions():
 @pytest.fixture(scope="module")
 def planted(tmp_path_factory):
     """Units planted into the two deepest layers of the embedded backbone, their exemplars, and what they look for."""
-    model, processor = load(device="cpu")
+    model, processor = load("shapes", device="cpu")
     layers = model.layer_names[-2:]
     directions, biases, concepts = planted_probes(model.backbone, processor.image_processor, layers, scenes=300)
     reader = UnitReader(model.backbone, directions, biases, channels=False, layers=layers)
@@ -283,7 +283,7 @@ def test_planted_units_are_named_and_pass_the_check(planted):
 
 @pytest.mark.slow
 def test_natural_units_have_a_measurable_selectivity():
-    model, processor = load(device="cpu")
+    model, processor = load("shapes", device="cpu")
     features, truths = concept_locations(model.backbone, processor.image_processor, "layer1", range(100), 5)
     area = selectivity(features, truths)
     colours = area[:, :8].max(dim=1).values

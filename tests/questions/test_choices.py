@@ -73,9 +73,9 @@ def shapes():
     """The processor of a language model that knows whole words only."""
     from transformers import AutoProcessor
 
-    from devil_hf.checkpoints import CHECKPOINT
+    from devil_hf.checkpoints import locate
 
-    return AutoProcessor.from_pretrained(CHECKPOINT)
+    return AutoProcessor.from_pretrained(locate("shapes"))
 
 
 @pytest.mark.parametrize(

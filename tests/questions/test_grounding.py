@@ -106,7 +106,7 @@ def test_only_the_layers_that_are_asked_are_computed(model, processor, pixel_val
 
 def test_places_mend_what_beam_search_binds_wrongly():
     """On the embedded checkpoint and scenes of several objects: more of them are described with every attribute in its place."""
-    model, processor = load(None)
+    model, processor = load("shapes")
     scenes = [scene for index in range(60) if len((scene := make_scene(1, index)).objects) == 3]
     pixels = processor(images=[scene.image for scene in scenes], return_tensors="pt")["pixel_values"]
     features = model.extract_features(pixels)

@@ -1,8 +1,9 @@
 """The checkpoints that ship with the package, each in a folder of its name.
 
-`shapes` is a whole DeViL for the shapes world, in half precision. It is what every verb asks where no checkpoint is named, and
-the source of the frozen parts of `devil quickstart`; `scripts/build_embedded.py` makes it from nothing. A name, a directory or a
-Hub id: `locate` is the one place that tells them apart.
+`photos` is a whole DeViL for photographs, in half precision: what every verb asks about pictures where no checkpoint is named;
+`scripts/build_photos.py` makes it. `shapes` is one for the rendered shapes world, where the truth is known: what `devil evaluate`
+measures by default, and the source of the frozen parts of `devil quickstart`; `scripts/build_embedded.py` makes it from nothing.
+A name, a directory or a Hub id: `locate` is the one place that tells them apart.
 """
 
 from os import PathLike
@@ -10,8 +11,7 @@ from pathlib import Path
 
 FOLDER = Path(__file__).parent
 SHAPES, PHOTOS = "shapes", "photos"
-DEFAULT = SHAPES
-CHECKPOINT = FOLDER / DEFAULT
+DEFAULT = PHOTOS
 # What the shipped checkpoints say of themselves (`config.scope`).
 SCOPES = {
     SHAPES: "This checkpoint has only ever seen rendered scenes of coloured, textured shapes. "
@@ -22,7 +22,7 @@ SCOPES = {
 
 
 def shipped_checkpoints() -> list[str]:
-    """Names of the checkpoints that are in the package."""
+    """Names of the checkpoints that are in the package, in alphabetic order."""
     return sorted(file.parent.name for file in FOLDER.glob("*/config.json"))
 
 
@@ -32,6 +32,5 @@ def locate(checkpoint: str | PathLike | None = None) -> str | PathLike:
     Args:
         checkpoint: name of a shipped one; a directory (one that has such a name is `./NAME`); or a Hub id. None is `DEFAULT`.
     """
-    if checkpoint is None:
-        return CHECKPOINT
-    return FOLDER / checkpoint if str(checkpoint) in shipped_checkpoints() else checkpoint
+    name = DEFAULT if checkpoint is None else str(checkpoint)
+    return FOLDER / name if checkpoint is None or name in shipped_checkpoints() else checkpoint

@@ -24,7 +24,7 @@ def load(
     """Load a model and its processor.
 
     Args:
-        checkpoint: a name, directory or Hub id, see `locate`; None for the checkpoint of the shapes world.
+        checkpoint: a name, directory or Hub id, see `locate`; None for that of photographs.
         device: None chooses CUDA where there is one.
         token: for the Hub; None for this machine's own where there is one, False for none, whatever the checkpoint names.
     """
@@ -42,8 +42,8 @@ def load(
 
 
 def open_checkpoint(checkpoint: str | PathLike | None = None, device: str | None = None) -> tuple[DevilModel, DevilProcessor]:
-    """Load a model and its processor, see `load`, and say on stderr what the checkpoint knows, where it says so."""
+    """Load a model and its processor, see `load`; say on stderr what the checkpoint knows, where only a reader can compare."""
     model, processor = load(checkpoint, device)
-    if model.config.scope:
+    if model.config.scope and model.config.scope_statistics is None:
         print(f"note: {model.config.scope}", file=sys.stderr)
     return model, processor

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from devil_hf.cli.verb import VERBS, Verb, named_pictures, show
+from devil_hf.checkpoints import SHAPES, locate
+from devil_hf.cli.verb import VERBS, Verb, look, named_pictures, show
 from devil_hf.settings import LayerSettings, option, read_layers
 
 
@@ -12,7 +13,7 @@ class AskSettings(LayerSettings):
     """A question to images."""
 
     images: list[str] = option(
-        "files or URLs (default: a held-out scene of the shapes world, for a checkpoint of it)", [], positional=True
+        "files or URLs (default: a held-out scene, which the shapes checkpoint is asked about)", [], positional=True
     )
     question: str = option('a sentence as captions have it, {} where the choice stands: "the {} square"')
     choices: list[str] = option("two answers or more")
@@ -37,13 +38,14 @@ class AskSettings(LayerSettings):
 
 def ask_images(settings: AskSettings) -> None:
     """Ask and print."""
-    from devil_hf.checkpoints import locate
     from devil_hf.checkpoints.loading import open_checkpoint
     from devil_hf.questions.choices import Calibration, ask
 
     names, images = named_pictures(settings.images)
     calibration = None if settings.calibration is None else Calibration.read(settings.calibration)
-    model, processor = open_checkpoint(settings.checkpoint, settings.device)
+    checkpoint = settings.checkpoint if settings.images else SHAPES
+    model, processor = open_checkpoint(checkpoint, settings.device)
+    look(model, processor, images, names)
     answers = ask(
         model,
         processor,
@@ -53,7 +55,7 @@ def ask_images(settings: AskSettings) -> None:
         layers=read_layers(settings.layers, model.layer_names),
         grid=settings.grid,
         least_evidence=settings.least_evidence,
-        calibration=calibration or Calibration.beside(locate(settings.checkpoint)),
+        calibration=calibration or Calibration.beside(locate(checkpoint)),
     )
     lines, wide = [], max(map(len, settings.choices))
     for name, answer in zip(names, answers, strict=True):

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from devil_hf.cli.verb import VERBS, Verb, check_picture, show
+from devil_hf.cli.verb import VERBS, Verb, check_picture, look, show
 from devil_hf.registry import load_plugins
 from devil_hf.settings import LayerSettings, check_window, option, read_layers, read_windows
 
@@ -59,7 +59,7 @@ def attribute(settings: AttributeSettings) -> None:
     layers = read_layers(settings.layers, known)
     asked = [known[index] for index in resolve_layers(layers, known)]
     output = model.attribute(
-        **processor(images=image, return_tensors="pt"),
+        feature_maps=look(model, processor, [image], [settings.image]),
         phrases=processor(text=settings.phrases, carrier=settings.carrier, return_tensors="pt"),
         layers=layers,
         measure=settings.measure,

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from devil_hf.cli.verb import VERBS, Verb, check_picture, named_pictures, show
+from devil_hf.checkpoints import SHAPES
+from devil_hf.cli.verb import VERBS, Verb, check_picture, look, named_pictures, show
 from devil_hf.settings import LayerSettings, check_window, option, read_layers
 
 
@@ -14,7 +15,7 @@ class DescribeSettings(LayerSettings):
     """Descriptions of images by layers, places and words."""
 
     images: list[str] = option(
-        "files or URLs (default: a held-out scene of the shapes world, for a checkpoint of it)", [], positional=True
+        "files or URLs (default: a held-out scene, which the shapes checkpoint describes)", [], positional=True
     )
     locations: list[str] | None = option('places of each layer\'s grid, or "all"', None, metavar="ROW,COLUMN")
     window: int = option("side of the square around each place", 1, least=1)
@@ -78,9 +79,9 @@ def describe(settings: DescribeSettings) -> None:
     for file in filter(None, (settings.output, settings.maps)):
         check_picture(file)
     names, images = named_pictures(settings.images)
-    model, processor = open_checkpoint(settings.checkpoint, settings.device)
-    asked = {
-        **processor(images=images, return_tensors="pt"),
+    model, processor = open_checkpoint(settings.checkpoint if settings.images else SHAPES, settings.device)
+    asked: dict[str, Any] = {
+        "feature_maps": look(model, processor, images, names),
         "layers": read_layers(settings.layers, model.layer_names),
         "max_new_tokens": settings.max_new_tokens,
     }

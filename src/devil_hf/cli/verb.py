@@ -12,7 +12,8 @@ VERBS.register("greet", Verb("greet", "say hello", "devil greet you", lambda: Gr
 """
 
 import json
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,16 @@ VERBS: Registry[Verb] = Registry("verb", "devil_hf.cli")
 def show(settings: JsonSettings, record: Any, text: str) -> None:
     """Print a record as JSON where that was asked for, its text otherwise."""
     print(json.dumps(record) if settings.json else text)
+
+
+def look(model: Any, processor: Any, images: Sequence[Any], names: Sequence[str]) -> list[Any]:
+    """The feature maps of images, read once for all that is asked of them; says so where they are unlike the training's."""
+    from devil_hf.checkpoints.scope import out_of_scope
+
+    maps = model.extract_features(processor(images=list(images), return_tensors="pt")["pixel_values"])
+    if warning := out_of_scope(model, maps, names):
+        print(f"note: {warning}", file=sys.stderr)
+    return maps
 
 
 def check_picture(file: Path) -> None:

@@ -19,7 +19,7 @@ from transformers import AutoModel, AutoProcessor
 from transformers.utils import logging
 
 from devil_hf.build.repositories import HUB_ID, hub_id
-from devil_hf.checkpoints import CHECKPOINT
+from devil_hf.checkpoints import PHOTOS, SHAPES, locate
 from devil_hf.demo.downloads import WEIGHTS, Downloads, check_size
 from devil_hf.demo.explorer import Explorer
 from devil_hf.demo.messages import plain
@@ -31,25 +31,27 @@ from devil_hf.model.processing_devil import DevilProcessor
 
 logger = logging.get_logger(f"transformers.{__name__}")
 
-EMBEDDED = "shapes world (built in)"
-KEPT = 3  # models in memory at once; the one asked longest ago goes first, the default stays
+PHOTOGRAPHS, SCENES = "photographs (built in)", "shapes world (built in)"
+BUILT_IN = {PHOTOGRAPHS: PHOTOS, SCENES: SHAPES}
+KEPT = 4  # models in memory at once; the one asked longest ago goes first, the owner's stay
 MAX_MEMORY_BYTES = 8 * 2**30  # of a visitor's model in single precision
 MAX_CROP, MAX_LAYERS = 1024, 64  # pixels on a side that a visitor's backbone looks at, and layers that are read
 
 
 class Checkpoints:
-    """The default checkpoint and, by `DEVIL_MODELS`, others by Hub id.
+    """The owner's checkpoints and, by `DEVIL_MODELS`, others by Hub id.
 
     Args:
-        default: directory or Hub id of the checkpoint that the demo starts with; None reads `DEVIL_CHECKPOINT`, and without it
-            means the embedded one.
+        default: name, directory or Hub id of the one checkpoint that the demo brings; None reads `DEVIL_CHECKPOINT`, and without
+            it means those of the package, the photographs' first.
         models: "any", "none", or Hub ids between commas; None reads `DEVIL_MODELS`, and without it means "any".
         device: None chooses CUDA where there is one.
     """
 
     def __init__(self, default: str | None = None, models: str | None = None, device: str | None = None):
         named = (os.environ.get("DEVIL_MODELS", "any") if models is None else models).strip()
-        self.default = default or os.environ.get("DEVIL_CHECKPOINT") or EMBEDDED
+        named_default = default or os.environ.get("DEVIL_CHECKPOINT")
+        self.own = [str(named_default)] if named_default else list(BUILT_IN)
         self.listed = None if named == "any" else [name.strip() for name in named.split(",") if name.strip() not in ("", "none")]
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.downloads = Downloads()
@@ -57,9 +59,14 @@ class Checkpoints:
         self._loading, self._lock = threading.Lock(), threading.Lock()
 
     @property
+    def default(self) -> str:
+        """What the demo starts with."""
+        return self.own[0]
+
+    @property
     def picker(self) -> bool:
         """Whether visitors may choose a checkpoint at all."""
-        return self.listed is None or bool(self.listed)
+        return len(self.own) > 1 or self.listed is None or bool(self.listed)
 
     def get(self, name: str) -> Explorer:
         """The checkpoint `name`, loaded on first use.
@@ -75,7 +82,7 @@ class Checkpoints:
                     with self._lock:
                         self._loaded[name] = explorer
                         while len(self._loaded) > KEPT:
-                            self._loaded.pop(next(one for one in self._loaded if one != self.default))
+                            self._loaded.pop(next(one for one in self._loaded if one not in self.own))
         return self.held(name)
 
     def held(self, name: str) -> Explorer:
@@ -91,8 +98,8 @@ class Checkpoints:
             return self._loaded[name]
 
     def _load(self, name: str) -> Explorer:
-        if name == self.default:
-            source = str(CHECKPOINT) if name == EMBEDDED else name
+        if name in self.own:
+            source = str(locate(BUILT_IN.get(name, name)))
             token = get_token() or False
             model = AutoModel.from_pretrained(source, dtype=torch.float32, trust_remote_code=False, token=token)
             processor = AutoProcessor.from_pretrained(source, trust_remote_code=False, token=token)
@@ -207,4 +214,4 @@ def check_weights(config: DevilConfig, weights: int) -> None:
         )
 
 
-__all__ = ["EMBEDDED", "Checkpoints", "send_no_token_unasked"]
+__all__ = ["BUILT_IN", "PHOTOGRAPHS", "SCENES", "Checkpoints", "send_no_token_unasked"]

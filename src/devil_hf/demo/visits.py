@@ -9,7 +9,8 @@ from weakref import WeakValueDictionary
 import gradio as gr
 from PIL import Image
 
-from devil_hf.demo.checkpoints import Checkpoints
+from devil_hf.checkpoints.scope import out_of_scope
+from devil_hf.demo.checkpoints import BUILT_IN, Checkpoints
 from devil_hf.demo.explorer import MAX_CARRIER_LENGTH, Explorer, Look, read_phrases
 from devil_hf.demo.messages import message
 from devil_hf.demo.uploads import read_upload
@@ -21,6 +22,14 @@ FEATURE_BYTES = 2 * 2**30  # of all visits
 UNREADABLE = "This click cannot be read: reload the page."
 NO_MAPS = "demo/templates/no_maps.html"
 Answer = dict[str, Any]  # name of a piece of the page -> what it shows now
+
+
+@dataclass(frozen=True)
+class Example:
+    """An image to choose, RGB, and the built-in checkpoint that knows its world."""
+
+    image: Image.Image
+    checkpoint: str
 
 
 @dataclass
@@ -42,19 +51,25 @@ class Visits:
 
     Args:
         checkpoints: those that may be asked.
-        examples: images to choose from, RGB.
+        examples: images to choose from.
     """
 
-    def __init__(self, checkpoints: Checkpoints, examples: list[Image.Image]):
+    def __init__(self, checkpoints: Checkpoints, examples: list[Example]):
         self.checkpoints = checkpoints
         self.examples = examples
-        self.thumbnails = [html.data_uri(example) for example in examples]
+        self.thumbnails = [html.data_uri(example.image) for example in examples]
         # With features in memory, the latest last. Weak: gradio bounds the visits, and a new image ends the one before.
         self._looking: WeakValueDictionary[int, Session] = WeakValueDictionary()
         self._lock = threading.Lock()
 
     def start(self) -> Answer:
-        return self.open(self.examples[0], self.checkpoints.default, None, example=0)
+        return self.open_example(0, self.checkpoints.default, None)
+
+    def open_example(self, index: int, checkpoint: str, layer: str | None) -> Answer:
+        """An example by the checkpoint of its world, unless the visitor looks by one that he has brought."""
+        example = self.examples[index]
+        checkpoint = example.checkpoint if checkpoint in BUILT_IN else checkpoint
+        return self.open(example.image, checkpoint, layer, example=index)
 
     def open_upload(self, path: str | None, session: Session | None, layer: str | None) -> Answer:
         try:
@@ -87,7 +102,7 @@ class Visits:
             "gallery": self.gallery(example),
             "maps": render(NO_MAPS),
             "upload": None,
-            "head": self.head(checkpoint),
+            "head": self.head(checkpoint, look),
         }
 
     def show_point(self, session: Session, explorer: Explorer, layer: str, x: float, y: float) -> Answer:
@@ -137,7 +152,7 @@ class Visits:
         example, word, before, chosen, at, x, y = (getattr(event, name, None) for name in names)
         if example is not None:
             index = int(_number(example)) % len(self.examples)
-            return self.open(self.examples[index], session.checkpoint, layer, example=index)
+            return self.open_example(index, session.checkpoint, layer)
         if word is not None:
             before = before[:MAX_CARRIER_LENGTH] if isinstance(before, str) else carrier  # a word in its sentence
             return {**self.show_maps(session, word, before), "phrases": word, "carrier": before}
@@ -176,9 +191,11 @@ class Visits:
         """The examples as buttons."""
         return render("demo/templates/gallery.html", sources=self.thumbnails, chosen=chosen)
 
-    def head(self, checkpoint: str) -> str:
-        """The title of the page, with what the checkpoint says that it knows."""
-        return render("demo/templates/head.html", scope=self.checkpoints.held(checkpoint).model.config.scope)
+    def head(self, checkpoint: str, look: Look | None = None) -> str:
+        """The title of the page, with what the checkpoint says that it knows, and a warning where an image is unlike that."""
+        model = self.checkpoints.held(checkpoint).model
+        warning = out_of_scope(model, look.feature_maps, ["this image"]) if look else None
+        return render("demo/templates/head.html", scope=model.config.scope, warning=warning)
 
 
 def _number(value: Any) -> float:

@@ -40,6 +40,7 @@ from typing import Any, ClassVar, cast
 
 from tqdm.auto import tqdm
 
+from devil_hf.checkpoints import SHAPES
 from devil_hf.evaluation.records import Records
 from devil_hf.evaluation.results import CONTROLS, Evaluation, fingerprint
 from devil_hf.evaluation.tables import table
@@ -61,7 +62,7 @@ END = "end"  # key of the record that says how many rows a stream had
 class EvaluationSettings(JsonSettings):
     """What every evaluator can be told."""
 
-    checkpoint: str | None = option("directory, Hub id, or name of a shipped one (default: shapes)", None, positional=True)
+    checkpoint: str | None = option("directory, Hub id, or name of a shipped one", SHAPES, positional=True)
     limit: int | None = option("only this many images from the beginning", None)
     batch_size: int = option("images at once, per process", 32)
     seed: int = option("of whatever is drawn", 0)

@@ -87,9 +87,7 @@ class DevilConfig(PreTrainedConfig):
     # between one and all of them, which makes single places point better, and with `whole_probability` shows the whole image.
     location_schedule: Literal["constant", "log_uniform"] = "constant"
     whole_probability: float = 0.25
-    # How often training hides no layer, beyond what `layer_dropout` gives (paper: 0). With `whole_probability` it says how
-    # much of the training goes into whole images by all layers together.
-    all_layers_probability: float = 0.0
+    all_layers_probability: float = 0.0  # how often training hides no layer, beyond what `layer_dropout` gives (paper: 0)
     null_probability: float = 0.0  # how often training hides every layer, so that the null prefix is learned (paper: 0)
     max_caption_tokens: int = 100  # training captions are cut to this many (paper: 100)
     lora: dict[str, Any] | None = None  # settings of LoRA adapters in the language model, see `add_lora` (paper: none)
@@ -99,6 +97,7 @@ class DevilConfig(PreTrainedConfig):
     pad_token_id: int | None = None  # fills finished rows of a generation
     tie_word_embeddings: bool = False
     scope: str | None = None  # what the training data covered, in a sentence that the tools print beside their answers
+    scope_statistics: dict[str, Any] | None = None  # of features of training images, for the tools to tell others from them
     frozen_weights: Literal["embedded", "reference"] = "embedded"  # "reference" when the checkpoint is slim
     weights_sha256: dict[str, str] | None = None  # of the weights beside it, by the variant of the files ("" for none)
     format_version: int = FORMAT_VERSION  # layout of the checkpoint; newer ones than this code knows are refused
