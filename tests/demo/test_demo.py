@@ -346,8 +346,8 @@ def test_the_stage_marks_the_place(images):
 
 def test_a_clicked_word_is_mapped_after_the_words_before_it(explorer, images):
     checkpoints = Checkpoints(models="none")
-    checkpoints._loaded[EMBEDDED] = explorer
-    visits = Visits(checkpoints, images)
+    checkpoints._loaded[PHOTOGRAPHS] = explorer
+    visits = Visits(checkpoints, [Example(image, PHOTOGRAPHS) for image in images])
     session = visits.start()["session"]
     said, features = ["a red dog on the grass"], session.look.feature_maps
     (found,) = explain_words(explorer.model, explorer.processor, sentences=said, feature_maps=features)
