@@ -19,8 +19,8 @@ from huggingface_hub import DatasetCardData
 from transformers import OPTConfig
 
 from devil_hf.build import backbone_from_source
-from devil_hf.cli.main import bounded
 from devil_hf.checkpoints import locate
+from devil_hf.cli.main import bounded
 from devil_hf.data import rendering, shapes, world_dataset, worlds
 from devil_hf.hub.cards import dataset_card, model_card
 from devil_hf.hub.facts import Facts, Layer, readable_recipe

@@ -18,10 +18,10 @@ from transformers.utils import logging
 
 from devil_hf.checkpoints import SCOPES, SHAPES
 from devil_hf.checkpoints.loading import load
-from devil_hf.cli.main import bounded
-from devil_hf.folders import claimed, write_json, written
 from devil_hf.checkpoints.scope import measure_scope
+from devil_hf.cli.main import bounded
 from devil_hf.data.worlds import World
+from devil_hf.folders import claimed, write_json, written
 from devil_hf.model.processing_devil import DevilProcessor
 from devil_hf.settings import make, option, parse, read_yaml
 from devil_hf.training.recipe import Recipe

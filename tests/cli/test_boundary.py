@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-from devil_hf.cli.main import LONGEST_LINE, bounded, main
 from devil_hf.checkpoints import locate
+from devil_hf.cli.main import LONGEST_LINE, bounded, main
 from devil_hf.cli.verb import VERBS, Verb
 from devil_hf.extras import MissingExtraError
 from devil_hf.settings import JsonSettings
