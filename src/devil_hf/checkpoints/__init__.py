@@ -19,11 +19,18 @@ SCOPES = {
     PHOTOS: "This checkpoint learned its words from 6,600 photographs of everyday scenes, mostly of people and dogs outdoors. "
     "What it says about drawings, rendered scenes, documents or medical images means nothing.",
 }
+# Of their weights, as the Hub names licenses; "other" is in the LICENSE.md beside the weights.
+LICENSES = {SHAPES: "apache-2.0", PHOTOS: "other"}
 
 
 def shipped_checkpoints() -> list[str]:
     """Names of the checkpoints that are in the package, in alphabetic order."""
     return sorted(file.parent.name for file in FOLDER.glob("*/config.json"))
+
+
+def license_of(scope: str | None) -> str | None:
+    """The license of the shipped checkpoint that says this of itself, None for any other."""
+    return next((LICENSES[name] for name, text in SCOPES.items() if text == scope), None)
 
 
 def locate(checkpoint: str | PathLike | None = None) -> str | PathLike:

@@ -15,7 +15,7 @@ import torch
 from huggingface_hub import HfApi
 from transformers.utils import logging
 
-from devil_hf.checkpoints import SCOPES, SHAPES
+from devil_hf.checkpoints import license_of
 from devil_hf.checkpoints.publishing import HUB, PUBLISHERS, Publisher
 from devil_hf.evaluation.results import Evaluation, check_measured, read_evaluations
 from devil_hf.hub.cards import model_card
@@ -146,7 +146,7 @@ def prepare(
         evaluations=evaluations,
         examples=draw_examples(model, processor, folder, pictures, phrases),
         recipe=recipe.read_text(encoding="utf-8").strip() if recipe.is_file() else None,
-        license=license or ("apache-2.0" if model.config.scope == SCOPES[SHAPES] else UNKNOWN_LICENSE),
+        license=license or license_of(model.config.scope) or UNKNOWN_LICENSE,
         **about,
     )
     add_scores(scores, folder)
