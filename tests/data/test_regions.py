@@ -172,6 +172,18 @@ def test_the_places_of_a_region_count_as_much_as_they_lie_in_it():
     assert weights[0, 0, 0] > weights[0, 0, 1] > 0
 
 
+def test_regions_and_whole_images_are_shown_whole_as_often_as_each_is_told():
+    masks = torch.ones(4000, 32, 32)
+    masks[::2, :, :16] = 0
+    (weights,) = location_dropout(4000, [(4, 4)], 0.5, "log_uniform", 1.0, regions=masks, region_whole_probability=0.1)
+    kept = weights.flatten(1).gt(0).sum(dim=1)
+    assert (kept[1::2] == 16).all(), "captions of whole images"
+    # Of eight places the log-uniform draw keeps all when log 8 times a number in [0, 1) rounds to them.
+    drawn = 1 - torch.tensor(7.5).log().item() / torch.tensor(8.0).log().item()
+    assert (kept[::2] == 8).float().mean().item() == pytest.approx(0.1 + 0.9 * drawn, abs=0.03)
+    assert not weights[::2, :, :2].any()
+
+
 def test_a_view_moves_image_and_region_alike_and_never_loses_the_region(processor):
     mask = box_mask("dog")
     picture = Image.fromarray(np.repeat(mask[..., None] * np.uint8(255), 3, axis=2))

@@ -23,6 +23,7 @@ def location_dropout(
     whole_probability: float,
     device=None,
     regions: Tensor | None = None,
+    region_whole_probability: float = 0.25,
 ) -> list[Tensor]:
     """Draw training weights, one (rows, H_l, W_l) per layer: uniform over a random, never empty subset of its locations.
 
@@ -32,9 +33,14 @@ def location_dropout(
 
     With `regions` (rows, H_in, W_in), soft masks of which no row is empty, the subset is one of the locations that lie at least
     half as much in the region as the one that lies in it most, weighted by how much they do (beyond the paper). Where a large
-    part of the region fills a location, small parts elsewhere are thereby left out.
+    part of the region fills a location, small parts elsewhere are thereby left out. A row whose region leaves out anything is
+    shown whole with `region_whole_probability`: where regions say what single places hold, captions of images need not.
     """
-    whole = torch.rand(rows, 1, device=device) < whole_probability
+    shares = torch.full((rows, 1), whole_probability, device=device)
+    if regions is not None:
+        partial = regions.flatten(1).amin(dim=1, keepdim=True) < 1
+        shares = shares.masked_fill(partial.to(shares.device), region_whole_probability)
+    whole = torch.rand(rows, 1, device=device) < shares
     weights = []
     for H, W in grids:
         share = torch.ones(rows, H * W, device=device)
@@ -84,6 +90,7 @@ def draw_location_weights(config, rows: int, feature_maps: Sequence[Tensor], reg
         config.whole_probability,
         feature_maps[0].device,
         regions,
+        config.region_whole_probability,
     )
 
 

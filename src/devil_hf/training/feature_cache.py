@@ -52,7 +52,11 @@ def cache_key(
         "data": data,
         "location_dropout": [
             config.location_schedule,
-            config.whole_probability if config.location_schedule == "log_uniform" else config.location_dropout,
+            *(
+                (config.whole_probability, config.region_whole_probability)
+                if config.location_schedule == "log_uniform"
+                else (config.location_dropout,)
+            ),
         ],
         "views": views,
         "draws": draws,
