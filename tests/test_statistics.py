@@ -1,5 +1,6 @@
 """Each statistic is that of a naive count, or of the library that has it."""
 
+from itertools import permutations
 from statistics import NormalDist
 
 import numpy as np
@@ -8,6 +9,7 @@ from scipy.stats import permutation_test
 
 from devil_hf.statistics import (
     detectable_area,
+    exchanged_rows,
     expected_calibration_error,
     holm,
     paired_swaps,
@@ -151,3 +153,15 @@ def test_fewer_values_than_needed_can_show_nothing(paired):
         found = separation(np.ones(count), np.ones(count), paired=paired)
         assert (found.low > 0.4 and found.high < 0.6) == enough
     assert size_for_absence(0.6, area=0.57) > size_for_absence(0.6) > size and size_for_absence(0.6, area=0.6) is None
+
+
+def test_rows_that_belong_together_are_told_from_exchanged_ones():
+    generator = np.random.default_rng(0)
+    truth = np.eye(4)[generator.integers(4, size=60)]
+    noise = generator.normal(size=(60, 4))
+    assert exchanged_rows(noise + truth, truth) < 0.001
+    assert exchanged_rows(np.ones((60, 4)) * [9, 0, 0, 0], truth) == 1.0, "the same of every row"
+    few = [list(order) for order in permutations(range(4))]
+    values, weights = generator.normal(size=(4, 2)), generator.normal(size=(4, 2))
+    exact = np.mean([(values * weights[order]).sum() >= (values * weights).sum() - 1e-9 for order in few])
+    assert exchanged_rows(values, weights, draws=20_000) == pytest.approx(exact, abs=0.02)

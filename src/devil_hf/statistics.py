@@ -198,6 +198,18 @@ def sign_flip(differences: ArrayLike, draws: int = 9_999, seed: int = 0) -> floa
     return float(permutation_test(data, lambda x, axis: x.mean(axis=axis), vectorized=True, **options).pvalue)
 
 
+def exchanged_rows(values: ArrayLike, weights: ArrayLike, draws: int = 9_999, seed: int = 0) -> float:
+    """One-sided p-value of the sum of values (N, K) times weights (N, K), by exchanging the rows of weights at random."""
+    kinds, own = np.unique(np.asarray(weights, dtype=np.float64), axis=0, return_inverse=True)
+    sums = np.asarray(values, dtype=np.float64) @ kinds.T  # of every row of values with every kind of weights
+    rows, own = np.arange(len(sums)), own.reshape(-1)
+    observed, generator, above = sums[rows, own].sum(), np.random.default_rng(seed), 1
+    for start in range(0, draws, 1_000):
+        given = generator.permuted(np.tile(own, (min(1_000, draws - start), 1)), axis=1)
+        above += int((sums[rows, given].sum(axis=1) >= observed - 1e-9).sum())  # sums in another order are no other sum
+    return above / (1 + draws)
+
+
 def reliability(confidences: ArrayLike, correct: ArrayLike, bins: int = 10) -> np.ndarray:
     """(bins, 3): how many answers have a confidence in each of `bins` equal parts of [0, 1], their mean confidence, and how many
     of them are correct, as a share; NaN in a bin without any.
@@ -359,6 +371,7 @@ __all__ = [
     "bootstrap",
     "bootstrap_draws",
     "detectable_area",
+    "exchanged_rows",
     "expected_calibration_error",
     "false_discovery",
     "holm",

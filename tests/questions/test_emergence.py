@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from devil_hf.questions.emergence import Statement, ask_statements, emergence, evidence_by_layer, summarise
+from devil_hf.questions.emergence import Statement, ask_statements, check_statements, emergence, evidence_by_layer, summarise
 
 
 @pytest.fixture(scope="module")
@@ -70,12 +70,12 @@ def _summary(images, seed, strength):
 def test_within_images_the_area_is_the_mean_over_images_of_a_naive_count():
     statements, values = planted(12, 3, {"words": [0.5, 0.0, 0.0]})
     found = summarise(values, statements).depths["words"]["layer1"]
-    areas = []
-    for image in range(12):
-        own = [(one.true, round(value, 4)) for one, value in zip(statements, values["layer1"], strict=True) if one.image == image]
-        (true,) = [value for is_true, value in own if is_true]
-        areas.append(np.mean([true > value for is_true, value in own if not is_true]))
-    assert found.auroc == pytest.approx(np.mean(areas))
+    table = values["layer1"].reshape(12, 4)
+    table = table - table.mean(axis=0)
+    truth = np.array([one.true for one in statements]).reshape(12, 4)
+    areas = np.array([[np.mean(evidence[true] > evidence[~true]) for true in truth] for evidence in table])
+    assert found.auroc == pytest.approx(np.diag(areas).mean())
+    assert found.control == pytest.approx(areas[~np.eye(12, dtype=bool)].mean())
     means = np.array([value for one, value in zip(statements, values["layer1"], strict=True) if one.true])
     assert found.true == pytest.approx(means.mean(), abs=1e-3) and found.true_interval[0] < found.true < found.true_interval[1]
 
@@ -107,29 +107,77 @@ def test_a_layer_that_says_the_same_of_everything_is_at_chance():
     assert depth.auroc == 0.5 and depth.p_value > 0.9
 
 
+def liking(strength, noise, seed=0):
+    """45 images of dogs and 15 of cats, and evidence for "dog" in all of them alike."""
+    generator = np.random.default_rng(seed)
+    names = [*["dog"] * 45, *["cat"] * 15]
+    statements = [Statement(at, word, "animals", word == name) for at, name in enumerate(names) for word in ("dog", "cat")]
+    values = np.array([strength * (one.phrase == "dog") for one in statements])
+    return statements, values + noise * generator.exponential(size=len(statements)) * [one.phrase == "dog" for one in statements]
+
+
+def test_a_liking_for_what_is_true_more_often_is_at_chance():
+    statements, values = liking(2.0, 0.0)
+    depth = summarise({"layer1": values}, statements).depths["animals"]["layer1"]
+    assert depth.auroc == depth.control == 0.5 and depth.p_value == 1.0
+    found = [summarise({"layer1": liking(2.0, 1.0, seed)[1]}, statements) for seed in range(20)]
+    assert sum(one.first("animals") is not None for one in found) <= 4, "1 is expected; more than 4 come once in 400 times"
+    assert all(one.depths["animals"]["layer1"].control == pytest.approx(0.4, abs=0.15) for one in found), "skewed: not .5"
+
+
+def test_what_the_image_shows_is_found_beside_a_liking():
+    statements, values = liking(2.0, 0.0)
+    shown = values + 0.5 * np.array([one.true for one in statements])
+    depth = summarise({"layer1": shown}, statements).depths["animals"]["layer1"]
+    assert depth.auroc == 1.0 and depth.p_value <= 0.001 and depth.control < 0.7
+
+
+def test_images_that_are_asked_different_phrases_must_be_drawn_choices():
+    def said(drawn):
+        words = [("big", "small") if at % 2 else ("dark", "light") for at in range(12)]
+        return [Statement(at, word, "g", bool(n), drawn=drawn) for at, pair in enumerate(words) for n, word in enumerate(pair)]
+
+    with pytest.raises(ValueError, match=r"'g': images are asked different phrases.*drawn=True"):
+        check_statements(said(False), 1)
+    depth = summarise({"layer1": np.arange(24.0)}, said(True)).depths["g"]["layer1"]
+    assert depth.auroc == 1.0 and depth.control is None and depth.p_value < 0.001
+
+
 def test_the_whole_question_is_its_parts(model, processor, images):
-    statements = [Statement(image, word, "words", word == "red") for image in range(3) for word in ("red", "blue", "dog")]
+    statements = [
+        Statement(image, word, "words", word == ("red", "blue", "dog")[image])
+        for image in range(3)
+        for word in ("red", "blue", "dog")
+    ]
     repeated = [*images] * 3  # enough of them for a verdict
     said = [Statement(at, one.phrase, one.group, one.true) for at in range(9) for one in statements if one.image == at % 3]
     found = emergence(model, processor, repeated, said, layers=[0], batch_size=4)
     assert found.layers == [model.layer_names[0]] and found.images == {"words": 9}
-    evidence = evidence_by_layer(model, processor, processor(images=images, return_tensors="pt")["pixel_values"], ["red"], [0])
+    evidence = evidence_by_layer(
+        model, processor, processor(images=images, return_tensors="pt")["pixel_values"], ["red", "blue", "dog"], [0]
+    )
     depth = found.depths["words"][model.layer_names[0]]
-    assert depth.true == pytest.approx(float(evidence[model.layer_names[0]].mean()), abs=1e-3)
+    assert depth.true == pytest.approx(float(evidence[model.layer_names[0]].diagonal().mean()), abs=1e-3)
 
 
 def about(images, phrases=("red",), true=(True,)):
-    return [Statement(at, phrase, "g", kind) for at in range(images) for phrase, kind in zip(phrases, true, strict=True)]
+    return [
+        Statement(at, text, "g", kind == (at % 3 > 0)) for at in range(images) for text, kind in zip(phrases, true, strict=True)
+    ]
 
 
 @pytest.mark.parametrize(
     ("statements", "message"),
     [
         ([], "there are no statements"),
-        (about(3), "all 3 statements of 'g' are true"),
-        (about(3, ("red", "blue"), (True, False)), "3 images cannot tell anything from chance at an error of 5%"),
+        ([Statement(at, "red", "g", True) for at in range(3)], "all 3 statements of 'g' are true"),
+        ([Statement(at, text, "g", text == "red") for at in range(99) for text in ("red", "blue")], "99 images of which not all"),
+        (
+            about(3, ("red", "blue"), (True, False)),
+            "3 images of which not all the same is true cannot tell anything from chance at an error of 5%",
+        ),
         ([Statement(0, "red", "g", True), Statement(1, "red", "g", False)], "1 images that it is true of, 1 that not"),
-        (about(9, ("red", "blue"), (True, False)), "about an image that is not there: there are 3"),
+        (about(15, ("red", "blue"), (True, False)), "about an image that is not there: there are 3"),
     ],
 )
 def test_wrong_statements_are_errors_before_anything_is_asked(model, processor, images, statements, message):

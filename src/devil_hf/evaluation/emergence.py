@@ -24,7 +24,7 @@ from devil_hf.data.shapes import ATTRIBUTE_WORDS, RELATIONS, SHAPES, SIZES, VOCA
 from devil_hf.data.worlds import World, parse_world
 from devil_hf.evaluation.evaluator import EVALUATORS, EvaluationSettings, Evaluator
 from devil_hf.evaluation.knowledge import choices, relations_hold
-from devil_hf.evaluation.results import CHANCE, Evaluation
+from devil_hf.evaluation.results import CHANCE, CONTROLS, Evaluation
 from devil_hf.evaluation.tables import table
 from devil_hf.evaluation.text.words import CARRIER, word_list
 from devil_hf.model.pooling_devil import resolve_layers
@@ -34,6 +34,7 @@ from devil_hf.settings import option, read_layers
 ARTICLES = ("a", "an", "the")
 ATTRIBUTES = {word for words in (*ATTRIBUTE_WORDS.values(), tuple(SIZES)) for word in words}
 EXPECTED = (("colour", "shape"), ("shape", "relation"))  # which classes of the shapes world are compared with which
+OTHERS = "others"  # see CONTROLS
 NAMES = "names"  # the group of every name, where no phrases are given
 
 
@@ -94,7 +95,9 @@ def statements_of_scene(number: int, scene: Scene) -> list[Statement]:
         for word in words
     ]
     return found + [
-        Statement(number, text, kind, at == 0) for kind, options in choices(scene).items() for at, text in enumerate(options)
+        Statement(number, text, kind, at == 0, drawn=True)
+        for kind, options in choices(scene).items()
+        for at, text in enumerate(options)
     ]
 
 
@@ -248,7 +251,7 @@ class EmergenceEvaluator(Evaluator):
         return Evaluation(
             title="Depth at which phrases become readable",
             scores={layer: {f"auroc_{group}": found.depths[group][layer].auroc for group in groups} for layer in layers},
-            controls={CHANCE: {f"auroc_{group}": 0.5 for group in groups}},
+            controls={OTHERS: _of_others(found, layers[-1]), CHANCE: {f"auroc_{group}": 0.5 for group in groups}},
             dataset={"name": self.dataset, "size": len(usable)},
             settings={"carrier": self.settings.carrier, "phrases": self.settings.phrases, "seed": self.settings.seed},
             details=as_details(found, pairs) | {"bad_images": len(rows) - len(usable)},
@@ -257,6 +260,12 @@ class EmergenceEvaluator(Evaluator):
     def text(self, evaluation: Evaluation) -> str:
         """The tables, and the first layers."""
         return emergence_text(evaluation)
+
+
+def _of_others(found: Emergence, layer: str) -> dict[str, float]:
+    """The control at a layer, of the groups that have it."""
+    controls = {group: by_layer[layer].control for group, by_layer in found.depths.items()}
+    return {f"auroc_{group}": value for group, value in controls.items() if value is not None}
 
 
 def as_details(found: Emergence, pairs: Sequence[tuple[str, str]]) -> dict[str, Any]:
@@ -276,8 +285,10 @@ def emergence_text(evaluation: Evaluation) -> str:
     """AUROC with intervals by layer, the first layer above chance, and who is ahead of whom."""
     details = evaluation.details
     lines = [f"{evaluation.dataset['name']}, {evaluation.dataset['size']} images; AUROC of true against false phrases [95 %]", ""]
-    rows = {layer: {name.removeprefix("auroc_"): v for name, v in row.items()} for layer, row in evaluation.scores.items()}
-    intervals = {layer: {g: by[layer]["auroc_interval"] for g, by in details["depths"].items()} for layer in rows}
+    deepest, others = list(evaluation.scores)[-1], evaluation.controls[OTHERS]
+    every = evaluation.scores | ({f"{deepest}, {CONTROLS[OTHERS]}": others} if others else {})
+    rows = {layer: {name.removeprefix("auroc_"): v for name, v in row.items()} for layer, row in every.items()}
+    intervals = {layer: {g: by[layer]["auroc_interval"] for g, by in details["depths"].items()} for layer in evaluation.scores}
     lines += [table(rows, list(details["depths"]), intervals=intervals), ""]
     for group, layer in details["first"].items():
         true, false = details["statements"][group]

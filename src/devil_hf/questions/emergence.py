@@ -6,8 +6,12 @@ A statement is a phrase about an image that is true or false. Statements are cou
 each layer a group has the mean evidence of its true and of its false statements, and the area under the ROC curve of the one
 against the other (AUROC, chance is .5). What is compared with what follows from the group:
 
-* a group of several phrases within images: does this image support what is true of it more than what is false? The AUROC is the
-  mean over images of each one's own; its p-value is of the test that takes the signs of (AUROC - .5) of the images at random;
+* a group of several phrases, all of which are asked of every image: does this image support what is true of it more than what is
+  false? From each phrase's evidence its mean over the images is taken first, so that a liking for the phrases that are true more
+  often tells nothing. The AUROC is the mean over images of each one's own. The control is the same with what is true of the other
+  images, the p-value that of giving what is true to the images at random;
+* a group of choices that are drawn for each image (`Statement.drawn`): the same without a mean and without a control; the p-value
+  is of the test that takes the signs of (AUROC - .5) of the images at random;
 * a single phrase between images: do those that it is true of support it more than those that it is false of? The p-value is of
   the rank test of Mann and Whitney.
 
@@ -16,6 +20,7 @@ emerges at the first layer that is above chance.
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,7 +33,17 @@ from devil_hf.model.explaining_devil import ALL_LAYERS, PhraseScorer
 from devil_hf.model.modeling_devil import DevilModel
 from devil_hf.model.pooling_devil import Layers, resolve_layers
 from devil_hf.model.processing_devil import DevilProcessor
-from devil_hf.statistics import Ratio, bootstrap_draws, holm, interval, roc_area, roc_areas, sign_flip, two_samples
+from devil_hf.statistics import (
+    Ratio,
+    bootstrap_draws,
+    exchanged_rows,
+    holm,
+    interval,
+    roc_area,
+    roc_areas,
+    sign_flip,
+    two_samples,
+)
 
 ERROR_RATE = 0.05
 DECIMALS = 4  # of evidence; what differs by less is rounding of sums
@@ -45,6 +60,8 @@ class Statement:
         group: what it is counted with.
         true: whether it holds.
         carrier: a neutral word that is read before the phrase, and not scored.
+        drawn: whether it belongs to a choice that was drawn for this image alone, each of whose phrases was as likely to be the
+            true one. Without it, all phrases of a group must be asked of every image.
     """
 
     image: int
@@ -52,6 +69,7 @@ class Statement:
     group: str
     true: bool
     carrier: str | None = None
+    drawn: bool = False
 
 
 @dataclass(frozen=True)
@@ -61,6 +79,7 @@ class Depth:
     Args:
         true, false: mean evidence of true and of false statements, in nats per token over the null prefix.
         auroc: of true against false statements, see the module's docstring.
+        control: the AUROC where what is true of the other images is taken for true of each; None where there is no such control.
         p_value: one-sided, adjusted for all groups and layers.
     """
 
@@ -70,6 +89,7 @@ class Depth:
     false_interval: Interval
     auroc: float
     auroc_interval: Interval
+    control: float | None
     p_value: float
 
 
@@ -255,9 +275,13 @@ def check_statements(statements: Sequence[Statement], rows: int) -> None:
             raise ValueError(f"all {len(own)} statements of {group!r} are {kind}: nothing can be told apart; give other images")
         true, false = ({one.image for one in own if one.true is kind} for kind in (True, False))
         within = _is_within(own)
-        smallest = 0.5 ** len(true & false) if within else 1 / math.comb(len(true) + len(false), len(true))
+        smallest = _smallest(group, own) if within else 1 / math.comb(len(true) + len(false), len(true))
         if smallest > level:
-            images = f"{len(true & false)} images" if within else f"{len(true)} images that it is true of, {len(false)} that not"
+            images = (
+                f"{len(true & false)} images of which not all the same is true"
+                if within
+                else f"{len(true)} images that it is true of, {len(false)} that not"
+            )
             raise ValueError(
                 f"{group!r}: {images} cannot tell anything from chance at an error of {ERROR_RATE:.0%} over {len(groups)} groups "
                 f"and {rows} layers (the smallest possible p-value is {smallest:.1g}, {level:.1g} is needed): give more images, "
@@ -278,10 +302,11 @@ def summarise(values: Mapping[str, np.ndarray], statements: Sequence[Statement],
     for group, positions in groups.items():
         own = [statements[at] for at in positions]
         within[group], compared[group] = _is_within(own), _compared(own)
+        order = _order(group, own) if within[group] else None
         image, truth = np.array([numbers[one.image] for one in own]), np.array([one.true for one in own])
         for layer, every in values.items():
             rounded = np.round(np.asarray(every, dtype=float)[positions], DECIMALS)
-            tables[group, layer] = _Table.of(rounded, truth, image, len(numbers), within[group])
+            tables[group, layer] = _Table.of(rounded, truth, image, len(numbers), within[group], order)
     family = len(tables)
     p_values = holm([table.p_value(family, seed) for table in tables.values()])
     depths: dict[str, dict[str, Depth]] = {}
@@ -291,7 +316,8 @@ def summarise(values: Mapping[str, np.ndarray], statements: Sequence[Statement],
         drawn.setdefault(group, {})[layer] = areas
         true, false = (Ratio.mean(column) for column in (table.true, table.false))
         depths.setdefault(group, {})[layer] = Depth(
-            *(true.value, true.interval(draws), false.value, false.interval(draws)), area, interval(areas), float(p_value)
+            *(true.value, true.interval(draws), false.value, false.interval(draws)),
+            *(area, interval(areas), table.control(), float(p_value)),
         )
     return Emergence(
         layers=[layer for layer in values if layer != ALL_LAYERS],
@@ -305,26 +331,53 @@ def summarise(values: Mapping[str, np.ndarray], statements: Sequence[Statement],
 
 @dataclass
 class _Table:
-    """What N images say of a group at a layer: mean evidence of true and of false statements (N,), NaN without any, and each
-    image's own AUROC (N,), where statements are compared within images."""
+    """What N images say of a group at a layer.
+
+    Args:
+        true, false: mean evidence of true and of false statements (N,), NaN without any.
+        own: each image's own AUROC (N,), where statements are compared within images; NaN where only one kind is there.
+        ranks, truth: (M, K) of the M images of these that have both kinds, where all are asked the same K phrases: the rank of
+            each phrase, its mean over all images aside, and what is true.
+    """
 
     true: np.ndarray
     false: np.ndarray
     own: np.ndarray | None
+    ranks: np.ndarray | None = None
+    truth: np.ndarray | None = None
 
     @classmethod
-    def of(cls, values: np.ndarray, truth: np.ndarray, image: np.ndarray, images: int, within: bool) -> "_Table":
+    def of(
+        cls, values: np.ndarray, truth: np.ndarray, image: np.ndarray, images: int, within: bool, order: np.ndarray | None
+    ) -> "_Table":
         own = np.full(images, np.nan)
         means = np.full((2, images), np.nan)
+        compared = values.copy()
+        if order is not None:
+            compared[order] = np.round(values[order] - values[order].mean(axis=0), DECIMALS)
         for number in np.unique(image):
-            here, is_true = values[image == number], truth[image == number]
-            true, false = here[is_true], here[~is_true]
-            if within and (not len(true) or not len(false)):
+            chosen, is_true = image == number, truth[image == number]
+            if within and (is_true.all() or not is_true.any()):
                 continue
-            means[:, number] = [part.mean() if len(part) else np.nan for part in (true, false)]
+            means[:, number] = [
+                part.mean() if len(part) else np.nan for part in (values[chosen][kind] for kind in (is_true, ~is_true))
+            ]
             if within:
+                true, false = compared[chosen][is_true], compared[chosen][~is_true]
                 own[number] = np.mean((true[:, None] > false) + 0.5 * (true[:, None] == false))
-        return cls(means[0], means[1], own if within else None)
+        if order is None:
+            return cls(means[0], means[1], own if within else None)
+        order = order[~np.isnan(own[image[order[:, 0]]])]
+        return cls(means[0], means[1], own, _ranks(compared[order]), truth[order])
+
+    def control(self) -> float | None:
+        """The mean AUROC of each image's evidence with what is true of every other one."""
+        if self.ranks is None or self.truth is None or self.own is None or len(self.ranks) < 2:
+            return None
+        pairs = self.truth.sum(axis=1) * (~self.truth).sum(axis=1)
+        weights, least = self.truth / pairs[:, None], (self.truth.sum(axis=1) * (self.truth.sum(axis=1) + 1) / 2 / pairs).sum()
+        every = float(self.ranks.sum(axis=0) @ weights.sum(axis=0)) - len(self.ranks) * least
+        return (every - float(np.nansum(self.own))) / (len(self.ranks) * (len(self.ranks) - 1))
 
     def _between(self) -> tuple[np.ndarray, np.ndarray]:
         """Values and truth: those of the images that it is true of, then those of the others; NaN where they do not belong."""
@@ -342,8 +395,11 @@ class _Table:
 
     def p_value(self, family: int, seed: int) -> float:
         """Of being above chance, fine enough to be judged among a family of tests."""
+        draws = max(9_999, round(4 * family / ERROR_RATE))
+        if self.ranks is not None and self.truth is not None:
+            pairs = self.truth.sum(axis=1, keepdims=True) * (~self.truth).sum(axis=1, keepdims=True)
+            return exchanged_rows(self.ranks, self.truth / pairs, draws, seed)
         if self.own is not None:
-            draws = max(9_999, round(4 * family / ERROR_RATE))
             return sign_flip(self.own[~np.isnan(self.own)] - 0.5, draws, seed)
         return two_samples(self.true[~np.isnan(self.true)], self.false[~np.isnan(self.false)])
 
@@ -358,6 +414,42 @@ def _groups(statements: Sequence[Statement]) -> dict[str, list[int]]:
 
 def _is_within(own: Sequence[Statement]) -> bool:
     return len({one.phrase for one in own}) > 1
+
+
+def _order(group: str, own: Sequence[Statement]) -> np.ndarray | None:
+    """Positions (images, phrases) of what is asked of every image, phrases in the same order; None for choices that are drawn.
+
+    Raises:
+        ValueError: where images are asked different phrases that are no such choices.
+    """
+    rows: dict[int, list[tuple[tuple[str, str], int]]] = {}
+    for at, one in enumerate(own):
+        rows.setdefault(one.image, []).append(((one.carrier or "", one.phrase), at))
+    ordered = [sorted(row) for row in rows.values()]
+    if len({tuple(phrase for phrase, _ in row) for row in ordered}) == 1:
+        return np.array([[at for _, at in row] for row in ordered])
+    if all(one.drawn for one in own):
+        return None
+    raise ValueError(
+        f"{group!r}: images are asked different phrases, so that a liking for some of them could not be told from "
+        "what the image shows: ask all of each image, or mark choices whose true phrase was drawn at random with drawn=True"
+    )
+
+
+def _smallest(group: str, own: Sequence[Statement]) -> float:
+    """The smallest p-value that a group within images can have."""
+    order, truth = _order(group, own), np.array([one.true for one in own])
+    if order is None:
+        return 0.5 ** len({one.image for one in _compared(own)})
+    kinds = Counter(tuple(row) for row in truth[order] if row.any() and not row.all())
+    return math.exp(sum(math.lgamma(times + 1) for times in kinds.values()) - math.lgamma(kinds.total() + 1))
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    """Ranks (N, K) of each row from 1 on, those of equal values their mean."""
+    below = (values[:, None, :] < values[:, :, None]).sum(axis=2)
+    equal = (values[:, None, :] == values[:, :, None]).sum(axis=2)
+    return below + (equal + 1) / 2
 
 
 def _compared(own: Sequence[Statement]) -> list[Statement]:
