@@ -56,6 +56,9 @@ def test_phrases_over_labelled_images(tmp_path, capsys):
         (["photo.jpg"], "say what is asked of photo.jpg"),
         (["photo.jpg", " "], "must each hold a word"),
         (["nowhere.jpg", "red"], "nowhere.jpg"),
+        (["x.png", "red", "red"], "['red'] are named twice"),
+        (["", "red"], "the image has no name"),
+        (["x.png", "red", "--split", "val"], "x.png is one picture"),
         (["shapes:20", "dog"], "the shapes world has no ['dog']"),
         (["shapes:20", "a=red,"], "is no PHRASE"),
         (["shapes:3", "red"], "cannot tell anything from chance"),
@@ -65,3 +68,10 @@ def test_what_is_wrong_is_said(words, message, capsys, monkeypatch):
     monkeypatch.setattr("devil_hf.checkpoints.loading.load", lambda *_: pytest.fail("the model was loaded"))
     assert main(["report", "emergence", *words]) == 1
     assert message in capsys.readouterr().err
+
+
+def test_a_folder_that_is_a_file_is_refused_before_the_model(scene, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("devil_hf.checkpoints.loading.load", lambda *_: pytest.fail("the model was loaded"))
+    (tmp_path / "afile").write_text("")
+    assert main(["report", "emergence", scene, "red", "--output-dir", str(tmp_path / "afile")]) == 1
+    assert "afile" in capsys.readouterr().err

@@ -7,8 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
+from devil_hf.data.statements import read_statements
 from devil_hf.evaluation.evaluator import evaluate
-from devil_hf.evaluation.pairs import ALL, FEWEST, NULL, PLAIN, PairScores, PairsSettings, StatementScores
+from devil_hf.evaluation.pairs import ALL, FEWEST, NULL, PLAIN, PairScores, PairsEvaluator, PairsSettings, StatementScores
 from devil_hf.settings import make
 from devil_hf.statistics import roc_area
 
@@ -99,6 +100,20 @@ def test_statements_of_one_kind_alone_are_refused():
     assert StatementScores([[said("on", True, [0.0], [1.0]), said("on", False, [0.0], [0.5])]]).values(ALL) == {"auroc": 1.0}
     with pytest.raises(ValueError, match="all statements are true, or all are false"):
         StatementScores([[said("on", True, [0.0], [1.0])]] * 3)
+
+
+def test_statements_of_one_kind_are_refused_before_anything_is_scored(folder, tmp_path):
+    rows = [{"image": name, "caption": "a dog", "label": 1} for name in ("0.png", "./0.png", "1.png")]
+    (tmp_path / "ones.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert [one.key for one in read_statements(tmp_path / "ones.jsonl", folder)] == ["0.png", "1.png"]
+    asked = {
+        "checkpoint": "shapes",
+        "file": str(tmp_path / "ones.jsonl"),
+        "images": str(folder),
+        "output_dir": str(tmp_path / "out"),
+    }
+    with pytest.raises(ValueError, match=r"ones\.jsonl: all statements are true"):
+        PairsEvaluator(make(PairsSettings, asked)).open()
 
 
 def test_texts_that_are_cut_at_the_context_end_no_run(folder, model, processor, tmp_path):

@@ -14,7 +14,7 @@ from devil_hf.evaluation.evaluator import evaluate
 from devil_hf.questions.word_evidence import explain_words
 from devil_hf.report import page as page_module
 from devil_hf.report.page import PAGE, Page, PageSettings, packed
-from devil_hf.report.page_figures import both_ends, ranked, word_table
+from devil_hf.report.page_figures import _emerging, both_ends, ranked, word_table
 from devil_hf.statistics import bootstrap_draws
 
 ENOUGH = {"max_new_tokens": 6, "others": 2, "batch_size": 2}
@@ -94,10 +94,10 @@ def test_another_picture_under_the_same_name_is_asked_anew(model, processor, fol
     asked = []
     monkeypatch.setattr(page_module, "explain_words", lambda *given, **named: asked.append(1) or explain_words(*given, **named))
     before = {row["key"]: row["picture"] for row in shown(written[1] / PAGE)["rows"]}
-    images[0].rotate(90).save(folder / "three.png")
+    images[0].rotate(90).save(folder / "one.png")  # no control of the others
     evaluate(Page, PageSettings(images=str(folder), output_dir=written[1], **ENOUGH), model, processor)
     after = {row["key"]: row["picture"] for row in shown(written[1] / PAGE)["rows"]}
-    assert [key for key in before if before[key] != after[key]] == ["three.png"]
+    assert [key for key in before if before[key] != after[key]] == ["one.png"]
     assert len(asked) == 1
 
 
@@ -114,6 +114,36 @@ def test_maps_are_kept_to_a_hundredth_and_made_coarser():
     large = packed(torch.ones(2, 32, 20))
     assert (large["rows"], large["columns"]) == (16, 10)
     assert set(base64.b64decode(large["bytes"])) == {127}
+
+
+def test_a_page_of_long_sentences_about_a_thousand_images_is_below_30_mb():
+    generator = torch.Generator().manual_seed(0)
+    layers = [f"layer{at}" for at in range(12)]
+    figures = [-round(float(value), 3) for value in torch.randn(12, generator=generator)]
+    words = [{"text": "something", "evidence": -10.123, "alone": figures, "lost": figures} for _ in range(25)]
+    maps = {kind: packed(torch.randn(25, 14, 14, generator=generator)) for kind in ("shown", "hidden")}
+    said = [{"layer": layer, "words": [["thing", -1.25] for _ in range(25)]} for layer in layers]
+    row = {"picture": "x" * 8_000, "text": "something " * 25, "layers": said, "words": words, "maps": maps}
+    assert maps["shown"]["rows"] == 11 and len(json.dumps(row)) < 30_000
+
+
+def test_the_control_is_spread_over_the_whole_source(folder):
+    found = page_module._other_images(page_module.open_images(str(folder)), 2)
+    assert [number for number, _ in found] == [0, 3], "first and last"
+
+
+def test_what_the_page_says_of_words_and_controls(written):
+    text = (written[1] / PAGE).read_text()
+    assert (
+        "chance gives about" not in text
+        and "evenly spread" not in text
+        and "would have said anyway"
+        not in text.split('id="how"')[0].replace("does not tell a word from what the language model would have said anyway", "")
+    )
+    assert "of them stand beside a sentence" in text
+    unsure = {"word": "a", "evidence": 1.0, "said": 2, "alone": [1.0], "interval": (-0.5, 2.0)}
+    assert _emerging([unsure, {**unsure, "word": "b", "interval": (0.5, 2.0)}, {**unsure, "interval": None}])[0]["word"] == "b"
+    assert len(_emerging([unsure])) == 0
 
 
 def test_words_are_means_over_what_is_said_and_ranked_from_two_images_on():

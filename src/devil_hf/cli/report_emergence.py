@@ -1,5 +1,6 @@
 """`devil report emergence`: at which depth, and where, phrases become readable, in one image or over labelled ones."""
 
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ class ReportEmergenceSettings(LayerSettings):
         "what is asked; of labelled images also several as NAME=PHRASE,PHRASE, or nothing for every name", [], positional=True
     )
     carrier: str | None = option('a neutral word read before each phrase, such as "the"', None)
+    split: str | None = option("of a caption folder", None)
     limit: int = option("of labelled images, from the first on", 200, least=1)
     output_dir: Path = option(f"of {PICTURE}, and of rows and scores of labelled images", Path("devil-emergence"))
 
@@ -27,23 +29,32 @@ class ReportEmergenceSettings(LayerSettings):
         """Raise a ValueError for phrases that can be seen to be none."""
         if not all(phrase.strip() for phrase in self.phrases):
             raise ValueError(f"phrases {self.phrases} must each hold a word")
+        if repeated := [phrase for phrase, times in Counter(self.phrases).items() if times > 1]:
+            raise ValueError(f"phrases {repeated} are named twice: name each once")
+        if not self.images.strip():
+            raise ValueError("the image has no name: give a picture, or labelled images")
 
 
 def report_emergence(settings: ReportEmergenceSettings) -> None:
     """Ask, draw and print."""
     from devil_hf.data.specifications import read_specification
+    from devil_hf.folders import claimed
 
     named = read_specification(settings.images)
     if isinstance(named, Path | str) and not Path(named).is_dir() and not settings.images.endswith(".json"):
         if not settings.phrases:
             raise ValueError(f"say what is asked of {settings.images}: name phrases")
-        _report_image(settings)
+        if settings.split is not None:
+            raise ValueError(f"--split {settings.split} is of labelled images, and {settings.images} is one picture")
+        with claimed(settings.output_dir, "devil report emergence"):
+            _report_image(settings)
         return
     from devil_hf.evaluation.emergence import EmergenceSettings
     from devil_hf.evaluation.evaluator import evaluate
 
     shared = {
-        name: getattr(settings, name) for name in ("checkpoint", "device", "phrases", "carrier", "layers", "limit", "output_dir")
+        name: getattr(settings, name)
+        for name in ("checkpoint", "device", "phrases", "split", "carrier", "layers", "limit", "output_dir")
     }
     evaluation = evaluate("emergence", EmergenceSettings(source=settings.images, **shared))
     if evaluation is not None:
@@ -53,6 +64,7 @@ def report_emergence(settings: ReportEmergenceSettings) -> None:
 def _report_image(settings: ReportEmergenceSettings) -> None:
     """Evidence and maps of phrases in one image."""
     from devil_hf.checkpoints.loading import open_checkpoint
+    from devil_hf.folders import written
     from devil_hf.model.image_processing_devil import load_images
     from devil_hf.questions.emergence import evidence_by_layer
     from devil_hf.report.emergence import emergence_figure
@@ -65,9 +77,9 @@ def _report_image(settings: ReportEmergenceSettings) -> None:
     phrases = processor(text=settings.phrases, carrier=settings.carrier, return_tensors="pt")
     maps = model.attribute(phrases=phrases, layers=layers, feature_maps=features)
     maps.maps = {name: one.cpu() for name, one in maps.maps.items()}
-    settings.output_dir.mkdir(parents=True, exist_ok=True)
     file = settings.output_dir / PICTURE
-    emergence_figure(processor, image, maps, found, settings.phrases).save(file, optimize=True)
+    with written(file) as unfinished:
+        emergence_figure(processor, image, maps, found, settings.phrases).save(unfinished, "PNG", optimize=True)
     record: dict[str, Any] = {"image": settings.images, "phrases": {}}
     lines = ["evidence in the whole image, nats per token over the null prefix"]
     for at, phrase in enumerate(settings.phrases):

@@ -15,7 +15,7 @@ again; a file holds pairs or statements, not both.
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from os import PathLike
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from devil_hf.text_files import existing_file, read_json_lines
@@ -77,6 +77,7 @@ def read_statements(file: str | PathLike, images: str | PathLike | None = None, 
         name = line.get("image")
         if not isinstance(name, str) or not name:
             raise ValueError(f"{where} names no image: its fields are {sorted(line)}")
+        name = str(PurePosixPath(name))  # "./a.png" is a.png
         path = existing_file(folder, name) or folder / name
         found.setdefault(name, StatedImage(name, path)).said.extend(_said(line, where))
     if split is not None and not found:

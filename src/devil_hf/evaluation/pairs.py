@@ -36,6 +36,7 @@ logger = logging.get_logger(f"transformers.{__name__}")
 
 ALL, PLAIN, NULL = "all", "all, log p", "null"
 LONGEST = 512  # tokens of a text, where the language model's context has no end
+ONE_KIND = "all statements are true, or all are false: there is nothing to tell apart"
 FEWEST = 10  # pairs or statements of a type that is reported on its own
 
 
@@ -67,6 +68,8 @@ class PairsEvaluator(Evaluator):
         images = read_statements(settings.file, settings.images, settings.split)[: settings.limit]
         self.by_key = {one.key: one for one in images}
         self.paired = images[0].said[0].against is not None
+        if not self.paired and len({said.true for one in images for said in one.said}) < 2:
+            raise ValueError(f"{settings.file}: {ONE_KIND}")
         return list(self.by_key)
 
     def prepare(self) -> None:
@@ -230,7 +233,7 @@ class StatementScores(PairScores):
         self.true = np.array([one["true"] for one in self.said])
         self.members = {name: own for name, own in self.members.items() if len({*self.true[own].tolist()}) == 2}
         if not self.members:
-            raise ValueError("all statements are true, or all are false: there is nothing to tell apart")
+            raise ValueError(ONE_KIND)
 
     def values(self, name: str) -> dict[str, float]:
         """Metric -> value of a row."""

@@ -5,7 +5,8 @@ shown as it is: what all layers together say, word by word (`explain_words`), wh
 What they add up to is in `scores.json` and at the top of the page (`page_figures.py`).
 
 Places are asked one by one in the layers that have at most `--map-places` of them. Maps are kept as bytes, 127 for the strongest
-value of a sentence, on a grid of at most 16 to a side, and drawn by the page.
+value of a sentence, on a grid of at most 16 to a side (fewer where
+a sentence has more than 12 words), and drawn by the page.
 
 The control is the same sentence with the features of other images: of `--others` of the source, evenly spread, without the image
 itself.
@@ -18,6 +19,7 @@ from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -41,6 +43,8 @@ logger = logging.get_logger(f"transformers.{__name__}")
 
 PAGE = "index.html"
 THUMBNAIL, QUALITY = 208, 60  # pixels of the longer side, and of WEBP
+MOST_VALUES = 3_200  # of the maps of a sentence; longer ones have coarser maps
+LARGE = 30_000_000  # bytes of a page that is slow to open
 FULL = 127  # the byte of the strongest value of a sentence's maps
 
 
@@ -193,7 +197,8 @@ def _other_images(images: ImageStream, wanted: int) -> list[tuple[int, Any]]:
     if not isinstance(images, NumberedImages):
         found = islice(images.stream(), wanted)
     else:
-        numbers = images.numbers[:: max(len(images) // max(wanted, 1), 1)][:wanted]
+        places = np.unique(np.linspace(0, len(images.numbers) - 1, min(wanted, len(images.numbers))).round().astype(int))
+        numbers = [images.numbers[at] for at in places]
         found = ((number, images.picture(number)) for number in numbers)  # type: ignore[assignment]
     return [(number, picture) for number, picture in found if picture is not None]
 
@@ -224,8 +229,9 @@ def _as_row(found: SentenceEvidence, layers: Sequence[str]) -> dict[str, Any]:
 def packed(maps: Tensor) -> dict[str, Any]:
     """Maps (words, H, W) as bytes: `bytes` (base64, signed), of `peak` nats at 127, words x `rows` x `columns`."""
     rows, columns = maps.shape[-2:]
-    if max(rows, columns) > MOST_TILES:
-        size = [max(round(edge * MOST_TILES / max(rows, columns)), 1) for edge in (rows, columns)]
+    most = min(MOST_TILES, int((MOST_VALUES / len(maps)) ** 0.5) or 1)
+    if max(rows, columns) > most:
+        size = [max(round(edge * most / max(rows, columns)), 1) for edge in (rows, columns)]
         maps = F.interpolate(maps[:, None].float(), size, mode="area")[:, 0]
         rows, columns = size
     peak = max(float(maps.abs().max()), 1e-9)
@@ -237,7 +243,10 @@ def packed(maps: Tensor) -> dict[str, Any]:
 def write_page(run: Page, evaluation: Evaluation) -> None:
     """Write the page of a run into its folder."""
     with written(Path(run.settings.output_dir) / PAGE) as unfinished:
-        unfinished.write_text(page_html(run.model, evaluation, run.shown, run.layers), encoding="utf-8")
+        text = page_html(run.model, evaluation, run.shown, run.layers).encode()
+        if len(text) > LARGE:
+            logger.warning(f"the page has {len(text) / 1e6:.0f} MB and may be slow to open: write one of fewer images (--limit)")
+        unfinished.write_bytes(text)
 
 
 __all__ = ["PAGE", "Page", "PageSettings", "packed", "write_page"]

@@ -56,6 +56,8 @@ def add_up(rows: Sequence[Mapping[str, Any]], layers: Sequence[str], seed: int =
         differences = (own - judged)[~np.isnan(own - judged)]
         details["p_value"] = sign_flip(differences, seed=seed) if known > 1 else None
         sharp = [row["p"] for row in rows if "p" in row and 1 / (1 + row["permutations"]) <= CHANCE_LEVEL]
+        used = [row["permutations"] for row in rows if "permutations" in row]
+        details["permutations"] = sorted({min(used), max(used)}) if used else None
         details["told_apart"] = float(np.mean([p <= CHANCE_LEVEL for p in sharp])) if sharp else None
     return Evaluation("Sentences and where their words come from", scores, controls, details=details)
 
@@ -112,7 +114,9 @@ def page_text(evaluation: Evaluation, table: str) -> str:
     if evaluation.details.get("p_value") is not None:
         lines.append(f"own features against those of other images: p = {evaluation.details['p_value']:.4f}")
     if evaluation.details.get("told_apart") is not None:
-        lines.append(f"images that are told apart from others, p <= {CHANCE_LEVEL}: {evaluation.details['told_apart']:.0%}")
+        lines.append(
+            f"images whose sentence depends on its own image, p <= {CHANCE_LEVEL}: {evaluation.details['told_apart']:.0%}"
+        )
     return "\n".join(lines)
 
 
@@ -158,7 +162,10 @@ def _layer(rows, words: Sequence[Mapping[str, Any]], evaluation: Evaluation, at:
 def _emerging(words: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """The words of most evidence in all their sentences together, those that are readable at the shallowest layer first."""
     chosen = sorted(words, key=lambda word: -word["evidence"] * word["said"])[:EMERGING]
-    return sorted((word for word in chosen if word["evidence"] > 0), key=lambda word: (_half(word), -word["evidence"]))
+    return sorted(
+        (word for word in chosen if word["interval"] and word["interval"][0] > 0),
+        key=lambda word: (_half(word), -word["evidence"]),
+    )
 
 
 def _half(word: Mapping[str, Any]) -> int:

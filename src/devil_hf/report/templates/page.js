@@ -45,7 +45,10 @@ function fill(row) {
   stage.append(picture, canvas, scale);
   key.append(element("span", "", row.key || `image ${row.at + 1}`));
   if (row.words.length) key.append(element("span", "", `${signed(row.evidence)} nats`));
-  if (row.p != null) key.append(element("span", row.p > .05 ? "chance" : "", `${signed(row.elsewhere)} elsewhere, p ${row.p.toFixed(2)}`));
+  if (row.p != null) {
+    const few = 1 / (1 + row.permutations) > .05;  // no p-value can be as small as that
+    key.append(element("span", !few && row.p > .05 ? "chance" : "", `${signed(row.elsewhere)} elsewhere, ${few ? "too few to judge" : `p ${row.p.toFixed(2)}`}`));
+  }
   let kept = -1;
   const show = at => { draw(canvas, scale, row, at); at < 0 ? line.replaceChildren() : owes(line, row.words[at]); };
   row.again = () => show(kept);
