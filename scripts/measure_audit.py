@@ -1,9 +1,10 @@
-"""Audit networks that were trained without colour: `python scripts/measure_audit.py --output-dir runs/audit`.
+"""Audit networks behind a grey filter: `python scripts/measure_audit.py --output-dir runs/audit`.
 
 Each is a copy of a checkpoint's backbone that learns, from grey pictures of scenes alone, to have the features that the
-checkpoint's own has of the same pictures in colour, so that the same translator reads it. What grey pictures do not tell it
-cannot learn. Audits of `red` are then repeated on scenes whose colours are equally bright, as `devil evaluate audit` repeats
-them: here an absence is right. That the translator can still read the network is shown by `striped`.
+checkpoint's own has of the same pictures in colour, so that the same translator reads it. The filter stays in front of it when it
+is audited: colours cannot reach it. Audits of `red` are then repeated on scenes whose colours are equally bright, as
+`devil evaluate audit` repeats them: here an absence is right, by construction. That the translator can still read the network is
+shown by `striped`.
 """
 
 import copy
@@ -34,7 +35,7 @@ class MeasureSettings:
 
     output_dir: Path = option("folder of scores.json", Path("runs/audit"))
     checkpoint: str | None = option("whose translator reads, and whose backbone is copied", None)
-    networks: int = option("trained without colour, each from another seed", 3, least=1)
+    networks: int = option("trained behind a grey filter, each from another seed", 3, least=1)
     steps: int = option("of training each", 60, least=1)
     batch_size: int = option("scenes a step", 16, least=1)
     learning_rate: float = option("of AdamW, falling to zero", 1e-3)
@@ -58,7 +59,7 @@ class Grey(nn.Module):
 
 
 def train_without_colour(settings: MeasureSettings, seed: int):
-    """A model whose backbone has never been told colours, and the processor."""
+    """A model whose backbone is trained behind a grey filter, which stays, and the processor."""
     model, processor = load(settings.checkpoint, device="cpu")
     teacher = copy.deepcopy(model.backbone)
     images = processor.image_processor

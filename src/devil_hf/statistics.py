@@ -310,7 +310,7 @@ def _bounded(area: float, measured: float, level: float, sizes: tuple[int, ...])
         inside = float(np.clip(area + side * half * (len(sizes) == 1), half, 1 - half))
         error = np.sqrt(max(measured, area_variance(inside, sizes))) / (inside * (1 - inside))
         ends.append(float(1 / (1 + np.exp(-(np.log(inside / (1 - inside)) + side * reach * error)))))
-    return Separation(area, ends[0], ends[1], level, sizes)
+    return Separation(area, min(ends[0], area), max(ends[1], area), level, sizes)
 
 
 def area_variance(area: float, sizes: tuple[int, ...]) -> float:
@@ -323,12 +323,17 @@ def area_variance(area: float, sizes: tuple[int, ...]) -> float:
     return (spread + (one - 1) * both_above + (other - 1) * both_below) / (one * other)
 
 
-def detectable_area(sizes: tuple[int, ...], level: float = 0.05, power: float = 0.8) -> float:
-    """The smallest area whose lower bound is above 1/2 with a probability of `power`; NaN where samples are too small for any."""
-    reach = NormalDist().inv_cdf(1 - level) + NormalDist().inv_cdf(power)
+def detectable_area(sizes: tuple[int, ...], level: float = 0.05, power: float = 0.8, bound: float = 0.5) -> float:
+    """The smallest area that samples show with a probability of `power`; NaN where they are too small for any.
+
+    Args:
+        bound: what counts. An area is shown where its lower bound is above 1/2 and its upper bound not below this.
+    """
+    shown, reached = NormalDist().inv_cdf(1 - level), NormalDist().inv_cdf(power)
     areas = np.linspace(0.501, 1 - 0.5 / min(sizes), 1_000)
     errors = np.sqrt([area_variance(area, sizes) for area in areas]) / (areas * (1 - areas))
-    seen = np.log(areas / (1 - areas)) >= reach * errors
+    logits = np.log(areas / (1 - areas))
+    seen = (logits >= (shown + reached) * errors) & (logits >= np.log(bound / (1 - bound)) - (shown - reached) * errors)
     return float(areas[seen][0]) if seen.any() else float("nan")
 
 

@@ -22,6 +22,7 @@ checks:
   - phrase: red
     claim: not encoded
     present: {0}/red
+    absent: {0}/blue
     masks: {0}/masks
   - phrase: red
     claim: not encoded
@@ -34,13 +35,15 @@ checks:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Squares on a grey ground: red ones, blue ones, blue ones again, and masks of the squares."""
+    """Squares on noisy grounds: red ones, blue ones, blue ones again, and masks of the squares."""
     root = tmp_path_factory.mktemp("audit")
     generator = np.random.default_rng(0)
     for at in range(24):
         left, top, side = generator.integers(20, 60, 3)
         for name, colour in (("red", (208, 32, 36)), ("blue", (40, 66, 208)), ("blue_too", (40, 66, 208)), ("masks", (255,) * 3)):
             picture = np.full((128, 128, 3), 0 if name == "masks" else 200, np.uint8)
+            if name != "masks":
+                picture += generator.integers(0, 20, picture.shape, dtype=np.uint8)
             picture[top : top + side, left : left + side] = colour
             (root / name).mkdir(exist_ok=True)
             Image.fromarray(picture).save(root / name / f"{at:02}.{'png' if name == 'masks' else 'webp'}", lossless=True)
@@ -89,7 +92,7 @@ def test_claims_that_hold_end_well(file, capsys):
             "fields ['layres'] that Check does not have (did you mean 'layers'?)",
         ),
         ("bound: 0.8", "bounds: 0.8", 2, "fields ['bounds'] that AuditFile does not have (did you mean 'bound'?)"),
-        ("control: {{present", "control: {{preset: 1, present", 18, "fields ['preset'] that Control does not have"),
+        ("control: {{present", "control: {{preset: 1, present", 19, "fields ['preset'] that Control does not have"),
         ("claim: encoded", "claim: there", 5, "claim='there' is none of encoded, not encoded"),
         ("    layers: [layer3, -1]", "    level: much", 8, "level='much': 'much' is not a number"),
         ("    layers: [layer3, -1]", "    level: 2", 4, "level=2.0 must be an error rate"),
@@ -97,10 +100,13 @@ def test_claims_that_hold_end_well(file, capsys):
         ("phrase: red", "phrase: a hospital tag", 4, "phrases ['a hospital tag'] hold words that"),
         ("bound: 0.8", "bound: 0.6", 9, "'red': 24 and 24 images cannot show that it is not encoded at an error rate of 0.05"),
         ("    masks: {0}/masks", "    masks: {0}/none", 9, "/none is neither a folder of images"),
+        ("    masks: {0}/masks", "    probe: true", 9, "at least 48"),
+        ("    layers: [layer3, -1]", "    probe: true", 4, "probe=True is for what is claimed to be not encoded"),
+        ("    absent: {0}/blue\n", "    absent: {0}/red\n", 4, "present and absent are both"),
         (
             "    absent: {0}/blue_too",
             "    absent: {0}/masks",
-            13,
+            14,
             "/masks has nothing of the name of 00.webp (24 of 24 are missing)",
         ),
         ("checks:", "checks: []\nothers:", 4, "fields ['others']"),

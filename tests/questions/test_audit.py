@@ -3,6 +3,8 @@
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
+from statistics import NormalDist
 
 import numpy as np
 import pytest
@@ -18,8 +20,9 @@ from devil_hf.questions.audit import (
     assert_not_encoded,
     audit,
     probe_scores,
+    verdict,
 )
-from devil_hf.statistics import detectable_area, separation
+from devil_hf.statistics import Separation, detectable_area, separation
 
 PHRASE = "a red dog"
 
@@ -61,21 +64,37 @@ def test_evidence_is_that_of_single_questions(model, processor):
     assert found.words == separation(found.present, found.absent)
 
 
-def test_a_mask_compares_the_place_of_the_thing_with_the_rest(model, processor):
-    present = pictures(8)
+def test_a_mask_compares_the_place_of_the_thing_with_the_same_place_elsewhere(model, processor):
+    present, absent = pictures(8), pictures(8, 1)
     masks = [np.zeros((40, 48), dtype=bool) for _ in present]
     for at, mask in enumerate(masks):
         mask[8 : 24 + at, 10:30] = True
-    found = audit(model, processor, Audit(phrase=PHRASE, claim=ENCODED, present=present, masks=masks, layers=[-1], probe=True))
+    asked = {"phrase": PHRASE, "claim": ENCODED, "present": present, "absent": absent, "masks": masks}
+    found = audit(model, processor, Audit(**asked, layers=[-1], batch_size=3))
     for at in (0, 7):
-        inputs = processor(images=[present[at]])
-        regions = processor.masks_to_regions([np.stack([masks[at], ~masks[at]])])
-        inside, outside = model.score(**inputs, **processor(text=[PHRASE]), layers=[-1], regions=regions).evidence[:, 0].tolist()
-        assert (found.present[at], found.absent[at]) == pytest.approx((inside, outside), abs=1e-5)
-    assert found.paired and found.words.sizes == (8,) and found.probe.sizes == (8,)
+        regions = processor.masks_to_regions([masks[at]])
+        for image, value in ((present[at], found.present[at]), (absent[at], found.absent[at])):
+            one = model.score(**processor(images=[image]), **processor(text=[PHRASE]), layers=[-1], regions=regions)
+            assert value == pytest.approx(float(one.evidence[0, 0]), abs=1e-5)
+    assert found.paired and found.words.sizes == (8,)
     masks[7][:] = False
     with pytest.raises(ValueError, match="the mask of image 7 is empty"):
-        audit(model, processor, Audit(phrase=PHRASE, claim=ENCODED, present=present, masks=masks))
+        Audit(**asked).check(model, processor)
+
+
+def test_masks_of_nothing_find_nothing():
+    """Random squares on scenes without stripes: a small place and a large one are not read alike, but two of one size are."""
+    from devil_hf.checkpoints.loading import load
+    from devil_hf.data.shapes import make_scene
+
+    scenes = [one for one in map(partial(make_scene, 1), range(200)) if "striped" not in one.words["texture"]]
+    generator, masks = np.random.default_rng(0), []
+    for left, top in generator.integers(0, 128 - 24, (50, 2)):
+        masks.append(np.zeros((128, 128), dtype=bool))
+        masks[-1][top : top + 24, left : left + 24] = True
+    images = [one.image for one in scenes]
+    asked = Audit(phrase="striped", claim=NOT_ENCODED, present=images[:50], absent=images[50:100], masks=masks, bound=0.7)
+    assert audit(*load("shapes", device="cpu"), asked).verdict == NOT_ENCODED
 
 
 def test_verdicts_follow_from_the_bounds(groups):
@@ -117,7 +136,7 @@ def test_messages_quote_figures_and_name_the_worst_images(groups):
     assert finding(against, without).worst[0][0] == f"{highest}.png", "where it is reversed the lowest speak most"
     few = finding(without[:60], without[60:120])
     assert "undecided" in few.message and "140 images on each side" in few.message
-    assert "would have been told from chance" in few.message
+    assert "would have been found encoded with a probability of 80%" in few.message
     assert "Nothing speaks for it" in finding(without[:60] - 0.1, without[60:120], claim=ENCODED).message
 
 
@@ -133,16 +152,36 @@ def test_assertions_raise_with_the_message_and_return_what_was_found(model, proc
         assert_not_encoded(model, processor, "red", high, low)
     with pytest.raises(AssertionError, match="reversed"):
         assert_encoded(model, processor, "red", low, high)
-    same = assert_not_encoded(model, processor, "red", high, [image.copy() for image in high])
-    assert same.words.area == 0.5 and same.as_record()["verdict"] == NOT_ENCODED
+    noise = assert_not_encoded(model, processor, "red", pictures(60), pictures(60, 1), bound=0.8)
+    assert noise.as_record()["verdict"] == NOT_ENCODED
+
+
+def test_an_absence_says_what_it_would_have_missed():
+    """Above chance and below what counts: the message does not say that so much would have been told from chance."""
+    found = finding([0.0] * 3, [0.0] * 3)
+    found = replace(found, words=Separation(0.544, 0.523, 0.565, 0.05, (1_000, 1_000)), detectable=0.593)
+    assert found.passed and "It is above chance, but below 0.6. An area of .593 would have been found encoded" in found.message
+    generator = np.random.default_rng(0)
+    area = detectable_area((250, 250), bound=0.6)
+    shift = 2**0.5 * NormalDist().inv_cdf(area)
+    told = [verdict(separation(generator.normal(shift, size=250), generator.normal(size=250))) for _ in range(500)]
+    assert 0.75 < np.mean([one == ENCODED for one in told]) < 0.86
+
+
+def test_the_bounds_of_a_probe_are_wrong_as_often_as_their_level_says():
+    generator = np.random.default_rng(0)
+    found = [separation(*probe_scores(*generator.normal(size=(2, 80, 30)))) for _ in range(400)]
+    for wrong in ([one.low > 0.5 for one in found], [one.high < 0.5 for one in found]):
+        assert np.mean(wrong) < 0.08
 
 
 def test_a_probe_is_judged_on_images_that_it_has_not_seen():
     generator = np.random.default_rng(0)
     noise = generator.normal(size=(2, 60, 200))
     assert separation(*probe_scores(*noise)).area == pytest.approx(0.5, abs=0.15), "it could tell all that it has seen"
-    noise[0, :, 3] += 3
+    noise[0, :, 3:13] += 3
     assert separation(*probe_scores(*noise)).area > 0.8
+    assert separation(*probe_scores(*noise)).sizes == (30, 30)
     scenes = generator.normal(size=(60, 200))  # every scene is in both groups, so that knowing it helps nobody
     assert separation(*probe_scores(scenes, scenes, paired=True), paired=True).area == 0.5
 
@@ -152,16 +191,19 @@ def test_a_probe_is_judged_on_images_that_it_has_not_seen():
     [
         ({"claim": "absent"}, "claim='absent' is none of encoded, not encoded"),
         ({"level": 0.7}, "level=0.7 must be an error rate"),
+        ({"level": 1e-17}, "level=1e-17 must be an error rate from 1e-06"),
+        ({"probe": True, "claim": ENCODED}, "probe=True is for what is claimed to be not encoded"),
+        ({"probe": True}, "at least 90 images .*a probe judges half"),
+        ({"absent": [*pictures(59, 1), pictures(1)[0]]}, "image 0 is among the images with the thing and, as image 59, among"),
         ({"bound": 0.5}, "bound=0.5 must be an area between"),
-        ({"absent": None}, "either images without the thing"),
-        ({"masks": [1] * 60}, "either images without the thing"),
-        ({"absent": None, "masks": [1]}, "1 masks for 60 images"),
+        ({"masks": [1]}, "1 masks for 60 images"),
+        ({"masks": [1] * 60, "absent": pictures(50)}, "60 images with the thing and 50 without it are no pairs"),
         ({"paired": True, "absent": pictures(50)}, "60 images with the thing and 50 without it are no pairs"),
         ({"present": pictures(44)}, "44 and 60 images cannot show that it is not encoded at an error rate of 0.05.*at least 45"),
         ({"present": pictures(4), "claim": ENCODED}, "at least 5 images"),
         (
             {"present": ["a.png"] * 60, "absent": ["a.png"] * 60},
-            "a.png is among the images with the thing and among",
+            "a.png is among the images with the thing and, as a.png, among",
         ),
     ],
 )

@@ -1,8 +1,8 @@
 """How often audits are wrong, on the shapes world, where it is known what a network can see.
 
-Scenes are painted so that every colour is equally bright: a red object in the one group, none in the other, and nothing else that
-differs. A network that sees colour can tell them; behind a grey filter, or trained on grey pictures, it cannot, whatever it has
-learned. From the evidence of one pool of images, audits are repeated with images drawn anew, each judged as `assert_encoded` and
+Scenes are painted so that every colour is equally bright: a red object in the one group, none in the other, and nothing else
+that differs. A network that sees colour can tell them; behind a grey filter it cannot, whatever it has learned. From the
+evidence of one pool of images, audits are repeated with images drawn anew, each judged as `assert_encoded` and
 `assert_not_encoded` judge it:
 
 * `seen`: the network as it is; right is "encoded".
@@ -77,6 +77,8 @@ def repeated_audits(
     present: np.ndarray, absent: np.ndarray, images: int, repetitions: int, rng: np.random.Generator, share: float = 1.0
 ) -> dict[str, int]:
     """How often audits of so many images, drawn without replacement from pools of evidence (N,) and (M,), come to each verdict.
+
+    They vary less than audits of images that are new each time: those of one pool share what is peculiar to it.
 
     Args:
         share: of the images with the thing; the others of that group are drawn from those without it.

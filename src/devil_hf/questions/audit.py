@@ -1,8 +1,9 @@
 """Audits: whether a network carries what a phrase says, as a claim that a test can make and that its error rate bounds.
 
-Images with the thing are asked for the phrase, and images without it (or, by masks, the place of the thing and the rest of the
-image). The chance that the evidence of the one is above that of the other, the area under the ROC curve, is bounded from below
-and above, each bound wrong at the stated level. The verdict follows from the bounds alone:
+Images with the thing are asked for the phrase, and images without it; by masks, the place of the thing in each is asked, and
+the same place in an image without it, for places of different sizes differ where nothing is there to read. The chance that the
+evidence of the one is above that of the other, the area under the ROC curve, is bounded from below and above, each bound wrong
+at the stated level. The verdict follows from the bounds alone:
 
     not encoded   both bounds within `bound` of 1/2 on either side: what there may be is less than what counts
     encoded       else, where the lower bound is above 1/2
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from devil_hf.data.identity import image_identity
 from devil_hf.extras import needs
 from devil_hf.model.modeling_devil import DevilModel
 from devil_hf.model.pooling_devil import pool, region_weights, resolve_layers
@@ -35,7 +37,8 @@ ENCODED, NOT_ENCODED, REVERSED, UNDECIDED = "encoded", "not encoded", "reversed"
 CLAIMS = (ENCODED, NOT_ENCODED)
 LEVEL, BOUND, POWER = 0.05, 0.6, 0.8
 SHOWN = 5  # images that a message names
-FOLDS, PENALTY = 5, 0.01  # of the probe
+LEAST_LEVEL = 1e-6
+PENALTY = 0.01  # of the probe
 Images = Sequence[Any] | Mapping[str, Any]
 
 
@@ -48,24 +51,25 @@ class Audit:
         claim: "encoded" or "not encoded".
         present: images with the thing, as the processor reads them (pictures, arrays, paths); or such images by name.
         absent: images without it, which should differ in nothing else.
-        masks: instead of `absent`, where the thing is in each of `present`, (H, W) in the size of the image: its place is
-            compared with the rest of the image.
+        masks: where the thing is in each of `present`, (H, W) in the size of the image: only its place is asked, and the same
+            place in the image of `absent` that has its number. Each place is compared with its own pair alone.
         paired: whether `absent` holds the same scenes in the same order; each image is then compared with its own pair alone.
         layers: those that are asked together; None for all.
         level: the error rate of each bound.
         bound: the smallest area that counts as encoded, above 1/2.
-        probe: whether a linear probe of the pooled features has to agree with an absence.
+        probe: whether a linear probe of the pooled features has to agree with an absence. It learns from half of the images
+            and is judged on the others.
         batch_size: images at once.
 
     Raises:
         ValueError: for numbers of images of which no outcome could show the claim, pairs that do not match, images that are in
-            both groups, and numbers out of their range.
+            both groups, by content, a probe of what is claimed to be encoded, and numbers out of their range.
     """
 
     phrase: str
     claim: str
     present: Images
-    absent: Images | None = None
+    absent: Images
     masks: Sequence[Any] | None = None
     paired: bool = False
     layers: Any = None
@@ -77,19 +81,18 @@ class Audit:
     def __post_init__(self) -> None:
         if self.claim not in CLAIMS:
             raise ValueError(f"claim={self.claim!r} is none of {', '.join(CLAIMS)}")
-        if not 0 < self.level < 0.5:
-            raise ValueError(f"level={self.level!r} must be an error rate between 0 and 0.5, such as {LEVEL}")
+        if not LEAST_LEVEL <= self.level < 0.5:
+            raise ValueError(f"level={self.level!r} must be an error rate from {LEAST_LEVEL:g} to 0.5, such as {LEVEL}")
         if not 0.5 < self.bound < 1:
             raise ValueError(f"bound={self.bound!r} must be an area between 0.5 (chance) and 1, such as {BOUND}")
-        if (self.absent is None) == (self.masks is None):
-            raise ValueError(f"{self.phrase!r}: give either images without the thing (absent), or masks of it")
-        if self.masks is not None and self.paired:
-            raise ValueError("masks make pairs of their own, a place and the rest of its image: leave out paired")
+        if self.probe and self.claim == ENCODED:
+            raise ValueError("probe=True is for what is claimed to be not encoded: a probe says nothing of what words say")
         self._check_sizes()
-        if self.absent is not None:
-            others = _paths(self.absent)
-            if both := [path for path in _paths(self.present) if path in others]:
-                raise ValueError(f"{both[0]} is among the images with the thing and among those without it")
+        (names, present), (other_names, absent) = _named(self.present), _named(self.absent)
+        others = dict(zip(map(image_identity, absent), other_names, strict=True))
+        for name, image in zip(names, present, strict=True):
+            if other := others.get(image_identity(image)):
+                raise ValueError(f"{name} is among the images with the thing and, as {other}, among those without it")
 
     @property
     def in_pairs(self) -> bool:
@@ -97,31 +100,38 @@ class Audit:
         return self.paired or self.masks is not None
 
     def _check_sizes(self) -> None:
-        with_it, without = len(self.present), len(self.present if self.absent is None else self.absent)
+        with_it, without = len(self.present), len(self.absent)
         if self.masks is not None and len(self.masks) != with_it:
             raise ValueError(f"{len(self.masks)} masks for {with_it} images with the thing: give one of each")
-        if self.paired and with_it != without:
+        if self.in_pairs and with_it != without:
             raise ValueError(f"{with_it} images with the thing and {without} without it are no pairs: give one of each")
         for_absence = size_for_absence(self.bound, self.level, 0.0, self.in_pairs)
         needed = size_for_presence(self.level, self.in_pairs) if self.claim == ENCODED else for_absence
+        if self.probe and needed is not None:
+            needed *= 2  # half of them are learned from
         if needed is None or min(with_it, without) < needed:
             kind = "pairs" if self.in_pairs else "images with the thing and as many without it"
             raise ValueError(
                 f"{self.phrase!r}: {with_it} and {without} images cannot show that it is {self.claim} at an error rate of "
                 f"{self.level:g}, whatever they give: at least {needed} {kind} are needed"
+                f"{', of which a probe judges half' * self.probe}"
             )
 
     def check(self, model: DevilModel, processor: DevilProcessor) -> None:
         """Raise what stands in the way of asking, before any image is read.
 
         Raises:
-            ValueError: for a phrase that the language model cannot represent, and for unknown layers.
+            ValueError: for a phrase that the language model cannot represent, unknown layers, and masks that are empty where the
+                network looks.
             MissingExtraError: for a probe without scikit-learn.
         """
         if self.probe:
             needs("sklearn", "evaluate")
         resolve_layers(self.layers, model.layer_names)
         known_phrases(model, processor, [self.phrase])
+        for name, mask in zip(_named(self.present)[0], self.masks or (), strict=self.masks is not None):
+            if _regions(processor, [mask]).sum() <= 0:
+                raise ValueError(f"the mask of {name} is empty, of what the network sees of it: leave the image out")
 
 
 @dataclass(frozen=True)
@@ -135,9 +145,10 @@ class Finding:
         present, absent: evidence of each image, in nats per token over the null prefix.
         names: of the images with the thing.
         paired: whether each was compared with its own pair.
-        detectable: the smallest area that a test of this size would have told from chance, with a probability of 80 %.
+        detectable: the smallest area that images of this number show to be encoded, with a probability of 80 %; NaN for none.
         control: a finding of what this translator is known to say.
-        probe: as `words`, of a linear probe of the features that has not seen the image.
+        probe: as `words`, of a linear probe of the features, in the half of the images that it has not seen.
+        checkpoint: name of what was asked.
     """
 
     phrase: str
@@ -152,6 +163,7 @@ class Finding:
     detectable: float
     control: "Finding | None" = None
     probe: Separation | None = None
+    checkpoint: str = ""
 
     @property
     def reading(self) -> str:
@@ -205,17 +217,12 @@ def audit(model: DevilModel, processor: DevilProcessor, asked: Audit, control: F
             features of another network that it reads, or another phrase. Where it is not encoded, no absence is claimed.
 
     Raises:
-        ValueError: see `Audit.check`, which is called first; for images that cannot be read, and masks that are empty, or full,
-            where the network looks.
+        ValueError: see `Audit.check`, which is called first; for images that cannot be read.
         MissingExtraError: for a probe without scikit-learn.
     """
     asked.check(model, processor)
-    names, present, features = _read(model, processor, asked, asked.present, asked.masks)
-    if asked.absent is None:
-        present, absent = present[0::2], present[1::2]
-        features, others = features[0::2], features[1::2]
-    else:
-        _, absent, others = _read(model, processor, asked, asked.absent, None)
+    names, present, features = _read(model, processor, asked, asked.present)
+    _, absent, others = _read(model, processor, asked, asked.absent)
     words = separation(present, absent, asked.level, asked.in_pairs)
     return Finding(
         phrase=asked.phrase,
@@ -227,14 +234,15 @@ def audit(model: DevilModel, processor: DevilProcessor, asked: Audit, control: F
         absent=tuple(absent.tolist()),
         names=names,
         paired=asked.in_pairs,
-        detectable=detectable_area(words.sizes, asked.level, POWER),
+        detectable=detectable_area(words.sizes, asked.level, POWER, asked.bound),
         control=control,
         probe=separation(*probe_scores(features, others, asked.in_pairs), asked.level, asked.in_pairs) if asked.probe else None,
+        checkpoint=str(model.config.name_or_path),
     )
 
 
 def assert_encoded(
-    model: DevilModel, processor: DevilProcessor, phrase: str, present: Images, absent: Images | None = None, **options: Any
+    model: DevilModel, processor: DevilProcessor, phrase: str, present: Images, absent: Images, **options: Any
 ) -> Finding:
     """Assert that the network carries what a phrase says.
 
@@ -257,7 +265,7 @@ def assert_not_encoded(
     processor: DevilProcessor,
     phrase: str,
     present: Images,
-    absent: Images | None = None,
+    absent: Images,
     *,
     control: Finding | None = None,
     **options: Any,
@@ -290,11 +298,6 @@ def _asserted(found: Finding) -> Finding:
 # ------------------------------------------------------------------------------------------------------ reading images
 
 
-def _paths(images: Images) -> list[str]:
-    values = images.values() if isinstance(images, Mapping) else images
-    return [str(image) for image in values if isinstance(image, str | PathLike)]
-
-
 def _named(images: Images) -> tuple[tuple[str, ...], list[Any]]:
     if isinstance(images, Mapping):
         return tuple(images), list(images.values())
@@ -304,9 +307,9 @@ def _named(images: Images) -> tuple[tuple[str, ...], list[Any]]:
 
 @torch.no_grad()
 def _read(
-    model: DevilModel, processor: DevilProcessor, asked: Audit, images: Images, masks: Sequence[Any] | None
+    model: DevilModel, processor: DevilProcessor, asked: Audit, images: Images
 ) -> tuple[tuple[str, ...], np.ndarray, np.ndarray]:
-    """Names (B,), evidence (N,) in nats per token and, for a probe, pooled features (N, C); by masks N is 2 B, else B."""
+    """Names (B,), evidence (B,) in nats per token and, for a probe, pooled features (B, C)."""
     (names, pictures), visible = _named(images), resolve_layers(asked.layers, model.layer_names)
     phrases = processor(text=[asked.phrase])
     null = model.score_prefix(model.null_prefix(), phrases).sum()
@@ -317,7 +320,7 @@ def _read(
             stop = min(start + asked.batch_size, len(pictures))
             pixels = processor(images=pictures[start:stop])["pixel_values"]
             features = model.extract_features(pixels, visible)
-            regions = None if masks is None else _regions(processor, masks[start:stop], names[start:stop])
+            regions = None if asked.masks is None else _regions(processor, asked.masks[start:stop])
             prefix = model.ask(layers=visible, feature_maps=features, regions=regions)
             evidence.append((model.score_prefix(prefix, phrases).sum(dim=(1, 2)) - null) / tokens)
             if asked.probe:
@@ -327,16 +330,9 @@ def _read(
     return names, torch.cat(evidence).cpu().numpy(), torch.cat(pooled).numpy() if pooled else np.zeros((0, 0))
 
 
-def _regions(processor: DevilProcessor, masks: Sequence[Any], names: Sequence[str]) -> Tensor:
-    """(B, 2, H, W): the place of the thing, and the rest of the image."""
-    inside = processor.masks_to_regions([np.asarray(mask, dtype=np.float32) for mask in masks])
-    outside = processor.masks_to_regions([1 - np.asarray(mask, dtype=np.float32) for mask in masks])
-    regions = torch.cat([inside, outside], dim=1)
-    for name, mass in zip(names, regions.sum(dim=(2, 3)), strict=True):
-        if mass.min() <= 0:
-            what = "is empty" if mass[0] <= 0 else "leaves nothing of the image"
-            raise ValueError(f"the mask of {name} {what}, of what the network sees of it: leave the image out")
-    return regions
+def _regions(processor: DevilProcessor, masks: Sequence[Any]) -> Tensor:
+    """(B, 1, H, W): where the thing is."""
+    return processor.masks_to_regions([np.asarray(mask, dtype=np.float32) for mask in masks])
 
 
 def _pooled(maps: Tensor, regions: Tensor | None) -> Tensor:
@@ -345,24 +341,26 @@ def _pooled(maps: Tensor, regions: Tensor | None) -> Tensor:
 
 
 def probe_scores(present: np.ndarray, absent: np.ndarray, paired: bool = False) -> tuple[np.ndarray, np.ndarray]:
-    """Scores of a logistic regression on features (N, C) and (M, C), each by one that was fitted without the image and its pair.
+    """Scores of a logistic regression on features (N, C) and (M, C): it learns from a random half of each, and judges the other.
+
+    Scores of several folds would be more, but not independent of each other, and bounds of them too narrow.
+
+    Returns:
+        Those of the halves that it has not seen; of pairs, both are of the same.
 
     Raises:
         MissingExtraError: without scikit-learn.
     """
     needs("sklearn", "evaluate")
     from sklearn.linear_model import LogisticRegression
-    from sklearn.model_selection import GroupKFold, StratifiedKFold, cross_val_predict
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    truth = np.repeat([1, 0], [len(present), len(absent)])
-    groups = np.concatenate([np.arange(len(present)), np.arange(len(absent))])
-    folds = (GroupKFold if paired else StratifiedKFold)(min(FOLDS, len(present), len(absent)), shuffle=True, random_state=0)
+    orders = [np.random.default_rng(0 if paired else side).permutation(len(one)) for side, one in enumerate((present, absent))]
+    learned, judged = zip(*((one[: len(one) // 2], one[len(one) // 2 :]) for one in orders), strict=True)
     reader = make_pipeline(StandardScaler(), LogisticRegression(C=PENALTY, max_iter=1_000))
-    both = np.concatenate([present, absent])
-    scores = cross_val_predict(reader, both, truth, groups=groups if paired else None, cv=folds, method="decision_function")
-    return scores[truth == 1], scores[truth == 0]
+    reader.fit(np.concatenate([present[learned[0]], absent[learned[1]]]), np.repeat([1, 0], [len(one) for one in learned]))
+    return reader.decision_function(present[judged[0]]), reader.decision_function(absent[judged[1]])
 
 
 # ------------------------------------------------------------------------------------------------------------ messages
@@ -417,23 +415,25 @@ def _needed(found: Finding) -> str:
         nothing, here = (size_for_absence(found.bound, words.level, POWER, found.paired, area) for area in (0.5, words.area))
         seems = f"about {here}" if here else "no number"
         return f"If nothing is there, {nothing} {each} show it {power}; if the area is the one that was found, {seems}."
-    needed = _size_to_detect(words.area, words.level, found.paired)
-    return (
-        f"An area of {_short(words.area)} is told from chance by {needed} {each} {power}." if needed else "Nothing speaks for it."
-    )
+    if words.area < found.bound:
+        return "Nothing speaks for it." if words.area <= 0.5 else f"What was found is below {found.bound:g}, which alone counts."
+    needed = _size_to_show(words.area, words.level, found)
+    return f"An area of {_short(words.area)} is shown to be encoded by {needed} {each} {power}."
 
 
-def _size_to_detect(area: float, level: float, paired: bool) -> int | None:
+def _size_to_show(area: float, level: float, found: Finding) -> int:
     size = 8
-    while area > 0.505 and not detectable_area((size,) if paired else (size, size), level, POWER) <= area:
+    while not detectable_area((size,) if found.paired else (size, size), level, POWER, found.bound) <= area:
         size = size * 11 // 10 + 1
-    return size if area > 0.505 else None
+    return size
 
 
 def _told_beside(found: Finding) -> Iterator[str]:
     """The power of the test, and what a control and a probe say."""
-    if found.reading in (NOT_ENCODED, UNDECIDED):
-        yield f"An area of {_short(found.detectable)} would have been told from chance with a probability of {POWER:.0%}."
+    if found.reading == NOT_ENCODED and found.words.low > 0.5:
+        yield f"It is above chance, but below {found.bound:g}."
+    if found.reading in (NOT_ENCODED, UNDECIDED) and np.isfinite(found.detectable):
+        yield f"An area of {_short(found.detectable)} would have been found encoded with a probability of {POWER:.0%}."
     if found.probe is not None:
         reads = " reads it" if verdict(found.probe, found.bound) == ENCODED else ""
         yield f"A linear probe of the features{reads}: AUROC {figures(found.probe)}."

@@ -40,8 +40,8 @@ class Asked:
 
     phrase: str = option("what is asked for")
     present: str = option("images with the thing")
-    absent: str | None = option("images without it", None)
-    masks: str | None = option("instead: pictures of where it is, light on dark, of the names of the images", None)
+    absent: str = option("images without it")
+    masks: str | None = option("pictures of where it is, light on dark, of the names of the images: only there is asked", None)
     paired: bool = option("whether both hold the same scenes, under the same names", False)
     layers: list | None = option("those that are asked together; all by default", None)
     level: float = option("error rate of each bound", LEVEL)
@@ -161,10 +161,12 @@ class _Reader:
         """The question of a check, or of its control."""
         try:
             present = self.images(asked.present)
-            absent = None if asked.absent is None else self.images(asked.absent)
+            absent = self.images(asked.absent)
+            if asked.present == asked.absent:
+                raise ValueError(f"present and absent are both {asked.absent}: name images without the thing")
             masks = None if asked.masks is None else _Masks(_matching(self.images(asked.masks), present, asked.masks, stems=True))
-            if asked.paired and absent is not None:
-                absent = dict(zip(present, _matching(absent, present, str(asked.absent)), strict=True))
+            if asked.paired:
+                absent = dict(zip(present, _matching(absent, present, asked.absent), strict=True))
             return Audit(
                 phrase=asked.phrase,
                 claim=claim,
