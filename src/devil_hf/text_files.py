@@ -190,10 +190,17 @@ def parse_yaml(text: str, where: str) -> Any:
 
 
 def key_lines(path: str | PathLike) -> dict[tuple[str | int, ...], int]:
-    """In which line of a YAML file each key and each entry of a list stands, by its path from the top."""
+    """In which line of a YAML file each key and each entry of a list stands, by its path from the top.
+
+    What an alias repeats is told of its first place alone: aliases of aliases would never end.
+    """
     found: dict[tuple[str | int, ...], int] = {}
+    seen: set[int] = set()
 
     def walk(node: yaml.Node | None, path: tuple[str | int, ...]) -> None:
+        if id(node) in seen:
+            return
+        seen.add(id(node))
         if isinstance(node, yaml.MappingNode):
             for key, value in node.value:
                 here = (*path, str(key.value))

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from devil_hf.folders import finite
 from devil_hf.registry import Registry
 from devil_hf.settings import JsonSettings
 
@@ -49,8 +50,8 @@ VERBS: Registry[Verb] = Registry("verb", "devil_hf.cli")
 
 
 def show(settings: JsonSettings, record: Any, text: str) -> None:
-    """Print a record as JSON where that was asked for, its text otherwise."""
-    print(json.dumps(record) if settings.json else text)
+    """Print a record as JSON where that was asked for, its text otherwise; a number that is not finite is null there."""
+    print(json.dumps(finite(record), allow_nan=False) if settings.json else text)
 
 
 def look(model: Any, processor: Any, images: Sequence[Any], names: Sequence[str]) -> list[Any]:

@@ -381,8 +381,9 @@ def _told(found: Finding) -> Iterator[str]:
     words, kind = found.words, "pairs" if found.paired else "images with against images without"
     sizes = " and ".join(map(str, words.sizes))
     asked = "" if found.passed else f", but was claimed to be {found.claim}"
+    of = (f"{found.checkpoint}: " if found.checkpoint else "") + ", ".join(found.layers)
     yield (
-        f"{found.phrase!r} is {_reason(found)}{asked} ({', '.join(found.layers)}): AUROC {figures(words)} of its evidence, "
+        f"{found.phrase!r} is {_reason(found)}{asked} ({of}): AUROC {figures(words)} of its evidence, "
         f"{sizes} {kind}, each bound wrong at {words.level:g}; {found.bound:g} counts as encoded."
     )
     if found.passed:
