@@ -15,9 +15,11 @@ say the phrase at all, and a probe reads the features without any words. Absence
 """
 
 import dataclasses
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,7 +27,6 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from devil_hf.data.identity import image_identity
 from devil_hf.extras import needs
 from devil_hf.model.modeling_devil import DevilModel
 from devil_hf.model.pooling_devil import pool, region_weights, resolve_layers
@@ -89,9 +90,9 @@ class Audit:
             raise ValueError("probe=True is for what is claimed to be not encoded: a probe says nothing of what words say")
         self._check_sizes()
         (names, present), (other_names, absent) = _named(self.present), _named(self.absent)
-        others = dict(zip(map(image_identity, absent), other_names, strict=True))
+        others = dict(zip(map(_content, absent), other_names, strict=True))
         for name, image in zip(names, present, strict=True):
-            if other := others.get(image_identity(image)):
+            if other := others.get(_content(image)):
                 raise ValueError(f"{name} is among the images with the thing and, as {other}, among those without it")
 
     @property
@@ -296,6 +297,19 @@ def _asserted(found: Finding) -> Finding:
 
 
 # ------------------------------------------------------------------------------------------------------ reading images
+
+
+def _content(image: Any) -> bytes:
+    """What two images have in common that are one: the bytes of a file, the pixels of a picture; of no file, its name."""
+    if isinstance(image, str | PathLike):
+        try:
+            content = Path(image).read_bytes()
+        except (OSError, ValueError):
+            content = str(image).encode("utf-8", "surrogatepass")
+    else:
+        pixels = np.asarray(image.detach().float().cpu() if isinstance(image, Tensor) else image)
+        content = f"{pixels.dtype} {pixels.shape}".encode() + pixels.tobytes()
+    return hashlib.sha256(content).digest()
 
 
 def _named(images: Images) -> tuple[tuple[str, ...], list[Any]]:
