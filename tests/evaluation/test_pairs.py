@@ -116,6 +116,14 @@ def test_statements_of_one_kind_are_refused_before_anything_is_scored(folder, tm
         PairsEvaluator(make(PairsSettings, asked)).open()
 
 
+def test_lines_with_unknown_words_are_counted_and_left_out(folder, tmp_path):
+    rows = [{"image": "0.png", "caption": "a red star", "negative_caption": false} for false in ("a blue star", "a zqxv")]
+    (tmp_path / "odd.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    asked = {"checkpoint": "shapes", "file": str(tmp_path / "odd.jsonl"), "images": str(folder), "output_dir": str(tmp_path)}
+    found = evaluate("pairs", make(PairsSettings, asked))
+    assert found.settings["pairs"] == 1 and found.settings["unknown"] == 1 and "1 lines hold words" in found.text
+
+
 def test_texts_that_are_cut_at_the_context_end_no_run(folder, model, processor, tmp_path):
     row = {"image": "0.png", "caption": "a red dog " * 60, "negative_caption": "a red dog " * 61}
     (tmp_path / "long.jsonl").write_text(json.dumps(row))

@@ -3,6 +3,7 @@
 import base64
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -130,6 +131,26 @@ def test_a_page_of_long_sentences_about_a_thousand_images_is_below_30_mb():
 def test_the_control_is_spread_over_the_whole_source(folder):
     found = page_module._other_images(page_module.open_images(str(folder)), 2)
     assert [number for number, _ in found] == [0, 3], "first and last"
+
+
+@pytest.mark.browser
+def test_a_word_shows_its_map_and_few_others_are_no_verdict(written):
+    playwright = pytest.importorskip("playwright.sync_api")
+    executable = shutil.which("chromium") or shutil.which("google-chrome") or pytest.skip("no Chromium on this machine")
+    with playwright.sync_playwright() as browsers:
+        browser = browsers.chromium.launch(executable_path=executable, args=["--no-sandbox"])
+        page = browser.new_context(offline=True, viewport={"width": 390, "height": 800}).new_page()
+        errors = []
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.goto((written[1] / PAGE).as_uri())
+        assert page.inner_text("#count") == "3 of 3 images"
+        assert "too few to judge" in page.locator(".sheet .key").first.inner_text()
+        page.locator(".sentence button").first.click()
+        assert page.locator(".sheet .scale").first.inner_text().startswith("highest")
+        page.fill("#query", "three.png")
+        assert page.locator(".sheet").count() == 1 and not errors
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390
+        browser.close()
 
 
 def test_what_the_page_says_of_words_and_controls(written):

@@ -111,7 +111,11 @@ class PairsEvaluator(Evaluator):
         return [found[key] for key in keys]
 
     def _scored(self, image: StatedImage, prefixes: torch.Tensor) -> dict[str, Any]:
-        texts = [text for said in image.said for text in (said.text, said.against) if text is not None]
+        known = [said for said in image.said if not any(map(self._unknown, (said.text, said.against or said.text)))]
+        left_out = {"unknown": len(image.said) - len(known)} if len(known) < len(image.said) else {}
+        if not known:
+            return {"said": [], **left_out}
+        texts = [text for said in known for text in (said.text, said.against) if text is not None]
         room = longest_description(self.model, LONGEST)
         try:
             tokens = self.processor(text=texts, max_length=room, return_tensors="pt")
@@ -120,27 +124,41 @@ class PairsEvaluator(Evaluator):
             return _problem(image, f"texts that the language model does not read ({error})")
         each = iter(scores.T.tolist())  # by text, then by prefix
         rows = []
-        for said in image.said:
+        for said in known:
             values = [next(each) for text in (said.text, said.against) if text is not None]
             by_row = dict(zip((NULL, ALL, *self.layers), map(list, zip(*values, strict=True)), strict=True))
             rows.append({"group": said.group, "true": said.true, "log_probs": by_row})
-        return {"said": rows}
+        return {"said": rows, **left_out}
+
+    def _unknown(self, text: str) -> bool:
+        """Whether a text has words that the language model does not know, where it has a token of its own for these."""
+        tokenizer = self.processor.tokenizer
+        unknown = tokenizer.unk_token_id
+        if unknown is None or unknown in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id):
+            return False
+        return unknown in tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def score(self, rows: Mapping[str, Any]) -> Evaluation:
         """See the module's docstring."""
         settings, bad = self.settings, [row["problem"] for row in rows.values() if "problem" in row]
         used = [row["said"] for row in rows.values() if row["said"]]
         if not used:
-            raise ValueError(f"none of {len(rows)} images can be used{f'; the first: {bad[0]}' if bad else ''}")
+            why = bad[0] if bad else "their texts hold words that this checkpoint's language model does not know"
+            raise ValueError(f"none of {len(rows)} images can be used; the first: {why}")
         judged = (PairScores if self.paired else StatementScores)(used, settings.seed)
         names = (ALL, PLAIN, *self.layers)
-        lines = sum(map(len, used))
+        lines, unknown = sum(map(len, used)), sum(row.get("unknown", 0) for row in rows.values())
         return Evaluation(
             title="Pairs of statements" if self.paired else "True and false statements",
             scores={name: judged.values(name) for name in names},
             controls={NULL: judged.values(NULL), CHANCE: dict.fromkeys(judged.values(NULL), 0.5)},
             dataset={"name": settings.file.stem, "split": settings.split, "size": len(used)},
-            settings={"seed": settings.seed, "pairs" if self.paired else "statements": lines, "bad_images": len(bad)},
+            settings={
+                "seed": settings.seed,
+                "pairs" if self.paired else "statements": lines,
+                "bad_images": len(bad),
+                "unknown": unknown,
+            },
             details={
                 "intervals": {name: judged.intervals(name) for name in (*names, NULL)},
                 "counts": judged.counts,
@@ -163,6 +181,8 @@ class PairsEvaluator(Evaluator):
                 lines.append(f"evidence over {CONTROLS.get(name, name)}: {value:+.3f} [{low:+.3f}, {high:+.3f}]")
         if bad := evaluation.settings["bad_images"]:
             lines.append(f"{bad} images could not be used and are left out; {self.records_file} names them")
+        if unknown := evaluation.settings["unknown"]:
+            lines.append(f"{unknown} lines hold words that the language model does not know, and are left out")
         return "\n".join(lines)
 
 
