@@ -81,7 +81,7 @@ def shapes():
 @pytest.mark.parametrize(
     ("question", "choices", "message"),
     [
-        ("the {} square", ["red", "mauve"], "'mauve' has no word that the language model knows"),
+        ("the {} square", ["red", "mauve"], "choice 'mauve' holds words that the language model does not know"),
         ("the {} square", ["red", "mauve striped"], "choice 'mauve striped' holds words that the language model does not know"),
         ("the {} elephant", ["red", "blue"], "question 'the {} elephant' holds words"),
         ("the {} square", ["red", "Red"], "'red' and 'Red' are the same tokens"),

@@ -6,7 +6,7 @@ import torch
 
 from devil_hf import DevilModel, DevilProcessor
 from devil_hf.build import image_processor_of
-from devil_hf.questions.knock_out import LinearProbe, fit_probe, knock_out, own_head
+from devil_hf.questions.knock_out import LinearProbe, check_probe, fit_probe, knock_out, own_head
 from tests.conftest import SMALL_TRANSLATOR
 
 PHRASE = "a dog"
@@ -81,14 +81,22 @@ def test_a_planted_class_falls_with_the_channels_of_its_phrase_and_no_other_does
     """Classes that read exactly the channels of the highest, and of the lowest, drops."""
     drops = ask(model, processor, pixel_values[:1], others=pixel_values).drops
     pooled = last_channels(model, pixel_values)
-    top, low = drops.argsort(descending=True)[:2], drops.argsort()[:2]
-    weight = torch.zeros(2, pooled.shape[1])
+    top, low, idle = drops.argsort(descending=True)[:2], drops.argsort()[:2], drops.abs().argsort()[:2]
+    assert not set(low.tolist()) & set(idle.tolist()), "some channels speak against the phrase"
+    weight = torch.zeros(3, pooled.shape[1])
     toward = (pooled[0] - pooled.mean(dim=0)).sign()
-    weight[0, top], weight[1, low] = toward[top], toward[low]
-    probe = LinearProbe(weight, torch.zeros(2))
+    weight[0, top], weight[1, low], weight[2, idle] = toward[top], toward[low], 1.0
+    probe = LinearProbe(weight, torch.zeros(3))
     found = ask(model, processor, pixel_values[:1], probe, others=pixel_values, draws=199)
     assert found.fall > 0 and found.others == pytest.approx(0, abs=1e-5) and found.least == pytest.approx(0, abs=1e-5)
     assert found.ratio >= 3 and found.p_value <= 0.05
+    of_low, of_idle = (
+        knock_out(model, processor, pixel_values[:1], [PHRASE], [at], probe, -1, pixel_values, number=2, draws=1)[0]
+        for at in (1, 2)
+    )
+    assert of_low.least == pytest.approx(0, abs=1e-5), "what speaks against the phrase is not what it owes nothing to"
+    lost = float((pooled[0] - pooled.mean(dim=0))[idle].sum())
+    assert of_idle.least == pytest.approx(lost, abs=1e-5)
     assert set(found.as_record()) >= {"phrase", "drops", "removed", "fall", "random", "ratio", "p_value"}
 
 
@@ -99,6 +107,9 @@ def test_a_probe_tells_what_its_labels_tell(model, pixel_values):
     assert ((probe(model, images) > 0) == labels).all()
     with pytest.raises(ValueError, match=r"classes \[0\] need images with and without"):
         fit_probe(model, images, labels | True)
+    assert check_probe(probe, model, images[3:], images[:3]) == 1
+    with pytest.raises(ValueError, match=r"the probe is right in 50% of 3 and 3 other images, which chance explains"):
+        check_probe(probe, model, images[:3], images[:3])
 
 
 @pytest.mark.parametrize(
@@ -115,6 +126,14 @@ def test_a_probe_tells_what_its_labels_tell(model, pixel_values):
 def test_what_cannot_be_removed_is_said(model, processor, pixel_values, options, message):
     with pytest.raises(ValueError, match=message):
         ask(model, processor, pixel_values, **options)
+
+
+def test_a_word_that_the_language_model_does_not_know_is_refused(pixel_values):
+    from devil_hf.checkpoints.loading import load
+
+    own, its = load("shapes", "cpu")
+    with pytest.raises(ValueError, match=r"phrases \['a red hospital'\] hold words that this checkpoint's language model"):
+        knock_out(own, its, pixel_values, ["a red hospital"], [0], last_channels, -1, pixel_values)
 
 
 def test_a_class_and_a_phrase_each(model, processor, pixel_values):

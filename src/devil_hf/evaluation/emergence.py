@@ -28,7 +28,8 @@ from devil_hf.evaluation.results import CHANCE, CONTROLS, Evaluation
 from devil_hf.evaluation.tables import table
 from devil_hf.evaluation.text.words import CARRIER, word_list
 from devil_hf.model.pooling_devil import resolve_layers
-from devil_hf.questions.emergence import Emergence, Statement, ask_statements, check_statements, known_phrases, summarise
+from devil_hf.questions.emergence import Emergence, Statement, ask_statements, check_statements, summarise
+from devil_hf.questions.phrases import known_phrases
 from devil_hf.settings import option, read_layers
 
 ARTICLES = ("a", "an", "the")

@@ -7,7 +7,7 @@ read again.
 
 * `fall`: of the logit of the word's probe, mean over the scenes that have it and over words; `fall_of_random`: mean size of the
   change when as many channels are removed at random; `ratio`: one over the other; `fall_of_least`: when the channels with the
-  lowest drops are removed; `fall_of_others`: of the other probes.
+  smallest drops, of either sign, are removed; `fall_of_others`: of the other probes.
 * `significant`: share of words of which at most one in twenty random removals takes as much.
 * `three_times`: share of words of which the logit falls at least three times as far as under random removals.
 """

@@ -31,7 +31,7 @@ from devil_hf.extras import needs
 from devil_hf.model.modeling_devil import DevilModel
 from devil_hf.model.pooling_devil import pool, region_weights, resolve_layers
 from devil_hf.model.processing_devil import DevilProcessor
-from devil_hf.questions.emergence import known_phrases
+from devil_hf.questions.phrases import known_phrases
 from devil_hf.statistics import Separation, detectable_area, separation, size_for_absence, size_for_presence
 
 ENCODED, NOT_ENCODED, REVERSED, UNDECIDED = "encoded", "not encoded", "reversed", "undecided"

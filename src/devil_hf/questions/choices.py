@@ -31,6 +31,7 @@ from devil_hf.model.modeling_devil import DevilModel
 from devil_hf.model.pooling_devil import Layers, read_number, resolve_layers
 from devil_hf.model.processing_devil import DevilProcessor
 from devil_hf.questions.grounding import PLACES_TO_A_SIDE, tile_regions
+from devil_hf.questions.phrases import unknown_phrases
 from devil_hf.text_files import read_json
 
 MARK = "{}"
@@ -85,14 +86,11 @@ class Question:
         Raises:
             ValueError: for words that the language model does not know, and choices that it cannot tell apart.
         """
-        unknown = processor.tokenizer.unk_token_id
-        for choice in self.choices:
-            own = processor(text=choice, carrier=self.before or None, return_tensors="pt")
-            if unknown in own["input_ids"][own.get("scored_mask", own["attention_mask"]).bool()].tolist():
-                raise ValueError(f"choice {choice!r} holds words that the language model does not know: choose others")
-        phrases = dict(processor(text=self.sentences, return_tensors="pt"))
-        if unknown in phrases["input_ids"].flatten().tolist():
+        if strange := unknown_phrases(processor, self.choices):
+            raise ValueError(f"choice {strange[0]!r} holds words that the language model does not know: choose others")
+        if unknown_phrases(processor, self.sentences):
             raise ValueError(f"question {self.text!r} holds words that the language model does not know: choose others")
+        phrases = dict(processor(text=self.sentences, return_tensors="pt"))
         rows = phrases["input_ids"].masked_fill(phrases["attention_mask"] == 0, -1).tolist()
         for at, row in enumerate(rows):
             if (first := rows.index(row)) != at:

@@ -38,6 +38,7 @@ from devil_hf.model.outputs_devil import word_evidence
 from devil_hf.model.pooling_devil import resolve_layers
 from devil_hf.model.processing_devil import DevilProcessor
 from devil_hf.model.scoring_devil import run_language_model
+from devil_hf.questions.phrases import unknown_phrases
 from devil_hf.statistics import false_discovery, paired_swaps
 
 ALL = "all"
@@ -191,16 +192,15 @@ def images_needed(layers: int, words: int = MOST_WORDS, level: float = LEVEL) ->
 
 def check_words(words: Iterable[str], *processors: DevilProcessor) -> None:
     """Raise a ValueError that names the first word that a language model cannot represent."""
-    for word in words:
-        for processor in processors:
-            if not _represents(processor, word):
-                raise ValueError(f"the tokenizer cannot represent the word {word!r}: leave it out, or choose another.")
+    if strange := _unknown(words, *processors):
+        raise ValueError(f"the tokenizer cannot represent the word {strange[0]!r}: leave it out, or choose another.")
 
 
-def _represents(processor: DevilProcessor, word: str) -> bool:
-    tokenizer = processor.tokenizer
-    ids = tokenizer(word, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-    return bool(word.strip()) and bool(ids) and not set(ids) & {tokenizer.unk_token_id, *tokenizer.all_special_ids}
+def _unknown(texts: Iterable[str], *processors: DevilProcessor) -> list[str]:
+    """Those that a language model does not know, in their order."""
+    texts = list(texts)
+    strange = {text for processor in processors for text in unknown_phrases(processor, texts)}
+    return [text for text in texts if text in strange]
 
 
 def said_words(texts: Iterable[str], most: int = MOST_WORDS) -> list[str]:
@@ -336,8 +336,8 @@ def changed_images(a: Reading, b: Reading, keys: Sequence[str], most: int = 12) 
     Images of which one of them says nothing, or what the other's language model cannot represent, are left out.
     """
     different = [at for at, pair in enumerate(zip(a.texts, b.texts, strict=True)) if pair[0] != pair[1]]
-    sayings = [(reading.processor, texts) for reading in (a, b) for texts in (a.texts, b.texts)]
-    rows = [at for at in different if all(_represents(processor, texts[at]) for processor, texts in sayings)]
+    strange = set(_unknown([*a.texts, *b.texts], a.processor, b.processor))
+    rows = [at for at in different if not {a.texts[at], b.texts[at]} & strange]
     if not rows or not most:
         return []
     said = [[reading.texts[at] for at in rows] for reading in (a, b)]
@@ -414,7 +414,7 @@ def compare_networks(
     for reading in (one, other):
         describe_images(reading)
     candidates = list(dict.fromkeys([*words, *said_words([*one.texts, *other.texts])]))
-    left_out = [word for word in candidates if not (_represents(a[1], word) and _represents(b[1], word))]
+    left_out = _unknown(candidates, a[1], b[1])
     candidates = [word for word in candidates if word not in left_out]
     if not candidates:
         raise ValueError("no word was said of two images, so there is nothing to compare: give words.")

@@ -33,6 +33,7 @@ from devil_hf.model.explaining_devil import ALL_LAYERS, PhraseScorer
 from devil_hf.model.modeling_devil import DevilModel
 from devil_hf.model.pooling_devil import Layers, resolve_layers
 from devil_hf.model.processing_devil import DevilProcessor
+from devil_hf.questions.phrases import known_phrases
 from devil_hf.statistics import (
     Ratio,
     bootstrap_draws,
@@ -156,23 +157,6 @@ def evidence_by_layer(
         together = model.score_checked(model.ask(layers=visible, feature_maps=features), tokens).sum(dim=-1)
         found[ALL_LAYERS] = scorer.measured(together, "evidence")
     return {name: values.cpu() for name, values in found.items()}
-
-
-def known_phrases(
-    model: DevilModel, processor: DevilProcessor, phrases: Sequence[str], carrier: str | None = None
-) -> dict[str, Tensor]:
-    """Phrases as checked tokens, see `model.check_phrases`, all of whose words the language model knows.
-
-    Raises:
-        ValueError: for no phrases, and for one with words that the language model does not know.
-    """
-    if not phrases:
-        raise ValueError("there are no phrases: name at least one")
-    tokens = model.check_phrases(processor(text=list(phrases), carrier=carrier, return_tensors="pt"))
-    unknown = (tokens["input_ids"] == processor.tokenizer.unk_token_id) & tokens["scored_mask"]
-    if strange := [phrase for phrase, row in zip(phrases, unknown.tolist(), strict=True) if any(row)]:
-        raise ValueError(f"phrases {strange} hold words that this checkpoint's language model does not know: use others")
-    return tokens
 
 
 @torch.no_grad()
@@ -468,6 +452,5 @@ __all__ = [
     "check_statements",
     "emergence",
     "evidence_by_layer",
-    "known_phrases",
     "summarise",
 ]

@@ -7,10 +7,10 @@ network itself, by a forward hook that puts them at the same mean, and a classif
 stands beside
 
     random   removals of as many channels or places, drawn at random: the p-value is (1 + those that fall as far) / (1 + draws)
-    least    the removal of those with the lowest drops
+    least    the removal of those with the smallest drops, up or down: what the phrase owes nothing to
 
-The classifier is the network's own head, or a linear probe of its deepest layer. Words choose what is removed, logits judge it:
-neither has seen the other.
+The classifier is the network's own head, or a linear probe of its deepest layer. Words choose what is removed, logits judge it,
+on the same images: no logit has a part in the choice, but what is chosen is of these images.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +25,8 @@ from torch.nn import functional as F
 from devil_hf.model.modeling_devil import DevilModel
 from devil_hf.model.pooling_devil import read_number, resolve_layer
 from devil_hf.model.processing_devil import DevilProcessor
+from devil_hf.questions.phrases import known_phrases
+from devil_hf.statistics import two_samples
 
 What = Literal["channels", "places"]
 Classifier = Callable[[DevilModel, Tensor], Tensor]  # logits (B, classes) of pixel values (B, 3, H, W)
@@ -42,7 +44,7 @@ class KnockOut:
         removed: (k,) or (B, k) positions of the highest drops.
         fall: of the logit of the phrase's class, mean over the images, when these are removed.
         random: (draws,) falls when as many are removed at random.
-        least: fall when those with the lowest drops are removed.
+        least: fall when those with the smallest drops, of either sign, are removed.
         others: mean fall of the logits of the other classes; None where there is one class.
         p_value: (1 + random falls that are as far) / (1 + draws).
     """
@@ -100,10 +102,11 @@ def knock_out(
         One `KnockOut` per phrase; random removals are the same for all.
 
     Raises:
-        ValueError: for numbers that do not fit, phrases that are not about any image, and layers that no hook reaches.
+        ValueError: for numbers that do not fit, words that the language model does not know, phrases that are not about any
+            image, and layers that no hook reaches.
     """
     index = resolve_layer(layer, model.layer_names)
-    tokens = [model.check_phrases(processor(text=phrase, return_tensors="pt")) for phrase in phrases]
+    tokens = [known_phrases(model, processor, [phrase]) for phrase in phrases]
     if len(classes) != len(phrases):
         raise ValueError(f"{len(classes)} classes for {len(phrases)} phrases: give one each")
     about = torch.ones(len(phrases), len(pixel_values)).bool() if present is None else present.bool()
@@ -123,10 +126,11 @@ def knock_out(
     found = []
     for row, phrase in enumerate(phrases):
         drops = evidence_drops(model, tokens[row], maps, mean, index, what, about[row])
-        order = drops.reshape(-1, units).argsort(dim=1, descending=True)
-        most, least = (whole - network.logits(network.mask(one, what)) for one in (order[:, :number], order[:, -number:]))
+        of_units = drops.reshape(-1, units)
+        chosen, idle = of_units.argsort(dim=1, descending=True)[:, :number], of_units.abs().argsort(dim=1)[:, :number]
+        most, least = (whole - network.logits(network.mask(one, what)) for one in (chosen, idle))
         parts = (falls[..., about[row], :] for falls in (most, least, at_random))
-        found.append(_judge(phrase, classes[row], drops, order[:, :number], *parts))
+        found.append(_judge(phrase, classes[row], drops, chosen, *parts))
     return found
 
 
@@ -285,11 +289,11 @@ class LinearProbe:
 
     def __call__(self, model: DevilModel, pixel_values: Tensor) -> Tensor:
         """Logits (B, classes)."""
-        pooled = _pooled(model, pixel_values)
+        pooled = _deepest(model, pixel_values)
         return pooled @ self.weight.T.to(pooled) + self.bias.to(pooled)
 
 
-def _pooled(model: DevilModel, pixel_values: Tensor) -> Tensor:
+def _deepest(model: DevilModel, pixel_values: Tensor) -> Tensor:
     return _maps(model, pixel_values, len(model.layer_names) - 1).mean(dim=(2, 3)).float()
 
 
@@ -306,7 +310,7 @@ def fit_probe(model: DevilModel, pixel_values: Tensor, labels: Tensor, penalty: 
     if one := [at for at, column in enumerate(truth.T) if len(column.unique()) < 2]:
         raise ValueError(f"classes {one} need images with and without: give some of both")
     with torch.no_grad():
-        pooled = _pooled(model, pixel_values).cpu()
+        pooled = _deepest(model, pixel_values).cpu()
         mean, deviation = pooled.mean(dim=0), pooled.std(dim=0).clamp_min(1e-6)
     probe = nn.Linear(pooled.shape[1], truth.shape[1])
     nn.init.zeros_(probe.weight)
@@ -326,4 +330,25 @@ def fit_probe(model: DevilModel, pixel_values: Tensor, labels: Tensor, penalty: 
     return LinearProbe(weight, (probe.bias - weight @ mean).detach())
 
 
-__all__ = ["Classifier", "KnockOut", "LinearProbe", "evidence_drops", "fit_probe", "knock_out", "own_head"]
+@torch.no_grad()
+def check_probe(probe: LinearProbe, model: DevilModel, shown: Tensor, without: Tensor, level: float = 0.05) -> float:
+    """In what share of images that it was not fitted on a probe of one class is right, mean of both kinds.
+
+    Args:
+        shown, without: (N, 3, H, W) images with the class, and (M, 3, H, W) without.
+
+    Raises:
+        ValueError: for a probe that does not tell them apart better than chance does at the level: its logit means nothing.
+        MissingExtraError: without scipy.
+    """
+    inside, outside = (probe(model, one).cpu()[:, 0].numpy() for one in (shown, without))
+    right = ((inside > 0).mean() + (outside <= 0).mean()) / 2
+    if (chance := two_samples(inside, outside)) > level + 1e-9:  # 1 in 20 is 1 in 20
+        raise ValueError(
+            f"the probe is right in {right:.0%} of {len(inside)} and {len(outside)} other images, which chance explains "
+            f"(p = {chance:.2g}): give more images, or others"
+        )
+    return float(right)
+
+
+__all__ = ["Classifier", "KnockOut", "LinearProbe", "check_probe", "evidence_drops", "fit_probe", "knock_out", "own_head"]
