@@ -109,9 +109,7 @@ def knock_out(
     tokens = [known_phrases(model, processor, [phrase]) for phrase in phrases]
     if len(classes) != len(phrases):
         raise ValueError(f"{len(classes)} classes for {len(phrases)} phrases: give one each")
-    about = torch.ones(len(phrases), len(pixel_values)).bool() if present is None else present.bool()
-    if about.shape != (len(phrases), len(pixel_values)) or not about.any(dim=1).all():
-        raise ValueError(f"present of shape {tuple(about.shape)} must name an image for each of {len(phrases)} phrases")
+    about = _about(present, len(phrases), len(pixel_values))
     maps = _maps(model, pixel_values, index)
     mean = _maps(model, others, index).mean(dim=(0, 2, 3))
     units = maps.shape[1] if what == "channels" else maps[0, 0].numel()
@@ -132,6 +130,14 @@ def knock_out(
         parts = (falls[..., about[row], :] for falls in (most, least, at_random))
         found.append(_judge(phrase, classes[row], drops, chosen, *parts))
     return found
+
+
+def _about(present: Tensor | None, phrases: int, images: int) -> Tensor:
+    """(phrases, images) bool: which images each phrase is about."""
+    about = torch.ones(phrases, images).bool() if present is None else present.bool()
+    if about.shape != (phrases, images) or not about.any(dim=1).all():
+        raise ValueError(f"present of shape {tuple(about.shape)} must name an image for each of {phrases} phrases")
+    return about
 
 
 def _random_falls(network: "_Network", whole: Tensor, what: What, number: int, draws: int, seed: int) -> Tensor:
