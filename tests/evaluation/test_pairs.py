@@ -130,10 +130,3 @@ def test_texts_that_are_cut_at_the_context_end_no_run(folder, model, processor, 
     asked = {"checkpoint": "shapes", "file": str(tmp_path / "long.jsonl"), "images": str(folder), "output_dir": str(tmp_path)}
     found = evaluate("pairs", make(PairsSettings, asked), model, processor)
     assert found.scores[ALL]["accuracy"] == 0.5 and torch.is_grad_enabled()
-
-
-def test_statements_with_unknown_words_are_left_out_and_said(folder, tmp_path):
-    from devil_hf.checkpoints.loading import load
-
-    with pytest.raises(ValueError, match=r"words that the language model does not know \('a red dog'\)"):
-        run("singles.jsonl", folder, *load("shapes", "cpu"), tmp_path)

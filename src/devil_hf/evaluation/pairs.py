@@ -29,7 +29,6 @@ from devil_hf.evaluation.evaluator import EVALUATORS, EvaluationSettings, Evalua
 from devil_hf.evaluation.results import CHANCE, CONTROLS, Evaluation
 from devil_hf.evaluation.tables import table
 from devil_hf.model.pooling_devil import resolve_layers
-from devil_hf.questions.phrases import unknown_phrases
 from devil_hf.settings import option, read_layers
 from devil_hf.statistics import Ratio, bootstrap_draws, interval, roc_area, roc_areas
 
@@ -118,8 +117,6 @@ class PairsEvaluator(Evaluator):
             return {"said": [], **left_out}
         texts = [text for said in known for text in (said.text, said.against) if text is not None]
         room = longest_description(self.model, LONGEST)
-        if strange := unknown_phrases(self.processor, texts):
-            return _problem(image, f"words that the language model does not know ({strange[0]!r})")
         try:
             tokens = self.processor(text=texts, max_length=room, return_tensors="pt")
             scores = self.model.score_prefix(prefixes, tokens).sum(dim=-1).cpu()
