@@ -45,10 +45,11 @@ def ask() -> None:
     from transformers import AutoModel, AutoProcessor
 
     import devil_hf
-    from devil_hf.checkpoints import CHECKPOINT
+    from devil_hf.checkpoints import locate
     from devil_hf.data.shapes import make_scene
 
-    model, processor = AutoModel.from_pretrained(CHECKPOINT), AutoProcessor.from_pretrained(CHECKPOINT)
+    shapes = locate("shapes")
+    model, processor = AutoModel.from_pretrained(shapes), AutoProcessor.from_pretrained(shapes)
     assert isinstance(model, devil_hf.DevilModel)
     scene = make_scene(1, 0)
     inputs = processor(images=scene.image, return_tensors="pt")
