@@ -172,16 +172,23 @@ def test_the_places_of_a_region_count_as_much_as_they_lie_in_it():
     assert weights[0, 0, 0] > weights[0, 0, 1] > 0
 
 
-def test_regions_and_whole_images_are_shown_whole_as_often_as_each_is_told():
+def test_regions_may_be_drawn_by_a_schedule_of_their_own():
     masks = torch.ones(4000, 32, 32)
     masks[::2, :, :16] = 0
-    (weights,) = location_dropout(4000, [(4, 4)], 0.5, "log_uniform", 1.0, regions=masks, region_whole_probability=0.1)
+    torch.manual_seed(0)
+    (weights,) = location_dropout(4000, [(4, 4)], 0.5, "constant", 0.25, regions=masks, region_schedule="log_uniform")
     kept = weights.flatten(1).gt(0).sum(dim=1)
-    assert (kept[1::2] == 16).all(), "captions of whole images"
-    # Of eight places the log-uniform draw keeps all when log 8 times a number in [0, 1) rounds to them.
-    drawn = 1 - torch.tensor(7.5).log().item() / torch.tensor(8.0).log().item()
-    assert (kept[::2] == 8).float().mean().item() == pytest.approx(0.1 + 0.9 * drawn, abs=0.03)
+    assert kept[1::2].float().mean().item() == pytest.approx(8, abs=0.15), "half of the places of whole images"
+    assert (kept[1::2] == 1).float().mean() < 0.01
+    # One place: three quarters of the draws exp(u log 8), u in [0, 1), that round to 1.
+    expected = 0.75 * torch.tensor(1.5).log().item() / torch.tensor(8.0).log().item()
+    assert (kept[::2] == 1).float().mean().item() == pytest.approx(expected, abs=0.03)
     assert not weights[::2, :, :2].any()
+    torch.manual_seed(0)
+    (same,) = location_dropout(4000, [(4, 4)], 0.5, "log_uniform", 0.25, regions=masks, region_schedule="log_uniform")
+    torch.manual_seed(0)
+    (alone,) = location_dropout(4000, [(4, 4)], 0.5, "log_uniform", 0.25, regions=masks)
+    assert torch.equal(same, alone) and torch.equal(same[::2], weights[::2])
 
 
 def test_a_view_moves_image_and_region_alike_and_never_loses_the_region(processor):

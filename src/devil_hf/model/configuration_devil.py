@@ -87,7 +87,7 @@ class DevilConfig(PreTrainedConfig):
     # between one and all of them, which makes single places point better, and with `whole_probability` shows the whole image.
     location_schedule: Literal["constant", "log_uniform"] = "constant"
     whole_probability: float = 0.25
-    region_whole_probability: float = 0.25  # the same of the locations of a region, in rows that have one
+    region_schedule: Literal["constant", "log_uniform"] | None = None  # of rows that have a region; None: as the others
     all_layers_probability: float = 0.0  # how often training hides no layer, beyond what `layer_dropout` gives (paper: 0)
     null_probability: float = 0.0  # how often training hides every layer, so that the null prefix is learned (paper: 0)
     max_caption_tokens: int = 100  # training captions are cut to this many (paper: 100)

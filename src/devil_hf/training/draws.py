@@ -23,7 +23,7 @@ def location_dropout(
     whole_probability: float,
     device=None,
     regions: Tensor | None = None,
-    region_whole_probability: float = 0.25,
+    region_schedule: str | None = None,
 ) -> list[Tensor]:
     """Draw training weights, one (rows, H_l, W_l) per layer: uniform over a random, never empty subset of its locations.
 
@@ -33,14 +33,14 @@ def location_dropout(
 
     With `regions` (rows, H_in, W_in), soft masks of which no row is empty, the subset is one of the locations that lie at least
     half as much in the region as the one that lies in it most, weighted by how much they do (beyond the paper). Where a large
-    part of the region fills a location, small parts elsewhere are thereby left out. A row whose region leaves out anything is
-    shown whole with `region_whole_probability`: where regions say what single places hold, captions of images need not.
+    part of the region fills a location, small parts elsewhere are thereby left out. Rows whose region leaves out anything follow
+    `region_schedule`, where one is given: phrases say what single places hold, and captions of whole images need not.
     """
-    shares = torch.full((rows, 1), whole_probability, device=device)
-    if regions is not None:
-        partial = regions.flatten(1).amin(dim=1, keepdim=True) < 1
-        shares = shares.masked_fill(partial.to(shares.device), region_whole_probability)
-    whole = torch.rand(rows, 1, device=device) < shares
+    whole = torch.rand(rows, 1, device=device) < whole_probability
+    few = torch.full((rows, 1), schedule == "log_uniform", device=device)
+    if regions is not None and region_schedule is not None:
+        partial = (regions.flatten(1).amin(dim=1, keepdim=True) < 1).to(few.device)
+        few = few.masked_fill(partial, region_schedule == "log_uniform")
     weights = []
     for H, W in grids:
         share = torch.ones(rows, H * W, device=device)
@@ -51,11 +51,10 @@ def location_dropout(
         # A random order in which the eligible locations come first; `rank` 0 is the first.
         rank = draw.masked_fill(~eligible, 2.0).argsort(dim=1).argsort(dim=1)  # (rows, H * W)
         places = eligible.sum(dim=1, keepdim=True)
-        if schedule == "log_uniform":
+        keep = (draw >= probability) | (rank == places - 1)
+        if few.any():
             kept = torch.exp(torch.rand(rows, 1, device=device) * places.log()).round()
-            keep = (rank < kept) | whole
-        else:
-            keep = (draw >= probability) | (rank == places - 1)
+            keep = torch.where(few, (rank < kept) | whole, keep)
         mass = keep * eligible * share
         weights.append((mass / mass.sum(dim=1, keepdim=True)).view(rows, H, W))
     return weights
@@ -90,7 +89,7 @@ def draw_location_weights(config, rows: int, feature_maps: Sequence[Tensor], reg
         config.whole_probability,
         feature_maps[0].device,
         regions,
-        config.region_whole_probability,
+        config.region_schedule,
     )
 
 

@@ -52,11 +52,9 @@ def cache_key(
         "data": data,
         "location_dropout": [
             config.location_schedule,
-            *(
-                (config.whole_probability, config.region_whole_probability)
-                if config.location_schedule == "log_uniform"
-                else (config.location_dropout,)
-            ),
+            config.region_schedule,
+            config.location_dropout,
+            config.whole_probability,
         ],
         "views": views,
         "draws": draws,
