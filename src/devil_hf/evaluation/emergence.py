@@ -24,7 +24,7 @@ from devil_hf.data.shapes import ATTRIBUTE_WORDS, RELATIONS, SHAPES, SIZES, VOCA
 from devil_hf.data.worlds import World, parse_world
 from devil_hf.evaluation.evaluator import EVALUATORS, EvaluationSettings, Evaluator
 from devil_hf.evaluation.knowledge import choices, relations_hold
-from devil_hf.evaluation.results import CHANCE, CONTROLS, Evaluation
+from devil_hf.evaluation.results import CHANCE, Evaluation
 from devil_hf.evaluation.tables import table
 from devil_hf.evaluation.text.words import CARRIER, word_list
 from devil_hf.model.pooling_devil import resolve_layers
@@ -35,7 +35,7 @@ from devil_hf.settings import option, read_layers
 ARTICLES = ("a", "an", "the")
 ATTRIBUTES = {word for words in (*ATTRIBUTE_WORDS.values(), tuple(SIZES)) for word in words}
 EXPECTED = (("colour", "shape"), ("shape", "relation"))  # which classes of the shapes world are compared with which
-OTHERS = "others"  # see CONTROLS
+OTHERS = "others"  # a control: what is true of other images
 NAMES = "names"  # the group of every name, where no phrases are given
 
 
@@ -287,7 +287,7 @@ def emergence_text(evaluation: Evaluation) -> str:
     details = evaluation.details
     lines = [f"{evaluation.dataset['name']}, {evaluation.dataset['size']} images; AUROC of true against false phrases [95 %]", ""]
     deepest, others = list(evaluation.scores)[-1], evaluation.controls[OTHERS]
-    every = evaluation.scores | ({f"{deepest}, {CONTROLS[OTHERS]}": others} if others else {})
+    every = evaluation.scores | ({f"{deepest}, what is true of other images": others} if others else {})
     rows = {layer: {name.removeprefix("auroc_"): v for name, v in row.items()} for layer, row in every.items()}
     intervals = {layer: {g: by[layer]["auroc_interval"] for g, by in details["depths"].items()} for layer in evaluation.scores}
     lines += [table(rows, list(details["depths"]), intervals=intervals), ""]

@@ -47,7 +47,6 @@ TASK = "image-to-text"
 CONTROLS = {
     "backbone_randomised": "backbone weights randomised",
     "shuffled": "features shuffled between images",
-    "others": "what is true of other images",
     "null": "no features (null prefix)",
     "constant": "one constant description",
     "untrained": "untrained translator",
