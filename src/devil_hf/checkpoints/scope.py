@@ -7,7 +7,7 @@ distance within which 99 of 100 training images lie; `devil` says a word, once, 
 
 That catches what looks different to the network: rendered scenes, flat colours and noise by a photographs' checkpoint,
 photographs by that of the shapes world. It does not catch photographs of things that nobody trained on: their features are much
-like any others. The figures are in docs/results/photographs.md.
+like any others.
 """
 
 from collections.abc import Iterable, Sequence
