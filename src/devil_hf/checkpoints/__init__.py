@@ -11,14 +11,14 @@ from pathlib import Path
 FOLDER = Path(__file__).parent
 SHAPES, PHOTOS = "shapes", "photos"
 DEFAULT = SHAPES
-# What the shipped checkpoints say of themselves (`config.scope`).
+# What each says of itself (`config.scope`); that of photographs is not shipped yet.
 SCOPES = {
     SHAPES: "This checkpoint has only ever seen rendered scenes of coloured, textured shapes. "
     "What it says about photographs or any other picture means nothing.",
     PHOTOS: "This checkpoint learned its words from 6,600 photographs of everyday scenes, mostly of people and dogs outdoors. "
     "What it says about drawings, rendered scenes, documents or medical images means nothing.",
 }
-# Of their weights, as the Hub names licenses; "other" is in the LICENSE.md beside the weights.
+# Of their weights, as the Hub names licenses; "other": for research, as the data of the photographs are.
 LICENSES = {SHAPES: "apache-2.0", PHOTOS: "other"}
 
 
@@ -28,7 +28,7 @@ def shipped_checkpoints() -> list[str]:
 
 
 def license_of(scope: str | None) -> str | None:
-    """The license of the shipped checkpoint that says this of itself, None for any other."""
+    """The license of the checkpoint of ours that says this of itself, None for any other."""
     return next((LICENSES[name] for name, text in SCOPES.items() if text == scope), None)
 
 

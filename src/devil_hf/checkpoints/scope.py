@@ -6,8 +6,8 @@ numbers lie from those of training images, correlations taken out. `config.scope
 distance within which 99 of 100 training images lie; `devil` says a word, once, where an image is beyond it.
 
 That catches what looks different to the network: rendered scenes, flat colours and noise by a photographs' checkpoint,
-photographs by that of the shapes world. It does not catch photographs of things that nobody trained on: their features are much
-like any others.
+photographs by that of the shapes world. It does not catch photographs of things that nobody trained on: their features are
+much like any others.
 """
 
 from collections.abc import Iterable, Sequence
