@@ -188,6 +188,28 @@ def test_loss_is_the_mean_over_caption_tokens_and_eos(model, processor, pixel_va
     torch.testing.assert_close(model(pixel_values, *padded).loss, output.loss, atol=1e-5, rtol=1e-5)
 
 
+def test_captions_read_in_groups_of_like_length_have_the_loss_and_gradients_of_one_padded_batch(model, processor, pixel_values):
+    import copy
+
+    words = ["a", "red dog", "the cat on grass", "a red dog and the cat on the grass"]
+    captions = processor(text=[words[i * i % 4] for i in range(70)], return_tensors="pt")  # three groups
+    pixel_values = pixel_values.repeat(24, 1, 1, 1)[:70]
+    gradients, losses = [], []
+    for training in (False, True):
+        one = copy.deepcopy(model).train(training)
+        given = {
+            "location_weights": [None] * len(model.layer_names),
+            "layer_mask": torch.zeros(len(model.layer_names), dtype=bool),
+        }
+        output = one(pixel_values, **captions, **given)
+        assert (output.logits is None) == training
+        output.loss.backward()
+        losses.append(output.loss.detach())
+        gradients.append([parameter.grad for parameter in one.translator.parameters()])
+    torch.testing.assert_close(losses[1], losses[0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(gradients[1], gradients[0], atol=1e-6, rtol=1e-4)
+
+
 def test_training_changes_the_translator_and_nothing_else(model, processor, pixel_values):
     import copy
 

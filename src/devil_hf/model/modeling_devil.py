@@ -240,8 +240,7 @@ class DevilModel(OwnGenerationMixin, ExplainMixin, ScoreMixin, DevilPreTrainedMo
     ) -> DevilOutput:
         """Caption loss of image-text pairs (paper, equation 3).
 
-        In training mode, location and layer dropout are drawn as configured unless `location_weights` or `layer_mask` say
-        otherwise (by the package devil-hf alone); in eval mode every location and layer is visible.
+        In training mode (by the package devil-hf alone) locations and layers are dropped unless given, and no logits come back.
 
         Args:
             pixel_values: (B, 3, H, W); or `feature_maps`, one (B, C_l, H_l, W_l) per layer; or `pooled_features`, (B, C_l).
@@ -249,9 +248,8 @@ class DevilModel(OwnGenerationMixin, ExplainMixin, ScoreMixin, DevilPreTrainedMo
             attention_mask: (B, T), 0 on padding; None when there is none.
             location_weights: per layer (B, 1, H_l, W_l), or None for uniform.
             layer_mask: (B, L) bool, True = hidden.
-            regions: (B, H, W) masks, as `processor.masks_to_regions` makes them, of what each caption speaks of; ones for a
-                whole image (beyond the paper). Location dropout then draws places inside of them. As in `ask`, a layer where
-                one vanishes is hidden from it. Of regions, weights and pooled features, one may be given.
+            regions: (B, H, W) soft masks of what each caption speaks of, ones for a whole image; places are drawn inside (beyond
+                the paper), and layers hidden as in `ask`. Of regions, weights and pooled features, one may be given.
         """
         only_one(regions=regions, location_weights=location_weights, pooled_features=pooled_features)
         layers, vanished = range(len(self.layer_names)), None
@@ -263,13 +261,15 @@ class DevilModel(OwnGenerationMixin, ExplainMixin, ScoreMixin, DevilPreTrainedMo
                 weights = {index: one[:, None] for index, one in enumerate(drawn)}
             pooled_features = [pool(maps[index], weights[index]) for index in layers]
         pooled_features = self._read_layers(pooled_features, "pooled_features", layers)
-        rows, device = len(pooled_features[0]), pooled_features[0].device
+        rows = len(pooled_features[0])
         if layer_mask is None and self.training:
-            layer_mask = companion("training").draw_layer_mask(self.config, rows, len(layers), device)
+            layer_mask = companion("training").draw_layer_mask(self.config, rows, len(layers), pooled_features[0].device)
         prefix = self.translate(pooled_features, self._hidden(layer_mask, vanished, rows, rows))
         if input_ids is None:
             return DevilOutput(prefix=prefix)
-        labels, embeds, mask = self.caption_inputs(prefix, input_ids, attention_mask)
+        captions = labels, embeds, mask = self.caption_inputs(prefix, input_ids, attention_mask)
+        if self.training:
+            return DevilOutput(loss=companion("training").caption_loss(self.language_model, *captions), prefix=prefix)
         # What would follow the last token is nobody's label.
         logits = run_language_model(self.language_model, embeds[:, :-1], labels.shape[1], mask[:, :-1]).logits
         loss = F.cross_entropy(logits.float().flatten(0, 1), labels.to(logits.device).flatten())

@@ -34,7 +34,7 @@ class DevilOutput(ShapesRepr, ModelOutput):
 
     Args:
         loss: mean cross-entropy of the caption tokens and the EOS, in nats.
-        logits: (B, T + 1, V), for the caption's T tokens and the EOS, at these positions only.
+        logits: (B, T + 1, V), for the caption's T tokens and the EOS, at these positions only; None in training mode.
         prefix: (B, k, D_lm), what the language model read in place of the image.
     """
 

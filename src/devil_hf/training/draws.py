@@ -1,6 +1,7 @@
-"""What training hides: layers and locations at random, as the configuration wants it (paper, sections 3.1 and 3.2).
+"""What a model in training mode does otherwise: it hides layers and locations at random, as the configuration wants it (paper,
+sections 3.1 and 3.2), and reads its captions in groups of like length.
 
-Registered with the model, so that `model.train(); model(pixel_values, input_ids)` draws in anybody's own loop.
+Registered with the model, so that `model.train(); model(pixel_values, input_ids)` does so in anybody's own loop.
 """
 
 import sys
@@ -8,11 +9,15 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from devil_hf.model.checkpoint_devil import COMPANIONS
 from devil_hf.model.pooling_devil import region_weights
+from devil_hf.model.scoring_devil import run_language_model
 
 COMPANIONS["training"] = sys.modules[__name__]
+
+GROUP_ROWS = 32  # captions that are read at once on a CPU: of fewer, matrices are too small; of more, padding is read
 
 
 def location_dropout(
@@ -98,4 +103,27 @@ def draw_layer_mask(config, rows: int, layers: int, device=None) -> Tensor:
     return layer_dropout(rows, layers, config.layer_dropout, config.null_probability, config.all_layers_probability, device)
 
 
-__all__ = ["draw_layer_mask", "draw_location_weights", "layer_dropout", "location_dropout"]
+def caption_loss(language_model, labels: Tensor, embeds: Tensor, mask: Tensor) -> Tensor:
+    """Mean cross-entropy of a batch of captions in nats (paper, equation 3), without the padding that the longest asks of all.
+
+    On a CPU captions are read in groups of like length, each as long as its own longest; on other devices all at once.
+
+    Args:
+        labels: (B, T) tokens, -100 on padding, which is on the right alone.
+        embeds, mask: (B, P + T, D_lm) and (B, P + T), the start of P vectors before the caption included.
+    """
+    rows, longest = labels.shape
+    start = embeds.shape[1] - longest
+    lengths = (labels != -100).sum(dim=1)
+    groups = -(-rows // GROUP_ROWS) if embeds.device.type == "cpu" else 1
+    total = embeds.new_zeros((), dtype=torch.float32)
+    for group in lengths.argsort(stable=True).chunk(groups) if groups > 1 else [slice(None)]:
+        length = int(lengths[group].max()) if groups > 1 else longest
+        read = slice(0, start + length - 1)  # what would follow the last token is nobody's label
+        logits = run_language_model(language_model, embeds[group, read], length, mask[group, read]).logits
+        wanted = labels[group, :length].to(logits.device).flatten()
+        total = total + F.cross_entropy(logits.float().flatten(0, 1), wanted, reduction="sum").to(total.device)
+    return total / lengths.sum()
+
+
+__all__ = ["caption_loss", "draw_layer_mask", "draw_location_weights", "layer_dropout", "location_dropout"]
