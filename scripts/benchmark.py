@@ -5,6 +5,8 @@
     python scripts/benchmark.py training        one training step, see benchmark_training.py
     python scripts/benchmark.py evidence        a sentence explained word by word, see benchmark_evidence.py
     python scripts/benchmark.py cost            what training on CC3M takes, see training_cost.py
+    python scripts/benchmark.py start           help, import and first description, see benchmark_start.py
+    python scripts/benchmark.py quickstart      whole quickstarts, see benchmark_start.py
     python scripts/benchmark.py                 the first two
 
 The naive loop does what the method's equations say, for one location after another: all the layer tokens computed and the hidden
@@ -17,15 +19,18 @@ import argparse
 import copy
 import json
 import statistics
+from pathlib import Path
 
 import torch
 from benchmark_evidence import evidence
+from benchmark_start import ROOT, quickstart, start
 from benchmark_training import bf16_pays, build, timed, training
 from training_cost import cost
 from transformers.utils import logging
 
 from devil_hf import DevilModel
 
+SUBJECTS = ("attribution", "describe", "training", "evidence", "cost", "start", "quickstart")
 PHRASES = torch.tensor([[5, 120, 9], [5, 77, 2201], [8, 19, 31], [40, 1200, 7], [40, 11, 3]])  # five of three tokens
 
 
@@ -151,20 +156,25 @@ def describe(model: DevilModel, fast_model: DevilModel, pixel_values: torch.Tens
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="*", help="attribution, describe, training, evidence, cost (default: the first two)")
+    parser.add_argument("what", nargs="*", help=f"{', '.join(SUBJECTS)} (default: the first two)")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each side (default: %(default)s)")
     parser.add_argument("--words", type=int, default=12, help="words of each description (default: %(default)s)")
     parser.add_argument("--sample", type=int, default=1, help="of evidence: every N-th question of the loop (default: all)")
+    parser.add_argument("--before", type=Path, help="of start and quickstart: a checkout to run in turn with this one")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     parser.add_argument("--json", action="store_true", help="print one object on one line")
     arguments = parser.parse_args()
-    subjects = arguments.what or ["attribution", "describe"]
-    if unknown := sorted(set(subjects) - {"attribution", "describe", "training", "evidence", "cost"}):
-        parser.error(f"unknown subjects {unknown}; there are attribution, describe, training, evidence and cost")
+    subjects = arguments.what or SUBJECTS[:2]
+    if unknown := sorted(set(subjects) - set(SUBJECTS)):
+        parser.error(f"unknown subjects {unknown}; there are {', '.join(SUBJECTS)}")
     logging.set_verbosity_error()
     torch.set_num_threads(arguments.threads)
     report = {"threads": arguments.threads, "device": arguments.device}
+    checkouts = {"now": ROOT} | ({"before": arguments.before} if arguments.before else {})
+    for name, measure in (("start", start), ("quickstart", quickstart)):
+        if name in subjects:
+            report[name] = measure(checkouts, arguments.threads, arguments.repeats)
     if "training" in subjects:
         report |= training(arguments.device, arguments.threads, arguments.repeats)
     if "evidence" in subjects:

@@ -14,7 +14,7 @@ from typing import Any
 
 AUTO = "transformers.models.auto."
 TRIGGERS = (f"{AUTO}configuration_auto", f"{AUTO}auto_factory", "devil_hf.model.modeling_devil")
-WATCHED = ("transformers", "devil_hf", "peft")  # peft imports transformers, and the model imports peft
+WATCHED = ("transformers", "devil_hf", "peft")  # which imports transformers
 
 
 def register() -> None:

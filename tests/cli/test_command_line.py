@@ -42,6 +42,17 @@ def test_importing_the_package_and_asking_for_help_imports_nothing_heavy():
     python(LIGHT)
 
 
+def test_describing_imports_nothing_that_only_trains_or_evaluates():
+    """accelerate and scipy are imported by transformers where they are there."""
+    python(
+        "import gc, sys\nfrom devil_hf.cli.main import main\n"
+        "sys.argv = ['devil', 'describe', '--layers', 'all', '--max-new-tokens', '1']\n"
+        "assert main() == 0 and gc.get_threshold()[0] > 10_000\n"
+        "heavy = {'peft', 'datasets', 'sklearn', 'gradio', 'pandas', 'matplotlib', 'evaluate', 'tabulate'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+
+
 @pytest.mark.parametrize("order", [FIRST, SECOND], ids=["devil_hf first", "transformers first"])
 def test_with_the_package_imported_checkpoints_load_without_trust(order):
     python(order + LOADED)

@@ -60,7 +60,10 @@ def test_quickstart_trains_measures_and_draws(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("devil_hf.report.scenes.draw_pictures", partial(draw_pictures, scenes=1))
     options = ["--scenes", "64", "--steps", "3", "--held-out", "3", "--output-dir", str(tmp_path), "--json"]
     assert cli.main(["quickstart", *options]) == 0
-    scores = json.loads(capsys.readouterr().out)
+    printed = capsys.readouterr()
+    scores = json.loads(printed.out)
+    assert "training: 100%" in printed.err and "loss=" in printed.err
+    assert not re.search(r"\{'|Warning|warn\(", printed.err), "one line of progress, and no records or warnings of libraries"
     assert json.loads((tmp_path / "scores.json").read_text()) == scores and scores["seconds"] > 0
     assert set(scores["described"]) >= {"all", "layer1", "layer2", "layer3", "layer4"} and scores["pointing"]
     assert scores["dataset"]["size"] == 3 and "held-out" in scores["dataset"]["name"]
@@ -69,6 +72,24 @@ def test_quickstart_trains_measures_and_draws(tmp_path, capsys, monkeypatch):
     pictures = sorted((tmp_path / "pictures").glob("*.png"))
     assert {"layers.png", "maps_0.png", "locations_0.png", "scene_0.png"} <= {path.name for path in pictures}
     assert all(min(Image.open(path).size) > 50 for path in pictures)
+
+
+def test_quickstart_answers_before_it_trains(tmp_path, capsys, monkeypatch):
+    """The shipped model on a scene that nothing was trained on: words, and a map of one of them."""
+    told: list[str] = []
+
+    def stop(recipe):
+        told.append(capsys.readouterr().out)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("devil_hf.training.run.train", stop)
+    assert cli.main(["quickstart", "--output-dir", str(tmp_path)]) == cli.INTERRUPTED
+    (text,) = told
+    truth = set(re.search(r"\(truth\) +(.*)", text)[1].replace(",", "").split())
+    assert truth <= set(re.search(r"all +(.*)", text)[1].split()), "it says all that is there"
+    word = re.search(r"sees '(\w+)'", text)[1]
+    assert word in truth and len(re.findall(r"^  \|[ .:+#]+\|$", text, re.M)) == 8
+    assert {path.name for path in (tmp_path / "pictures").iterdir()} == {"first_scene.png", "first_map.png"}
 
 
 def test_quickstart_is_the_recipe_of_that_name():

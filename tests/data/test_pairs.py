@@ -176,8 +176,11 @@ def test_shapes_are_drawn_alike_streamed_and_stored():
     stored, streamed = (
         open_pairs([{"kind": "shapes", "size": 7, "seed": 3, "streaming": streaming}], 0, False) for streaming in (False, True)
     )
-    assert list(stored) == list(streamed) and len(stored[0]["captions"]) == 5
-    assert PairDecoder(BadSamples())(stored[0])["image"].size == (128, 128)
+    assert len(list(stored)) == len(list(streamed)) == 7 and len(stored[0]["captions"]) == 5
+    for packed, plain in zip(stored, streamed, strict=True):
+        one, other = (PairDecoder(BadSamples())(row) for row in (packed, plain))
+        assert one["image"].size == (128, 128) and one["image"].tobytes() == other["image"].tobytes()
+        assert packed | {"image": None} == plain | {"image": None}
 
 
 def test_shards_give_text_or_a_json_field_as_caption(cc3m):

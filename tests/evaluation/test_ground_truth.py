@@ -18,6 +18,7 @@ from devil_hf.evaluation.evaluator import evaluate
 from devil_hf.evaluation.maps.pointing import pointing
 from devil_hf.evaluation.results import read_evaluations
 from devil_hf.report.knowledge import knowledge_figure
+from devil_hf.statistics import bootstrap
 
 SCENES = 8
 
@@ -52,6 +53,16 @@ def test_the_table_and_the_figure_show_every_layer(answers):
     assert evaluation.scores["layer2"]["place_colour"] == result["places_chosen"]["layer2"]["colour"]
     assert evaluation.controls["chance"]["pointing_shape"] < evaluation.scores["mean"]["pointing_shape"]
     assert min(picture.size) > 300 and (folder / "layers.png").stat().st_size < 200_000
+
+
+def test_intervals_are_over_scenes(answers):
+    _, result, rows = answers
+    for layer, metrics in result["intervals"].items():
+        assert metrics and all(low <= result["scores"][layer][name] <= high for name, (low, high) in metrics.items())
+    games = [[p["games"]["layer2"][0] for p in row["pointing"] if p["attribute"] == "colour"] for row in rows.values()]
+    expected = bootstrap([sum(one) for one in games], [len(one) for one in games])
+    assert result["intervals"]["layer2"]["pointing_colour"] == pytest.approx(expected)
+    assert "[" in knowledge.knowledge_table(result) and "f1_shape" in result["intervals"]["all"]
 
 
 def test_answers_are_not_asked_twice(answers, monkeypatch):

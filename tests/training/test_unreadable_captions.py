@@ -10,7 +10,8 @@ from transformers import PreTrainedTokenizerFast
 from devil_hf import DevilProcessor
 from devil_hf.data.decoding import BadSamples, PairDecoder
 from devil_hf.model.image_processing_devil import DevilImageProcessor
-from devil_hf.training.feed import CaptionCollator, reads_with
+from devil_hf.training.feed import CaptionCollator
+from devil_hf.training.tokens import CaptionTokens
 
 
 @pytest.fixture
@@ -32,7 +33,7 @@ def row(*captions):
 @pytest.mark.parametrize("caption", ["dog <pad>", "zebra quagga"])
 def test_a_caption_of_no_words_is_a_bad_sample(by_words, caption, caplog):
     bad = BadSamples(limit=1)
-    decoder = PairDecoder(bad, read=reads_with(by_words))
+    decoder = PairDecoder(bad, read=CaptionTokens(by_words).read)
     assert decoder(row(caption)) is None and (bad.read, bad.bad) == (1, 1)
     assert "skipped k: unreadable caption (ValueError: phrase" in caplog.text
     item = decoder(row(caption, "red dog", "dog " * 300))

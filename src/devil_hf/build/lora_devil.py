@@ -11,12 +11,6 @@ from transformers.utils import is_peft_available
 from devil_hf.model.checkpoint_devil import COMPANIONS
 from devil_hf.model.modeling_devil import DevilModel
 
-if is_peft_available():
-    from peft import LoraConfig, inject_adapter_in_model
-    from peft.tuners.lora import LoraLayer
-    from peft.tuners.tuners_utils import check_target_module_exists
-    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-
 COMPANIONS["lora"] = sys.modules[__name__]
 LORA_DEFAULTS: dict[str, Any] = {"rank": 8, "alpha": 16, "dropout": 0.0, "target_modules": None}
 
@@ -41,6 +35,9 @@ def add_lora(language_model: nn.Module, lora: Mapping[str, Any]) -> None:
         raise ImportError("this model has LoRA adapters, which need peft: pip install peft")
     if next(lora_layers(language_model), None) is not None:
         return
+    from peft import LoraConfig, inject_adapter_in_model  # half a second, for which models without adapters need not wait
+    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
     full = LORA_DEFAULTS | dict(lora)
     model_config: Any = language_model.config
     width = getattr(model_config.get_text_config(), "hidden_size", None)
@@ -66,6 +63,8 @@ def add_lora(language_model: nn.Module, lora: Mapping[str, Any]) -> None:
 
 def _tied_targets(language_model: nn.Module, config: Any) -> list[str]:
     """Names of the targets of a `LoraConfig` whose weight is the weight of another module as well."""
+    from peft.tuners.tuners_utils import check_target_module_exists
+
     weights = [(name, module._parameters.get("weight")) for name, module in language_model.named_modules()]
     owners = Counter(id(weight) for _, weight in weights)
     tied = [name for name, weight in weights if weight is not None and owners[id(weight)] > 1]
@@ -74,8 +73,9 @@ def _tied_targets(language_model: nn.Module, config: Any) -> list[str]:
 
 def lora_layers(language_model: nn.Module) -> Iterator[tuple[str, Any]]:
     """Name and module of every layer with an adapter."""
-    if is_peft_available():
-        yield from ((name, part) for name, part in language_model.named_modules() if isinstance(part, LoraLayer))
+    lora: Any = sys.modules.get("peft.tuners.lora")
+    if lora is not None:  # before anybody has imported it, nothing can have one
+        yield from ((name, part) for name, part in language_model.named_modules() if isinstance(part, lora.LoraLayer))
 
 
 def check_lora(lora: Mapping[str, Any]) -> None:

@@ -5,6 +5,7 @@ fault of this package keeps its traceback, and says where to report it.
 """
 
 import argparse
+import gc
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -44,6 +45,7 @@ FOREIGN = {
     "subprocess": ("CalledProcessError",),
 }
 PACKAGE = Path(__file__).parents[1]
+COLLECTED = 50_000  # new objects after which Python looks for dead ones; at its own 700 it spends a fifth of a start on that
 # What RuntimeErrors of torch say that the machine causes, and no shape.
 OF_THE_MACHINE = (
     "out of memory",
@@ -68,6 +70,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         Exception: a fault of this package, and with `--debug` every error.
     """
+    if argv is None:  # a process of its own, which imports thousands of modules that all stay
+        gc.set_threshold(COLLECTED, *gc.get_threshold()[1:])
     words = list(sys.argv[1:] if argv is None else argv)
     name = "devil " + next((word for word in words if not word.startswith("-")), "")
     chosen: list[argparse.Namespace] = []

@@ -1,22 +1,27 @@
 """`devil quickstart`: the whole life of a DeViL in a few minutes, on the embedded shapes world.
 
-The recipe `quickstart` trains a new translator between the shipped frozen parts; `devil evaluate shapes` loads the checkpoint in
-a fresh process and measures it on held-out scenes; pictures show what it says. A user would call the same for other parts.
+The model that the package brings answers first, about a scene that nothing was trained on. Then the recipe `quickstart` trains a
+new translator between its frozen parts; the checkpoint is loaded again and measured on held-out scenes, as by
+`devil evaluate shapes`; pictures show what it says. A user would call the same for other parts.
 """
 
 import contextlib
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
+from devil_hf.checkpoints import SHAPES
 from devil_hf.cli.verb import VERBS, Verb, show
+from devil_hf.extras import needs
 from devil_hf.settings import JsonSettings, option
 
-POINTING_SCENES = 150  # the pointing game asks every place of every layer, so the first scenes must do
+POINTING_SCENES = 100  # the pointing game asks every place of every layer, so the first scenes must do
+FRESH = 1_000_000  # where scenes begin that nothing here was trained or measured on
+SHADES = " .:+#"  # of a map in letters, from the least to the most evidence
 
 
 @dataclass(kw_only=True)
@@ -26,7 +31,7 @@ class QuickstartSettings(JsonSettings):
     output_dir: Path = option("gets `checkpoint/`, `scores.json`, `evaluation/` and `pictures/`", Path("devil-quickstart"))
     steps: int = option("training steps of 64 captions", 750)
     scenes: int = option("training scenes", 6_000)
-    held_out: int = option("scenes of another world to measure on", 500)
+    held_out: int = option("scenes of another world to measure on", 300)
     seed: int = option("of the training", 0, least=0)
 
     def validate(self) -> None:
@@ -36,7 +41,7 @@ class QuickstartSettings(JsonSettings):
 
 
 def quickstart(settings: QuickstartSettings, say: Callable[[str], None] = print) -> dict[str, Any]:
-    """Train, measure in a fresh process, and draw.
+    """Answer, train, measure and draw.
 
     Args:
         say: gets what is told on the way.
@@ -46,34 +51,95 @@ def quickstart(settings: QuickstartSettings, say: Callable[[str], None] = print)
     """
     from devil_hf.folders import claimed
 
+    for module in ("accelerate", "datasets"):  # before minutes of work
+        needs(module, "train")
     with claimed(settings.output_dir, "devil quickstart"):
         return _quickstart(settings, say)
 
 
 def _quickstart(settings: QuickstartSettings, say: Callable[[str], None]) -> dict[str, Any]:
-    from devil_hf.checkpoints.loading import load
-    from devil_hf.folders import write_json
-    from devil_hf.report.scenes import draw_pictures
-    from devil_hf.text_files import read_json
-    from devil_hf.training.run import train
-
     began = time.perf_counter()
     folder = settings.output_dir
-    with contextlib.redirect_stdout(sys.stderr):  # of the Trainer's records, which are no result
+    first_answer(folder / "pictures", settings.seed, say)
+    answered = time.perf_counter() - began
+    from devil_hf.checkpoints.loading import load
+    from devil_hf.evaluation.evaluator import evaluate
+    from devil_hf.evaluation.shapes import ShapesSettings
+    from devil_hf.folders import write_json
+    from devil_hf.report.scenes import draw_pictures
+    from devil_hf.training.run import train
+
+    say(f"Now a new translator is trained on {settings.scenes} other scenes, between the same frozen parts.")
+    with contextlib.redirect_stdout(sys.stderr):  # what libraries print is no result
         checkpoint = train(recipe(settings))
-    evaluated = folder / "evaluation"  # a folder of its own, which that process claims
-    command = [sys.executable, "-m", "devil_hf", "evaluate", "shapes", str(checkpoint), "--output-dir", str(evaluated)]
-    command += ["--limit", str(settings.held_out), "--questions", "described", "pointing"]
-    command += ["--pointing-limit", str(POINTING_SCENES)]
-    measured = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, encoding="utf-8")
+        measured = evaluate(
+            "shapes",
+            ShapesSettings(
+                checkpoint=str(checkpoint),  # read from its files, as anyone would
+                output_dir=folder / "evaluation",  # a folder of its own, which the evaluation claims
+                limit=settings.held_out,
+                questions=["described", "pointing"],
+                pointing_limit=POINTING_SCENES,
+            ),
+        )
+    assert measured is not None, "the quickstart runs on one process"
     say("What each layer says about held-out scenes:\n")
     pictures = draw_pictures(*load(checkpoint), folder / "pictures", say=say)
-    say(measured.stdout)
+    say(measured.text)
     say("pictures: " + ", ".join(map(str, pictures)))
-    scores = read_json(evaluated / "scores.json")
+    scores = measured.as_record() | {"first_answer_seconds": round(answered, 1)}
     scores["seconds"] = round(time.perf_counter() - began, 1)
     write_json(folder / "scores.json", scores)
     return scores
+
+
+def first_answer(folder: Path, seed: int, say: Callable[[str], None]) -> None:
+    """What the model that the package brings says of a scene that it never saw, by layer, and where it sees one word.
+
+    Args:
+        folder: gets `first_scene.png` and `first_map.png`.
+        seed: another one, another scene.
+        say: gets the words, and the map in letters.
+    """
+    from PIL import Image
+
+    from devil_hf.checkpoints.loading import load
+    from devil_hf.data.worlds import HELD_OUT_WORLD, World
+    from devil_hf.folders import written
+    from devil_hf.report.figures import attribution_figure
+
+    world = World(FRESH + 1000 * (seed + 1), HELD_OUT_WORLD)
+    scenes = (world.scene(index) for index in count(FRESH + 1000 * seed))
+    found = ((scene, phrase) for scene in scenes for phrase in scene.unique_phrases())
+    scene, word = next((scene, phrase.text) for scene, phrase in found if phrase.attribute == "colour")
+    model, processor = load(SHAPES)
+    image = Image.fromarray(scene.image)
+    inputs = processor(images=image, return_tensors="pt")
+    maps = model.extract_features(inputs["pixel_values"])
+    output = model.describe(feature_maps=maps, max_new_tokens=40)
+    texts = processor.batch_decode(output.sequences, skip_special_tokens=True)
+    objects = ", ".join(" ".join(item.attributes.values()) for item in scene.objects)
+    lines = [f"  {'(truth)':8} {objects}"]
+    lines += [f"  {output.layer_of(row):8} {text.strip()}" for row, text in enumerate(texts)]
+    say("\n".join([f"The model `{SHAPES}`, which the package brings, about a scene that it never saw:\n", *lines]))
+    phrases = processor(text=[word], carrier="the", return_tensors="pt")
+    attributed = model.attribute(phrases=phrases, feature_maps=maps)
+    layer = model.layer_names[-2]
+    say(f"\nand where its {layer} sees {word!r}:\n\n{in_letters(attributed.maps[layer][0, 0].tolist())}\n")
+    folder.mkdir(parents=True, exist_ok=True)
+    pictures = {"first_scene.png": image, "first_map.png": attribution_figure(processor, image, attributed, [word])}
+    for name, picture in pictures.items():
+        with written(folder / name) as unfinished:
+            picture.save(unfinished)
+    say(f"({folder / 'first_scene.png'}; the map at every layer: {folder / 'first_map.png'})\n")
+
+
+def in_letters(rows: list[list[float]]) -> str:
+    """A map as lines of text, denser where there is more."""
+    values = [value for row in rows for value in row]
+    low, high = min(values), max(values)
+    steps = (len(SHADES) - 1) / (high - low or 1.0)
+    return "\n".join("  |" + "".join(2 * SHADES[round((value - low) * steps)] for value in row) + "|" for row in rows)
 
 
 def recipe(settings: QuickstartSettings):
@@ -99,6 +165,10 @@ def run(settings: QuickstartSettings) -> None:
 VERBS.register(
     "quickstart",
     Verb(
-        "quickstart", "train, measure and draw a DeViL of the shapes world", "devil quickstart", lambda: QuickstartSettings, run
+        "quickstart",
+        "ask the shipped model, then train, measure and draw another",
+        "devil quickstart",
+        lambda: QuickstartSettings,
+        run,
     ),
 )

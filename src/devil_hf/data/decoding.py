@@ -157,7 +157,7 @@ class PairDecoder:
         seed: seed of the choice among several captions.
         sees: whether enough of a mask (height, width) is in what the model gets to see; rows with other
             regions are left out and counted, and are not bad.
-        read: tokenises a caption, for what is trained on; a ValueError of it leaves that caption out.
+        read: tokenises captions, for what is trained on; each that it gives a ValueError for is left out.
     """
 
     def __init__(
@@ -165,7 +165,7 @@ class PairDecoder:
         bad_samples: BadSamples,
         seed: int = 0,
         sees: Callable[[np.ndarray], bool] | None = None,
-        read: Callable[[str], Any] | None = None,
+        read: Callable[[list[str]], Sequence[Any]] | None = None,
     ):
         self.bad_samples, self.seed, self.sees, self.read = bad_samples, seed, sees, read
 
@@ -204,15 +204,14 @@ class PairDecoder:
         return sample | {"region": region}
 
     @staticmethod
-    def _readable(captions: list[str], read: Callable[[str], Any]) -> tuple[list[str], str | None]:
+    def _readable(captions: list[str], read: Callable[[list[str]], Sequence[Any]]) -> tuple[list[str], str | None]:
         """The captions that can be read, and what is wrong when there is none."""
         readable, problem = [], None
-        for caption in captions:
-            try:
-                read(caption)
+        for caption, found in zip(captions, read(captions), strict=True):
+            if isinstance(found, ValueError):
+                problem = f"unreadable caption ({_line(found)})"
+            else:
                 readable.append(caption)
-            except ValueError as error:
-                problem = f"unreadable caption ({_line(error)})"
         return readable, None if readable else problem
 
 

@@ -11,6 +11,7 @@ from devil_hf.evaluation.maps.combining import map_combinations
 from devil_hf.evaluation.results import CHANCE
 from devil_hf.evaluation.tables import table
 from devil_hf.evaluation.text.words import WordCounts, word_list
+from devil_hf.statistics import Ratio, bootstrap_draws
 
 CLASSES = {**ATTRIBUTE_WORDS, "size": tuple(SIZES)}
 VOCABULARY = [word for words in ATTRIBUTE_WORDS.values() for word in words]
@@ -44,7 +45,8 @@ def summary(rows: Rows, scenes: Sequence[Scene]) -> dict[str, Any]:
         `count` and `relation` of `described` as shares;
         `chosen`, `places_chosen`, `pointing`: row -> class -> share; `empty_places`: layer -> share that name an attribute all
         the same; `stated_relations`: row -> how many. Rows are layers, "all", combinations of maps, "constant", "shuffled" and
-        "chance". `scores` and `controls` hold them as one table, in the layout of `evaluation/results.py`.
+        "chance". `scores` and `controls` hold them as one table, in the layout of `evaluation/results.py`, and `intervals` the
+        95 % intervals, over scenes drawn with replacement, of the F1 of descriptions and of the pointing game.
     """
     truths = [{name: _true_words(scene, name) for name in CLASSES} for scene in scenes]
     parts: dict[str, Any] = {}
@@ -60,6 +62,7 @@ def summary(rows: Rows, scenes: Sequence[Scene]) -> dict[str, Any]:
         chances = [chance for phrase in played for _, chance in phrase["games"].values()]
         parts["chance_pointing"] = float(np.mean(chances)) if chances else None
         parts["pointing_phrases"] = {name: sum(phrase["attribute"] == name for phrase in played) for name in ATTRIBUTE_WORDS}
+    parts["intervals"] = score_intervals(rows, truths)
     names = dict.fromkeys(name for part in FLAT for name in parts.get(part, {}) if name not in BESIDE)
     flat = {name: _flat(parts, name) for name in (*names, CHANCE)}
     scores = {name: row for name, row in flat.items() if row and name != CHANCE}
@@ -101,6 +104,31 @@ def word_scores(texts: Sequence[str], truths: Sequence[Mapping[str, set[str]]]) 
             counts.add(text, truth[name])
         found[name] = {"precision": counts.precision, "recall": counts.recall, "f1": counts.f1}
     return found
+
+
+def score_intervals(rows: Rows, truths: Sequence[Mapping[str, set[str]]]) -> dict[str, dict[str, list[float]]]:
+    """By layer or combination of maps, the 95 % interval of `f1_CLASS` and `pointing_CLASS`; without those that have none."""
+    draws = bootstrap_draws(len(rows))
+    ratios: dict[str, dict[str, Ratio]] = {}
+    for layer in rows[0].get("said", ()):
+        for name in CLASSES:
+            counts = [WordCounts(CLASSES[name]) for _ in rows]
+            for count, row, truth in zip(counts, rows, truths, strict=True):
+                count.add(row["said"][layer], truth[name])
+            hits = np.array([2.0 * count.hits for count in counts])
+            words = np.array([float(count.said + count.true) for count in counts])
+            ratios.setdefault(layer, {})[f"f1_{name}"] = Ratio(hits, words)
+    played = [row.get("pointing", []) for row in rows]
+    games: Mapping[str, Any] = next((phrase["games"] for phrases in played for phrase in phrases), {})
+    for layer in games:
+        for name in ATTRIBUTE_WORDS:
+            found = [[p["games"][layer][0] for p in phrases if p["attribute"] == name] for phrases in played]
+            hits = np.array([float(sum(one)) for one in found])
+            ratios.setdefault(layer, {})[f"pointing_{name}"] = Ratio(hits, np.array([float(len(one)) for one in found]))
+    found_intervals = {
+        layer: {metric: one.interval(draws) for metric, one in metrics.items()} for layer, metrics in ratios.items()
+    }
+    return {layer: {m: list(one) for m, one in row.items() if one is not None} for layer, row in found_intervals.items()}
 
 
 def constant_scores(truths: Sequence[Mapping[str, set[str]]]) -> dict[str, Any]:
@@ -228,10 +256,18 @@ def knowledge_table(parts: Mapping[str, Any]) -> str:
         ("chosen by evidence, whole image: share right", "chosen", (*CLASSES, "relation")),
         ("said of one place of an object: precision / recall", "places", tuple(CLASSES)),
         ("chosen by evidence at this place: share right", "places_chosen", tuple(ATTRIBUTE_WORDS)),
-        ("pointing game, words that one object of several has", "pointing", tuple(ATTRIBUTE_WORDS)),
+        ("pointing game, words that one object of several has [95 % intervals over scenes]", "pointing", tuple(ATTRIBUTE_WORDS)),
     ):
         if parts.get(part):
-            lines += [title, table(parts[part], classes, _cell), ""]
+            ranges = _intervals(parts, "pointing_") if part == "pointing" else None
+            lines += [title, table(parts[part], classes, _cell, ranges), ""]
+        if part == "described" and parts.get(part):
+            f1 = {row: {name: parts[part][row][name]["f1"] for name in ATTRIBUTE_WORDS} for row in parts[part]}
+            lines += [
+                "the same: F1 [95 % intervals over scenes]",
+                table(f1, tuple(ATTRIBUTE_WORDS), _cell, _intervals(parts, "f1_")),
+                "",
+            ]
     if "stated_relations" in parts:
         stated = ", ".join(f"{row} {count}" for row, count in parts["stated_relations"].items())
         lines += [
@@ -263,6 +299,12 @@ def knowledge_panels(result: Mapping[str, Any]) -> tuple[dict, dict]:
     }
     bases = zip(panels, (chance, result["places_chosen"]["chance"], result["pointing"].get("chance", {})), strict=True)
     return {heading: table for heading, table in panels.items() if table}, dict(bases)
+
+
+def _intervals(parts: Mapping[str, Any], prefix: str) -> dict[str, dict[str, list[float]]]:
+    """The intervals of one part, by row and class."""
+    found = parts.get("intervals", {}).items()
+    return {row: {m.removeprefix(prefix): one for m, one in values.items() if m.startswith(prefix)} for row, values in found}
 
 
 def _cell(value: Any) -> str:

@@ -37,9 +37,9 @@ from devil_hf.questions.grounding import CANDIDATES, PLACES_TO_A_SIDE, choose_gr
 from devil_hf.settings import make, option, read_yaml
 from devil_hf.text_files import read_json
 from devil_hf.training.features import as_stored
-from devil_hf.training.feed import reads_with
 from devil_hf.training.recipe import CHECKPOINT_FOLDER, Recipe
 from devil_hf.training.run import DATA_FILE, check_data, data_hashes, train
+from devil_hf.training.tokens import CaptionTokens
 
 logger = logging.get_logger(f"transformers.{__name__}")
 
@@ -264,7 +264,7 @@ class EvaluationImages:
 
     def _batches(self, processor: DevilProcessor, size: int = 32) -> Iterator[Tensor]:
         bad_samples = BadSamples(0.0)  # rows of a table must be of the same images
-        decoder = PairDecoder(bad_samples, read=reads_with(processor))
+        decoder = PairDecoder(bad_samples, read=CaptionTokens(processor).read)
         rows = iter(self._pairs)
         while chunk := list(itertools.islice(rows, size)):
             samples = [sample for sample in map(decoder, chunk) if sample is not None]

@@ -20,6 +20,7 @@ from torchvision.transforms import v2
 
 from devil_hf.data.decoding import PairDecoder, PairStream, PairTable
 from devil_hf.model.processing_devil import DevilProcessor
+from devil_hf.training.tokens import CaptionTokens
 
 Place = tuple[int, int]  # epoch, and rows read in it
 
@@ -120,15 +121,16 @@ class CaptionCollator:
     Args:
         processor: tokenises the captions and, for items with an "image", preprocesses the images.
         max_caption_tokens: captions are cut to this length (paper: 100).
+        tokens: of captions that were read before, such as when they were checked.
     """
 
-    def __init__(self, processor: DevilProcessor, max_caption_tokens: int = 100):
+    def __init__(self, processor: DevilProcessor, max_caption_tokens: int = 100, tokens: CaptionTokens | None = None):
         self.processor = processor
         self.max_caption_tokens = max_caption_tokens
+        self.tokens = tokens or CaptionTokens(processor)
 
     def __call__(self, items: list[dict]) -> dict:
-        captions = [item["caption"] for item in items]
-        batch = dict(self.processor(text=captions, max_length=self.max_caption_tokens, return_tensors="pt"))
+        batch: dict[str, Any] = dict(self.tokens.batch([item["caption"] for item in items], self.max_caption_tokens))
         if "pooled_features" in items[0]:
             layers = zip(*(item["pooled_features"] for item in items), strict=True)
             batch["pooled_features"] = [torch.stack(layer).float() for layer in layers]
@@ -159,15 +161,6 @@ def sees_with(processor: DevilProcessor) -> Callable[[np.ndarray], bool]:
 
 def _sees(processor: DevilProcessor, mask: np.ndarray) -> bool:
     return bool((processor.masks_to_regions([mask]) >= 0.5).any())
-
-
-def reads_with(processor: DevilProcessor) -> Callable[[str], Any]:
-    """A function that tokenises a caption as a batch will, and raises a ValueError where the language model reads no words."""
-    return partial(_read, processor)
-
-
-def _read(processor: DevilProcessor, caption: str) -> Any:
-    return processor(text=caption, max_length=1, return_tensors=None)  # whatever its length: captions are cut
 
 
 class _Places:
@@ -279,7 +272,6 @@ __all__ = [
     "Table",
     "batch_regions",
     "random_view",
-    "reads_with",
     "seed_of",
     "sees_with",
     "table_loader",

@@ -37,10 +37,11 @@ from devil_hf.text_files import read_json
 from devil_hf.training.divergence import check_weights
 from devil_hf.training.feature_cache import CachedFeatures, cache_bytes, cache_key, cached_features, open_cache
 from devil_hf.training.features import PooledCaptions, pooled_feature_draws
-from devil_hf.training.feed import CaptionStream, ImageTable, reads_with, sees_with
+from devil_hf.training.feed import CaptionStream, ImageTable, sees_with
 from devil_hf.training.needed import check_sources
 from devil_hf.training.recipe import CHECKPOINT_FOLDER, RECIPE_FILE, Recipe
 from devil_hf.training.saving import newest_kept, save_elsewhere, write_checkpoint
+from devil_hf.training.tokens import CaptionTokens
 from devil_hf.training.trainer import DevilTrainer
 
 logger = logging.get_logger(f"transformers.{__name__}")
@@ -94,11 +95,11 @@ def _train(recipe: Recipe, arguments: TrainingArguments, device: torch.device) -
         open_cache(Path(recipe.cache_features), key, model, dataset)
     longest_caption(model)  # raises where there is no room for one
     torch.nn.Module.to(model, device)
-    validation = None
+    tokens, validation = CaptionTokens(processor), None
     if recipe.validation_data:  # before features are cached, which may take hours
-        validation = kept_validation_features(recipe, model, processor, data["validation_data"])
+        validation = kept_validation_features(recipe, model, processor, data["validation_data"], tokens)
     bad_samples = BadSamples(recipe.bad_samples)
-    training = _training_data(recipe, model, processor, dataset, bad_samples, key)
+    training = _training_data(recipe, model, processor, dataset, bad_samples, key, tokens)
     trainer = DevilTrainer(
         model,
         arguments,
@@ -108,6 +109,7 @@ def _train(recipe: Recipe, arguments: TrainingArguments, device: torch.device) -
         bad_samples=bad_samples,
         described=recipe.describe_validation,
         files={RECIPE_FILE: recipe.to_yaml(), DATA_FILE: json.dumps(data)},
+        tokens=tokens,
         callbacks=[EarlyStoppingCallback(recipe.patience)] if recipe.patience else None,
     )
     trainer.train(resume_from_checkpoint=newest)
@@ -269,8 +271,9 @@ def _training_data(
     dataset: Dataset | IterableDataset,
     bad_samples: BadSamples,
     key: dict[str, Any],
+    tokens: CaptionTokens,
 ) -> ImageTable | CaptionStream | CachedFeatures:
-    decoder = PairDecoder(bad_samples, recipe.seed, sees_with(processor), reads_with(processor))
+    decoder = PairDecoder(bad_samples, recipe.seed, sees_with(processor), tokens.read)
     if key:
         return cached_features(Path(recipe.cache_features), key, model, processor, dataset, decoder, sample_seed=recipe.seed)
     if isinstance(dataset, Dataset):
@@ -281,11 +284,14 @@ def _training_data(
     return CaptionStream(cast(IterableDataset, shuffled), decoder, recipe.smallest_crop)
 
 
-def kept_validation_features(recipe: Recipe, model: DevilModel, processor: DevilProcessor, data: str) -> PooledCaptions:
+def kept_validation_features(
+    recipe: Recipe, model: DevilModel, processor: DevilProcessor, data: str, tokens: CaptionTokens
+) -> PooledCaptions:
     """`validation_features`, computed once: they are kept with the feature cache, or in the output folder.
 
     Args:
         data: hash of the validation data.
+        tokens: see `validation_features`.
     """
     state = PartialState()
     key = [data, recipe.validation_data, recipe.validation_images, recipe.bad_samples, model.layer_names]
@@ -298,7 +304,7 @@ def kept_validation_features(recipe: Recipe, model: DevilModel, processor: Devil
         with safe_open(file, "pt") as content:
             features = [content.get_tensor(f"layer.{index}") for index in range(len(model.layer_names))]
             return PooledCaptions(features, json.loads(content.metadata()["captions"]), recipe.seed)
-    found = validation_features(recipe, model, processor)
+    found = validation_features(recipe, model, processor, tokens)
     with written(file) as unfinished:
         tensors = {f"layer.{index}": layer.contiguous() for index, layer in enumerate(found.features)}
         save_file(tensors, unfinished, {"captions": json.dumps([list(texts) for texts in found.captions])})
@@ -311,8 +317,13 @@ def _place(name: str, recipe: Recipe) -> Path:
     return kept if kept.is_file() or os.access(kept.parent, os.W_OK) or not kept.parent.exists() else own
 
 
-def validation_features(recipe: Recipe, model: DevilModel, processor: DevilProcessor) -> PooledCaptions:
+def validation_features(
+    recipe: Recipe, model: DevilModel, processor: DevilProcessor, tokens: CaptionTokens | None = None
+) -> PooledCaptions:
     """Features of this process's share of the validation images, each whole; every process has at least one of them.
+
+    Args:
+        tokens: remembers those of the captions.
 
     Raises:
         ValueError: when there are fewer validation images than processes.
@@ -321,7 +332,7 @@ def validation_features(recipe: Recipe, model: DevilModel, processor: DevilProce
     state = PartialState()
     dataset = open_pairs(recipe.validation_data, recipe.seed, shuffle=False)
     bad_samples = BadSamples(recipe.bad_samples)
-    decoder = PairDecoder(bad_samples, recipe.seed, read=reads_with(processor))
+    decoder = PairDecoder(bad_samples, recipe.seed, read=(tokens or CaptionTokens(processor)).read)
     rows = itertools.islice(dataset, recipe.validation_images)
     own = itertools.islice(rows, state.process_index, None, state.num_processes)
     captions: list[list[str]] = []

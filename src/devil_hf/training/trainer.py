@@ -18,7 +18,7 @@ import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import EarlyStoppingCallback, Trainer, TrainerState, TrainingArguments
+from transformers import EarlyStoppingCallback, ProgressCallback, Trainer, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 from transformers.utils import logging
@@ -33,7 +33,9 @@ from devil_hf.training.divergence import check_loss, check_weights
 from devil_hf.training.draws import draw_layer_mask
 from devil_hf.training.features import PooledCaptions
 from devil_hf.training.feed import CaptionCollator, CaptionStream, StreamLoader, StreamPosition, Table, seed_of, table_loader
+from devil_hf.training.progress import Progress
 from devil_hf.training.saving import newest_kept, save_elsewhere, write_checkpoint
+from devil_hf.training.tokens import CaptionTokens
 
 logger = logging.get_logger(f"transformers.{__name__}")
 
@@ -57,6 +59,7 @@ class DevilTrainer(Trainer):
         bad_samples: where bad training samples are counted, to be logged.
         described: images of each process's share that an evaluation describes and scores against their captions.
         files: content by name of files that go into every checkpoint.
+        tokens: of captions that were read before, such as when they were checked.
 
     Raises:
         Diverged: from `train`, when the loss or the weights are not finite any more; checkpoints that were written are finite.
@@ -73,12 +76,13 @@ class DevilTrainer(Trainer):
         bad_samples: BadSamples | None = None,
         described: int = 0,
         files: Mapping[str, str] | None = None,
+        tokens: CaptionTokens | None = None,
         **kwargs,
     ):
         args.remove_unused_columns = False
         args.ignore_data_skip = True  # the loader begins where it has to
         self.processor = processing_class
-        self.collator = CaptionCollator(processing_class, longest_caption(model))
+        self.collator = CaptionCollator(processing_class, longest_caption(model), tokens)
         self.bad_samples, self.described, self.files = bad_samples, described, dict(files or {})
         super().__init__(
             model=model,
@@ -89,6 +93,8 @@ class DevilTrainer(Trainer):
             eval_dataset=eval_dataset,  # type: ignore[arg-type]
             **kwargs,
         )
+        if self.pop_callback(ProgressCallback) is not None:  # it prints every record as a dictionary
+            self.add_callback(Progress())
         self._batch = 0  # micro-batches that this process has trained on
         self._position = StreamPosition()
         self._staging: Path | None = None
