@@ -261,17 +261,17 @@ class PhraseScorer:
 
     def map(self, feature_maps: Mapping[int, Any], windows: Mapping[int, int]) -> Tensor:
         """One map per image and phrase, (B, K, H, W), with these layers (on one grid) asked together, in chunks."""
-        model, (K, T) = self.model, self.phrases["input_ids"].shape
-        B, _, H, W = next(iter(feature_maps.values())).shape
-        pooled: list[Tensor | None] = [None] * len(model.layer_names)
-        for index, maps in feature_maps.items():
-            pooled[index] = pool_every_location(maps, windows[index])
-        chunk = rows_per_chunk(model.language_model, model.config.prefix_length + 1, K, T, given=self.chunk_size)
+        model, (B, _, H, W) = self.model, next(iter(feature_maps.values())).shape
+        pooled = {index: pool_every_location(maps, windows[index]) for index, maps in feature_maps.items()}
+        # Places of equal features, such as those of an even background, have equal answers.
+        same = torch.cat(list(pooled.values()), dim=1).unique(dim=0, return_inverse=True)[1]
+        places = same.new_empty(int(same.max()) + 1).scatter_(0, same, torch.arange(len(same), device=same.device))
+        chunk = rows_per_chunk(model.language_model, model.config.prefix_length + 1, 1, 1, given=self.chunk_size)
         scores = []
-        for begin in range(0, B * H * W, chunk):
-            prefix = model.translate([None if rows is None else rows[begin : begin + chunk] for rows in pooled])
-            scores.append(model.score_checked(prefix, self.phrases, chunk).sum(dim=-1))
-        return self.measured(torch.cat(scores), self.measure).view(B, H, W, K).permute(0, 3, 1, 2)
+        for part in places.split(chunk):
+            prefix = model.translate([pooled[i][part] if i in pooled else None for i in range(len(model.layer_names))])
+            scores.append(model.score_checked(prefix, self.phrases, self.chunk_size).sum(dim=-1))
+        return self.measured(torch.cat(scores)[same], self.measure).view(B, H, W, -1).permute(0, 3, 1, 2)
 
     def layer_evidence(self, feature_maps: Sequence[Tensor | None], visible: Sequence[int]) -> Tensor:
         """(L, B, K) evidence of the phrases for the whole map of each layer alone, in nats per token over the null prefix."""

@@ -1,16 +1,17 @@
 """Reading prefixes: log-probabilities of given phrases, and guidance of the words that `generate` chooses.
 
-Every prefix is read by the language model once. Tokens that all phrases begin with (a carrier such as "the", or a common
-first word) are read with it; the rest of each phrase continues from the shared key-value cache. Logits are computed only where a
-label is read. Language models whose cache cannot be shared (recurrent and hybrid ones) get every phrase appended to every prefix.
+Phrases are read as a tree: behind every prefix each of their beginnings is read once, whatever shares it, in one pass and without
+padding, and sees the prefix and its own words alone. Logits are computed only where a label is read. Language models that see
+what the tree would hide (recurrent and hybrid ones, ALiBi, flash attention) read one phrase after another behind every prefix.
 """
 
 import inspect
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import LogitsProcessor, PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
@@ -19,6 +20,7 @@ from .pooling_devil import read_number, read_tensor
 
 # Rows are scored in chunks that need about this much memory beside the weights.
 CHUNK_BYTES = 1 << 30
+BEGINNINGS = 256  # of phrases, read behind a prefix at once: each looks at all the others, and sees few of them
 
 
 class ScoreMixin:
@@ -42,11 +44,10 @@ class ScoreMixin:
             question: `layers`, `locations`, `window`, `regions`, `location_weights`, `layer_mask`, `feature_maps` of `ask`.
         """
         phrases = self.check_phrases({"input_ids": input_ids, "attention_mask": attention_mask, "scored_mask": scored_mask})
-        token_log_probs = self.score_checked(self.ask(pixel_values, **question), phrases)
-        log_probs = token_log_probs.sum(dim=-1)
-        null_log_probs = self.score_checked(self.null_prefix(), phrases).sum(dim=-1)[0]
+        each = self.score_checked(torch.cat([self.ask(pixel_values, **question), self.null_prefix()]), phrases)
+        log_probs, null_log_probs = each[:-1].sum(dim=-1), each[-1].sum(dim=-1)
         evidence = (log_probs - null_log_probs) / phrases["scored_mask"].sum(dim=-1).to(log_probs.device)
-        return ScoreOutput(log_probs=log_probs, null_log_probs=null_log_probs, evidence=evidence, token_log_probs=token_log_probs)
+        return ScoreOutput(log_probs=log_probs, null_log_probs=null_log_probs, evidence=evidence, token_log_probs=each[:-1])
 
     def check_phrases(self, phrases: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
         """Phrase tensors `input_ids`, `attention_mask`, `scored_mask` (K, T), checked, on the language model's device.
@@ -115,10 +116,13 @@ class ScoreMixin:
 
     def score_checked(self, prefix: Tensor, phrases: Mapping[str, Tensor], chunk_size: int | None = None) -> Tensor:
         """`score_prefix` for what `check_phrases` returned: a map asks it for every chunk, and checks wait for the device."""
-        ids, mask = phrases["input_ids"], phrases["attention_mask"]
-        chunk_size = rows_per_chunk(self.language_model, prefix.shape[1] + 1, len(ids), ids.shape[1], given=chunk_size)
-        chunks = [score_phrases(self.language_model, self.embed_prefix(rows), ids, mask) for rows in prefix.split(chunk_size)]
-        return finite_log_probs(torch.cat(chunks), phrases["scored_mask"], "phrases")
+        language_model, embeds, ids = self.language_model, self.embed_prefix(prefix), phrases["input_ids"]
+        rows = zip(ids.tolist(), phrases["attention_mask"].sum(dim=1).tolist(), strict=True)
+        texts = [tuple(tokens[:length]) for tokens, length in rows]
+        most = max(1, min(BEGINNINGS, room_for_trees(language_model) - embeds.shape[1]))
+        groups = split_phrases(texts, most)
+        each = [_score_tree(language_model, embeds, ids[group], texts[group], starts, chunk_size) for group, starts in groups]
+        return finite_log_probs(torch.cat(each, dim=1), phrases["scored_mask"], "phrases")
 
     @torch.no_grad()
     def sequence_log_probs(self, prefix: Tensor, sequences: Tensor) -> tuple[Tensor, Tensor]:
@@ -126,19 +130,16 @@ class ScoreMixin:
 
         Two tensors (N, T) in nats, the first EOS of a row included, 0 on the padding after it.
         """
-        length = sequences.shape[1]
-        null = self.embed_prefix(self.null_prefix())
+        length, words, null = sequences.shape[1], self.get_input_embeddings(), self.null_prefix()
         chunk = rows_per_chunk(self.language_model, self.config.prefix_length + 1, 1, length, logit_positions=length)
-        pieces: list[list[Tensor]] = []
+        pieces: list[list[Tensor]] = [[], []]
         for rows, tokens in zip(prefix.split(chunk), sequences.split(chunk), strict=True):
-            words = self.get_input_embeddings()(tokens[:, :-1])
-            starts = (self.embed_prefix(rows), null.expand(len(rows), -1, -1))
-            embeds = [torch.cat([start, words.to(start.dtype)], dim=1) for start in starts]
-            logits = [run_language_model(self.language_model, one, keep=length).logits for one in embeds]
-            pieces.append([gather_log_probs(one, tokens) for one in logits])
-        mask, both = self.word_mask(sequences), (torch.cat(column)[None] for column in zip(*pieces, strict=True))
-        given, without = (finite_log_probs(one, mask, "descriptions")[0] for one in both)
-        return given, without
+            for prefixes, found in zip((rows, null.expand_as(rows)), pieces, strict=True):
+                start = self.embed_prefix(prefixes)
+                embeds = torch.cat([start, words(tokens[:, :-1]).to(start.dtype)], dim=1)
+                found.append(gather_log_probs(run_language_model(self.language_model, embeds, length).logits, tokens))
+        both = [finite_log_probs(torch.cat(found)[None], self.word_mask(sequences), "descriptions")[0] for found in pieces]
+        return both[0], both[1]
 
     def word_mask(self, sequences: Tensor) -> Tensor:
         """True on generated tokens (N, T) up to and including the first EOS."""
@@ -148,32 +149,53 @@ class ScoreMixin:
         return ends.cumsum(dim=1) - ends == 0
 
 
-def score_phrases(language_model: PreTrainedModel, embeds: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """Score K phrases, `input_ids` (K, T) padded on the right, behind N starts: `embeds` (N, P, D_lm) of BOS and prefix.
+def split_phrases(phrases: Sequence[tuple[int, ...]], most: int) -> Iterator[tuple[slice, dict[tuple[int, ...], int]]]:
+    """Neighbouring phrases that have at most `most` beginnings, or one alone; and its beginnings, numbered from () on."""
+    first, starts = 0, dict[tuple[int, ...], int]()
+    for index, phrase in enumerate(phrases):
+        own = [phrase[:end] for end in range(len(phrase))]
+        if starts and len(starts.keys() | own) > most:
+            yield slice(first, index), starts
+            first, starts = index, {}
+        for start in own:
+            starts.setdefault(start, len(starts))
+    yield slice(first, len(phrases)), starts
 
-    Returns:
-        (N, K, T) log-probability of each token given its start and the tokens before it, in nats, fp32; 0 on padding.
-    """
-    mask, N = attention_mask.bool(), len(embeds)
-    # Leading tokens that all phrases have in common, leaving every phrase one of its own.
-    equal = (input_ids == input_ids[:1]).all(dim=0) & mask.all(dim=0)
-    shared = min(int(equal.long().cumprod(dim=0).sum()), int(mask.sum(dim=1).min()) - 1)
-    common = language_model.get_input_embeddings()(input_ids[:1, :shared])
-    embeds = torch.cat([embeds, common.to(embeds.dtype).expand(N, -1, -1)], dim=1)  # (N, P + shared, D_lm)
-    continued = mask.sum(dim=1) > shared + 1
-    output = run_language_model(language_model, embeds, keep=shared + 1, use_cache=bool(continued.any()))
-    log_probs = output.logits.new_zeros(N, *input_ids.shape, dtype=torch.float32)
-    read = gather_log_probs(output.logits[:, :-1], input_ids[:1, :shared].expand(N, -1))
-    log_probs[:, :, :shared] = read[:, None]
-    # One distribution for all K phrases, of which each reads its own token.
-    last = output.logits[:, -1].float()
-    first = input_ids[:, shared].expand(N, -1).to(last.device)
-    log_probs[:, :, shared] = last.gather(-1, first) - last.logsumexp(dim=-1, keepdim=True)
-    if continued.any():
-        cache = getattr(output, _cache_name(language_model), None)  # recurrent models name theirs otherwise
-        rest, rest_mask = input_ids[continued, shared:], mask[continued, shared:]
-        log_probs[:, continued, shared + 1 :] = _score_rest(language_model, embeds, cache, rest, rest_mask)
-    return log_probs.masked_fill(~mask.to(log_probs.device), 0.0)
+
+def room_for_trees(language_model: PreTrainedModel) -> float:
+    """How many positions see exactly what a mask shows them: as far as the shortest window; 1 where a state or ALiBi sees all."""
+    config, known = language_model.config, inspect.signature(language_model.forward).parameters
+    layers = DynamicCache(config=config).layers
+    plain = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers) and not language_model._is_stateful
+    placed = "position_ids" in known and ("cache" in known or "past_key_values" in known) and not getattr(config, "alibi", False)
+    if not (plain and placed and config._attn_implementation in ("eager", "sdpa")):
+        return 1
+    windows = [getattr(config, "window_size", None), *(getattr(layer, "sliding_window", None) for layer in layers)]
+    return min((window for window in windows if window), default=math.inf)
+
+
+def _score_tree(language_model, embeds: Tensor, ids: Tensor, texts: Sequence[tuple], starts: dict, chunk_size: Any) -> Tensor:
+    """Log-probabilities (N, K, T) of the tokens `ids` (K, T) of K texts behind `embeds` (N, P, D_lm), see `split_phrases`."""
+    P, count, longest = embeds.shape[1], len(starts), max(map(len, starts))
+    options: dict[str, Tensor] = {}
+    if count > longest + 1:  # what has no branch needs no mask, and every language model reads it
+        sees = torch.ones(2 * [P - 1 + count], dtype=torch.bool).tril()
+        for row, start in enumerate(list(starts)[1:], P):
+            sees[row, P:row] = sees[P - 1 + starts[start[:-1]], P:row]
+        hidden = torch.zeros(sees.shape, dtype=embeds.dtype).masked_fill(~sees, torch.finfo(embeds.dtype).min)
+        places = torch.tensor([*range(P - 1), *(P - 1 + len(start) for start in starts)])
+        options = {"attention_mask": hidden[None, None].to(embeds.device), "position_ids": places[None].to(embeds.device)}
+    last = torch.tensor([start[-1] for start in starts if start], dtype=torch.long, device=embeds.device)
+    words = language_model.get_input_embeddings()(last).to(embeds.dtype)
+    before = torch.tensor([[starts.get(text[:end], 0) for end in range(ids.shape[1])] for text in texts])
+    pieces = []
+    for rows in embeds.split(rows_per_chunk(language_model, P, 1, count, count, chunk_size)):
+        given = {name: one.expand(len(rows), *one.shape[1:]) for name, one in options.items()}
+        sequence = torch.cat([rows, words.expand(len(rows), -1, -1)], dim=1)
+        logits = run_language_model(language_model, sequence, count, **given).logits.float()
+        step, token = before.to(logits.device), ids.to(logits.device)
+        pieces.append(logits[:, step, token] - logits.logsumexp(dim=-1)[:, step])
+    return torch.cat(pieces)
 
 
 def finite_log_probs(log_probs: Tensor, mask: Tensor, texts: str) -> Tensor:
@@ -187,43 +209,15 @@ def finite_log_probs(log_probs: Tensor, mask: Tensor, texts: str) -> Tensor:
     return log_probs
 
 
-def is_cache_shareable(cache: object) -> bool:
-    """Whether a prefix's cache can be repeated for several phrases: plain keys and values, no recurrent state."""
-    plain = (DynamicLayer, DynamicSlidingWindowLayer)
-    return isinstance(cache, DynamicCache) and all(type(layer) in plain for layer in cache.layers)
-
-
-def _score_rest(language_model, embeds, cache, rest, rest_mask) -> Tensor:
-    """Continue K phrases (K, R) behind N prefixes (N, P, D_lm) -> (N, K, R - 1), from their cache where it can be shared."""
-    (N, P, _), (K, R) = embeds.shape, rest.shape
-    tokens = rest.repeat(N, 1)  # rows by prefix, then by phrase
-    seen = torch.ones(N * K, P, dtype=torch.long, device=embeds.device)
-    mask = torch.cat([seen, rest_mask[:, :-1].long().repeat(N, 1)], dim=1)
-    if is_cache_shareable(cache):
-        cache.batch_repeat_interleave(K)
-        options = {_cache_name(language_model): cache, "use_cache": True, "attention_mask": mask}
-        logits = language_model(input_ids=tokens[:, :-1], **options).logits
-    else:
-        words = language_model.get_input_embeddings()(tokens[:, :-1]).to(embeds.dtype)
-        sequence = torch.cat([embeds.repeat_interleave(K, dim=0), words], dim=1)
-        logits = run_language_model(language_model, sequence, keep=R - 1, attention_mask=mask).logits
-    return gather_log_probs(logits, tokens[:, 1:]).view(N, K, R - 1)
-
-
-def run_language_model(language_model, embeds: Tensor, keep: int, attention_mask: Tensor | None = None, use_cache=False):
+def run_language_model(language_model, embeds: Tensor, keep: int, attention_mask: Tensor | None = None, **options):
     """Run on input embeddings (N, S, D_lm) and return logits of the last `keep` positions only, (N, keep, V)."""
     if attention_mask is None:
         attention_mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
     known = "logits_to_keep" in inspect.signature(language_model.forward).parameters
-    options = {"logits_to_keep": keep} if known else {}
-    output = language_model(inputs_embeds=embeds, attention_mask=attention_mask, use_cache=use_cache, **options)
+    options |= {"logits_to_keep": keep} if known else {}
+    output = language_model(inputs_embeds=embeds, attention_mask=attention_mask, use_cache=False, **options)
     output.logits = output.logits[:, -keep:]
     return output
-
-
-def _cache_name(language_model: nn.Module) -> str:
-    """What the installed transformers calls the key-value cache: `cache` since 5.24, `past_key_values` before."""
-    return "cache" if "cache" in inspect.signature(language_model.forward).parameters else "past_key_values"
 
 
 def gather_log_probs(logits: Tensor, tokens: Tensor) -> Tensor:
