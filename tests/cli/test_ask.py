@@ -29,10 +29,17 @@ def test_an_object_is_asked_for_its_colour_and_one_that_is_not_there_has_none(sc
         assert main([*asked, "--least-evidence", "0.3", "--json"]) == 0
         (row,) = json.loads(capsys.readouterr().out)
         assert row["answer"] == ("not encoded" if exam.answer is None else exam.question.choices[exam.answer])
-        assert row["image"] == picture and set(row["probabilities"]) == set(exam.question.choices)
+        assert row["image"] == picture and set(row["evidence"]) == set(exam.question.choices)
+        assert (row["probabilities"] is None) == (exam.answer is None)
     assert main([*asked, "--least-evidence", "0.3"]) == 0
     told = capsys.readouterr().out
     assert f"{picture}: not encoded" in told and "no choice has the least evidence of +0.30" in told
+    assert "shapes world, seed 1" in told and "where no choice is true, a probability promises nothing" in told
+    assert main([*asked[:2], "--question", first.question.text, "--choices", *first.question.choices]) == 0
+    assert (
+        "(not calibrated: its temperature is at the bound, no answer clearly wrong where it was to be fitted)"
+        in capsys.readouterr().out
+    )
 
 
 def test_what_cannot_be_asked_ends_before_the_checkpoint_is_opened(picture, tmp_path, capsys, monkeypatch):
@@ -40,6 +47,8 @@ def test_what_cannot_be_asked_ends_before_the_checkpoint_is_opened(picture, tmp_
     asked = ["ask", picture, "--question", "the {} square", "--choices"]
     assert main([*asked, "red"]) == 1
     assert "at least two" in capsys.readouterr().err
+    assert main([*asked, "red", "blue", "--grid", "100000"]) == 1
+    assert "grid=100000: at most 64 places" in capsys.readouterr().err
     assert main([*asked, "red", "red"]) == 1
     assert "given twice" in capsys.readouterr().err
     assert main([*asked, "red", "blue", "--calibration", str(tmp_path / "none.json")]) == 1
@@ -49,7 +58,17 @@ def test_what_cannot_be_asked_ends_before_the_checkpoint_is_opened(picture, tmp_
 
 
 def test_a_calibration_of_another_checkpoint_is_refused(picture, tmp_path, capsys):
-    Calibration({"all": Scale()}, 4, "tests", 1, "0" * 64).write(tmp_path / "scales.json")
+    Calibration({"all": Scale()}, 4, "tests", 1, "0" * 64, "0" * 64).write(tmp_path / "scales.json")
     asked = ["ask", picture, "--question", "the {} square", "--choices", "red", "blue"]
     assert main([*asked, "--calibration", str(tmp_path / "scales.json")]) == 1
     assert "another translator" in capsys.readouterr().err
+
+
+def test_the_network_looks_once(picture, capsys, monkeypatch):
+    from devil_hf.model.modeling_devil import DevilModel
+
+    looks = []
+    extract = DevilModel.extract_features
+    monkeypatch.setattr(DevilModel, "extract_features", lambda *given: looks.append(1) or extract(*given))
+    assert main(["ask", picture, "--question", "the {} square", "--choices", "red", "blue", "--grid", "1"]) == 0
+    assert len(looks) == 1, "for the scope's warning and the answer"

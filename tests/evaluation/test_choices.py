@@ -6,9 +6,9 @@ import pytest
 
 from devil_hf.data.shapes import ATTRIBUTE_WORDS
 from devil_hf.data.worlds import World
-from devil_hf.evaluation.choices import ABSENT, ChoicesSettings, exams, read_exams
+from devil_hf.evaluation.choices import ABSENT, LEFT_OUT, ChoicesSettings, _refusals, _with_left_out, exams, read_exams
 from devil_hf.evaluation.evaluator import evaluate
-from devil_hf.questions.choices import Calibration
+from devil_hf.questions.choices import NONE_WRONG, Calibration, Scale
 from devil_hf.settings import make
 
 
@@ -42,13 +42,43 @@ def test_questions_of_a_file_are_asked_and_fitted(model, processor, images, tmp_
     evaluation = evaluate("choices", make(ChoicesSettings, settings), model, processor)
     assert list(evaluation.scores) == ["all", *model.layer_names, "whole"]
     assert evaluation.controls["chance"]["accuracy"] == 0.5 and evaluation.settings["questions"] == 2
-    assert {"accuracy", "answered", "refused"} == set(evaluation.scores["all"])
+    assert {"accuracy", "answered", "refused", "sure"} == set(evaluation.scores["all"])
     found = Calibration.read(tmp_path / "out" / "calibration.json")
     assert found.grid == 2 and found.questions == 4 and set(found.scales) == set(evaluation.scores)
     found.check(model)
     assert (tmp_path / "out" / "reliability.png").is_file()
     with pytest.raises(ValueError, match=r"asks 4 images, fewer than --limit 3 and --fit 2"):
         evaluate("choices", make(ChoicesSettings, settings | {"limit": 3}), model, processor)
+    (tmp_path / "3.png").unlink()
+    with pytest.raises(FileNotFoundError, match=r"questions.jsonl asks 1 images that are not there: .*3.png"):
+        evaluate("choices", make(ChoicesSettings, settings))
+
+
+def test_a_file_in_which_nothing_can_be_answered_is_refused_before_a_model_is_loaded(images, tmp_path):
+    images[0].save(tmp_path / "0.png")
+    images[0].save(tmp_path / "1.png")
+    asked = {"question": "the {} dog", "choices": ["red", "green"]}
+    rows = [{"image": f"{at}.png", **asked, "answer": None} for at in range(2)]
+    settings = {"limit": 2, "fit": 2, "grid": 2, "output_dir": tmp_path / "out", "checkpoint": str(tmp_path / "none")}
+    for at, part in ((0, "fit"), (2, "limit")):
+        answered = [{"image": f"{name}.png", **asked, "answer": "red"} for name in (2, 3)]
+        for name in (2, 3):
+            images[0].save(tmp_path / f"{name}.png")
+        file = write(tmp_path / "questions.jsonl", [*answered, *rows] if at == 0 else [*rows, *answered])
+        with pytest.raises(ValueError, match=rf"no question of the images of --{part} has an answer"):
+            evaluate("choices", make(ChoicesSettings, settings | {"questions": file}))
+
+
+def test_the_truth_is_left_out_of_every_question_that_has_others():
+    row = {"kind": "colour", "answer": 1, "evidence": {"all": [0.1, 0.9, 0.2]}, "habit": [-1.0, -2.0, -3.0]}
+    few = {"kind": "", "answer": 0, "evidence": {"all": [0.1, 0.9]}, "habit": [-1.0, -2.0]}
+    none = row | {"answer": None, "kind": ABSENT}
+    *kept, left = _with_left_out([row, few, none])
+    assert kept == [row, few, none], "of two choices one would be left"
+    assert left == {"kind": LEFT_OUT, "answer": None, "evidence": {"all": [0.1, 0.2]}, "habit": [-1.0, -3.0]}
+    found = _refusals([(0, row), (0, left), (0, none)], "all", Scale(0.02, 0.15))
+    assert found == {"answered": 1.0, "refused_left_out": 0.0, "sure_left_out": 1.0, "refused_absent": 0.0, "sure_absent": 1.0}
+    assert _refusals([(0, row), (0, left)], "all", Scale(0.02, 0.3))["refused_left_out"] == 1.0
 
 
 @pytest.mark.parametrize(
@@ -73,4 +103,5 @@ def test_the_shipped_checkpoint_knows_how_sure_it_may_be(tmp_path):
     accuracy = {**evaluation.scores, **evaluation.controls}
     assert accuracy["all"]["accuracy"] >= 0.95 > 2 * max(accuracy[name]["accuracy"] for name in ("null", "chance"))
     assert evaluation.details["calibration"]["all"]["error"] <= 0.05
-    assert min(evaluation.scores["all"][name] for name in ("answered", "refused")) >= 0.9
+    assert evaluation.details["calibration"]["all"]["bound"] == NONE_WRONG
+    assert min(evaluation.scores["all"][name] for name in ("answered", "refused_absent")) >= 0.9

@@ -17,9 +17,10 @@ from devil_hf import DevilModel
 from devil_hf.cli.main import main
 from devil_hf.evaluation.results import fingerprint
 from devil_hf.hub.checks import check_code, check_weights
-from devil_hf.hub.contents import copy_checkpoint
+from devil_hf.hub.contents import copy_checkpoint, is_outdated
 from devil_hf.hub.publish import prepare, push
-from tests.hub.conftest import SCORES
+from devil_hf.questions.choices import ALL, Calibration, Scale, part_hashes
+from tests.hub.conftest import SCORES, without_check_of_code
 
 
 def broken_copy(checkpoint, tmp_path):
@@ -57,6 +58,20 @@ def test_code_that_needs_the_package_is_refused(checkpoint, tmp_path):
 def test_a_slim_checkpoint_of_local_parts_is_refused(checkpoint, sources, tmp_path):
     with pytest.raises(ValueError, match=r"backbone comes from .*self-contained"):
         prepare(checkpoint, "tester/slim", tmp_path, slim=True)
+
+
+def test_a_calibration_goes_along_and_one_of_other_weights_is_refused(checkpoint, model, tmp_path):
+    folder = broken_copy(checkpoint, tmp_path)
+    Calibration({ALL: Scale(0.5)}, 4, "tests", 9, **part_hashes(model)).write(folder / "calibration.json")
+    with without_check_of_code():
+        tree = prepare(folder, "tester/asked", tmp_path / "out").tree()
+        assert "calibration.json" in tree and Calibration.beside(tmp_path / "out").questions == 9
+        assert is_outdated("calibration.json"), "that of an earlier push goes with its weights"
+        Calibration({ALL: Scale(0.5)}, 4, "tests", 9, **part_hashes(model) | {"translator": "0"}).write(
+            folder / "calibration.json"
+        )
+        with pytest.raises(ValueError, match="the calibration is of another translator"):
+            prepare(folder, "tester/asked", tmp_path / "again")
 
 
 def test_a_link_out_of_the_checkpoint_is_refused_and_one_into_its_cache_is_followed(checkpoint, tmp_path):

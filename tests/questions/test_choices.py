@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from devil_hf.questions.choices import ALL, WHOLE, Calibration, Scale, ask, fit_scale, translator_hash
+from devil_hf.questions.choices import ALL, NONE_BETTER, NONE_WRONG, WHOLE, Calibration, Scale, ask, fit_scale, part_hashes
 from devil_hf.questions.grounding import tile_regions
 
 QUESTION, CHOICES = "the {} dog", ["red", "small green"]
@@ -48,7 +48,22 @@ def test_one_place_is_the_whole_image_and_a_text_without_a_mark_is_continued(mod
 def test_below_the_least_evidence_nothing_is_answered(model, processor, images):
     (answer,) = ask(model, processor, images[0], QUESTION, CHOICES, grid=1, least_evidence=100)
     assert answer.choice is None and answer.as_record()["answer"] == "not encoded"
-    assert sum(answer.probabilities.values()) == pytest.approx(1)
+    assert answer.probabilities is None, "a share of 1 among choices that are all false means nothing"
+
+
+def test_feature_maps_stand_for_images(model, processor, images):
+    maps = model.extract_features(processor(images=images[:2], return_tensors="pt")["pixel_values"])
+    asked = {"question": QUESTION, "choices": CHOICES, "layers": 0, "grid": 2}
+    assert ask(model, processor, None, **asked, feature_maps=maps) == ask(model, processor, images[:2], **asked)
+    for given in ({"images": None}, {"images": images, "feature_maps": maps}):
+        with pytest.raises(ValueError, match=r"give images, or the feature_maps of an earlier call, and not both"):
+            ask(model, processor, **given, **asked)
+
+
+@pytest.mark.parametrize("grid", [0, -1, 65, 100_000, 10**30])
+def test_so_many_places_are_refused_before_the_model_runs(grid):
+    with pytest.raises(ValueError, match=rf"grid={grid}"):
+        ask(None, None, None, QUESTION, CHOICES, grid=grid)
 
 
 @pytest.mark.parametrize(
@@ -101,15 +116,25 @@ def test_a_fitted_temperature_is_the_one_that_made_the_answers():
     mixed = fit_scale([[3.0, 1.0], [2.0, 4.0], [0.5, 0.0], [-1.0, -2.0]], [0, 1, None, None])
     assert mixed.least_evidence == pytest.approx(1.75), "between what has an answer and what has none"
     uneven = fit_scale([[3.0, 1.0], [2.0, 4.0, 0.0]], [0, 2])
-    assert uneven.temperature == pytest.approx(50, rel=0.01), "where answers are wrong, nothing is sure"
+    assert (uneven.temperature, uneven.bound) == (50, NONE_BETTER), "where answers are wrong, nothing is sure"
+    assert scale.bound is None
     with pytest.raises(ValueError, match="no question has an answer"):
         fit_scale([[1.0, 2.0]], [None])
 
 
-def test_a_calibration_is_for_its_translator_its_layers_and_its_places(model, processor, images, tmp_path):
+@pytest.mark.parametrize("questions", [1, 20, 2_000])
+def test_where_every_answer_is_right_the_temperature_is_the_highest_that_they_do_not_refute(questions):
+    evidence = torch.tensor([1.0, 0.0, -0.5])
+    scale = fit_scale([evidence.tolist()] * questions, [0] * questions)
+    assert scale.bound == NONE_WRONG, "the likeliest temperature is zero, of which no probability follows"
+    assert float(scale.probabilities(evidence)[0]) ** questions == pytest.approx(0.05, rel=1e-3) or questions == 1
+    assert 0.05 < scale.temperature <= 50, "no probability of 1 follows from a score of 1"
+
+
+def test_a_calibration_is_for_its_parts_its_layers_and_its_places(model, processor, images, tmp_path):
     names = model.layer_names
     scales = {ALL: Scale(0.5, -90.0), WHOLE: Scale(0.25, 90.0), names[0]: Scale(0.1, -80.0)}
-    own = Calibration(scales, 2, "tests", 10, translator_hash(model))
+    own = Calibration(scales, 2, "tests", 10, **part_hashes(model))
     own.write(tmp_path / "calibration.json")
     assert Calibration.read(tmp_path / "calibration.json") == own
     asked = {"calibration": own, "question": QUESTION, "choices": CHOICES}
@@ -122,9 +147,17 @@ def test_a_calibration_is_for_its_translator_its_layers_and_its_places(model, pr
     assert ask(model, processor, images[0], layers=0, **asked)[0].least_evidence == -80
     assert not ask(model, processor, images[0], layers=1, **asked)[0].calibrated
     assert not ask(model, processor, images[0], grid=3, **asked)[0].calibrated
-    other = Calibration(scales, 2, "tests", 10, "0" * 64)
-    with pytest.raises(ValueError, match=r"another translator \(00000000\)"):
-        ask(model, processor, images[0], QUESTION, CHOICES, calibration=other)
+    for part in ("translator", "backbone"):
+        other = Calibration(scales, 2, "tests", 10, **part_hashes(model) | {part: "0" * 64})
+        with pytest.raises(ValueError, match=rf"another {part} \(00000000\)"):
+            ask(model, processor, images[0], QUESTION, CHOICES, calibration=other)
+    unfitted = Calibration({ALL: Scale(0.5, -90.0, NONE_WRONG)}, 2, "tests", 10, **part_hashes(model))
+    (bounded,) = ask(model, processor, images[0], QUESTION, CHOICES, calibration=unfitted)
+    assert not bounded.calibrated and bounded.bound == NONE_WRONG and bounded.probabilities == fitted.probabilities
+
+
+SCALE = {"temperature": 1.0, "least_evidence": 0.0, "bound": None}
+WRITTEN = {"scales": {"all": SCALE}, "grid": 4, "fitted_on": "tests", "questions": 1, "translator": "a", "backbone": "b"}
 
 
 @pytest.mark.parametrize(
@@ -132,19 +165,40 @@ def test_a_calibration_is_for_its_translator_its_layers_and_its_places(model, pr
     [
         "[]",
         "{}",
-        '{"scales": {"all": {"temperature": 0}}, "grid": 4, "fitted_on": "", "questions": 1, "translator": "a"}',
-        '{"scales": {"all": {"heat": 1}}, "grid": 4, "fitted_on": "", "questions": 1, "translator": "a"}',
-        '{"scales": {}, "grid": 4, "fitted_on": "", "questions": 1, "translator": "a", "more": 1}',
+        *(json.dumps({name: value for name, value in WRITTEN.items() if name != left}) for left in WRITTEN),
+        *(
+            json.dumps(WRITTEN | {"scales": {"all": {name: value for name, value in SCALE.items() if name != left}}})
+            for left in SCALE
+        ),
+        *(
+            json.dumps(WRITTEN | {"scales": {"all": SCALE | changed}})
+            for changed in (
+                *({"temperature": value} for value in (0, 0.019, 50.1, -1, 1e400, "1", True, None, [1])),
+                *({"least_evidence": value} for value in (1e400, math.nan, "0", None)),
+                *({"bound": value} for value in ("cold", 1, [])),
+                {"heat": 1},
+            )
+        ),
+        *(
+            json.dumps(WRITTEN | changed)
+            for changed in (
+                *({"grid": value} for value in (0, 1.5, 65, 10**40, "4", True, None)),
+                *({"scales": value} for value in (None, [], {"all": None}, {"all": []}, {"all": 1})),
+                *({name: 1} for name in ("fitted_on", "translator", "backbone")),
+                *({"questions": value} for value in ("1", None, 1.5, -1)),
+                {"more": 1},
+            )
+        ),
     ],
 )
 def test_a_file_that_is_no_calibration_is_named(tmp_path, content):
     (tmp_path / "scales.json").write_text(content)
-    with pytest.raises(ValueError, match=r"scales.json is no calibration: make one with devil evaluate choices"):
+    with pytest.raises(ValueError, match=r"scales.json is no calibration .*: make one with devil evaluate choices"):
         Calibration.read(tmp_path / "scales.json")
 
 
 def test_a_calibration_beside_a_checkpoint_is_found(tmp_path):
     assert Calibration.beside(tmp_path) is None
-    Calibration({}, 4, "tests", 1, "a").write(tmp_path / "calibration.json")
+    Calibration({}, 4, "tests", 1, "a", "b").write(tmp_path / "calibration.json")
     assert json.loads((tmp_path / "calibration.json").read_text())["grid"] == 4
     assert Calibration.beside(tmp_path).grid == 4

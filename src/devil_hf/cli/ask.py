@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from devil_hf.checkpoints import SHAPES, locate
 from devil_hf.cli.verb import VERBS, Verb, look, named_pictures, show
@@ -28,10 +29,12 @@ class AskSettings(LayerSettings):
     )
 
     def validate(self) -> None:
-        """Raise a ValueError for a question or choices that are none."""
-        from devil_hf.questions.choices import Question
+        """Raise a ValueError for a question or choices that are none, and too many places."""
+        from devil_hf.questions.choices import Question, read_grid
 
         Question(self.question, self.choices)
+        if self.grid is not None:
+            read_grid(self.grid)
         if self.checkpoint and not self.images:
             raise ValueError(f"name an image for {self.checkpoint} to be asked about")
 
@@ -45,29 +48,45 @@ def ask_images(settings: AskSettings) -> None:
     calibration = None if settings.calibration is None else Calibration.read(settings.calibration)
     checkpoint = settings.checkpoint if settings.images else SHAPES
     model, processor = open_checkpoint(checkpoint, settings.device)
-    look(model, processor, images, names)
+    calibration = calibration or Calibration.beside(locate(checkpoint))
     answers = ask(
         model,
         processor,
-        images,
+        None,
         settings.question,
         settings.choices,
         layers=read_layers(settings.layers, model.layer_names),
         grid=settings.grid,
         least_evidence=settings.least_evidence,
-        calibration=calibration or Calibration.beside(locate(checkpoint)),
+        calibration=calibration,
+        feature_maps=look(model, processor, images, names),
     )
     lines, wide = [], max(map(len, settings.choices))
     for name, answer in zip(names, answers, strict=True):
-        told = "" if answer.calibrated else " (not calibrated)"
-        lines.append(f"{name}: {answer.text}")
-        lines.append(f"    {'':{wide}}  probability{told}, nats per token over nothing, probability by the language model alone")
-        for choice, chance in sorted(answer.probabilities.items(), key=lambda pair: -pair[1]):
-            lines.append(f"    {choice:{wide}}  {chance:.3f}  {answer.evidence[choice]:+.2f}  {answer.habit[choice]:.3f}")
-        if answer.choice is None:
+        chance = answer.probabilities
+        heads = [] if chance is None else [f"probability{_told(answer)}"]
+        heads += ["nats per token over nothing", "probability by the language model alone"]
+        lines += [f"{name}: {answer.text}", f"    {'':{wide}}  {', '.join(heads)}"]
+        for choice, nats in sorted(answer.evidence.items(), key=lambda pair: -pair[1]):
+            shown = "" if chance is None else f"{chance[choice]:.3f}  "
+            lines.append(f"    {choice:{wide}}  {shown}{nats:+.2f}  {answer.habit[choice]:.3f}")
+        if chance is None:
             lines.append(f"    no choice has the least evidence of {answer.least_evidence:+.2f} nats per token")
+    if calibration is not None:
+        lines.append(
+            f"scales are of {calibration.questions} questions ({calibration.fitted_on}): of other images and questions, and "
+            "where no choice is true, a probability promises nothing"
+        )
     record = [{"image": name, **answer.as_record()} for name, answer in zip(names, answers, strict=True)]
     show(settings, record, "\n".join(lines))
+
+
+def _told(answer: Any) -> str:
+    """What a probability is worth."""
+    if answer.calibrated:
+        return ""
+    bound = f": its temperature is at the bound, {answer.bound} where it was to be fitted" if answer.bound else ""
+    return f" (not calibrated{bound})"
 
 
 VERBS.register(

@@ -1,12 +1,15 @@
 """Multiple choice on the shapes world, or on questions of one's own: is it right, and does it know how sure it may be?
 
 Of every scene, an object is asked for its colour and its texture by its shape, and for its shape by its colour, where no other
-object has that shape or colour; the choices are all words of the class. One question has no answer: what colour a shape has
-that is not there. Scenes come in two parts. On the later ones the scales are fitted (`calibration.json`: a temperature and the
-least evidence, for all layers, each layer, and the whole image), on the first ones they are judged:
+object has that shape or colour; the choices are all words of the class. Two kinds of questions have no true choice: what colour a
+shape has that is not there, and every other question once more, with the truth left out of the choices (where two are left).
+Scenes come in two parts. On the later ones the scales are fitted (`calibration.json`: a temperature and the least evidence, for
+all layers, each layer, and the whole image), on the first ones they are judged:
 
 * `accuracy`: of questions with an answer, how many are right, none refused; beside chance, and the language model alone.
-* `refused`: of questions without an answer, how many are refused; `answered`: of those with one, how many are not.
+* `answered`: of questions with an answer, how many are not refused; `refused_absent`, `refused_left_out`: of those without one,
+  how many are; `sure_absent`, `sure_left_out`: how many get an answer with a probability above .99 (`refused` and `sure` where a
+  file has questions without an answer).
 * expected calibration error (ten bins of probability), before and after fitting, beside what an answerer with the same
   probabilities would have by chance, were they exact.
 
@@ -38,7 +41,8 @@ from devil_hf.questions.choices import (
     ask_places,
     choice_evidence,
     fit_scale,
-    translator_hash,
+    part_hashes,
+    read_grid,
 )
 from devil_hf.questions.grounding import PLACES_TO_A_SIDE
 from devil_hf.settings import option
@@ -47,6 +51,8 @@ from devil_hf.text_files import read_json_lines
 
 SUBJECTS = {"colour": "shape", "texture": "shape", "shape": "colour"}  # what is asked -> by what the object is named
 ABSENT = "absent"  # kind of the question about what is not there
+LEFT_OUT = "left_out"  # kind of the question whose choices lack the truth
+SURE = 0.99  # probability of an answer that nobody would doubt
 SIMULATIONS = 200  # answerers with exact probabilities
 
 
@@ -69,6 +75,7 @@ class ChoicesSettings(EvaluationSettings):
             raise ValueError(f"--limit {self.limit}: at least 2 are needed, for an interval")
         if self.grid < 2:
             raise ValueError(f"--grid {self.grid}: at least 2 places to a side; the whole image is asked as well")
+        read_grid(self.grid)
 
 
 @dataclass(frozen=True)
@@ -149,7 +156,14 @@ class ChoicesEvaluator(Evaluator):
                 f"{self.settings.questions} asks {len(self.asked)} images, fewer than --limit {self.settings.limit} and --fit "
                 f"{self.settings.fit}: lower them"
             )
-        return list(self.asked)[:wanted]
+        chosen = list(self.asked)[:wanted]
+        if missing := [image for image in chosen if not Path(image).is_file()]:
+            raise FileNotFoundError(f"{self.settings.questions} asks {len(missing)} images that are not there: {missing[0]}")
+        parts = {"limit": chosen[: self.settings.limit], "fit": chosen[self.settings.limit :]}
+        for name, images in parts.items():
+            if all(exam.answer is None for image in images for exam in self.asked[image]):
+                raise ValueError(f"{self.settings.questions}: no question of the images of --{name} has an answer: give some")
+        return chosen
 
     def decides(self) -> dict[str, Any]:
         """The world, or that the images name themselves; and the places."""
@@ -200,11 +214,11 @@ class ChoicesEvaluator(Evaluator):
         names = list(images[0][0]["evidence"])
         scales = {}
         for name in names:
-            told = [row for image in fitted for row in image]
+            told = [row for image in fitted for row in _with_left_out(image)]
             scales[name] = fit_scale([row["evidence"][name] for row in told], [row["answer"] for row in told])
         self._write(scales, sum(map(len, fitted)))
         draws = bootstrap_draws(len(judged), seed=0)
-        asked = [(image, row) for image, one in enumerate(judged) for row in one]
+        asked = [(image, row) for image, one in enumerate(judged) for row in _with_left_out(one)]
         present = [(image, row) for image, row in asked if row["answer"] is not None]
         scores: dict[str, dict[str, float]] = {}
         intervals, details = {}, {}
@@ -231,7 +245,7 @@ class ChoicesEvaluator(Evaluator):
 
     def _write(self, scales: dict[str, Scale], questions: int) -> None:
         on = f"{self._label()}, {self.settings.fit} images from number {self.settings.limit} on"
-        found = Calibration(scales, self.settings.grid, on, questions, translator_hash(self.model))
+        found = Calibration(scales, self.settings.grid, on, questions, **part_hashes(self.model))
         found.write(Path(self.settings.output_dir) / CALIBRATION_FILE)
 
     def text(self, evaluation: Evaluation) -> str:
@@ -242,8 +256,26 @@ class ChoicesEvaluator(Evaluator):
             f"{evaluation.dataset['name']}, {evaluation.dataset['size']} images, {asked['questions']} questions with an answer, "
             f"{details['absent']} without\n\n{super().text(evaluation)}\n\n"
             f"expected calibration error, scales fitted on {asked['fitted_on']} other images\n\n"
-            f"{table(details['calibration'], columns)}"
+            f"{table(details['calibration'], columns)}{_bounds(details['calibration'])}"
         )
+
+
+def _with_left_out(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows, and each that has an answer once more without its true choice: the sentences of the others say what they said."""
+    found = list(rows)
+    for row in rows:
+        at = row["answer"]
+        if at is not None and len(row["habit"]) > 2:
+            evidence = {name: [*values[:at], *values[at + 1 :]] for name, values in row["evidence"].items()}
+            habit = [*row["habit"][:at], *row["habit"][at + 1 :]]
+            found.append({"kind": LEFT_OUT, "answer": None, "evidence": evidence, "habit": habit})
+    return found
+
+
+def _bounds(scales: Mapping[str, Mapping[str, Any]]) -> str:
+    """A line for scales without a fitted temperature."""
+    found = [f"{name} ({one['bound']})" for name, one in scales.items() if one["bound"]]
+    return f"\n\ntemperatures that are not fitted, but at their bound: {', '.join(found)}" if found else ""
 
 
 def _by_image(rows: Sequence[tuple[int, Any]], images: int, value: Any) -> Ratio:
@@ -261,12 +293,17 @@ def _by_kind(rows: Sequence[tuple[int, Any]], scores_of: Any) -> dict[str, float
 
 
 def _refusals(rows: Sequence[tuple[int, Any]], name: str, scale: Scale) -> dict[str, float]:
-    """The shares of questions with an answer that get one, and of those without that get none."""
-    kept: dict[bool, list[bool]] = {True: [], False: []}
+    """The share of questions with an answer that get one; of each kind of those without, that which gets none, or a sure one."""
+    found: dict[str, list[bool]] = {}
     for _, row in rows:
-        kept[row["answer"] is not None].append(max(row["evidence"][name]) >= scale.least_evidence)
-    found = {"answered": float(np.mean(kept[True]))}
-    return found | ({"refused": 1 - float(np.mean(kept[False]))} if kept[False] else {})
+        kept = max(row["evidence"][name]) >= scale.least_evidence
+        if row["answer"] is not None:
+            found.setdefault("answered", []).append(kept)
+            continue
+        sure = float(scale.probabilities(torch.tensor(row["evidence"][name])).max()) > SURE
+        for about, holds in (("refused", not kept), ("sure", kept and sure)):
+            found.setdefault(f"{about}_{row['kind']}".rstrip("_"), []).append(holds)
+    return {about: float(np.mean(holds)) for about, holds in found.items()}
 
 
 def _calibration(rows: Sequence[Any], name: str, scale: Scale) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from devil_hf.evaluation.results import read_evaluations
 from devil_hf.folders import write_json
 from devil_hf.hub.checks import CODE
 from devil_hf.hub.facts import readable_recipe, without_paths
+from devil_hf.questions.choices import CALIBRATION_FILE
 from devil_hf.text_files import read_json, read_results, read_text
 
 RECIPE_FILE = "recipe.yaml"
@@ -22,7 +23,10 @@ PUBLISHED = (
 )
 PRIVATE = (".*", "evaluations/.*", "trainer_state.json", "*training_args*")
 # Files of an earlier push that would contradict this one.
-OUTDATED = (*("*.safetensors", "*.safetensors.index.json", CODE), *("pictures/*", "evaluations/*", "scores.json", RECIPE_FILE))
+OUTDATED = (
+    *("*.safetensors", "*.safetensors.index.json", CODE),
+    *("pictures/*", "evaluations/*", "scores.json", CALIBRATION_FILE, RECIPE_FILE),
+)
 
 
 def is_outdated(path: str) -> bool:

@@ -28,6 +28,7 @@ from devil_hf.model.configuration_devil import DevilConfig
 from devil_hf.model.image_processing_devil import ImageSource, load_images
 from devil_hf.model.modeling_devil import DevilModel
 from devil_hf.model.processing_devil import DevilProcessor
+from devil_hf.questions.choices import Calibration
 
 logger = logging.get_logger(f"transformers.{__name__}")
 
@@ -123,12 +124,13 @@ def prepare(
         images: example images for the card, which are published too; a checkpoint of the shapes world draws its own.
         phrases: words whose maps the card shows; default: what the model says of each image.
         scores: JSON files of evaluations (`devil_hf.evaluation.results`), beside those found in the checkpoint:
-            `scores.json` and `evaluations/*.json`.
+            `scores.json` and `evaluations/*.json`. A `calibration.json` of the checkpoint goes along.
         license: of the published weights, an identifier of the Hub.
         about: `datasets`, `data`, `language` and `revision` of the card, as `Facts` has them.
 
     Raises:
-        ValueError: when something is missing, not finite, or would not load elsewhere, and for scores of other weights.
+        ValueError: when something is missing, not finite, or would not load elsewhere, and for scores and a calibration of other
+            weights.
     """
     check_repo_id(repo_id)
     folder = new_folder(folder)
@@ -136,7 +138,7 @@ def prepare(
     pictures = [] if images is None else [picture.copy() for picture in load_images(images)]
     model, processor = _stage(checkpoint, processor, folder, slim)
     evaluations = [evaluation for path in score_files(folder) for evaluation in read_evaluations(path)] + given
-    _check_scores(evaluations, checkpoint)
+    _check_measured(evaluations, Calibration.beside(folder), checkpoint)
     recipe = folder / RECIPE_FILE
     facts = Facts(
         repo_id=repo_id,
@@ -155,15 +157,19 @@ def prepare(
     return Draft(folder, card, _notes(facts))
 
 
-def _check_scores(evaluations: Sequence[Evaluation], checkpoint: str | PathLike | DevilModel) -> None:
-    """Raise a ValueError for scores of other weights."""
-    if any(evaluation.weights for evaluation in evaluations):
+def _check_measured(
+    evaluations: Sequence[Evaluation], calibration: Calibration | None, checkpoint: str | PathLike | DevilModel
+) -> None:
+    """Raise a ValueError for scores and a calibration of other weights."""
+    if calibration or any(evaluation.weights for evaluation in evaluations):
         # As evaluations load it, in fp32: frozen parts of a slim checkpoint would be rounded to its own precision otherwise.
         if isinstance(checkpoint, str | PathLike):
             model = DevilModel.from_pretrained(checkpoint, dtype=torch.float32)
         else:
             model = checkpoint
         check_measured(evaluations, model)
+        if calibration:
+            calibration.check(model)
 
 
 def _stage(

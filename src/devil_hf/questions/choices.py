@@ -9,13 +9,15 @@ the image,
 
 A pooled feature of a whole image knows that there is red, and a square, but hardly what is what; a place shows one thing, so
 the sentence is read at a place that nobody names. `grid=1` asks the whole image instead. Where no choice has the least
-evidence, nothing is answered: the words before and after the mark count, too, so that of a scene without a square no square
-gets a colour. The temperature is fitted on other images (Guo et al., 2017; `devil evaluate choices`).
+evidence, nothing is answered, and there are no probabilities: the words before and after the mark count, too, so that of a scene
+without a square no square gets a colour. Choices that are all false of what is there are harder to refuse, since the rest of the
+sentence is true. The temperature is fitted on other images (Guo et al., 2017; `devil evaluate choices`), on questions whose
+choices hold the truth; of others, and of images unlike those, it says nothing.
 """
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from os import PathLike
 from typing import Any
 
@@ -38,6 +40,10 @@ MARK = "{}"
 NOT_ENCODED = "not encoded"
 ALL, WHOLE = "all", "whole"  # scales: all layers at places, all layers of the whole image; others are of a layer at places
 COLDEST, HOTTEST = 0.02, 50.0  # bounds of a fitted temperature: where every answer is right, none is the best
+AT_BOUND = 1e-6  # nats per question by which a fitted temperature must be better than a bound
+NONE_WRONG, NONE_BETTER = "no answer clearly wrong", "no answer better than chance"  # why a fit ended at its bound
+UNLIKELY = 0.05  # a temperature that makes answers less likely than this share of the likeliest is refuted by them
+FINEST_GRID = 64  # places to a side
 CALIBRATION_FILE = "calibration.json"  # beside a checkpoint
 
 
@@ -50,6 +56,7 @@ class Question:
         choices: two or more.
 
     Raises:
+        TypeError: for what is no text.
         ValueError: for an empty text or choice, several marks, fewer than two choices, and two that are equal.
     """
 
@@ -57,12 +64,16 @@ class Question:
     choices: Sequence[str]
 
     def __post_init__(self) -> None:
+        if not isinstance(self.text, str):
+            raise TypeError(f'question {self.text!r:.100} is no text: give a sentence such as "the {MARK} square"')
         if not self.text.strip():
             raise ValueError(f'question {self.text!r} is empty: give a sentence such as "the {MARK} square", or "{MARK}" alone')
         if self.text.count(MARK) > 1:
             raise ValueError(f"question {self.text!r} has several marks {MARK}: leave one, where the choice stands")
-        if isinstance(self.choices, str) or len(self.choices) < 2:
-            raise ValueError(f"choices {self.choices!r}: give at least two, to choose from")
+        if isinstance(self.choices, str) or not isinstance(self.choices, Sequence) or len(self.choices) < 2:
+            raise ValueError(f"choices {self.choices!r:.100}: give at least two, to choose from")
+        if strange := [choice for choice in self.choices if not isinstance(choice, str)]:
+            raise TypeError(f"choice {strange[0]!r:.100} is no text: give words")
         object.__setattr__(self, "choices", tuple(" ".join(choice.split()) for choice in self.choices))
         if not all(self.choices):
             raise ValueError(f"choices {list(self.choices)} hold an empty one: leave it out")
@@ -106,10 +117,23 @@ class Scale:
     Args:
         temperature: nats per token by which probabilities of choices differ by a factor of e.
         least_evidence: nats per token that the best choice must have.
+        bound: why no temperature could be fitted, `NONE_WRONG` (it is then the highest that such answers do not refute) or
+            `NONE_BETTER` (it is `HOTTEST`); None where one was.
     """
 
     temperature: float = 1.0
     least_evidence: float = 0.0
+    bound: str | None = None
+
+    def __post_init__(self) -> None:
+        if not all(type(value) in (int, float) for value in (self.temperature, self.least_evidence)):
+            raise ValueError(f"temperature {self.temperature!r} and least evidence {self.least_evidence!r} must be numbers")
+        if not COLDEST <= self.temperature <= HOTTEST:
+            raise ValueError(f"temperature {self.temperature} must lie between {COLDEST} and {HOTTEST}")
+        if not math.isfinite(self.least_evidence):
+            raise ValueError(f"least evidence {self.least_evidence} must be finite")
+        if self.bound not in (None, NONE_WRONG, NONE_BETTER):
+            raise ValueError(f"bound {self.bound!r} must be {NONE_WRONG!r}, {NONE_BETTER!r}, or null")
 
     def probabilities(self, evidence: Tensor) -> Tensor:
         """(..., K) of evidence (..., K)."""
@@ -118,14 +142,14 @@ class Scale:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Scales that were fitted for one translator.
+    """Scales that were fitted for one network and its translator.
 
     Args:
         scales: by what is asked: `ALL` layers at places, each layer at places, and all layers of the `WHOLE` image.
         grid: places to a side of the image.
         fitted_on: which images.
         questions: how many.
-        translator: hash of the weights of the translator.
+        translator, backbone: hashes of their weights.
     """
 
     scales: dict[str, Scale]
@@ -133,6 +157,13 @@ class Calibration:
     fitted_on: str
     questions: int
     translator: str
+    backbone: str
+
+    def __post_init__(self) -> None:
+        texts, numbers = (self.fitted_on, self.translator, self.backbone), (self.questions, self.grid)
+        if not all(isinstance(one, str) for one in texts) or not all(type(one) is int and one > 0 for one in numbers):
+            raise ValueError(f"{texts} must be texts, and {numbers} whole numbers")
+        read_grid(self.grid)
 
     @classmethod
     def read(cls, file: str | PathLike) -> "Calibration":
@@ -144,17 +175,14 @@ class Calibration:
         """
         content = read_json(file)
         try:
-            scales = {str(name): Scale(**{key: float(one[key]) for key in one}) for name, one in content.pop("scales").items()}
-            found = cls(scales=scales, **content)
-            known = all(
-                scale.temperature > 0 and math.isfinite(scale.temperature + scale.least_evidence) for scale in scales.values()
-            )
-            known = known and isinstance(found.grid, int) and isinstance(found.translator, str)
-        except (AttributeError, KeyError, TypeError, ValueError):
-            known = False
-        if not known:
-            raise ValueError(f"{file} is no calibration: make one with devil evaluate choices")
-        return found
+            scales = {}
+            for name, one in content.pop("scales").items():
+                if missing := [key.name for key in fields(Scale) if key.name not in one]:
+                    raise ValueError(f"the scale {name!r} has no {missing[0]}")
+                scales[str(name)] = Scale(**one)
+            return cls(scales=scales, **content)
+        except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
+            raise ValueError(f"{file} is no calibration ({error}): make one with devil evaluate choices") from error
 
     @classmethod
     def beside(cls, checkpoint: str | PathLike) -> "Calibration | None":
@@ -167,12 +195,13 @@ class Calibration:
         write_json(file, asdict(self))
 
     def check(self, model: DevilModel) -> None:
-        """Raise a ValueError where the model has another translator than the one that this was fitted for."""
-        if (own := translator_hash(model)) != self.translator:
-            raise ValueError(
-                f"the calibration is of another translator ({self.translator:.8}) than this checkpoint's ({own:.8}): fit one by "
-                "devil evaluate choices"
-            )
+        """Raise a ValueError where the model has another translator or network than those that this was fitted for."""
+        for part, own in part_hashes(model).items():
+            if own != (fitted := getattr(self, part)):
+                raise ValueError(
+                    f"the calibration is of another {part} ({fitted:.8}) than this checkpoint's ({own:.8}): fit one by "
+                    "devil evaluate choices"
+                )
 
     def scale(self, visible: Sequence[int], names: Sequence[str], grid: int) -> Scale | None:
         """The scale for layers at positions `visible` of `names` and `grid` places to a side; None where none was fitted."""
@@ -182,9 +211,20 @@ class Calibration:
         return self.scales.get(WHOLE) if grid == 1 and every else None
 
 
-def translator_hash(model: DevilModel) -> str:
-    """SHA-256 of the translator's weights in single precision."""
-    return weights_hash({name: tensor.float() for name, tensor in model.translator.state_dict().items()})
+def part_hashes(model: DevilModel) -> dict[str, str]:
+    """SHA-256 of the weights of the "translator" and of the "backbone", in single precision."""
+    parts = {"translator": model.translator, "backbone": model.backbone.module}
+    return {
+        part: weights_hash({name: tensor.float() for name, tensor in module.state_dict().items()})
+        for part, module in parts.items()
+    }
+
+
+def read_grid(grid: int) -> int:
+    """Places to a side of the image; a ValueError for less than 1, and for more than any feature map tells apart."""
+    if (grid := read_number(grid, "grid", 1)) > FINEST_GRID:
+        raise ValueError(f"grid={grid}: at most {FINEST_GRID} places to a side, such as {PLACES_TO_A_SIDE}")
+    return grid
 
 
 @dataclass(frozen=True)
@@ -193,19 +233,21 @@ class Answer:
 
     Args:
         choice: the likeliest; None where the features support none of them.
-        probabilities: of each choice, given that one of them is true.
+        probabilities: of each choice, given that one of them is true; None where nothing is answered.
         evidence: of the sentence of each choice, in nats per token over the null prefix.
         habit: of each choice, the probability that the language model alone gives it, without features.
         least_evidence: what the best choice had to have.
-        calibrated: whether the probabilities were fitted for what was asked.
+        calibrated: whether the probabilities are of a temperature that was fitted for these layers and places.
+        bound: of the scale, why none could be fitted.
     """
 
     choice: str | None
-    probabilities: dict[str, float]
+    probabilities: dict[str, float] | None
     evidence: dict[str, float]
     habit: dict[str, float]
     least_evidence: float
     calibrated: bool = field(default=False)
+    bound: str | None = None
 
     @property
     def text(self) -> str:
@@ -221,18 +263,19 @@ class Answer:
 def ask(
     model: DevilModel,
     processor: DevilProcessor,
-    images: ImageSource,
+    images: ImageSource | None,
     question: str,
     choices: Sequence[str],
     layers: Layers = None,
     grid: int | None = None,
     least_evidence: float | None = None,
     calibration: Calibration | None = None,
+    feature_maps: Sequence[Tensor | None] | None = None,
 ) -> list[Answer]:
     """Ask images a question with given answers.
 
     Args:
-        images: anything that the processor accepts.
+        images: anything that the processor accepts; None where `feature_maps` stand for them.
         question: a sentence as captions have it, with one mark `{}` where the choice stands ("the {} square"); without one, it
             is continued by the choice.
         choices: two or more.
@@ -240,22 +283,28 @@ def ask(
         grid: places to a side of the image, 1 for the whole image; None for the calibration's, or 4.
         least_evidence: nats per token below which the answer is "not encoded"; None for the calibration's, or 0.
         calibration: None divides evidence by 1, and so promises nothing of the probabilities.
+        feature_maps: (B, C_l, H_l, W_l) per layer, of `model.extract_features`, instead of images.
 
     Returns:
         An answer per image.
 
     Raises:
-        ValueError: for a question or choices that are none, see `Question`, and a calibration for another translator.
+        ValueError: for a question or choices that are none, see `Question`, a grid that is too fine, a calibration for another
+            translator or network, and both images and feature maps, or neither.
     """
     asked = Question(question, choices)
+    usual = calibration.grid if calibration else PLACES_TO_A_SIDE
+    grid = read_grid(usual if grid is None else grid)
     tokens = asked.tokens(processor)
-    grid = read_number(grid or (calibration.grid if calibration else PLACES_TO_A_SIDE), "grid", 1)
+    if (images is None) == (feature_maps is None):
+        raise ValueError("give images, or the feature_maps of an earlier call, and not both")
     visible = resolve_layers(layers, model.layer_names)
     scale = None
     if calibration is not None:
         calibration.check(model)
         scale = calibration.scale(visible, model.layer_names, grid)
-    features = model.extract_features(processor(images=images, return_tensors="pt")["pixel_values"], visible)
+    pixels = None if images is None else processor(images=images, return_tensors="pt")["pixel_values"]
+    features = model.read_features(pixels, feature_maps, visible)
     evidence, habit = choice_evidence(model, ask_places(model, features, grid, visible), tokens)
     least = (scale or Scale()).least_evidence if least_evidence is None else least_evidence
     chances = (scale or Scale()).probabilities(evidence)
@@ -264,17 +313,13 @@ def ask(
     def named(values: Tensor) -> dict[str, float]:
         return dict(zip(asked.choices, values.tolist(), strict=True))
 
-    return [
-        Answer(
-            asked.choices[int(chance.argmax())] if one.max() >= least else None,
-            named(chance),
-            named(one),
-            named(alone),
-            least,
-            scale is not None,
-        )
-        for one, chance in zip(evidence, chances, strict=True)
-    ]
+    bound = None if scale is None else scale.bound
+    fitted, answers = scale is not None and bound is None, []
+    for one, chance in zip(evidence, chances, strict=True):
+        supported = bool(one.max() >= least)
+        choice, probabilities = (asked.choices[int(chance.argmax())], named(chance)) if supported else (None, None)
+        answers.append(Answer(choice, probabilities, named(one), named(alone), least, fitted and supported, bound))
+    return answers
 
 
 def ask_places(model: DevilModel, feature_maps: Sequence[Tensor | None], grid: int, layers: Layers = None) -> Tensor:
@@ -303,6 +348,9 @@ def choice_evidence(model: DevilModel, places: Tensor, tokens: Mapping[str, Tens
 def fit_scale(evidence: Sequence[Sequence[float]], answers: Sequence[int | None]) -> Scale:
     """The temperature that makes true answers likeliest, and the least evidence that tells questions with an answer from others.
 
+    Where every answer is right, the colder the likelier: no temperature is fitted then, and the scale says so and has the highest
+    one under which the true answers are at least `UNLIKELY` times as likely as at `COLDEST`.
+
     Args:
         evidence: of the choices of each question.
         answers: which of them is true; None where none is. The least evidence is where the share of questions without an
@@ -313,7 +361,7 @@ def fit_scale(evidence: Sequence[Sequence[float]], answers: Sequence[int | None]
         MissingExtraError: without scipy.
     """
     needs("scipy", "evaluate")
-    from scipy.optimize import minimize_scalar
+    from scipy.optimize import brentq, minimize_scalar
 
     answered = [(torch.tensor(one), answer) for one, answer in zip(evidence, answers, strict=True) if answer is not None]
     if not answered:
@@ -327,7 +375,15 @@ def fit_scale(evidence: Sequence[Sequence[float]], answers: Sequence[int | None]
 
     found = minimize_scalar(loss, bounds=(math.log(COLDEST), math.log(HOTTEST)), method="bounded")
     absent = [max(one) for one, answer in zip(evidence, answers, strict=True) if answer is None]
-    return Scale(math.exp(found.x), _between([float(one.max()) for one, _ in answered], absent) if absent else 0.0)
+    least = _between([float(one.max()) for one, _ in answered], absent) if absent else 0.0
+    low, high = math.log(COLDEST), math.log(HOTTEST)
+    if loss(high) <= found.fun + AT_BOUND:
+        return Scale(HOTTEST, least, NONE_BETTER)
+    if loss(low) > found.fun + AT_BOUND:
+        return Scale(math.exp(found.x), least)
+    allowed = loss(low) - math.log(UNLIKELY) / len(answered)
+    highest = high if loss(high) <= allowed else brentq(lambda at: loss(at) - allowed, low, high)
+    return Scale(min(max(math.exp(highest), COLDEST), HOTTEST), least, NONE_WRONG)
 
 
 def _between(present: Sequence[float], absent: Sequence[float]) -> float:
@@ -341,4 +397,15 @@ def _between(present: Sequence[float], absent: Sequence[float]) -> float:
     return float(middles[gain >= gain.max() - 1e-12].median())
 
 
-__all__ = ["Answer", "Calibration", "Question", "Scale", "ask", "ask_places", "choice_evidence", "fit_scale"]
+__all__ = [
+    "Answer",
+    "Calibration",
+    "Question",
+    "Scale",
+    "ask",
+    "ask_places",
+    "choice_evidence",
+    "fit_scale",
+    "part_hashes",
+    "read_grid",
+]
