@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from devil_hf.cli.verb import VERBS, Verb, show
+from devil_hf.cli.verb import VERBS, Verb, check_file, show
 from devil_hf.settings import JsonSettings, option, read_layers
 
 
@@ -48,16 +48,18 @@ def diff(settings: DiffSettings) -> None:
     from devil_hf.data.images import NumberedImages, open_images
     from devil_hf.extras import needs
     from devil_hf.model.image_processing_devil import load_images
-    from devil_hf.questions.difference import GAINED, LOST, MOST_WORDS, check_images, compare_networks
+    from devil_hf.questions.difference import GAINED, LOST, MOST_WORDS, check_images, check_level, compare_networks
     from devil_hf.text_files import read_list
 
     needs("scipy", "evaluate")
-    if settings.output is not None and not settings.output.parent.is_dir():
-        raise FileNotFoundError(f"--output {settings.output}: there is no folder {settings.output.parent}")
+    if settings.output is not None:
+        check_file(settings.output, "difference.html")
     words = read_list(settings.words) if settings.words else []
+    family = {"layers": 1 + len(settings.layers or "1"), "words": MOST_WORDS + len(words), "level": settings.level}
+    check_level(**family)
     images = open_images(settings.images, limit=settings.limit)
     if isinstance(images, NumberedImages):
-        check_images(len(images), 1 + len(settings.layers or "1"), MOST_WORDS + len(words), settings.level)
+        check_images(len(images), **family)
     model, processor = open_checkpoint(settings.a, settings.device)
     if settings.backbone is None:
         other = open_checkpoint(settings.b, settings.device)

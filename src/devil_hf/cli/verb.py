@@ -12,6 +12,7 @@ VERBS.register("greet", Verb("greet", "say hello", "devil greet you", lambda: Gr
 """
 
 import json
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -35,6 +36,7 @@ class Verb:
         run: does the work for settings; the exit code, None for 0.
         subjects: of a group: its members by name. A group has neither settings nor `run`.
         usual: the member that is meant where the command line begins with the name of none.
+        notes: returns lines for `--help`, above the example.
     """
 
     name: str
@@ -44,6 +46,7 @@ class Verb:
     run: Callable[[Any], int | None] | None = None
     subjects: "Callable[[], Mapping[str, Verb]] | None" = None
     usual: str | None = None
+    notes: Callable[[], str] | None = None
 
 
 VERBS: Registry[Verb] = Registry("verb", "devil_hf.cli")
@@ -71,10 +74,17 @@ def check_picture(file: Path) -> None:
     kinds = Image.registered_extensions()
     if kinds.get(file.suffix.lower()) not in Image.SAVE:
         raise ValueError(f"--output {file}: no picture has the ending {file.suffix!r}; name a file such as maps.png")
+    check_file(file, "maps.png")
+
+
+def check_file(file: Path, such_as: str) -> None:
+    """Raise an OSError for a file that cannot be written, before the work that it is to hold."""
     if file.is_dir():
-        raise IsADirectoryError(f"--output {file} is a folder; name a file in it")
+        raise IsADirectoryError(f"--output {file} is a folder; name a file in it, such as {file / such_as}")
     if not file.parent.is_dir():
         raise FileNotFoundError(f"--output {file}: there is no folder {file.parent}")
+    if not os.access(file if file.exists() else file.parent, os.W_OK):
+        raise PermissionError(f"--output {file} cannot be written: name another file")
 
 
 def named_pictures(paths: list[str]) -> tuple[list[str], list[Any]]:

@@ -49,6 +49,7 @@ MOST_WORDS = 100
 TELLING = 0.1  # nats that a word must tell, on average of the two networks, for a change to be reported: "and" tells .02
 PLAUSIBLE = 0.1  # Li et al. (2023): words with less than this share of the likeliest one's probability are not contrasted
 BATCH = 32
+MOST_DRAWS = 10_000_000  # exchanges at random: minutes
 
 
 @dataclass
@@ -265,7 +266,7 @@ def changed_words(
         return _told(own, images) - _told(others, images)
 
     tests = len(layers) * len(words)
-    change, p = paired_swaps(difference, images, draws=max(9_999, math.ceil(2 * tests / level)), seed=seed)
+    change, p = paired_swaps(difference, images, draws=_draws(tests, level), seed=seed)
     q = false_discovery(p)
     before, after = (told(np.moveaxis(values, 1, 0)).ravel() for values in (a, b))
     found = []
@@ -400,13 +401,15 @@ def compare_networks(
 
     Raises:
         MissingExtraError: without scipy.
-        ValueError: for fewer images than the test needs at this level, layers that are not in both, and words that a language
-            model cannot represent; all of it before any image is looked at.
+        ValueError: for a level that asks for too many draws, fewer images than the test needs at it, layers that are not in both,
+            and words that a language model cannot represent; all of it before any image is looked at.
     """
     needs("scipy", "evaluate")
     compared = compared_layers(a[0], b[0], layers)
     check_words([*words, *([carrier] if carrier else [])], a[1], b[1])
-    enough = partial(check_images, layers=len(compared), words=MOST_WORDS + len(words), level=level)
+    family = {"layers": len(compared), "words": MOST_WORDS + len(words), "level": level}
+    check_level(**family)
+    enough = partial(check_images, **family)
     if isinstance(images, Sized):
         enough(len(images))
     (one, other), keys = read_images((a, b), images)
@@ -424,10 +427,25 @@ def compare_networks(
     return Difference(tuple(changes), tuple(shown), compared, len(keys), level, least, tuple(left_out))
 
 
-def check_images(images: int, layers: int, words: int = MOST_WORDS, level: float = LEVEL) -> None:
-    """Raise a ValueError for fewer images than a test of so many words and layers needs, see `images_needed`."""
+def _draws(tests: int, level: float) -> int:
+    """So many exchanges at random give p-values fine enough for the smallest of so many tests to be judged at a level."""
+    return max(9_999, math.ceil(2 * tests / level))
+
+
+def check_level(layers: int, words: int = MOST_WORDS, level: float = LEVEL) -> None:
+    """Raise a ValueError for a level that is none, and for one that so many words and layers would need too many draws for."""
     if not 0 < level < 1:
         raise ValueError(f"level={level} must lie between 0 and 1, such as {LEVEL}.")
+    if 2 * layers * words / level > MOST_DRAWS:
+        possible = 10 ** -math.floor(math.log10(MOST_DRAWS / (2 * layers * words)))
+        raise ValueError(
+            f"level={level:g} needs {_draws(layers * words, level):,} exchanges at random for up to {words} words at {layers} "
+            f"layers, and {MOST_DRAWS:,} are possible: ask for a level of {possible:g} or more, or for fewer layers."
+        )
+
+
+def check_images(images: int, layers: int, words: int = MOST_WORDS, level: float = LEVEL) -> None:
+    """Raise a ValueError for fewer images than a test of so many words and layers needs, see `images_needed`."""
     if images < (needed := images_needed(layers, words, level)):
         raise ValueError(
             f"{images} images are too few: up to {words} words at {layers} layers and a false discovery rate of {level:g} need "
@@ -444,6 +462,7 @@ __all__ = [
     "changed_images",
     "changed_words",
     "check_images",
+    "check_level",
     "check_words",
     "compare_networks",
     "contrast",

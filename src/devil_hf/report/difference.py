@@ -31,10 +31,11 @@ def write_difference(
     Args:
         found: what `compare_networks` returned.
         output: file to write.
-        a, b: names of the two networks.
+        a, b: names of the two networks, or where they lie; the page shows as much of the end as tells them apart.
         source: name of the images.
         pictures: those of the examples, by key.
     """
+    name_a, name_b = distinct_names(a, b)
     by_word: dict[str, dict[str, WordChange]] = {}
     for one in found.words:
         by_word.setdefault(one.word, {})[one.layer] = one
@@ -42,8 +43,8 @@ def write_difference(
     rows = [_row(word, by_layer, found, most) for word, by_layer in by_word.items()]
     page = render(
         TEMPLATE,
-        a=Path(a).name,
-        b=Path(b).name,
+        a=name_a,
+        b=name_b,
         source=source,
         images=found.images,
         layers=found.layers,
@@ -60,6 +61,16 @@ def write_difference(
     with written(output) as unfinished:
         unfinished.write_text(page, encoding="utf-8")
     return Path(output)
+
+
+def distinct_names(a: str, b: str) -> tuple[str, str]:
+    """The shortest ends of two paths that are not the same: of runs/1/checkpoint and runs/2/checkpoint, all but `runs/`."""
+    parts = [Path(name).parts or (name,) for name in (a, b)]
+    for length in range(1, max(map(len, parts)) + 1):
+        one, other = ("/".join(own[-length:]) for own in parts)
+        if one != other:
+            return one, other
+    return parts[0][-1], parts[1][-1]
 
 
 def _named(found: Difference, verdict: str) -> list[dict[str, Any]]:
@@ -104,4 +115,4 @@ def _example(one: Example, image: Image.Image | None) -> dict[str, Any]:
     }
 
 
-__all__ = ["write_difference"]
+__all__ = ["distinct_names", "write_difference"]
