@@ -58,6 +58,12 @@ def test_phrases_over_labelled_images(tmp_path, capsys):
         (["nowhere.jpg", "red"], "nowhere.jpg"),
         (["x.png", "red", "red"], "['red'] are named twice"),
         (["", "red"], "the image has no name"),
+        (["photo.jpg", "red", "--names", "names.txt"], "--names names.txt is of labelled images, and photo.jpg is one picture"),
+        (["photo.jpg", "red", "--images", "."], "--images . is of labelled images"),
+        (
+            ["shapes:24", "red", "--names", "names.txt"],
+            "--images and --names are of labelled images, and shapes:24 draws its own",
+        ),
         (["x.png", "red", "--split", "val"], "x.png is one picture"),
         (["shapes:20", "dog"], "the shapes world has no ['dog']"),
         (["shapes:20", "a=red,"], "is no PHRASE"),

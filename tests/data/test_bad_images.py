@@ -11,7 +11,7 @@ from datasets import Image as ImageFeature
 from PIL import Image
 
 from devil_hf.data.decoding import BadImage, BadSamples, PairDecoder, read_picture
-from devil_hf.data.images import open_images
+from devil_hf.data.images import StreamedImages, open_images
 from devil_hf.data.pairs import open_pairs
 from devil_hf.data.unit_reader import pixel_batches
 from devil_hf.model.image_processing_devil import load_images
@@ -77,6 +77,16 @@ def test_a_pass_over_a_folder_does_without_bad_images_and_names_them(folder, pro
         ]
         assert workers or all(f"({name}) is left out: " in caplog.text for name in bad_files())
         assert "404" not in caplog.text
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_bad_image_that_is_read_twice_is_told_of_once(folder, caplog, streamed):
+    listed = open_images(folder)
+    read = lambda: ({"image": listed.load(number)} for number in listed.numbers)  # noqa: E731
+    images = StreamedImages("a stream", read) if streamed else listed
+    once = [number for number, picture in images.stream() if picture is None]
+    assert once and [number for number, picture in images.stream() if picture is None] == once
+    assert len([record for record in caplog.records if "is left out" in record.getMessage()]) == len(once)
 
 
 def test_a_stream_of_pairs_does_without_bad_images_and_counts_them(folder, caplog):

@@ -10,6 +10,7 @@ from PIL import Image
 from devil_hf.data.labels import open_labelled
 from devil_hf.data.worlds import World
 from devil_hf.evaluation.emergence import (
+    EmergenceEvaluator,
     EmergenceSettings,
     read_groups,
     statements_of_labels,
@@ -77,6 +78,24 @@ def test_folders_of_classes_are_read_one_of_each_in_turn(classes, tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "alone.png")
     with pytest.raises(ValueError, match=r"alone\.png lies in no folder of a class"):
         open_labelled(str(tmp_path))
+
+
+def test_labelled_objects_may_say_where_images_and_names_are(tmp_path, classes):
+    for place in ("labels", "elsewhere"):
+        (tmp_path / place).mkdir()
+    (tmp_path / "labels" / "one.txt").write_text("0 0.5 0.5 0.5 0.5\n")
+    Image.new("RGB", (40, 40)).save(tmp_path / "elsewhere" / "one.png")
+    (tmp_path / "names.txt").write_text("red dog\n")
+    with pytest.raises(FileNotFoundError, match=r"--images"):
+        open_labelled(str(tmp_path / "labels"))
+    data = open_labelled(str(tmp_path / "labels"), None, 5, tmp_path / "elsewhere", str(tmp_path / "names.txt"))
+    assert data.texts == [["red dog"]] and data.load(0).size == (40, 40)
+    settings = {"source": str(tmp_path / "labels"), "images": tmp_path / "elsewhere", "names": str(tmp_path / "names.txt")}
+    run = EmergenceEvaluator(make(EmergenceSettings, settings))
+    with pytest.raises(ValueError, match="all 1 statements of 'names' are true"):
+        run.open()
+    with pytest.raises(ValueError, match=r"has no objects by COCO, VOC or YOLO, which --images and --names are of"):
+        open_labelled(str(classes), names="names.txt")
 
 
 def test_captions_need_phrases(tmp_path):

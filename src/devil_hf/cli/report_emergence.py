@@ -16,12 +16,16 @@ PICTURE = "emergence.png"
 class ReportEmergenceSettings(LayerSettings):
     """Phrases against depth and place."""
 
-    images: str = option("a picture (file or URL); or labelled images, as `devil evaluate emergence --source`", positional=True)
+    source: str = option(
+        "a picture (file or URL); or labelled images, as `devil evaluate emergence --source`", positional=True, metavar="IMAGES"
+    )
     phrases: list[str] = option(
         "what is asked; of labelled images also several as NAME=PHRASE,PHRASE, or nothing for every name", [], positional=True
     )
     carrier: str | None = option('a neutral word read before each phrase, such as "the"', None)
     split: str | None = option("of a caption folder", None)
+    images: Path | None = option("of labelled objects: folder of the images, where it is not the usual one", None)
+    names: str | None = option("class names of YOLO labels: data.yaml, a text file, or FILE#KEY in JSON or YAML", None)
     limit: int = option("of labelled images, from the first on", 200, least=1)
     output_dir: Path = option(f"of {PICTURE}, and of rows and scores of labelled images", Path("devil-emergence"))
 
@@ -31,7 +35,7 @@ class ReportEmergenceSettings(LayerSettings):
             raise ValueError(f"phrases {self.phrases} must each hold a word")
         if repeated := [phrase for phrase, times in Counter(self.phrases).items() if times > 1]:
             raise ValueError(f"phrases {repeated} are named twice: name each once")
-        if not self.images.strip():
+        if not self.source.strip():
             raise ValueError("the image has no name: give a picture, or labelled images")
 
 
@@ -40,12 +44,13 @@ def report_emergence(settings: ReportEmergenceSettings) -> None:
     from devil_hf.data.specifications import read_specification
     from devil_hf.folders import claimed
 
-    named = read_specification(settings.images)
-    if isinstance(named, Path | str) and not Path(named).is_dir() and not settings.images.endswith(".json"):
+    named = read_specification(settings.source)
+    if isinstance(named, Path | str) and not Path(named).is_dir() and not settings.source.endswith(".json"):
         if not settings.phrases:
-            raise ValueError(f"say what is asked of {settings.images}: name phrases")
-        if settings.split is not None:
-            raise ValueError(f"--split {settings.split} is of labelled images, and {settings.images} is one picture")
+            raise ValueError(f"say what is asked of {settings.source}: name phrases")
+        for name in ("split", "images", "names"):
+            if (value := getattr(settings, name)) is not None:
+                raise ValueError(f"--{name} {value} is of labelled images, and {settings.source} is one picture")
         with claimed(settings.output_dir, "devil report emergence"):
             _report_image(settings)
         return
@@ -54,9 +59,9 @@ def report_emergence(settings: ReportEmergenceSettings) -> None:
 
     shared = {
         name: getattr(settings, name)
-        for name in ("checkpoint", "device", "phrases", "split", "carrier", "layers", "limit", "output_dir")
+        for name in ("checkpoint", "device", "source", "phrases", "split", "images", "names", "carrier", "layers", "limit")
     }
-    evaluation = evaluate("emergence", EmergenceSettings(source=settings.images, **shared))
+    evaluation = evaluate("emergence", EmergenceSettings(output_dir=settings.output_dir, **shared))
     if evaluation is not None:
         show(settings, evaluation.as_record(), f"{evaluation.text}\npicture: {settings.output_dir / PICTURE}")
 
@@ -69,7 +74,7 @@ def _report_image(settings: ReportEmergenceSettings) -> None:
     from devil_hf.questions.emergence import evidence_by_layer
     from devil_hf.report.emergence import emergence_figure
 
-    (image,) = load_images(settings.images)
+    (image,) = load_images(settings.source)
     model, processor = open_checkpoint(settings.checkpoint, settings.device)
     layers = read_layers(settings.layers, model.layer_names)
     features = model.extract_features(processor(images=image, return_tensors="pt")["pixel_values"].to(model.device))
@@ -80,7 +85,7 @@ def _report_image(settings: ReportEmergenceSettings) -> None:
     file = settings.output_dir / PICTURE
     with written(file) as unfinished:
         emergence_figure(processor, image, maps, found, settings.phrases).save(unfinished, "PNG", optimize=True)
-    record: dict[str, Any] = {"image": settings.images, "phrases": {}}
+    record: dict[str, Any] = {"image": settings.source, "phrases": {}}
     lines = ["evidence in the whole image, nats per token over the null prefix"]
     for at, phrase in enumerate(settings.phrases):
         evidence = {layer: float(values[0, at]) for layer, values in found.items()}

@@ -4,8 +4,8 @@ A source gives its images twice: in order (`stream`), and a chosen few of them o
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 from itertools import islice
 from os import PathLike
 from pathlib import Path
@@ -37,6 +37,7 @@ class NumberedImages:
         load: image of a number: anything that `load_images` reads.
         key: name of a number.
         hashes: of the images of numbers, by content; None where the name of the source says which images they are.
+        warned: of which bad images a warning was given.
     """
 
     name: str
@@ -44,6 +45,7 @@ class NumberedImages:
     load: Callable[[int], Any]
     key: Callable[[int], str]
     hashes: Callable[[Sequence[int]], Sequence[str]] | None = None
+    warned: set[str] = field(default_factory=set, repr=False, compare=False)
 
     @cached_property
     def identity(self) -> str | None:
@@ -63,7 +65,7 @@ class NumberedImages:
 
     def picture(self, number: int) -> Image.Image | None:
         """The picture of a number; None, and a warning, for an image that is bad (see `decoding.py`)."""
-        return _picture(lambda: self.load(number), f"image {number} of {self.name} ({self.key(number)})")
+        return _picture(lambda: self.load(number), f"image {number} of {self.name} ({self.key(number)})", self.warned)
 
     def fetch(self, numbers: Collection[int]) -> Iterator[tuple[int, str, Any]]:
         """(number, key, image) of the named images."""
@@ -89,6 +91,7 @@ class StreamedImages:
         column: of the images.
         every, held_out: leave out every `every`-th row, or (held_out) everything else.
         limit: rows to read at most.
+        warned: of which bad images a warning was given.
     """
 
     name: str
@@ -97,6 +100,7 @@ class StreamedImages:
     every: int = 0
     held_out: bool = False
     limit: int | None = None
+    warned: set[str] = field(default_factory=set, repr=False, compare=False)
 
     @property
     def identity(self) -> None:
@@ -113,7 +117,7 @@ class StreamedImages:
     def stream(self, start: int = 0, step: int = 1) -> Iterator[tuple[int, Image.Image | None]]:
         """(number, picture) of every `step`-th image from position `start` on; None, and a warning, for a bad one."""
         for number, row in islice(self._rows(), start, None, step):
-            yield number, _picture(lambda row=row: row[self.column], f"image {number} of {self.name}")  # type: ignore[misc]
+            yield number, _picture(partial(row.__getitem__, self.column), f"image {number} of {self.name}", self.warned)
 
     def fetch(self, numbers: Collection[int]) -> Iterator[tuple[int, str, Any]]:
         """(number, key, image) of the named images, by reading everything up to the last of them."""
@@ -134,11 +138,13 @@ class StreamedImages:
         return parts[0], parts[1]
 
 
-def _picture(load: Callable[[], Any], where: str) -> Image.Image | None:
+def _picture(load: Callable[[], Any], where: str, warned: set[str]) -> Image.Image | None:
     try:
         return read_picture(load)
     except BadImage as error:
-        logger.warning(f"{where} is left out: {error}")
+        if where not in warned:  # an image may be read for more than one purpose
+            warned.add(where)
+            logger.warning(f"{where} is left out: {error}")
         return None
 
 

@@ -6,6 +6,7 @@ Names (of classes and objects) are taken as complete: what is not named is not t
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain, zip_longest
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -45,18 +46,25 @@ class LabelledImages:
         return len(self.keys)
 
 
-def open_labelled(source: str, split: str | None = None, limit: int = 200) -> LabelledImages:
+def open_labelled(
+    source: str,
+    split: str | None = None,
+    limit: int = 200,
+    images: str | PathLike | None = None,
+    names: str | PathLike | None = None,
+) -> LabelledImages:
     """Open the first `limit` images of a source, of folders of classes one of each in turn.
 
     Args:
         source: a folder with a folder of images for each class; a COCO `.json`, VOC or YOLO folder, or what else
             `open_localised` reads; a caption folder, or sources as `open_captioned` reads them.
         split: of a caption folder.
+        images, names: of a source that `open_localised` reads, as there.
 
     Raises:
         FileNotFoundError: for a folder without images.
-        ValueError: for a source that is none of these, a folder whose images lie in no folders of classes, and a split of
-            anything but a caption folder.
+        ValueError: for a source that is none of these, a folder whose images lie in no folders of classes, a split of anything
+            but a caption folder, and images or names of anything but objects.
     """
     named = read_specification(source)
     if isinstance(named, World):
@@ -64,14 +72,18 @@ def open_labelled(source: str, split: str | None = None, limit: int = 200) -> La
     folder = Path(source)
     captions = any((folder / file).is_file() for file in METADATA_FILES) or not isinstance(named, Path) or split is not None
     objects = not captions and any(kind.recognises(source) for kind in OBJECT_SOURCES.values())
-    if not captions and (objects or folder.is_dir()):
-        return _of_objects(source, limit) if objects else _of_classes(folder, limit)
+    if objects:
+        return _of_objects(source, limit, images, names)
+    if images is not None or names is not None:
+        raise ValueError(f"{source} has no objects by COCO, VOC or YOLO, which --images and --names are of: leave them out")
+    if not captions and folder.is_dir():
+        return _of_classes(folder, limit)
     found = open_captioned(source, split, limit)
     return LabelledImages(found.name, found.keys, found.captions, False, found.load, lambda at: found.identities[at])
 
 
-def _of_objects(source: str, limit: int) -> LabelledImages:
-    found = open_localised(source)[:limit]
+def _of_objects(source: str, limit: int, images: str | PathLike | None, names: str | PathLike | None) -> LabelledImages:
+    found = open_localised(source, images, names)[:limit]
     texts = [sorted(one.present) for one in found]
     return _of_files(source, [one.key for one in found], texts, [one.read for one in found])
 

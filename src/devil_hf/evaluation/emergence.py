@@ -22,9 +22,10 @@ from devil_hf.data.identity import combined
 from devil_hf.data.labels import LabelledImages, open_labelled
 from devil_hf.data.shapes import ATTRIBUTE_WORDS, RELATIONS, SHAPES, SIZES, VOCABULARY, Scene
 from devil_hf.data.worlds import World, parse_world
-from devil_hf.evaluation.evaluator import EVALUATORS, EvaluationSettings, Evaluator
+from devil_hf.evaluation.evaluator import EVALUATORS, Evaluator
 from devil_hf.evaluation.knowledge import choices, relations_hold
 from devil_hf.evaluation.results import CHANCE, Evaluation
+from devil_hf.evaluation.sources import ObjectSettings
 from devil_hf.evaluation.tables import table
 from devil_hf.evaluation.text.words import CARRIER, word_list
 from devil_hf.model.pooling_devil import resolve_layers
@@ -40,7 +41,7 @@ NAMES = "names"  # the group of every name, where no phrases are given
 
 
 @dataclass(kw_only=True)
-class EmergenceSettings(EvaluationSettings):
+class EmergenceSettings(ObjectSettings):
     """What `devil evaluate emergence` asks, of which images."""
 
     source: str = option(
@@ -63,6 +64,8 @@ class EmergenceSettings(EvaluationSettings):
         read_groups(self.phrases)
         if self.limit is None:
             raise ValueError("--limit is needed: how many images are read")
+        if parse_world(self.source, self.limit) is not None and (self.images or self.names):
+            raise ValueError(f"--images and --names are of labelled images, and {self.source} draws its own: leave them out")
         if self.carrier and not self.phrases:
             raise ValueError(f"--carrier {self.carrier} is read before --phrases: give some")
 
@@ -178,7 +181,7 @@ class EmergenceEvaluator(Evaluator):
             self.statements = [self._of_scene(number, groups) for number in range(len(self.world))]
             keys, self.dataset = [str(number) for number in range(len(self.world))], self.world.label
         else:
-            self.data = open_labelled(settings.source, settings.split, settings.limit)
+            self.data = open_labelled(settings.source, settings.split, settings.limit, settings.images, settings.names)
             self.statements = statements_of_labels(self.data, groups, settings.carrier)
             keys, self.dataset = self.data.keys, self.data.name
         self.positions = {key: at for at, key in enumerate(keys)}

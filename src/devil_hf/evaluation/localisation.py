@@ -9,7 +9,7 @@ from typing import Any
 from devil_hf.data.identity import combined, image_identity, region_identity
 from devil_hf.data.objects import LocalisedImage, open_localised
 from devil_hf.data.worlds import parse_world
-from devil_hf.evaluation.evaluator import EVALUATORS, EvaluationSettings, Evaluator
+from devil_hf.evaluation.evaluator import EVALUATORS, Evaluator
 from devil_hf.evaluation.maps.collecting import (
     CENTRE,
     GRADCAM,
@@ -24,21 +24,15 @@ from devil_hf.evaluation.maps.collecting import (
 from devil_hf.evaluation.maps.gradcam import ClassMapper, read_class_names
 from devil_hf.evaluation.maps.scores import RANDOM_ORDER, as_table, beside, known_heads, maps_text, named_in_captions, score_maps
 from devil_hf.evaluation.results import CHANCE, Evaluation
+from devil_hf.evaluation.sources import ObjectSettings
 from devil_hf.model.pooling_devil import resolve_layers
 from devil_hf.settings import option, read_layers, read_windows
 
 
 @dataclass(kw_only=True)
-class MapsSettings(EvaluationSettings):
+class MapsSettings(ObjectSettings):
     """Localised phrases, and how they are mapped."""
 
-    source: str = option(
-        "shapes:COUNT[:SEED], COCO instances JSON, VOC folder, folder of YOLO labels, or Flickr30k Entities: FOLDER[:SPLIT]",
-        "shapes:150",
-        positional=True,
-    )
-    images: Path | None = option("folder of the images, where it is not the usual one", None)
-    names: str | None = option("class names of YOLO labels: data.yaml, a text file, or FILE#KEY in JSON or YAML", None)
     layers: list[str] | None = option("names or indices of layers (default: every one)", None)
     carrier: str = option('neutral word read before each phrase; "" for none', "the")
     windows: list[str] = option(

@@ -29,6 +29,7 @@ from devil_hf.evaluation.evaluator import EVALUATORS, EvaluationSettings, Evalua
 from devil_hf.evaluation.results import CHANCE, CONTROLS, Evaluation
 from devil_hf.evaluation.tables import table
 from devil_hf.model.pooling_devil import resolve_layers
+from devil_hf.questions.phrases import unknown_phrases
 from devil_hf.settings import option, read_layers
 from devil_hf.statistics import Ratio, bootstrap_draws, interval, roc_area, roc_areas
 
@@ -111,7 +112,7 @@ class PairsEvaluator(Evaluator):
         return [found[key] for key in keys]
 
     def _scored(self, image: StatedImage, prefixes: torch.Tensor) -> dict[str, Any]:
-        known = [said for said in image.said if not any(map(self._unknown, (said.text, said.against or said.text)))]
+        known = [said for said in image.said if not unknown_phrases(self.processor, (said.text, said.against or said.text))]
         left_out = {"unknown": len(image.said) - len(known)} if len(known) < len(image.said) else {}
         if not known:
             return {"said": [], **left_out}
@@ -129,14 +130,6 @@ class PairsEvaluator(Evaluator):
             by_row = dict(zip((NULL, ALL, *self.layers), map(list, zip(*values, strict=True)), strict=True))
             rows.append({"group": said.group, "true": said.true, "log_probs": by_row})
         return {"said": rows, **left_out}
-
-    def _unknown(self, text: str) -> bool:
-        """Whether a text has words that the language model does not know, where it has a token of its own for these."""
-        tokenizer = self.processor.tokenizer
-        unknown = tokenizer.unk_token_id
-        if unknown is None or unknown in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id):
-            return False
-        return unknown in tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def score(self, rows: Mapping[str, Any]) -> Evaluation:
         """See the module's docstring."""

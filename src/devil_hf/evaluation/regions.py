@@ -30,8 +30,9 @@ from devil_hf.data.objects import open_localised
 from devil_hf.data.objects.masks import draw_region
 from devil_hf.data.worlds import parse_world
 from devil_hf.evaluation.captions import ONE_IMAGE
-from devil_hf.evaluation.evaluator import EVALUATORS, EvaluationSettings, Evaluator
+from devil_hf.evaluation.evaluator import EVALUATORS, Evaluator
 from devil_hf.evaluation.results import CONTROLS, Evaluation, metric_name
+from devil_hf.evaluation.sources import ObjectSettings
 from devil_hf.evaluation.tables import table
 from devil_hf.evaluation.text.head_words import head_word
 from devil_hf.evaluation.text.ngrams import CiderD, bleu_counts, bleu_of, rouge_l
@@ -51,16 +52,9 @@ COLUMNS = (HEAD_WORD, "cider", "rouge_l", "bleu_1", "bleu_2", "bleu_3", "bleu_4"
 
 
 @dataclass(kw_only=True)
-class RegionsSettings(EvaluationSettings):
+class RegionsSettings(ObjectSettings):
     """Regions with names, and how they are described."""
 
-    source: str = option(
-        "shapes:COUNT[:SEED], COCO instances JSON, VOC folder, folder of YOLO labels, or Flickr30k Entities: FOLDER[:SPLIT]",
-        "shapes:150",
-        positional=True,
-    )
-    images: Path | None = option("folder of the images, where it is not the usual one", None)
-    names: str | None = option("class names of YOLO labels: data.yaml, a text file, or FILE#KEY in JSON or YAML", None)
     layers: list[str] | None = option("names or indices of layers that are asked alone (default: every one)", None)
     num_beams: int = option("1 is greedy", 1, least=1)
     max_new_tokens: int = option("at most so many tokens", 20, least=1)
