@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from dataclasses import fields
 from xml.etree import ElementTree
 
 import numpy as np
@@ -12,6 +13,7 @@ from PIL import Image
 from devil_hf.cli.main import main
 from devil_hf.cli.verb import show
 from devil_hf.data.shapes import make_scene
+from devil_hf.questions.audit_file import AuditFile, Check, Control, read_audits
 from devil_hf.settings import JsonSettings
 
 FILE = """\
@@ -171,3 +173,23 @@ def test_a_name_that_is_no_text_loses_no_verdict(folder, tmp_path, capsys):
 def test_what_is_not_finite_is_null_in_json(capsys):
     show(JsonSettings(json=True), {"detectable": float("nan")}, "")
     assert json.loads(capsys.readouterr().out, parse_constant=pytest.fail) == {"detectable": None}
+
+
+def test_folders_are_relative_to_the_file(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (folder / "shapes").mkdir(exist_ok=True)
+    (tmp_path / "red").mkdir()
+    file = folder / "relative.yaml"
+    for named, found in (("blue", str(folder / "blue")), ("shapes", "shapes"), ("user/blue", "user/blue")):
+        file.write_text(FILE.format(".").replace("checkpoint: shapes", f"checkpoint: {named}"))
+        checkpoint, planned = read_audits(file)
+        assert checkpoint == found and [len(one.asked.present) for one in planned] == [24, 24, 24]
+
+
+def test_help_names_keys_and_exit_codes(capsys):
+    with pytest.raises(SystemExit):
+        main(["audit", "--help"])
+    told = capsys.readouterr().out
+    keys = {field.name for kind in (AuditFile, Check, Control) for field in fields(kind)}
+    assert all(f"\n  {key} " in told for key in keys), "the keys of the file"
+    assert "exit codes: 0 where every claim holds, 1 where one does not" in told and "relative to FILE" in told

@@ -1,12 +1,25 @@
 """`devil audit`: claims about what a network carries, from a file, judged for a CI: exit code, JUnit XML, and a page."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from devil_hf.cli.verb import VERBS, Verb, show
 from devil_hf.settings import ModelSettings, option
 
 FAILED = 1  # exit code
+WIDE = 12  # letters for a key
+
+
+def notes() -> str:
+    """The keys of the file, as `devil_hf.questions.audit_file` has them, and the exit codes."""
+    from devil_hf.questions.audit_file import AuditFile, Check, Control
+
+    told = []
+    for kind, heading in ((AuditFile, "file"), (Check, "each of `checks`"), (Control, "its `control`")):
+        told.append(f"keys of {heading}:")
+        told += [f"  {one.name:<{WIDE}}{one.metadata['help']}" for one in fields(kind)]
+    codes = "exit codes: 0 where every claim holds, 1 where one does not, and for what cannot be audited"
+    return "\n".join([*told, "", "folders and files are relative to FILE", "", codes])
 
 
 @dataclass(kw_only=True)
@@ -68,5 +81,6 @@ VERBS.register(
         "devil audit audit.yaml --junit audit.xml --html audit.html",
         lambda: AuditSettings,
         audit,
+        notes=notes,
     ),
 )

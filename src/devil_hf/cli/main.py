@@ -157,6 +157,8 @@ class _VerbParser(argparse.ArgumentParser):
 
     def parse_known_args(self, args=None, namespace=None):  # type: ignore[override]
         words = list(args or [])
+        if self.verb.notes is not None:
+            self.epilog = f"{self.verb.notes()}\n\nexample:\n  {self.verb.example}"
         if self.verb.subjects is not None:
             subjects = self.add_subparsers(dest="subject", required=True, metavar="SUBJECT", parser_class=_VerbParser)
             members = self.verb.subjects()

@@ -1,12 +1,12 @@
 """The file of an audit: which claims are to hold for a network, read and checked before any network is loaded.
 
 ```yaml
-checkpoint: user/devil-chest      # a directory or Hub id
+checkpoint: user/devil-chest      # a directory relative to this file, or a Hub id
 level: 0.05                       # of all checks that say nothing else, as bound is
 checks:
   - phrase: a hospital tag
     claim: not encoded
-    present: images/tagged        # a folder, or shapes:COUNT:SEED
+    present: images/tagged        # a folder relative to this file, or shapes:COUNT:SEED
     absent: images/untagged
     layers: [layer4]
     probe: true
@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from devil_hf import text_files
+from devil_hf.checkpoints import locate
 from devil_hf.model.image_processing_devil import load_images
 from devil_hf.model.modeling_devil import DevilModel
 from devil_hf.model.processing_devil import DevilProcessor
@@ -104,14 +105,15 @@ class Planned:
 
 
 def read_audits(file: Path) -> tuple[str | None, list[Planned]]:
-    """The checkpoint that a file names, and its checks.
+    """The checkpoint that a file names, and its checks; folders are relative to the file.
 
     Raises:
         OSError: for a file or folder that is not there.
         ValueError: for unknown keys, values of a wrong type, and too few images, by `file:line`.
     """
     reader = _Reader(file)
-    return reader.top.checkpoint, [reader.planned(number, values) for number, values in enumerate(reader.top.checks)]
+    planned = [reader.planned(number, values) for number, values in enumerate(reader.top.checks)]
+    return reader.network(reader.top.checkpoint), planned
 
 
 class _Reader:
@@ -154,7 +156,7 @@ class _Reader:
             taken = ("phrase", "layers", *SHARED, *(() if set(OF_IMAGES) & set(check.control) else OF_IMAGES))
             own = {name: getattr(check, name) for name in taken}
             given = self.make(Control, own | check.control, (*path, "control"))
-            control, checkpoint = self.audit(given, (*path, "control"), ENCODED, False), given.checkpoint
+            control, checkpoint = self.audit(given, (*path, "control"), ENCODED, False), self.network(given.checkpoint)
         return Planned(self.at(path), asked, control, checkpoint)
 
     def audit(self, asked: Asked, path: tuple, claim: str, probe: bool) -> Audit:
@@ -182,12 +184,20 @@ class _Reader:
         except (ValueError, OSError) as error:
             raise (OSError if isinstance(error, OSError) else ValueError)(f"{self.at(path)}: {error}") from error
 
+    def network(self, named: str | None) -> str | None:
+        """A checkpoint that lies beside the file, or what else is named: a shipped one, a Hub id."""
+        if named is None or locate(named) != named or not (self.file.parent / named).is_dir():
+            return named
+        return str(self.file.parent / named)
+
     def images(self, source: str) -> Mapping[str, Any]:
         """Images by name; files by their paths, which are read when they are asked."""
         from devil_hf.data.images import NumberedImages, open_images
+        from devil_hf.data.specifications import read_specification
 
         if source not in self.opened:
-            images = open_images(source)
+            named = isinstance(read_specification(source), Path | str)
+            images = open_images(self.file.parent / source if named else source)
             if not isinstance(images, NumberedImages):
                 raise ValueError(f"{source} is a stream, whose images nobody can count before: save it to a folder")
             self.opened[source] = {images.key(number): images.load(number) for number in images.numbers}
