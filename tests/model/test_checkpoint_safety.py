@@ -204,6 +204,12 @@ def test_building_is_bounded_in_this_thread_alone_and_only_meanwhile():
         nn.Linear(2**15, 2**15)
     with torch.device("meta"):
         nn.Linear(2**15, 2**15)
+    made = []
+    with pytest.raises(ValueError, match="far more"), building_within(1000):
+        nn.ModuleList(made.append(0) or nn.Identity() for _ in range(10**6))
+    assert len(made) < 50_000, "layers without tensors count, too"
+    with building_within(1000):
+        nn.ModuleList(nn.Identity() for _ in range(10_000))  # more than any network has
 
 
 @pytest.mark.parametrize(

@@ -447,3 +447,13 @@ def test_a_combination_rule_registered_from_outside_is_one_everywhere(model, pix
     found = model.attribute(pixel_values, phrases, combine="highest").maps["highest"]
     assert torch.equal(found, combine_maps(layers, "highest"))
     assert (found >= combine_maps(layers, "mean") - 1e-6).all()
+
+
+@pytest.mark.parametrize("name", ["bos_token_id", "eos_token_id", "pad_token_id"])
+def test_a_special_token_that_the_language_model_does_not_have_is_refused_before_it_is_looked_up(model, name):
+    settings = model.config.to_dict()
+    size = model.config.text_config.vocab_size
+    for token in (size, 10**9, -1):
+        with pytest.raises(ValueError, match=rf"{name}={token} is none of the {size} tokens of the language model"):
+            type(model.config).from_dict(settings | {name: token})
+    assert getattr(type(model.config).from_dict(settings | {name: size - 1}), name) == size - 1

@@ -613,3 +613,46 @@ def test_masks_are_resized_and_cropped_as_their_images_are(tokenizer, crop_mode)
 def test_masks_that_make_no_regions_are_refused(processor, masks, message):
     with pytest.raises(ValueError, match=message):
         processor.masks_to_regions(masks)
+
+
+def test_settings_of_a_call_are_those_of_a_processor(images):
+    own = DevilImageProcessor(crop_size={"height": 64, "width": 64}, crop_pct=0.9)
+    usual = own(images[0], return_tensors="np")["pixel_values"]
+    for name, value in {
+        "crop_pct": 1,
+        "crop_size": [32, 48],
+        "crop_mode": "squash",
+        "resample": 2,
+        "image_std": [1, 1, 1],
+    }.items():
+        called = own(images[0], return_tensors="np", **{name: value})["pixel_values"]
+        wanted = {"crop_size": 64, "crop_pct": 0.9} | {name: value}
+        np.testing.assert_array_equal(called, DevilImageProcessor(**wanted)(images[0], return_tensors="np")["pixel_values"])
+        assert called.shape != usual.shape or not np.array_equal(called, usual), name
+        np.testing.assert_array_equal(own(images[0], return_tensors="np", **{name: None})["pixel_values"], usual)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *({"crop_pct": value} for value in (0, -1, float("nan"), float("inf"), 65, "0.5", [0.5])),
+        *({"crop_size": value} for value in (0, -5, [32], [32, 48, 3], 10**7, {"shortest_edge": 32}, {})),
+        *({"crop_mode": value} for value in ("", "Center", 3)),
+        *(
+            {name: value}
+            for name in ("image_mean", "image_std")
+            for value in (0.5, [0.5, 0.5], "x", [float("nan")] * 3, [1e38] * 3)
+        ),
+        {"image_std": [0, 0, 0]},
+        {"resample": "bilinear"},
+    ],
+)
+def test_settings_that_no_image_can_be_read_by_are_refused_by_name(images, wrong):
+    own = DevilImageProcessor(crop_size={"height": 64, "width": 64}, crop_pct=0.9)
+    (name,) = wrong
+    for call in (lambda: own(images[0], **wrong), lambda: DevilImageProcessor(**{"crop_size": 64} | wrong)):
+        with pytest.raises(ValueError, match=name if "-5" not in str(wrong) else "height and width"):
+            call()
+    if name.startswith("crop"):
+        with pytest.raises(ValueError, match=name if "-5" not in str(wrong) else "height and width"):
+            own.geometry((50, 80), **wrong)

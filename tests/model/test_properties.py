@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from devil_hf.model.image_processing_devil import SETTINGS as ALL_SETTINGS
 from devil_hf.model.outputs_devil import word_evidence
 
 ANYTHING = st.one_of(
@@ -264,6 +265,85 @@ def test_any_picture(picture, processor):
     pixel_values = answered(call, ["image", "nothing to process", "no such file", "cannot read"])
     if pixel_values is not None:
         assert pixel_values.shape[1:] == (3, 160, 160) and torch.isfinite(pixel_values).all()
+
+
+SIZES = st.one_of(st.integers(-1, 300), st.lists(st.sampled_from([0, 1, 64, 10**7]), max_size=3), ANYTHING)
+SHARES = st.one_of(NUMBER, st.sampled_from([1, 1e-300, 1e9]), ANYTHING)
+CHANNELS = st.one_of(st.lists(NUMBER, max_size=4), st.sampled_from([[1, 1, 1], [0, 0, 0], (0.5, 0.5, 0.5)]), ANYTHING)
+CROPS = {"crop_size": SIZES, "crop_pct": SHARES, "crop_mode": st.one_of(st.sampled_from(["squash", "border"]), ANYTHING)}
+
+
+@pytest.mark.filterwarnings("ignore")
+@given(
+    settings=st.fixed_dictionaries(
+        {}, optional=CROPS | {"resample": ANYTHING, "image_mean": CHANNELS, "image_std": CHANNELS, "return_tensors": ANYTHING}
+    )
+)
+def test_any_settings_of_a_call(settings, processor, images):
+    images_to_pixels = processor.image_processor
+    names = [*settings, "crop_size", "TensorType"]
+    found = answered(lambda: images_to_pixels(images[0], **{"return_tensors": "pt"} | settings)["pixel_values"], names)
+    if found is None:
+        return
+    assert np.isfinite(np.asarray(found)).all()
+    own = {name: getattr(images_to_pixels, name) if settings.get(name) is None else settings[name] for name in ALL_SETTINGS}
+    size = own["crop_size"]
+    edges = (size["height"], size["width"]) if hasattr(size, "keys") else size if isinstance(size, list) else (size, size)
+    assert np.asarray(found).shape[-2:] == tuple(edges), "what is given is what counts"
+    again = type(images_to_pixels)(**own)(images[0], return_tensors="pt")["pixel_values"]
+    np.testing.assert_allclose(np.asarray(found), np.asarray(again), err_msg="of a call as of a processor")
+
+
+@given(
+    edges=st.tuples(*[st.one_of(st.integers(-1, 9000), st.sampled_from([np.int64(3), torch.tensor(4), 10**30, 5.5, None]))] * 2),
+    settings=st.fixed_dictionaries({}, optional=CROPS),
+)
+def test_any_geometry(edges, settings, processor):
+    found = answered(lambda: processor.image_processor.geometry(edges, **settings), ["image_size", "crop_size", *settings])
+    if found is not None:
+        assert min(*found.resized_size, *found.crop_size) >= 1 and found.image_size == tuple(map(int, edges))
+        assert np.isfinite(found.image_to_crop(0, 0)).all()
+
+
+@given(data=st.data(), layers=LAYERS)
+@torch.no_grad()
+def test_any_pixel_values(data, layers, model, pixel_values):
+    shape = data.draw(
+        st.one_of(st.sampled_from([(1, 3, 160, 160), (1, 3, 33, 70)]), st.lists(st.sampled_from([0, 1, 3]), max_size=4))
+    )
+    pixels = torch.full(tuple(shape), data.draw(NUMBER))
+    pixels = data.draw(st.one_of(st.just(data.draw(FORMS)(pixels)), ANYTHING))
+    names = ["pixel_values", "layer", "features", "backbone cannot read", "nothing to look at"]
+    maps = answered(lambda: model.extract_features(pixels, layers), names)
+    assert maps is None or all(one is None or (one.ndim == 4 and torch.isfinite(one).all()) for one in maps)
+
+
+@given(data=st.data(), layer=LAYERS, guidance=st.one_of(st.just(1.0), ANYTHING), evidence=st.booleans())
+@torch.no_grad()
+def test_any_directions(data, layer, guidance, evidence, model, processor):
+    width = model.backbone.channels[-1]
+    shape = data.draw(st.sampled_from([(1, width), (2, width), (width,), (0, width), (1, 3), ()]))
+    vectors = torch.full(shape, data.draw(NUMBER))
+    vectors = data.draw(st.one_of(st.just(data.draw(FORMS)(vectors)), ANYTHING))
+    call = lambda: model.describe_directions(vectors, layer, evidence, guidance, max_new_tokens=2)  # noqa: E731
+    output = answered(call, ["vectors", "layer", "guidance", "features", "prefix"])
+    if output is not None:
+        rows = processor.post_process_descriptions(output)
+        assert len(rows) == len(vectors) and all(not evidence or np.isfinite(row["evidence"]) for row in rows)
+
+
+@given(
+    data=st.data(),
+    sizes=st.one_of(st.lists(st.tuples(st.integers(-1, 90), st.integers(-1, 90)), min_size=1, max_size=4), ANYTHING),
+)
+def test_any_maps_in_images_of_any_size(data, sizes, processor):
+    shape = data.draw(st.sampled_from([(2, 3, 5, 5), (1, 1, 1, 1), (2, 0, 5, 5), (2, 3, 5), (0, 1, 2, 2)]))
+    maps = torch.full(shape, data.draw(NUMBER))
+    outputs = data.draw(st.one_of(st.just({"layer1": data.draw(FORMS)(maps)}), ANYTHING))
+    names = ["maps", "image_size", "target_sizes", "layer"]
+    placed = answered(lambda: processor.post_process_attribution(outputs, target_sizes=sizes), names)
+    if placed is not None:
+        assert all(one.shape[1:] == size for values in placed.values() for one, size in zip(values, sizes, strict=True))
 
 
 @given(data=st.data())

@@ -118,7 +118,8 @@ def _special_tokens(tokenizer: Any, text_config: Any) -> dict[str, int | None]:
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         token = getattr(tokenizer, name, None)
         token = getattr(text_config, name, None) if token is None else token
-        found[name] = token[0] if isinstance(token, list | tuple) else token
+        token = token[0] if isinstance(token, list | tuple) else token
+        found[name] = None if token is not None and token < 0 else token  # -1 stands for none in some configurations
     return found
 
 

@@ -82,8 +82,7 @@ class FeatureBackbone(nn.Module):
 def build_module(description: dict[str, Any]) -> nn.Module:
     """The architecture of a description, with random weights, on the current default device.
 
-    Raises:
-        ValueError: for a description that cannot be built, or asks for more than an architecture.
+    A ValueError for a description that cannot be built, or asks for more than an architecture.
     """
     kind = str(description.get("kind"))
     if kind not in BUILDERS:

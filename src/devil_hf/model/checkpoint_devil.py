@@ -120,15 +120,15 @@ def building_within(elements: int) -> Iterator[None]:
     """
     own, room = threading.get_ident(), 8 * elements + 2**26
 
-    def count(_module: nn.Module, name: str, tensor: Tensor | None) -> None:
+    def count(_module: nn.Module, name: str, part: Tensor | nn.Module | None) -> None:
         nonlocal room
-        if tensor is not None and threading.get_ident() == own:
-            room -= max(tensor.numel(), 2**13)  # making a tensor takes time, however small it is
+        if part is not None and threading.get_ident() == own:  # making a tensor or a layer takes time, however small it is
+            room -= max(part.numel(), 2**13) if isinstance(part, Tensor) else 2**11
             if room < 0:
                 raise ValueError(f"the configuration asks for far more than the {elements} weights that are there, up to {name}.")
 
-    hooks = (registration.register_module_parameter_registration_hook, registration.register_module_buffer_registration_hook)
-    with hooks[0](count), hooks[1](count):
+    hooks = [getattr(registration, f"register_module_{part}_registration_hook") for part in ("parameter", "buffer", "module")]
+    with hooks[0](count), hooks[1](count), hooks[2](count):
         yield
 
 
@@ -188,8 +188,7 @@ class DevilPreTrainedModel(PreTrainedModel):
         Args:
             slim: leave out the frozen parts and name their sources instead.
 
-        Raises:
-            ValueError: for a slim checkpoint of parts that came as modules, without a source to load them from again.
+        A ValueError for a slim checkpoint of parts that came as modules, without a source to load them from again.
         """
         # This import is also what makes the pipeline's code travel with the checkpoint.
         from .pipeline_devil import CUSTOM_PIPELINES
@@ -255,9 +254,8 @@ class DevilPreTrainedModel(PreTrainedModel):
             backbone: for a slim checkpoint, where the backbone's weights lie now; for a custom backbone, the module itself.
             language_model: for a slim checkpoint, where the language model's weights lie now, an id or a directory.
 
-        Raises:
-            OSError: when the checkpoint or a source of a slim one is not there.
-            ValueError: when weights are missing, or are not those that the translator was trained with.
+        An OSError when the checkpoint or a source of a slim one is not there; a ValueError when weights are missing, or are not
+        those that the translator was trained with.
         """
         path = pretrained_model_name_or_path
         report, variant = kwargs.pop("output_loading_info", False), kwargs.pop("variant", None)

@@ -6,6 +6,7 @@ a prefix of 10, layer and location dropout of one half. Everything beyond the pa
 
 import copy
 import dataclasses
+import math
 import re
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -150,17 +151,19 @@ class DevilConfig(PreTrainedConfig):
 
     def validate_probabilities(self):
         for name in ("layer_dropout", "location_dropout", *(name for name in vars(self) if name.endswith("_probability"))):
-            value = getattr(self, name)
-            if not 0.0 <= value <= 1.0:
+            if not 0.0 <= (value := getattr(self, name)) <= 1.0:
                 raise ValueError(f"{name}={value} is not a probability: give a number between 0 and 1.")
 
     def validate_sizes(self):
         for name in ("prefix_length", *(f"translator_{part}" for part in ("width", "depth", "heads", "feed_forward"))):
             if (value := getattr(self, name)) < 1:
                 raise ValueError(f"{name}={value} must be at least 1.")
-        width, heads = self.translator_width, self.translator_heads
-        if width % heads:
-            raise ValueError(f"translator_width={width} is no multiple of translator_heads={heads}.")
+        if self.translator_width % (heads := self.translator_heads):
+            raise ValueError(f"translator_width={self.translator_width} is no multiple of translator_heads={heads}.")
+        size = getattr(self.text_config, "vocab_size", None) or math.inf
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            if not 0 <= ((token := getattr(self, name)) or 0) < size:
+                raise ValueError(f"{name}={token} is none of the {size} tokens of the language model: name one, or None.")
 
     def validate_prefix_fits_the_context(self):
         # BOS, the prefix and at least one word have to fit.

@@ -23,10 +23,13 @@ from transformers.image_processing_backends import PilBackend
 from transformers.image_processing_utils import BatchFeature
 from transformers.image_utils import SizeDict
 
+from .pooling_devil import read_number
+
 # Anything that holds one image, and lists of it, nested as deep as one likes.
 ImageSource = str | os.PathLike | Image.Image | np.ndarray | torch.Tensor | Sequence[Any]
 
 CROP_MODES = ("center", "squash", "border")
+SETTINGS = ("crop_size", "crop_pct", "crop_mode", "resample", "image_mean", "image_std")
 # Above this, only the part that the crop keeps is computed: resizing a 1 x 10,000 strip must not fill the memory.
 MAX_RESIZED_PIXELS = 2**26
 URL_TIMEOUT = 30.0  # seconds
@@ -99,9 +102,9 @@ def _channels_last(array: np.ndarray, channels_first: bool) -> np.ndarray:
     if array.ndim == 2:
         return array
     first, last = array.shape[0], array.shape[-1]
-    if first not in (1, 2, 3, 4) and last not in (1, 2, 3, 4):
-        raise ValueError(f"an image array must have 1 to 4 channels as its first or last axis, got shape {array.shape}")
     fits = [edge in (1, 2, 3, 4) for edge in (first, last)]
+    if not any(fits):
+        raise ValueError(f"an image array must have 1 to 4 channels as its first or last axis, got shape {array.shape}")
     if all(fits) and (first in (3, 4)) != (last in (3, 4)):
         fits = [first in (3, 4), last in (3, 4)]
     if fits[0] and (not fits[1] or channels_first):
@@ -159,11 +162,8 @@ def load_images(images: ImageSource) -> list[Image.Image]:
             frame, an open animation the one it stands at. Where both fit, tensors are read channels first, arrays last.
 
     Returns:
-        One RGB picture per image, after EXIF rotation.
-
-    Raises:
-        TypeError: for anything else than an image.
-        ValueError: for an image of zero size, values out of range, or a file that is not an image.
+        One RGB picture per image, after EXIF rotation. A TypeError for anything else than an image; a ValueError for one of zero
+        size, values out of range, or a file that is not an image.
     """
     if isinstance(images, (list, tuple)):
         return [image for entry in images for image in load_images(entry)]
@@ -190,12 +190,12 @@ def _load_one(source: str | os.PathLike | Image.Image) -> Image.Image:
 class DevilImageProcessorKwargs(TypedDict, total=False):
     """What can be set for a `DevilImageProcessor` and overridden in a call."""
 
-    crop_size: int | list[int] | tuple[int, ...] | dict[str, int] | None
-    crop_pct: float | None
-    crop_mode: str | None
-    resample: int | None
-    image_mean: list[float] | tuple[float, ...] | None
-    image_std: list[float] | tuple[float, ...] | None
+    crop_size: Any  # `_validate_preprocess_kwargs` has words of its own for what is wrong
+    crop_pct: Any
+    crop_mode: Any
+    resample: Any
+    image_mean: Any
+    image_std: Any
     return_tensors: str | None
 
 
@@ -222,21 +222,30 @@ class DevilImageProcessor(PilBackend):
 
     def __init__(self, **kwargs: Any):
         super().__init__(**kwargs)
-        self._validate_preprocess_kwargs(
-            crop_size=self.crop_size, crop_pct=self.crop_pct, crop_mode=self.crop_mode, resample=self.resample
-        )
+        self._validate_preprocess_kwargs(**self._standardize_kwargs())
+
+    def _standardize_kwargs(self, **given: Any) -> dict[str, Any]:
+        own = {name: getattr(self, name) for name in SETTINGS if given.get(name) is None}
+        if isinstance(size := given.get("crop_size"), (list, tuple)) and len(size) != 2:
+            raise ValueError(f"crop_size={size!r:.100} must be a height and a width")
+        return super()._standardize_kwargs(**given | own)
 
     def _validate_preprocess_kwargs(  # type: ignore[override]
-        self, crop_size: SizeDict, crop_pct: float, crop_mode: str, resample: int, **kwargs: Any
+        self, crop_size: SizeDict, crop_pct: Any, crop_mode: str, resample: int, image_mean: Any, image_std: Any, **_: Any
     ) -> None:
-        if not (crop_size.height and crop_size.width):
-            raise ValueError(f"crop_size must hold a positive height and width, got {dict(crop_size)}")
-        if not crop_pct > 0:
-            raise ValueError(f"crop_pct must be positive, usually in (0, 1], got {crop_pct}")
+        height, width = crop_size.height or 0, crop_size.width or 0
+        if min(height, width) < 1 or height * width > MAX_RESIZED_PIXELS:
+            raise ValueError(f"crop_size must hold a positive height and width of at most 8,192 x 8,192, got {dict(crop_size)}")
+        if read_number(crop_pct, "crop_pct", 1e-3, whole=False) > min(height, width):
+            raise ValueError(f"crop_pct={crop_pct} is usually in (0, 1], and leaves nothing of an image beyond the crop's edge")
         if crop_mode not in CROP_MODES:
             raise ValueError(f"crop_mode {crop_mode!r} is not one of {CROP_MODES}")
         if resample not in (known := [int(mode) for mode in Image.Resampling]):
             raise ValueError(f"resample {resample!r} is not a PIL.Image.Resampling: {known}")
+        for name, values, least in (("image_mean", image_mean, -1e4), ("image_std", image_std, 1e-4)):
+            listed = values if isinstance(values, (list, tuple)) else []
+            if [read_number(one, name, least, whole=False) <= 1e4 for one in listed] != [True] * 3:
+                raise ValueError(f"{name}={values!r:.100} must be a list of three numbers, of red, green and blue in [0, 1]")
 
     def fetch_images(self, image_url_or_urls: ImageSource) -> list[Image.Image]:  # type: ignore[override]
         """Upright RGB pictures of anything that `load_images` accepts."""
@@ -246,12 +255,11 @@ class DevilImageProcessor(PilBackend):
         self, image_size: Sequence[int], crop_size: Any = None, crop_pct: float | None = None, crop_mode: str | None = None
     ) -> CropGeometry:
         """Where the crop lies in an upright image of `image_size` (height, width); None takes the processor's own settings."""
-        size = self._standardize_kwargs(crop_size=crop_size or self.crop_size)["crop_size"]  # somebody may have set a number
-        height, width = (int(edge) for edge in image_size)
-        if height < 1 or width < 1:
-            raise ValueError(f"image_size={tuple(image_size)} must be the (height, width) of an image, in pixels.")
-        crop = (int(size["height"]), int(size["width"]))
-        resized = _resized_size((height, width), crop, crop_pct or self.crop_pct, crop_mode or self.crop_mode)
+        asked = self._standardize_kwargs(crop_size=crop_size, crop_pct=crop_pct, crop_mode=crop_mode)
+        self._validate_preprocess_kwargs(**asked)  # somebody may have set an attribute
+        height, width = (read_number(edge, "an edge of image_size", 1) for edge in image_size)
+        crop = (int(asked["crop_size"]["height"]), int(asked["crop_size"]["width"]))
+        resized = _resized_size((height, width), crop, asked["crop_pct"], asked["crop_mode"])
         top, left = (_crop_offset(*edges) for edges in zip(resized, crop, strict=True))
         return CropGeometry(image_size=(height, width), resized_size=resized, offset=(top, left), crop_size=crop)
 

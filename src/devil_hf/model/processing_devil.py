@@ -75,11 +75,8 @@ class DevilProcessor(ProcessorMixin):
         Returns:
             `BatchFeature` with, for images, `pixel_values` of shape `(batch_size, 3, height, width)`; for text,
             `input_ids` and `attention_mask` of shape `(K, T)`, right-padded, without BOS and EOS; with a carrier also
-            `scored_mask`, bool of shape `(K, T)`, True on the phrase's own tokens.
-
-        Raises:
-            TypeError: for arguments of other names.
-            ValueError: if neither images nor text are given, or a phrase is empty or too long.
+            `scored_mask`, bool of shape `(K, T)`, True on the phrase's own tokens. A TypeError for arguments of other names; a
+            ValueError if neither images nor text are given, or a phrase is empty or too long.
         """
         if images is None and text is None:
             raise ValueError("nothing to process: pass `images`, `text` or both")
@@ -209,10 +206,8 @@ class DevilProcessor(ProcessorMixin):
             masks: per image, (H, W) or (R, H, W) in the size of the upright image, bool or in [0, 1].
 
         Returns:
-            (B, R, height, width) over the pixel values, in [0, 1]; zero where the crop reaches beyond the image.
-
-        Raises:
-            ValueError: for masks of a wrong shape, or of different numbers per image.
+            (B, R, height, width) over the pixel values, in [0, 1]; zero where the crop reaches beyond the image. A
+            ValueError for masks of a wrong shape, or of different numbers per image.
         """
         regions = []
         for mask in masks:

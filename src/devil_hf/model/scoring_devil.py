@@ -52,11 +52,8 @@ class ScoreMixin:
     def check_phrases(self, phrases: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
         """Phrase tensors `input_ids`, `attention_mask`, `scored_mask` (K, T), checked, on the language model's device.
 
-        Masks that are missing are those of phrases without padding and a carrier.
-
-        Raises:
-            TypeError: for what is no mapping.
-            ValueError: as `read_tokens`; for phrases without a token to score, and those that do not fit behind the prefix.
+        Masks that are missing are those of phrases without padding and a carrier. A TypeError for what is no
+        mapping; a ValueError as `read_tokens`, for phrases without a token to score, and where they do not fit behind the prefix.
         """
         if not isinstance(phrases, Mapping):
             raise TypeError(f"phrases must come from processor(text=[...], return_tensors='pt'), got {phrases!r:.80}")
@@ -73,8 +70,7 @@ class ScoreMixin:
     def read_tokens(self, input_ids: Any, attention_mask: Any = None) -> tuple[Tensor, Tensor]:
         """Token ids and their attention mask (K, T), checked, on the language model's device.
 
-        Raises:
-            ValueError: for ids of a wrong shape or of another vocabulary, and for a mask with padding elsewhere than behind.
+        A ValueError for ids of a wrong shape or of another vocabulary, and for a mask with padding elsewhere than behind.
         """
         table = self.get_input_embeddings().weight
         ids = torch.empty(0) if input_ids is None else read_tensor(input_ids, "input_ids").to(table.device)
