@@ -283,7 +283,7 @@ def test_broken_files_are_refused_by_name(tmp_path):
         ({"crop_mode": "corner"}, "'corner' is not one of"),
         ({"interpolation": "random"}, "'random' is not one of"),
         ({"input_size": (1, 64, 64)}, "1 channels"),
-        ({"crop_pct": -1.0}, "crop_pct must be positive.*-1.0"),
+        ({"crop_pct": -1.0}, "crop_pct=-1.0 must be a finite number"),
     ],
 )
 def test_wrong_settings_are_refused(change, message):
@@ -651,8 +651,8 @@ def test_settings_that_no_image_can_be_read_by_are_refused_by_name(images, wrong
     own = DevilImageProcessor(crop_size={"height": 64, "width": 64}, crop_pct=0.9)
     (name,) = wrong
     for call in (lambda: own(images[0], **wrong), lambda: DevilImageProcessor(**{"crop_size": 64} | wrong)):
-        with pytest.raises(ValueError, match=name if "-5" not in str(wrong) else "height and width"):
+        with pytest.raises(ValueError, match=name):
             call()
     if name.startswith("crop"):
-        with pytest.raises(ValueError, match=name if "-5" not in str(wrong) else "height and width"):
+        with pytest.raises(ValueError, match=name):
             own.geometry((50, 80), **wrong)

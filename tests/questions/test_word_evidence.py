@@ -110,7 +110,7 @@ def test_the_p_value_counts_images_that_carry_the_sentence_as_well(model, proces
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"sentences": ["a dog"]}, "1 sentences for 2 images"),
+        ({"sentences": ["a dog"]}, r"sentences=\['a dog'\] for 2 images"),
         ({"sentences": ["a dog", ""]}, "phrase '' is empty"),
         ({"sentences": ["a", "b"], "max_new_tokens": 3}, "max_new_tokens"),
         ({"combine": "joint"}, "combine='joint' is not one of"),

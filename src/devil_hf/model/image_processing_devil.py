@@ -40,8 +40,7 @@ class CropGeometry:
     """Where the crop that the backbone sees lies in an image. All sizes are (height, width) in pixels.
 
     Args:
-        image_size: size of the upright image.
-        resized_size: size of the image after resizing.
+        image_size, resized_size: of the upright image, and after resizing.
         offset: (top, left) of the crop in the resized image; negative where the crop reaches into padding.
         crop_size: size of the crop, the backbone's input.
     """
@@ -226,18 +225,21 @@ class DevilImageProcessor(PilBackend):
 
     def _standardize_kwargs(self, **given: Any) -> dict[str, Any]:
         own = {name: getattr(self, name) for name in SETTINGS if given.get(name) is None}
-        if isinstance(size := given.get("crop_size"), (list, tuple)) and len(size) != 2:
-            raise ValueError(f"crop_size={size!r:.100} must be a height and a width")
+        if not isinstance(size := given.get("crop_size"), (dict, SizeDict, type(None))):
+            edges = size if isinstance(size, (list, tuple)) else (size, size)
+            if len(edges) != 2:
+                raise ValueError(f"crop_size={size!r:.100} must be a height and a width")
+            given["crop_size"] = {"height": edges[0], "width": edges[1]}
         return super()._standardize_kwargs(**given | own)
 
     def _validate_preprocess_kwargs(  # type: ignore[override]
         self, crop_size: SizeDict, crop_pct: Any, crop_mode: str, resample: int, image_mean: Any, image_std: Any, **_: Any
     ) -> None:
-        height, width = crop_size.height or 0, crop_size.width or 0
-        if min(height, width) < 1 or height * width > MAX_RESIZED_PIXELS:
-            raise ValueError(f"crop_size must hold a positive height and width of at most 8,192 x 8,192, got {dict(crop_size)}")
-        if read_number(crop_pct, "crop_pct", 1e-3, whole=False) > min(height, width):
-            raise ValueError(f"crop_pct={crop_pct} is usually in (0, 1], and leaves nothing of an image beyond the crop's edge")
+        height, width = (read_number(edge, "an edge of crop_size", 1) for edge in (crop_size.height, crop_size.width))
+        if height * width > 2**26:
+            raise ValueError(f"crop_size={(height, width)} is more than a backbone reads: at most 8192 x 8192")
+        if isinstance(crop_pct, str) or read_number(crop_pct, "crop_pct", 1e-3, whole=False) > min(height, width):
+            raise ValueError(f"crop_pct={crop_pct!r} must be a number, usually in (0, 1]: this leaves nothing of an image")
         if crop_mode not in CROP_MODES:
             raise ValueError(f"crop_mode {crop_mode!r} is not one of {CROP_MODES}")
         if resample not in (known := [int(mode) for mode in Image.Resampling]):

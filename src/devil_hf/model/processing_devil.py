@@ -174,7 +174,7 @@ class DevilProcessor(ProcessorMixin):
             Per layer, one float tensor of shape `(K, height, width)` per image, NaN outside the crop.
         """
         maps = attribution_maps(outputs)
-        if (images is None) == (target_sizes is None):
+        if (images is None) == (target_sizes is None) or not isinstance(target_sizes, list | tuple | None):
             raise ValueError("pass either `images` or `target_sizes`: the maps are placed into images of that size")
         if images is not None:
             target_sizes = [(image.height, image.width) for image in load_images(images)]

@@ -83,15 +83,12 @@ class Translator(nn.Module):
         )
 
     def forward(self, pooled: Sequence[Tensor | None], layer_mask: Tensor | None = None, rows: int = 1) -> Tensor:
-        """Translate pooled features.
+        """The prefix (N, k, D_lm) of pooled features.
 
         Args:
             pooled: one (N, C_l) tensor per layer, or None for a layer that is hidden in every row.
             layer_mask: (N, L) bool, True hides that layer from that row; None hides nothing further.
             rows: N, needed only when every entry of `pooled` is None (the null prefix).
-
-        Returns:
-            The prefix, (N, k, D_lm).
         """
         visible = [index for index, vectors in enumerate(pooled) if vectors is not None]
         features = [self.feature_norms[index](pooled[index]) for index in visible]

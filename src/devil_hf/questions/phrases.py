@@ -29,8 +29,11 @@ def known_phrases(
     """Phrases as checked tokens, see `model.check_phrases`, all of whose words the language model knows.
 
     Raises:
+        TypeError: for what is no list of texts.
         ValueError: for no phrases, and for one with words that the language model does not know.
     """
+    if isinstance(phrases, str) or not isinstance(phrases, Sequence) or not all(isinstance(one, str) for one in phrases):
+        raise TypeError(f"phrases={phrases!r:.100} must be a list of texts")
     if not phrases:
         raise ValueError("there are no phrases: name at least one")
     tokens = processor(text=list(phrases), carrier=carrier, return_tensors="pt")

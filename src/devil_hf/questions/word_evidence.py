@@ -136,8 +136,8 @@ def explain_words(
     if sentences is None:
         sequences = model.generate(layers=visible, feature_maps=features, **generation_kwargs)
         sentences = [text.strip() for text in processor.batch_decode(sequences, skip_special_tokens=True)]
-    if len(sentences) != images:
-        raise ValueError(f"{len(sentences)} sentences for {images} images: give one each.")
+    if isinstance(sentences, str) or not isinstance(sentences, Sequence) or len(sentences) != images:
+        raise ValueError(f"sentences={sentences!r:.200} for {images} images: give a list with one each.")
     found = []
     for image, sentence in enumerate(sentences):
         own = [None if maps is None else maps[image : image + 1] for maps in features]
