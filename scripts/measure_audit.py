@@ -1,8 +1,14 @@
-"""Audit networks behind a grey filter: `python scripts/measure_audit.py --output-dir runs/audit`.
+"""Audit networks that do not tell colours: `python scripts/measure_audit.py --output-dir runs/audit`.
 
-Each is a copy of a checkpoint's backbone that learns, from grey pictures of scenes alone, to have the features that the
-checkpoint's own has of the same pictures in colour, so that the same translator reads it. The filter stays in front of it when it
-is audited: colours cannot reach it. Audits of `red` are then repeated on scenes whose colours are equally bright, as
+Each is a copy of a checkpoint's backbone that learns from scenes:
+
+* `--blindness filter`: behind a grey filter, to have the features that the checkpoint's own has of the same pictures in colour,
+  so that the same translator reads it. The filter stays in front of it when it is audited: colours cannot reach it.
+* `--blindness learned`: without any filter, to have of pictures in whatever colours the features that the checkpoint's own has of
+  them in grey. Colours of equal brightness are exchanged at random while it learns. It gets colours when it is audited, and has
+  to ignore them itself.
+
+Audits of `red` are then repeated on scenes whose colours are equally bright, as
 `devil evaluate audit` repeats them: here an absence is right, by construction. That the translator can still read the network is
 shown by `striped`.
 """
@@ -11,7 +17,7 @@ import copy
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -35,7 +41,9 @@ class MeasureSettings:
 
     output_dir: Path = option("folder of scores.json", Path("runs/audit"))
     checkpoint: str | None = option("whose translator reads, and whose backbone is copied", None)
-    networks: int = option("trained behind a grey filter, each from another seed", 3, least=1)
+    blindness: Literal["filter", "learned"] = option("what keeps the networks from telling colours", "filter")
+    learns: Literal["every layer", "first convolution"] = option("colours reach the others through it alone", "every layer")
+    networks: int = option("trained, each from another seed", 3, least=1)
     steps: int = option("of training each", 60, least=1)
     batch_size: int = option("scenes a step", 16, least=1)
     learning_rate: float = option("of AdamW, falling to zero", 1e-3)
@@ -57,20 +65,33 @@ class Grey(nn.Module):
         grey = ((pixels * self.std + self.mean) * self.luma).sum(dim=1, keepdim=True)
         return (grey - self.mean) / self.std
 
+    def recolour(self, pixels: Tensor, rng: np.random.Generator) -> Tensor:
+        """The same pictures (B, 3, H, W) in other colours, as bright as they were: a random matrix mixes the chroma of each."""
+        grey = self(pixels)
+        chroma = (pixels - grey) * self.std
+        mixed = torch.einsum("bij,bjhw->bihw", torch.tensor(rng.normal(0, 0.8, (len(pixels), 3, 3))).float(), chroma)
+        return grey + (mixed - (mixed * self.luma).sum(dim=1, keepdim=True)) / self.std
+
 
 def train_without_colour(settings: MeasureSettings, seed: int):
-    """A model whose backbone is trained behind a grey filter, which stays, and the processor."""
+    """A model whose backbone has learned without colours, see above, and the processor."""
     model, processor = load(settings.checkpoint, device="cpu")
-    teacher = copy.deepcopy(model.backbone)
+    teacher, filtered = copy.deepcopy(model.backbone), settings.blindness == "filter"
     images = processor.image_processor
     grey = Grey(torch.tensor(images.image_mean), torch.tensor(images.image_std))
-    model.backbone.register_forward_pre_hook(lambda module, given: (grey(given[0]), *given[1:]))
-    weights = [one.requires_grad_() for one in model.backbone.parameters()]
+    blind = model.backbone if filtered else teacher
+    blind.register_forward_pre_hook(lambda module, given: (grey(given[0]), *given[1:]))
+    learning = model.backbone
+    if settings.learns == "first convolution":
+        learning = next(layer for layer in model.backbone.modules() if isinstance(layer, nn.Conv2d))
+    weights = [one.requires_grad_() for one in learning.parameters()]
     rng, optimizer = np.random.default_rng((TRAINING_WORLD, seed)), torch.optim.AdamW(weights, settings.learning_rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.steps)
     losses = []
     for _ in tqdm(range(settings.steps), desc=f"network {seed}"):
         pixels = processor(images=[sample_scene(rng).image for _ in range(settings.batch_size)])["pixel_values"]
+        if not filtered:
+            pixels = torch.cat([pixels[::2], grey.recolour(pixels[1::2], rng)])  # as they are, too
         with torch.no_grad():
             wanted = teacher(pixels, range(len(model.layer_names)))
         found = model.backbone(pixels, range(len(model.layer_names)))
