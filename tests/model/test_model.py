@@ -6,6 +6,7 @@ from torch.nn import functional as F
 from transformers import GenerationConfig, TextIteratorStreamer
 
 from devil_hf import DevilConfig
+from devil_hf.build.models import _special_tokens
 from devil_hf.model.pooling_devil import pool, pool_every_location, region_weights, window_weights
 from devil_hf.model.translator_devil import Translator
 from devil_hf.training.draws import layer_dropout, location_dropout
@@ -457,3 +458,8 @@ def test_a_special_token_that_the_language_model_does_not_have_is_refused_before
         with pytest.raises(ValueError, match=rf"{name}={token} is none of the {size} tokens of the language model"):
             type(model.config).from_dict(settings | {name: token})
     assert getattr(type(model.config).from_dict(settings | {name: size - 1}), name) == size - 1
+
+
+def test_minus_one_stands_for_no_token(model):
+    text_config = type(model.config.text_config)(bos_token_id=1, eos_token_id=[2, 3], pad_token_id=-1)
+    assert _special_tokens(None, text_config) == {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None}
