@@ -19,7 +19,7 @@ from devil_hf.cli.verb import VERBS, Verb, show
 from devil_hf.extras import needs
 from devil_hf.settings import JsonSettings, option
 
-POINTING_SCENES = 100  # the pointing game asks every place of every layer, so the first scenes must do
+POINTING_SCENES = 60  # the pointing game asks every place of every layer, so the first scenes must do
 FRESH = 1_000_000  # where scenes begin that nothing here was trained or measured on
 SHADES = " .:+#"  # of a map in letters, from the least to the most evidence
 
@@ -125,7 +125,8 @@ def first_answer(folder: Path, seed: int, say: Callable[[str], None]) -> None:
     phrases = processor(text=[word], carrier="the", return_tensors="pt")
     attributed = model.attribute(phrases=phrases, feature_maps=maps)
     layer = model.layer_names[-2]
-    say(f"\nand where its {layer} sees {word!r}:\n\n{in_letters(attributed.maps[layer][0, 0].tolist())}\n")
+    drawn = in_letters(attributed.maps[layer][0, 0].tolist())
+    say(f"\nand where its {layer} sees {word!r}, from blank (least) to {SHADES[-1]} (most):\n\n{drawn}\n")
     folder.mkdir(parents=True, exist_ok=True)
     pictures = {"first_scene.png": image, "first_map.png": attribution_figure(processor, image, attributed, [word])}
     for name, picture in pictures.items():

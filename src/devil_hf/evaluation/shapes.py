@@ -146,13 +146,11 @@ def scene_rows(
         play = [at for at, index in enumerate(indices) if index < last and scenes[at].unique_phrases()]
         for row in rows:
             row["pointing"] = []
-        for at in play:
-            words, own = VOCABULARY, {name: one[at] for name, one in maps.items()}
-            if not maps:  # the words of the game alone, which are a third of all
-                words = list(dict.fromkeys(phrase.text for phrase in scenes[at].unique_phrases()))
-                asked = word_maps(model, processor, [cast(Tensor, one)[at : at + 1] for one in features], words)
-                own = {name: one[0] for name, one in asked.items()}
-            rows[at]["pointing"] = play_pointing(own, words, scenes[at])
+        if play:
+            asked = [cast(Tensor, one)[play] for one in features]
+            own = {n: one[play] for n, one in maps.items()} if maps else word_maps(model, processor, asked)
+            for at, played in zip(play, play_pointing(own, [scenes[at] for at in play]), strict=True):
+                rows[at]["pointing"] = played
     if "chosen" in questions:
         for row, chosen in zip(rows, _choose(model, processor, features, scenes, indices), strict=True):
             row["chosen"] = chosen
@@ -178,32 +176,27 @@ def describe_scenes(model: DevilModel, processor: DevilProcessor, features: Sequ
     return texts
 
 
-def word_maps(
-    model: DevilModel, processor: DevilProcessor, features: Sequence[Tensor | None], words: Sequence[str] = VOCABULARY
-) -> dict[str, Tensor]:
-    """Maps of words, (images, words, rows, columns), by layer and by combination of the layers."""
-    phrases = processor(text=words, carrier=CARRIER, return_tensors="pt")
+def word_maps(model: DevilModel, processor: DevilProcessor, features: Sequence[Tensor | None]) -> dict[str, Tensor]:
+    """Maps of every attribute word, (images, `VOCABULARY`, rows, columns), by layer and by combination of the layers."""
+    phrases = processor(text=VOCABULARY, carrier=CARRIER, return_tensors="pt")
     maps = model.attribute(phrases=phrases, feature_maps=features).maps
     whole = layer_evidence(model, features, phrases)
     maps = maps | {rule: combine_maps(maps, rule, whole) for rule in map_combinations()}
     return {name: one.cpu() for name, one in maps.items()}
 
 
-def play_pointing(maps: Mapping[str, Tensor], words: Sequence[str], scene: Scene) -> list[dict[str, Any]]:
-    """The pointing game for every word that one object of several has: `hit` and `chance` by layer.
-
-    Args:
-        maps: of the scene, (words, rows, columns) by layer and combination.
-        words: that the maps are of, at least those of the game.
-    """
-    played = []
-    for phrase in scene.unique_phrases():
-        mask, at = scene.masks[phrase.object_index], words.index(phrase.text)
-        games = {
-            name: [pointing(values[at].numpy(), mask), chance_pointing((values.shape[-2], values.shape[-1]), mask)]
-            for name, values in maps.items()
-        }
-        played.append({"attribute": phrase.attribute, "text": phrase.text, "games": games})
+def play_pointing(maps: Mapping[str, Tensor], scenes: Sequence[Scene]) -> list[list[dict[str, Any]]]:
+    """The pointing game for every word that one object of several has: `hit` and `chance` by layer."""
+    played: list[list[dict[str, Any]]] = []
+    for image, scene in enumerate(scenes):
+        played.append([])
+        for phrase in scene.unique_phrases():
+            mask, column = scene.masks[phrase.object_index], VOCABULARY.index(phrase.text)
+            games = {
+                name: [pointing(values[image, column].numpy(), mask), chance_pointing((values.shape[-2], values.shape[-1]), mask)]
+                for name, values in maps.items()
+            }
+            played[-1].append({"attribute": phrase.attribute, "text": phrase.text, "games": games})
     return played
 
 
