@@ -55,7 +55,8 @@ def diff(settings: DiffSettings) -> None:
     if settings.output is not None:
         check_file(settings.output, "difference.html")
     words = read_list(settings.words) if settings.words else []
-    family = {"layers": 1 + len(settings.layers or "1"), "words": MOST_WORDS + len(words), "level": settings.level}
+    layers = 1 + len(settings.layers or "1")
+    family: dict[str, Any] = {"layers": layers, "words": MOST_WORDS + len(words), "level": settings.level}
     check_level(**family)
     images = open_images(settings.images, limit=settings.limit)
     if isinstance(images, NumberedImages):

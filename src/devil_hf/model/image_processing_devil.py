@@ -223,7 +223,7 @@ class DevilImageProcessor(PilBackend):
         super().__init__(**kwargs)
         self._validate_preprocess_kwargs(**self._standardize_kwargs())
 
-    def _standardize_kwargs(self, **given: Any) -> dict[str, Any]:
+    def _standardize_kwargs(self, **given: Any) -> dict[str, Any]:  # type: ignore[override]
         own = {name: getattr(self, name) for name in SETTINGS if given.get(name) is None}
         if not isinstance(size := given.get("crop_size"), (dict, SizeDict, type(None))):
             edges = size if isinstance(size, (list, tuple)) else (size, size)

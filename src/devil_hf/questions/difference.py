@@ -19,7 +19,7 @@ import dataclasses
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence, Sized
+from collections.abc import Callable, Iterable, Sequence, Sized
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -407,9 +407,9 @@ def compare_networks(
     needs("scipy", "evaluate")
     compared = compared_layers(a[0], b[0], layers)
     check_words([*words, *([carrier] if carrier else [])], a[1], b[1])
-    family = {"layers": len(compared), "words": MOST_WORDS + len(words), "level": level}
+    family: dict[str, Any] = {"layers": len(compared), "words": MOST_WORDS + len(words), "level": level}
     check_level(**family)
-    enough = partial(check_images, **family)
+    enough: Callable[[int], None] = partial(check_images, **family)
     if isinstance(images, Sized):
         enough(len(images))
     (one, other), keys = read_images((a, b), images)
