@@ -2,6 +2,7 @@
 
     python scripts/benchmark.py attribution     phrases mapped over the deepest layer's grid (ResNet-50: 7 x 7)
     python scripts/benchmark.py describe        every location of that grid described
+    python scripts/benchmark.py coarse          maps from coarse to fine beside exact ones, at 56 x 56, see benchmark_coarse.py
     python scripts/benchmark.py training        one training step, see benchmark_training.py
     python scripts/benchmark.py evidence        a sentence explained word by word, see benchmark_evidence.py
     python scripts/benchmark.py cost            what training on CC3M takes, see training_cost.py
@@ -11,40 +12,49 @@
 
 The naive loop does what the method's equations say, for one location after another: all the layer tokens computed and the hidden
 ones masked, the whole of each phrase behind its prefix, logits at every position. Both sides share the frozen backbone's
-features, run in fp32 with the same threads, and are timed alternately; ratios are of medians. "Fast" is bf16 weights where the
-device computes faster in bf16 than in fp32, else plain fp32 once more.
+features, run in fp32 with the same threads, and are timed alternately; ratios are of medians, on CPUs of CPU seconds, which other
+processes disturb least. With `--sample N` the loop asks every N-th location, and its seconds are counted for all. "Fast" is bf16
+weights where the device computes faster in bf16 than in fp32, else plain fp32 once more. FLOPs are counted by torch in our run,
+the peak is that of one large matrix product, in the same seconds.
 """
 
 import argparse
 import copy
 import json
 import statistics
+import time
+from collections.abc import Callable, Iterable
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
+from benchmark_coarse import coarse
 from benchmark_evidence import evidence
 from benchmark_start import ROOT, quickstart, start
-from benchmark_training import bf16_pays, build, timed, training
+from benchmark_training import bf16_pays, build, training
+from torch.utils.flop_counter import FlopCounterMode
 from training_cost import cost
 from transformers.utils import logging
 
 from devil_hf import DevilModel
 
-SUBJECTS = ("attribution", "describe", "training", "evidence", "cost", "start", "quickstart")
-PHRASES = torch.tensor([[5, 120, 9], [5, 77, 2201], [8, 19, 31], [40, 1200, 7], [40, 11, 3]])  # five of three tokens
+PHRASES = [[5, 120, 9], [5, 77, 2201], [8, 19, 31], [40, 1200, 7], [40, 11, 3]]  # five of three tokens
+SUBJECTS = ("attribution", "describe", "coarse", "training", "evidence", "cost", "start", "quickstart")
+LENGTHS = (4, 1, 6, 2, 3, 5, 2, 4, 1, 3, 6, 2, 5, 3, 1, 4, 2, 6, 3, 5)  # twenty that begin with one of four words
+RAGGED = [[(7, 90, 411, 1300)[k % 4], *range(50 + 20 * k, 49 + 20 * k + length)] for k, length in enumerate(LENGTHS)]
 
 
 # ------------------------------------------------------------------------------------------------------ the naive loop
 
 
-def naive_prefixes(model: DevilModel, features: list[torch.Tensor]):
-    """Prefixes of the deepest layer's locations, one by one."""
+def naive_prefixes(model: DevilModel, features: list[torch.Tensor], sample: int) -> Iterable[torch.Tensor]:
+    """Prefixes of the deepest layer's locations, one by one, every `sample`-th of them."""
     H, W = features[-1].shape[-2:]
     mask = torch.tensor([[True] * (len(features) - 1) + [False]], device=features[0].device)
-    for row in range(H):
-        for column in range(W):
-            pooled = [maps.mean(dim=(2, 3)) for maps in features[:-1]] + [features[-1][:, :, row, column]]
-            yield model.translator(pooled, mask)
+    for row, column in islice(((row, column) for row in range(H) for column in range(W)), 0, None, sample):
+        pooled = [maps.mean(dim=(2, 3)) for maps in features[:-1]] + [features[-1][:, :, row, column]]
+        yield model.translator(pooled, mask)
 
 
 def naive_start(model: DevilModel, prefix: torch.Tensor) -> torch.Tensor:
@@ -53,105 +63,132 @@ def naive_start(model: DevilModel, prefix: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def naive_attribution(model: DevilModel, pixel_values: torch.Tensor, phrases: torch.Tensor) -> torch.Tensor:
+def naive_attribution(model: DevilModel, features: list[torch.Tensor], phrases: list[list[int]], sample: int) -> torch.Tensor:
     """Summed log-probabilities (locations, phrases)."""
     scores = []
-    for prefix in naive_prefixes(model, model.backbone(pixel_values)):
+    for prefix in naive_prefixes(model, features, sample):
+        start = naive_start(model, prefix)
         for phrase in phrases:
-            start = naive_start(model, prefix)
-            words = model.get_input_embeddings()(phrase[None])
-            logits = model.language_model(inputs_embeds=torch.cat([start, words], dim=1)).logits
-            log_probs = logits[0, start.shape[1] - 1 : -1].log_softmax(dim=-1)
-            scores.append(log_probs.gather(-1, phrase[:, None]).sum())
+            tokens = torch.tensor(phrase, device=prefix.device)
+            embeds = torch.cat([start, model.get_input_embeddings()(tokens[None])], dim=1)
+            log_probs = model.language_model(inputs_embeds=embeds).logits[0, start.shape[1] - 1 : -1].log_softmax(dim=-1)
+            scores.append(log_probs.gather(-1, tokens[:, None]).sum())
     return torch.stack(scores).view(-1, len(phrases))
 
 
 @torch.no_grad()
-def naive_describe(model: DevilModel, pixel_values: torch.Tensor, words: int) -> torch.Tensor:
+def naive_describe(model: DevilModel, features: list[torch.Tensor], words: int, sample: int) -> torch.Tensor:
     """Greedy descriptions (locations, words)."""
     rows = []
-    for prefix in naive_prefixes(model, model.backbone(pixel_values)):
+    for prefix in naive_prefixes(model, features, sample):
         start = naive_start(model, prefix)
-        rows.append(
-            model.language_model.generate(
-                inputs_embeds=start,
-                attention_mask=torch.ones(start.shape[:2], dtype=torch.long, device=start.device),
-                max_new_tokens=words,
-                do_sample=False,
-            )[0]
-        )
+        mask = torch.ones(start.shape[:2], dtype=torch.long, device=start.device)
+        options = {"attention_mask": mask, "max_new_tokens": words, "do_sample": False}
+        rows.append(model.language_model.generate(inputs_embeds=start, **options)[0])
     return torch.stack(rows)
 
 
 # ---------------------------------------------------------------------------------------------------------- measuring
 
 
-def our_attribution(model: DevilModel, pixel_values: torch.Tensor, phrases: torch.Tensor) -> torch.Tensor:
-    maps = model.attribute(pixel_values, {"input_ids": phrases}, layers=-1, measure="sum").maps
+def our_attribution(model: DevilModel, features: list[torch.Tensor], phrases: list[list[int]]) -> torch.Tensor:
+    longest = max(map(len, phrases))
+    ids = torch.tensor([[*phrase, *[0] * (longest - len(phrase))] for phrase in phrases])
+    mask = torch.tensor([[1] * len(phrase) + [0] * (longest - len(phrase)) for phrase in phrases])
+    text = {"input_ids": ids, "attention_mask": mask}
+    maps = model.attribute(phrases=text, feature_maps=features, layers=-1, measure="sum").maps
     return next(iter(maps.values()))[0].flatten(1).T  # (locations, phrases)
 
 
-def our_describe(model: DevilModel, pixel_values: torch.Tensor, words: int) -> torch.Tensor:
-    return model.describe(pixel_values, layers=-1, locations="all", max_new_tokens=words).sequences
+def our_describe(model: DevilModel, features: list[torch.Tensor], words: int) -> torch.Tensor:
+    return model.describe(feature_maps=features, layers=-1, locations="all", max_new_tokens=words).sequences
 
 
-def compare(naive, ours, fast, arguments, repeats: int) -> tuple[dict, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Median seconds of the three, run in turn after a warm-up of each fast one."""
-    ours(*arguments)
-    fast(*arguments)
-    seconds: dict[str, list[float]] = {"naive": [], "ours": [], "fast": []}
+def seconds_of(function: Callable, *arguments) -> tuple[float, float, Any]:
+    """CPU seconds of this process, seconds of the clock, and what the function returns."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    cpu, wall = time.process_time(), time.perf_counter()
+    result = function(*arguments)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.process_time() - cpu, time.perf_counter() - wall, result
+
+
+def peak(device: str) -> float:
+    """FLOP of a large fp32 matrix product in a CPU second (on a GPU: a second), the best of several."""
+    size, clock = (1024, 0) if device == "cpu" else (8192, 1)
+    left, right = (torch.randn(size, size, device=device) for _ in range(2))
+    return 2 * size**3 / min(seconds_of(torch.mm, left, right)[clock] for _ in range(9))
+
+
+def compare(naive: Callable, ours: Callable, fast: Callable, device: str, repeats: int, sample: int, places: int) -> dict:
+    """Median seconds of the three, run in turn after a warm-up that counts FLOPs; ratios; and what they answered."""
+    with FlopCounterMode(display=False) as counter:
+        ours()
+    fast()
+    sides = {"naive": naive, "ours": ours, "fast": fast}
+    taken: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
+    answers = {}
+    peaks = []
     for _ in range(repeats):
-        for name, function in (("naive", naive), ("ours", ours), ("fast", fast)):
-            elapsed, result = timed(function, *arguments)
-            seconds[name].append(elapsed)
-            if name == "naive":
-                expected = result
-            elif name == "ours":
-                found = result
-            else:
-                approximate = result
-    return {name: statistics.median(values) for name, values in seconds.items()}, expected, found, approximate
-
-
-def attribution(model: DevilModel, fast_model: DevilModel, pixel_values: torch.Tensor, repeats: int) -> dict:
-    report: dict = {}
-    for count in (1, 5):
-        phrases = PHRASES[:count].to(pixel_values.device)
-        seconds, expected, found, approximate = compare(
-            lambda p: naive_attribution(model, pixel_values, p),
-            lambda p: our_attribution(model, pixel_values, p),
-            lambda p: our_attribution(fast_model, pixel_values, p),
-            (phrases,),
-            repeats,
-        )
-        plural = "phrase" if count == 1 else "phrases"
-        report[f"seconds_{count}_{plural}"] = seconds
-        report[f"ratio_{count}_{plural}"] = seconds["naive"] / seconds["ours"]
-        report[f"ratio_{count}_{plural}_fast"] = seconds["naive"] / seconds["fast"]
-        for name, result in (("max_abs_diff", found), ("max_abs_diff_fast", approximate)):
-            difference = (result - expected).abs().max().item() / phrases.shape[1]
-            report[name] = max(report.get(name, 0.0), difference)
-        report[f"images_per_second_{count}_{plural}"] = 1 / seconds["ours"]
-        report[f"phrases_per_second_{count}_{plural}"] = expected.numel() / seconds["ours"]
-        report[f"phrases_per_second_{count}_{plural}_fast"] = expected.numel() / seconds["fast"]
-    return report
-
-
-def describe(model: DevilModel, fast_model: DevilModel, pixel_values: torch.Tensor, repeats: int, words: int) -> dict:
-    seconds, expected, found, approximate = compare(
-        lambda w: naive_describe(model, pixel_values, w),
-        lambda w: our_describe(model, pixel_values, w),
-        lambda w: our_describe(fast_model, pixel_values, w),
-        (words,),
-        repeats,
-    )
+        peaks.append(peak(device))
+        for name, function in sides.items():
+            *seconds, answers[name] = seconds_of(function)
+            share = places / len(answers[name]) if name == "naive" else 1.0
+            taken[name].append((seconds[0] * share, seconds[1] * share))
+    cpu, wall = ({name: statistics.median(one[i] for one in runs) for name, runs in taken.items()} for i in (0, 1))
+    counted = cpu if device == "cpu" else wall
+    flops = counter.get_total_flops()
     return {
-        "seconds_49_descriptions": seconds,
-        "ratio_49_descriptions": seconds["naive"] / seconds["ours"],
-        "ratio_49_descriptions_fast": seconds["naive"] / seconds["fast"],
-        "same_descriptions": (found == expected).all(dim=1).float().mean().item(),
-        "same_descriptions_fast": (approximate == expected).all(dim=1).float().mean().item(),
+        "cpu_seconds": cpu,
+        "wall_seconds": wall,
+        "ratio": counted["naive"] / counted["ours"],
+        "ratio_fast": counted["naive"] / counted["fast"],
+        "gflop": flops / 1e9,
+        "share_of_matmul_peak": flops / counted["ours"] / max(peaks),
+        "answers": {name: answer if name == "naive" else answer[::sample] for name, answer in answers.items()},
     }
+
+
+def attribution(model: DevilModel, fast_model: DevilModel, features: list[torch.Tensor], repeats: int, sample: int) -> dict:
+    """Maps of one phrase, of five, and of twenty of one to six tokens, over the deepest layer's grid."""
+    report: dict = {}
+    places = features[-1][0, 0].numel()
+    device = features[0].device.type
+    for name, phrases in (("1 phrase", PHRASES[:1]), ("5 phrases", PHRASES), ("20 ragged phrases", RAGGED)):
+        found = compare(
+            lambda p=phrases: naive_attribution(model, features, p, sample),
+            lambda p=phrases: our_attribution(model, features, p),
+            lambda p=phrases: our_attribution(fast_model, features, p),
+            device,
+            repeats,
+            sample,
+            places,
+        )
+        answers, lengths = found.pop("answers"), torch.tensor([len(phrase) for phrase in phrases], device=features[0].device)
+        for side in ("ours", "fast"):
+            found[f"max_abs_diff_{side}"] = ((answers[side] - answers["naive"]).abs() / lengths).max().item()
+        report[name] = found
+    return {"attribution": report}
+
+
+def describe(model, fast_model, features: list[torch.Tensor], repeats: int, sample: int, words: int) -> dict:
+    """Every location of the deepest layer's grid described in so many words."""
+    places = features[-1][0, 0].numel()
+    found = compare(
+        lambda: naive_describe(model, features, words, sample),
+        lambda: our_describe(model, features, words),
+        lambda: our_describe(fast_model, features, words),
+        features[0].device.type,
+        repeats,
+        sample,
+        places,
+    )
+    answers = found.pop("answers")
+    for side in ("ours", "fast"):
+        found[f"same_descriptions_{side}"] = (answers[side] == answers["naive"]).all(dim=1).float().mean().item()
+    return {f"{places} descriptions of {words} words": found}
 
 
 def main():
@@ -160,7 +197,7 @@ def main():
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each side (default: %(default)s)")
     parser.add_argument("--words", type=int, default=12, help="words of each description (default: %(default)s)")
-    parser.add_argument("--sample", type=int, default=1, help="of evidence: every N-th question of the loop (default: all)")
+    parser.add_argument("--sample", type=int, default=1, help="every N-th question of the loop (default: all)")
     parser.add_argument("--before", type=Path, help="of start and quickstart: a checkout to run in turn with this one")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     parser.add_argument("--json", action="store_true", help="print one object on one line")
@@ -170,7 +207,7 @@ def main():
         parser.error(f"unknown subjects {unknown}; there are {', '.join(SUBJECTS)}")
     logging.set_verbosity_error()
     torch.set_num_threads(arguments.threads)
-    report = {"threads": arguments.threads, "device": arguments.device}
+    report = {"threads": arguments.threads, "device": arguments.device, "instructions": torch.backends.cpu.get_cpu_capability()}
     checkouts = {"now": ROOT} | ({"before": arguments.before} if arguments.before else {})
     for name, measure in (("start", start), ("quickstart", quickstart)):
         if name in subjects:
@@ -181,17 +218,20 @@ def main():
         report |= evidence(arguments.repeats, arguments.sample)
     if "cost" in subjects:
         report |= cost(arguments.device, arguments.repeats)
+    if "coarse" in subjects:
+        report |= coarse()
     if {"attribution", "describe"} & set(subjects):
         # Without an EOS every description has the length asked for.
         model = build("paper", arguments.device, eos_token_id=None).eval()
         pays = bf16_pays(arguments.device)
         fast_model = copy.deepcopy(model).to(torch.bfloat16) if pays else model
         report["fast"] = "bf16 weights" if pays else "plain fp32: bf16 is slower on this device"
-        pixel_values = torch.randn(1, 3, 224, 224, device=arguments.device)
+        with torch.no_grad():
+            features = model.extract_features(torch.randn(1, 3, 224, 224, device=arguments.device))
     if "attribution" in subjects:
-        report |= attribution(model, fast_model, pixel_values, arguments.repeats)
+        report |= attribution(model, fast_model, features, arguments.repeats, arguments.sample)
     if "describe" in subjects:
-        report |= describe(model, fast_model, pixel_values, arguments.repeats, arguments.words)
+        report |= describe(model, fast_model, features, arguments.repeats, arguments.sample, arguments.words)
     if arguments.json:
         print(json.dumps(report))
         return

@@ -54,6 +54,7 @@ COCO = json.dumps([{"kind": "coco", "annotations": "coco.json", "images": "."}])
         ("describe none.png", "no such file"),
         ("describe coco.json", "cannot read 'coco.json' as an image"),
         ("describe .", "cannot read '.' as an image"),
+        ("attribute a.png red --refine 0.1", "refine=0.1 must be the share of places"),
         ("attribute a.png red --window 4", "--window 4 must be odd"),
         ("attribute a.png red --windows layer4=2", "LAYER=SIDE with an odd side"),
         ("attribute a.png red --windows layer9=3", "layer 'layer9' is not asked"),

@@ -9,6 +9,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -123,6 +124,16 @@ def test_describe_and_attribute_speak_json(scene_file, capsys, tmp_path):
     cli.main(["attribute", scene_file, "red", "a circle", "--layers", "layer3", "layer4", "--json", "--output", picture])
     maps = json.loads(capsys.readouterr().out)
     assert set(maps) == {"layer3", "layer4"} and len(maps["layer4"]) == 2 and len(maps["layer4"][0]) == 4
+    exact = ["attribute", scene_file, "red", "--layers", "layer1", "--json", "--output", picture]
+    found = []
+    for command in (exact, [*exact, "--refine", "0.5"]):
+        cli.main(command)
+        found.append(np.array(json.loads(capsys.readouterr().out)["layer1"][0]).flatten())
+    assert (
+        found[0].shape == found[1].shape
+        and 0.9 < np.corrcoef(*found)[0, 1] < 1
+        and (np.abs(found[0] - found[1]) < 1e-4).mean() >= 0.5
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """`devil attribute`: where in an image words come from, as maps."""
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -33,6 +34,11 @@ class AttributeSettings(LayerSettings):
     )
     window: int = option("side of the square around each place", 1, least=1)
     windows: list[str] = option("the same of single layers, instead", [], metavar="LAYER=SIDE")
+    refine: float | None = option(
+        "share of places to ask, from .25 to 1, where maps are finer than 16 x 16; the others are interpolated between places of "
+        "like features (default: every place)",
+        None,
+    )
     carrier: str | None = option('a neutral word read before each phrase, such as "the"', None)
     output: Path = option("picture to write", Path("maps.png"))
 
@@ -41,6 +47,10 @@ class AttributeSettings(LayerSettings):
         if not all(phrase.strip() for phrase in self.phrases):
             raise ValueError(f"phrases {self.phrases} must each hold a word")
         check_window(self.window)
+        if self.refine is not None:
+            from devil_hf.questions.coarse_maps import check_share
+
+            check_share(self.refine)
         if self.windows and self.window != 1:
             raise ValueError(f"--window {self.window} is of all layers, --windows of single ones: give one of them")
 
@@ -50,6 +60,7 @@ def attribute(settings: AttributeSettings) -> None:
     from devil_hf.checkpoints.loading import open_checkpoint
     from devil_hf.model.image_processing_devil import load_images
     from devil_hf.model.pooling_devil import resolve_layers
+    from devil_hf.questions.coarse_maps import attribute_coarsely
     from devil_hf.report.figures import attribution_figure
 
     check_picture(settings.output)
@@ -58,7 +69,8 @@ def attribute(settings: AttributeSettings) -> None:
     known = model.layer_names
     layers = read_layers(settings.layers, known)
     asked = [known[index] for index in resolve_layers(layers, known)]
-    output = model.attribute(
+    ask = model.attribute if settings.refine is None else partial(attribute_coarsely, model, refine=settings.refine)
+    output = ask(
         feature_maps=look(model, processor, [image], [settings.image]),
         phrases=processor(text=settings.phrases, carrier=settings.carrier, return_tensors="pt"),
         layers=layers,
