@@ -56,7 +56,11 @@ def start(checkouts: Mapping[str, Path], threads: int, repeats: int) -> dict[str
                 if turn:
                     found[label].append(measured)
         report[name] = {label: medians(values) for label, values in found.items()}
-    imports = json.loads(run(next(iter(checkouts.values())), threads, (str(ROOT / "scripts/import_times.py"), "describe"))[2])
+    program = (str(ROOT / "scripts/import_times.py"), "describe")
+    found_imports = {label: json.loads(run(checkout, threads, program)[2]) for label, checkout in checkouts.items()}
+    for label, imports in found_imports.items():
+        report[f"searches for dead objects {label}"] = {"number": imports["searches"], "processor_seconds": imports["searched"]}
+    imports = next(iter(found_imports.values()))
     ranked = sorted(imports["packages"].items(), key=lambda item: -item[1]["seconds"])
     shown = [(name, entry) for name, entry in ranked if entry["seconds"] > SHARE * imports["seconds"]]
     report["imports of devil describe"] = {

@@ -2,10 +2,12 @@
 
     python scripts/import_times.py describe
 
-Seconds are a package's own: what it makes others import is theirs. The command's own output goes to standard error.
+Seconds are a package's own: what it makes others import is theirs. `searches` are Python's for dead objects, and `searched` the
+seconds that they took, which are within the others. The command's own output goes to standard error.
 """
 
 import contextlib
+import gc
 import importlib._bootstrap as bootstrap
 import json
 import sys
@@ -15,6 +17,7 @@ from typing import Any
 inner: list[float] = []  # for each import under way, the seconds of the imports within it
 path: list[str] = []
 packages: dict[str, dict[str, Any]] = {}
+searches = {"searches": 0, "searched": 0.0}
 load = bootstrap._load_unlocked
 
 
@@ -37,15 +40,23 @@ def timed(spec: Any) -> Any:
             inner[-1] += whole
 
 
+def searched(phase: str, _: Any) -> None:
+    """Note a search for dead objects."""
+    searches["searched"] += time.process_time() * (1 if phase == "stop" else -1)
+    searches["searches"] += phase == "stop"
+
+
 def main() -> int:
     """Run the command line that follows as a process of `devil` does, and print what it imported."""
     bootstrap._load_unlocked = timed
+    gc.callbacks.append(searched)
     with contextlib.redirect_stdout(sys.stderr):
         from devil_hf.cli.main import main as command
 
         code = command()
     bootstrap._load_unlocked = load
-    print(json.dumps({"seconds": time.process_time(), "packages": packages}))
+    gc.callbacks.remove(searched)
+    print(json.dumps({"seconds": time.process_time(), **searches, "packages": packages}))
     return code
 
 

@@ -51,8 +51,8 @@ def quickstart(settings: QuickstartSettings, say: Callable[[str], None] = print)
     """
     from devil_hf.folders import claimed
 
-    for module in ("accelerate", "datasets"):  # before minutes of work
-        needs(module, "train")
+    for module, extra in (("accelerate", "train"), ("datasets", "train"), ("tabulate", "evaluate")):  # before minutes of work
+        needs(module, extra)
     with claimed(settings.output_dir, "devil quickstart"):
         return _quickstart(settings, say)
 
