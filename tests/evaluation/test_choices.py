@@ -1,12 +1,22 @@
 """Questions of the shapes world have the answers that the scenes have, and a file of questions is asked as it says."""
 
 import json
+import math
 
 import pytest
 
 from devil_hf.data.shapes import ATTRIBUTE_WORDS
 from devil_hf.data.worlds import World
-from devil_hf.evaluation.choices import ABSENT, LEFT_OUT, ChoicesSettings, _refusals, _with_left_out, exams, read_exams
+from devil_hf.evaluation.choices import (
+    ABSENT,
+    LEFT_OUT,
+    ChoicesSettings,
+    _calibration,
+    _refusals,
+    _with_left_out,
+    exams,
+    read_exams,
+)
 from devil_hf.evaluation.evaluator import evaluate
 from devil_hf.questions.choices import NONE_WRONG, Calibration, Scale
 from devil_hf.settings import make
@@ -79,6 +89,13 @@ def test_the_truth_is_left_out_of_every_question_that_has_others():
     found = _refusals([(0, row), (0, left), (0, none)], "all", Scale(0.02, 0.15))
     assert found == {"answered": 1.0, "refused_left_out": 0.0, "sure_left_out": 1.0, "refused_absent": 0.0, "sure_absent": 1.0}
     assert _refusals([(0, row), (0, left)], "all", Scale(0.02, 0.3))["refused_left_out"] == 1.0
+
+
+def test_calibration_is_that_of_answered_questions():
+    sure, refused = ({"answer": at, "evidence": {"all": values}} for at, values in ((0, [2.0, 0.0]), (1, [0.1, 0.0])))
+    found = _calibration([sure, refused, refused], "all", Scale(0.1, 1.0))
+    assert found["error"] == pytest.approx(0, abs=1e-6) and sum(count for count, *_ in found["bins"]) == 1
+    assert math.isnan(_calibration([refused], "all", Scale(0.1, 1.0))["error"]), "nothing is answered"
 
 
 @pytest.mark.parametrize(

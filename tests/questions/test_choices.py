@@ -1,5 +1,6 @@
 """Multiple choice: evidence is that of single sentences at single places, and what cannot be asked is refused before it is."""
 
+import copy
 import json
 import math
 
@@ -131,6 +132,14 @@ def test_where_every_answer_is_right_the_temperature_is_the_highest_that_they_do
     assert 0.05 < scale.temperature <= 50, "no probability of 1 follows from a score of 1"
 
 
+def test_one_wrong_answer_of_many_fits_no_temperature():
+    right, close = [1.0, 0.0], [0.0, 0.05]
+    scale = fit_scale([*[right] * 261, close], [0] * 262)
+    assert scale.bound == NONE_WRONG and scale.temperature > fit_scale([right] * 262, [0] * 262).temperature - 1e-6
+    many = fit_scale([*[right] * 261, *[close] * 30], [0] * 291)
+    assert many.bound is None, "the coldest is refuted"
+
+
 def test_a_calibration_is_for_its_parts_its_layers_and_its_places(model, processor, images, tmp_path):
     names = model.layer_names
     scales = {ALL: Scale(0.5, -90.0), WHOLE: Scale(0.25, 90.0), names[0]: Scale(0.1, -80.0)}
@@ -151,6 +160,8 @@ def test_a_calibration_is_for_its_parts_its_layers_and_its_places(model, process
         other = Calibration(scales, 2, "tests", 10, **part_hashes(model) | {part: "0" * 64})
         with pytest.raises(ValueError, match=rf"another {part} \(00000000\)"):
             ask(model, processor, images[0], QUESTION, CHOICES, calibration=other)
+    with pytest.raises(ValueError, match="or of another precision than bfloat16"):
+        own.check(copy.deepcopy(model).to(torch.bfloat16))
     unfitted = Calibration({ALL: Scale(0.5, -90.0, NONE_WRONG)}, 2, "tests", 10, **part_hashes(model))
     (bounded,) = ask(model, processor, images[0], QUESTION, CHOICES, calibration=unfitted)
     assert not bounded.calibrated and bounded.bound == NONE_WRONG and bounded.probabilities == fitted.probabilities

@@ -10,8 +10,8 @@ all layers, each layer, and the whole image), on the first ones they are judged:
 * `answered`: of questions with an answer, how many are not refused; `refused_absent`, `refused_left_out`: of those without one,
   how many are; `sure_absent`, `sure_left_out`: how many get an answer with a probability above .99 (`refused` and `sure` where a
   file has questions without an answer).
-* expected calibration error (ten bins of probability), before and after fitting, beside what an answerer with the same
-  probabilities would have by chance, were they exact.
+* expected calibration error (ten bins of probability) of questions that are answered, before and after fitting, beside what an
+  answerer with the same probabilities would have by chance, were they exact.
 
 `--questions FILE` asks others: a JSON object on each line, such as {"image": "a.jpg", "question": "a photo of a {}",
 "choices": ["dog", "cat"], "answer": "dog"}, with images relative to the file, and null where no choice is true.
@@ -307,7 +307,8 @@ def _refusals(rows: Sequence[tuple[int, Any]], name: str, scale: Scale) -> dict[
 
 
 def _calibration(rows: Sequence[Any], name: str, scale: Scale) -> dict[str, Any]:
-    """Expected calibration error before and after fitting, and of exact probabilities; the bins after fitting."""
+    """Of what is answered: expected calibration error before and after fitting, and of exact probabilities; bins after it."""
+    rows = [row for row in rows if max(row["evidence"][name]) >= scale.least_evidence]
     right = np.array([np.argmax(row["evidence"][name]) == row["answer"] for row in rows])
     before, after = (
         np.array([float(one.probabilities(torch.tensor(row["evidence"][name])).max()) for row in rows])

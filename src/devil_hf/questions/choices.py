@@ -41,7 +41,8 @@ NOT_ENCODED = "not encoded"
 ALL, WHOLE = "all", "whole"  # scales: all layers at places, all layers of the whole image; others are of a layer at places
 COLDEST, HOTTEST = 0.02, 50.0  # bounds of a fitted temperature: where every answer is right, none is the best
 AT_BOUND = 1e-6  # nats per question by which a fitted temperature must be better than a bound
-NONE_WRONG, NONE_BETTER = "no answer clearly wrong", "no answer better than chance"  # why a fit ended at its bound
+# why a fit ended at its bound
+NONE_WRONG, NONE_BETTER = "no answer, or too few, clearly wrong", "no answer better than chance"
 UNLIKELY = 0.05  # a temperature that makes answers less likely than this share of the likeliest is refuted by them
 FINEST_GRID = 64  # places to a side
 CALIBRATION_FILE = "calibration.json"  # beside a checkpoint
@@ -198,9 +199,10 @@ class Calibration:
         """Raise a ValueError where the model has another translator or network than those that this was fitted for."""
         for part, own in part_hashes(model).items():
             if own != (fitted := getattr(self, part)):
+                dtype = next(getattr(model, part).parameters()).dtype
                 raise ValueError(
-                    f"the calibration is of another {part} ({fitted:.8}) than this checkpoint's ({own:.8}): fit one by "
-                    "devil evaluate choices"
+                    f"the calibration is of another {part} ({fitted:.8}) than this checkpoint's ({own:.8}), or of another "
+                    f"precision than {str(dtype).removeprefix('torch.')}: fit one by devil evaluate choices, or load it as it was"
                 )
 
     def scale(self, visible: Sequence[int], names: Sequence[str], grid: int) -> Scale | None:
@@ -348,8 +350,9 @@ def choice_evidence(model: DevilModel, places: Tensor, tokens: Mapping[str, Tens
 def fit_scale(evidence: Sequence[Sequence[float]], answers: Sequence[int | None]) -> Scale:
     """The temperature that makes true answers likeliest, and the least evidence that tells questions with an answer from others.
 
-    Where every answer is right, the colder the likelier: no temperature is fitted then, and the scale says so and has the highest
-    one under which the true answers are at least `UNLIKELY` times as likely as at `COLDEST`.
+    Where every answer is right, the colder the likelier, and a single wrong one among many says little of how cold. So where the
+    true answers are at least `UNLIKELY` times as likely at `COLDEST` as at their best, no temperature is fitted: the scale says
+    so, and has the highest one under which they are at least `UNLIKELY` times as likely as at `COLDEST`.
 
     Args:
         evidence: of the choices of each question.
@@ -379,9 +382,10 @@ def fit_scale(evidence: Sequence[Sequence[float]], answers: Sequence[int | None]
     low, high = math.log(COLDEST), math.log(HOTTEST)
     if loss(high) <= found.fun + AT_BOUND:
         return Scale(HOTTEST, least, NONE_BETTER)
-    if loss(low) > found.fun + AT_BOUND:
+    margin = -math.log(UNLIKELY) / len(answered)
+    if loss(low) > found.fun + margin:
         return Scale(math.exp(found.x), least)
-    allowed = loss(low) - math.log(UNLIKELY) / len(answered)
+    allowed = loss(low) + margin
     highest = high if loss(high) <= allowed else brentq(lambda at: loss(at) - allowed, low, high)
     return Scale(min(max(math.exp(highest), COLDEST), HOTTEST), least, NONE_WRONG)
 
