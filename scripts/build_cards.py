@@ -78,6 +78,13 @@ def embedded_card() -> str:
         return str(prepare(locate("shapes"), f"{OWNER}/devil-shapes-world", folder).card)
 
 
+def photos_card() -> str:
+    """The card of the photographs' checkpoint."""
+    data = "Flickr8k with phrases and boxes (Flickr30k Entities), 6,010 images; COCO, 617 images; 217,341 captions as text"
+    with tempfile.TemporaryDirectory() as folder:
+        return str(prepare(locate("photos"), f"{OWNER}/devil-photos", folder, data=data).card)
+
+
 def shapes_card() -> str:
     """The card of the shapes world."""
     data = DatasetCardData(
@@ -107,7 +114,7 @@ def main() -> None:
     parser.add_argument("--recipes", type=Path, default=Path(__file__).parent / "recipes", help="folder of the recipes")
     arguments = parser.parse_args()
     cards = {f"{path.stem}.md": recipe_card(path) for path in sorted(arguments.recipes.glob("cc3m_*.yaml"))}
-    cards |= {"shapes_world.md": shapes_card(), "embedded.md": embedded_card()}
+    cards |= {"shapes_world.md": shapes_card(), "embedded.md": embedded_card(), "photos.md": photos_card()}
     for name, text in cards.items():
         (arguments.output_dir / name).write_text(text, encoding="utf-8")
         print(arguments.output_dir / name)

@@ -231,7 +231,7 @@ class JsonSettings:
 class ModelSettings(JsonSettings):
     """What a verb has that asks a checkpoint."""
 
-    checkpoint: str | None = option("directory or Hub id (default: the shapes-world checkpoint of the package)", None)
+    checkpoint: str | None = option("directory, Hub id, or a shipped one: photos (default) or shapes", None)
     device: str | None = option("default: cuda where there is one", None)
 
 

@@ -52,14 +52,15 @@ def distance_of(model, processor, image) -> float:
     return float(distances(model, model.extract_features(processor(images=image, return_tensors="pt")["pixel_values"])))
 
 
-def test_scenes_and_other_pictures_are_told_apart():
+def test_photographs_and_scenes_are_told_apart():
+    scenes = [World(20, HELD_OUT_WORLD).scene(at).image for at in range(20)]
     rng = np.random.default_rng(0)
     others = [Image.fromarray(rng.integers(0, 256, (90, 120, 3), dtype=np.uint8)), Image.new("RGB", (99, 99), "teal")]
-    model, processor = load("shapes", "cpu")
-    most = model.config.scope_statistics["most"]
-    near = [distance_of(model, processor, World(20, HELD_OUT_WORLD).scene(at).image) for at in range(20)]
-    far = [distance_of(model, processor, image) for image in others]
-    assert sum(distance > most for distance in near) <= 1 and min(far) > most
+    for name, images in {"shapes": (scenes, others), "photos": ([], [*scenes, *others])}.items():
+        model, processor = load(name, "cpu")
+        most = model.config.scope_statistics["most"]
+        near, far = ([distance_of(model, processor, image) for image in kind] for kind in images)
+        assert sum(distance > most for distance in near) <= 1 and min(far) > most
 
 
 def test_the_command_says_it_once(tmp_path, capsys):

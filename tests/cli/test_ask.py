@@ -25,7 +25,7 @@ def picture(scene, tmp_path):
 def test_an_object_is_asked_for_its_colour_and_one_that_is_not_there_has_none(scene, picture, capsys):
     first, *_, absent = exams(scene)
     for exam in (first, absent):
-        asked = ["ask", picture, "--question", exam.question.text, "--choices", *exam.question.choices]
+        asked = ["ask", picture, "--checkpoint", "shapes", "--question", exam.question.text, "--choices", *exam.question.choices]
         assert main([*asked, "--least-evidence", "0.3", "--json"]) == 0
         (row,) = json.loads(capsys.readouterr().out)
         assert row["answer"] == ("not encoded" if exam.answer is None else exam.question.choices[exam.answer])

@@ -26,6 +26,7 @@ def folders(tmp_path_factory):
 @pytest.mark.parametrize("what", ["channels", "places"])
 def test_a_phrase_two_folders_and_a_layer_are_an_answer(folders, capsys, what):
     asked = ["knock-out", "the striped", "--images", str(folders / "striped"), "--without", str(folders / "others")]
+    asked += ["--checkpoint", "shapes"]
     assert main([*asked, "--layer", "layer4", "--what", what, "--number", "4", "--draws", "19", "--json"]) == 0
     record = json.loads(capsys.readouterr().out)
     assert (
@@ -41,7 +42,7 @@ def test_what_cannot_be_asked_ends_with_a_line(folders, tmp_path, capsys):
     (tmp_path / "few").mkdir()
     for name in "ab":
         Image.new("RGB", (64, 64)).save(tmp_path / "few" / f"{name}.png")
-    asked = ["knock-out", "the striped", "--images", str(folders / "striped"), "--layer", "layer4"]
+    asked = ["knock-out", "the striped", "--images", str(folders / "striped"), "--layer", "layer4", "--checkpoint", "shapes"]
     assert main([*asked, "--without", str(tmp_path / "few")]) == 1
     assert "has 2 images: at least 6" in capsys.readouterr().err
     striped = str(folders / "striped")

@@ -102,7 +102,12 @@ def test_quickstart_is_the_recipe_of_that_name():
 
 def test_describe_prints_layers_and_what_it_knows_needs_no_word(scene_file, capsys, tmp_path):
     picture = tmp_path / "layers.png"
-    assert cli.main(["describe", scene_file, "--layers", "all", "-1", "--evidence", "--output", str(picture)]) == 0
+    assert (
+        cli.main(
+            ["describe", scene_file, "--checkpoint", "shapes", "--layers", "all", "-1", "--evidence", "--output", str(picture)]
+        )
+        == 0
+    )
     printed = capsys.readouterr()
     assert "all: " in printed.out and "layer4: " in printed.out
     assert "note:" not in printed.err, "the scene is like those of the training"
@@ -117,11 +122,26 @@ def test_describe_shows_a_scene_where_no_image_is_named(capsys):
 
 
 def test_describe_and_attribute_speak_json(scene_file, capsys, tmp_path):
-    cli.main(["describe", scene_file, "--layers", "layer4", "--locations", "0,0", "1,3", "--json"])
+    cli.main(["describe", scene_file, "--checkpoint", "shapes", "--layers", "layer4", "--locations", "0,0", "1,3", "--json"])
     rows = json.loads(capsys.readouterr().out)
     assert [(row["layer"], row["location"]) for row in rows] == [("layer4", [0, 0]), ("layer4", [1, 3])]
     picture = str(tmp_path / "maps.png")
-    cli.main(["attribute", scene_file, "red", "a circle", "--layers", "layer3", "layer4", "--json", "--output", picture])
+    cli.main(
+        [
+            "attribute",
+            scene_file,
+            "red",
+            "a circle",
+            "--checkpoint",
+            "shapes",
+            "--layers",
+            "layer3",
+            "layer4",
+            "--json",
+            "--output",
+            picture,
+        ]
+    )
     maps = json.loads(capsys.readouterr().out)
     assert set(maps) == {"layer3", "layer4"} and len(maps["layer4"]) == 2 and len(maps["layer4"][0]) == 4
     exact = ["attribute", scene_file, "red", "--layers", "layer1", "--json", "--output", picture]
@@ -141,7 +161,7 @@ def test_describe_and_attribute_speak_json(scene_file, capsys, tmp_path):
     [
         (["describe", "nowhere.png"], "nowhere.png"),
         (["describe", "SCENE", "--layers", "layer9"], "layer9"),
-        (["describe", "SCENE", "--layers", "layer4", "--locations", "7,7"], "outside"),
+        (["describe", "SCENE", "--checkpoint", "shapes", "--layers", "layer4", "--locations", "7,7"], "outside"),
         (["describe", "SCENE", "--locations", "seven"], "seven"),
         (["attribute", "SCENE", " "], "phrase"),
         (["attribute", "SCENE", "red " * 200], "shorten"),

@@ -25,6 +25,8 @@ def test_phrases_in_one_image(scene, tmp_path, capsys):
                 scene,
                 "pink",
                 "a star",
+                "--checkpoint",
+                "shapes",
                 "--layers",
                 "layer1",
                 "layer3",

@@ -25,7 +25,7 @@ from devil_hf.checkpoints.scope import measure_scope
 from devil_hf.data.shapes import make_scene
 from devil_hf.demo import visits as visits_module
 from devil_hf.demo.app import example_images
-from devil_hf.demo.checkpoints import SCENES, Checkpoints
+from devil_hf.demo.checkpoints import PHOTOGRAPHS, SCENES, Checkpoints
 from devil_hf.demo.explorer import Explorer, read_phrases
 from devil_hf.demo.messages import told
 from devil_hf.demo.uploads import read_upload
@@ -243,7 +243,8 @@ def test_errors_are_messages_and_inner_ones_say_nothing_of_the_inside():
 
 
 def test_the_picker_follows_its_owner(monkeypatch):
-    assert not Checkpoints(models="none").picker
+    assert not Checkpoints("shapes", models="none").picker
+    assert Checkpoints(models="none").picker, "between the built-in ones"
     assert Checkpoints(models="any").picker
     some = Checkpoints(models="user/one, user/two")
     assert some.picker
@@ -263,25 +264,28 @@ def test_the_picker_follows_its_owner(monkeypatch):
 def test_few_models_stay_in_memory(model, processor, monkeypatch):
     checkpoints = Checkpoints(models="any")
     monkeypatch.setattr(Checkpoints, "_load", lambda self, name: Explorer(model, processor))
-    for name in (SCENES, "a/b", "c/d", "e/f"):
+    for name in (PHOTOGRAPHS, SCENES, "a/b", "c/d", "e/f"):
         checkpoints.get(name)
-    assert sorted(checkpoints._loaded) == ["c/d", "e/f", SCENES]
+    assert sorted(checkpoints._loaded) == ["c/d", "e/f", PHOTOGRAPHS, SCENES]
     checkpoints.held("c/d")  # asked again, it stays
     checkpoints.get("g/h")
-    assert sorted(checkpoints._loaded) == ["c/d", "g/h", SCENES]
+    assert sorted(checkpoints._loaded) == ["c/d", "g/h", PHOTOGRAPHS, SCENES]
     with pytest.raises(ValueError, match="e/f has made room"):
         checkpoints.held("e/f")
 
 
-def test_an_example_is_looked_at_by_the_model_of_its_world(model, processor, monkeypatch):
+def test_an_example_is_looked_at_by_the_model_of_its_world(model, processor, images, monkeypatch):
     monkeypatch.setattr(Checkpoints, "_load", lambda self, name: Explorer(model, processor))
     checkpoints = Checkpoints(models="any")
     for name in (*checkpoints.own, "user/own"):
         checkpoints.get(name)
     examples = example_images()
-    assert {example.checkpoint for example in examples} == {SCENES}
+    assert {example.checkpoint for example in examples} == {PHOTOGRAPHS, SCENES}
     visits = Visits(checkpoints, examples)
-    assert visits.start()["session"].checkpoint == SCENES
+    session = visits.start()["session"]
+    assert session.checkpoint == PHOTOGRAPHS
+    scene = visits.open_example(len(examples) - 1, session.checkpoint, None)["session"]
+    assert scene.checkpoint == SCENES
     assert visits.open_example(0, "user/own", None)["session"].checkpoint == "user/own", "whoever brought one stays with it"
 
 
@@ -291,17 +295,17 @@ def test_an_image_unlike_the_training_is_said_to_be_so(model, processor, images)
     asked.config.scope_statistics = measure_scope(asked, [pixels, pixels + 0.01])
     asked.config.scope = "<b>Only noise.</b>"
     checkpoints = Checkpoints(models="none")
-    checkpoints._loaded[SCENES] = explorer = Explorer(asked, processor)
-    visits = Visits(checkpoints, [Example(image, SCENES) for image in images])
-    assert "What this model knows" in visits.head(SCENES, explorer.look(images[0]))
-    told = visits.head(SCENES, explorer.look(Image.new("RGB", (50, 50), "red")))
+    checkpoints._loaded[PHOTOGRAPHS] = explorer = Explorer(asked, processor)
+    visits = Visits(checkpoints, [Example(image, PHOTOGRAPHS) for image in images])
+    assert "What this model knows" in visits.head(PHOTOGRAPHS, explorer.look(images[0]))
+    told = visits.head(PHOTOGRAPHS, explorer.look(Image.new("RGB", (50, 50), "red")))
     assert "this image is unlike" in told and "&lt;b&gt;" in told and "<b>Only" not in told
 
 
 def test_features_of_old_visits_make_room_and_are_made_again(model, processor, images, monkeypatch):
     checkpoints = Checkpoints(models="none")
-    checkpoints._loaded[SCENES] = Explorer(model, processor)
-    visits = Visits(checkpoints, [Example(image, SCENES) for image in images])
+    checkpoints._loaded[PHOTOGRAPHS] = Explorer(model, processor)
+    visits = Visits(checkpoints, [Example(image, PHOTOGRAPHS) for image in images])
     first = visits.start()["session"]
     said = visits.choose_layer(first, model.layer_names[0])["place"]
     monkeypatch.setattr(visits_module, "FEATURE_BYTES", first.look.size + 1)
@@ -313,8 +317,8 @@ def test_features_of_old_visits_make_room_and_are_made_again(model, processor, i
 
 def test_a_visit_that_nobody_holds_leaves_memory(model, processor, images):
     checkpoints = Checkpoints(models="none")
-    checkpoints._loaded[SCENES] = Explorer(model, processor)
-    visits = Visits(checkpoints, [Example(image, SCENES) for image in images])
+    checkpoints._loaded[PHOTOGRAPHS] = Explorer(model, processor)
+    visits = Visits(checkpoints, [Example(image, PHOTOGRAPHS) for image in images])
     session = visits.start()["session"]
     left = [weakref.ref(visits.start()["session"]), weakref.ref(session.look)]
     session = visits.choose_layer(visits.start()["session"], model.layer_names[0])["session"]  # another image, the same visitor
@@ -342,8 +346,8 @@ def test_the_stage_marks_the_place(images):
 
 def test_a_clicked_word_is_mapped_after_the_words_before_it(explorer, images):
     checkpoints = Checkpoints(models="none")
-    checkpoints._loaded[SCENES] = explorer
-    visits = Visits(checkpoints, [Example(image, SCENES) for image in images])
+    checkpoints._loaded[PHOTOGRAPHS] = explorer
+    visits = Visits(checkpoints, [Example(image, PHOTOGRAPHS) for image in images])
     session = visits.start()["session"]
     said, features = ["a red dog on the grass"], session.look.feature_maps
     (found,) = explain_words(explorer.model, explorer.processor, sentences=said, feature_maps=features)

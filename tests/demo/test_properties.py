@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from devil_hf.demo.checkpoints import SCENES, Checkpoints
+from devil_hf.demo.checkpoints import PHOTOGRAPHS, Checkpoints
 from devil_hf.demo.downloads import FETCHED
 from devil_hf.demo.endpoints import Endpoints, shrunk_point
 from devil_hf.demo.explorer import MAX_PHRASE_LENGTH, MAX_PHRASES, Explorer, read_phrases
@@ -39,8 +39,8 @@ def explorer(model, processor):
 @pytest.fixture(scope="module")
 def visits(explorer, images):
     checkpoints = Checkpoints(models="none")
-    checkpoints._loaded[SCENES] = explorer
-    return Visits(checkpoints, [Example(image, SCENES) for image in images])
+    checkpoints._loaded[PHOTOGRAPHS] = explorer
+    return Visits(checkpoints, [Example(image, PHOTOGRAPHS) for image in images])
 
 
 def asked(answer, *arguments):

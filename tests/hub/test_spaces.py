@@ -44,8 +44,8 @@ def test_a_space_runs_the_package_that_it_was_published_with(hub, tmp_path, caps
     environment = os.environ | {"SPACE_ID": "tester/demo", "PYTHONPATH": str(tmp_path), "HF_HUB_OFFLINE": "1"}
     run = subprocess.run([sys.executable, "-c", RUN_SPACE], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    assert run.stdout.split("\n")[0] == "shapes world (built in)"
-    assert "layer1" in run.stdout
+    assert run.stdout.split("\n")[0] == "photographs (built in)"
+    assert "blocks.4" in run.stdout
 
 
 def test_a_space_installs_the_core_and_what_the_demo_needs(monkeypatch):

@@ -1,8 +1,9 @@
 """The checkpoints that ship with the package, each in a folder of its name.
 
-`shapes` is a whole DeViL for the shapes world, in half precision. It is what every verb asks where no checkpoint is named, and
-the source of the frozen parts of `devil quickstart`; `scripts/build_embedded.py` makes it from nothing. One for photographs is
-being made by `scripts/build_photos.py`. A name, a directory or a Hub id: `locate` is the one place that tells them apart.
+`photos` is a whole DeViL for photographs, in half precision: what every verb asks about pictures where no checkpoint is named;
+`scripts/build_photos.py` makes it. `shapes` is one for the rendered shapes world, where the truth is known: what `devil evaluate`
+measures by default, and the source of the frozen parts of `devil quickstart`; `scripts/build_embedded.py` makes it from nothing.
+A name, a directory or a Hub id: `locate` is the one place that tells them apart.
 """
 
 from os import PathLike
@@ -10,8 +11,8 @@ from pathlib import Path
 
 FOLDER = Path(__file__).parent
 SHAPES, PHOTOS = "shapes", "photos"
-DEFAULT = SHAPES
-# What each says of itself (`config.scope`); that of photographs is not shipped yet.
+DEFAULT = PHOTOS
+# What the shipped checkpoints say of themselves (`config.scope`).
 SCOPES = {
     SHAPES: "This checkpoint has only ever seen rendered scenes of coloured, textured shapes. "
     "What it says about photographs or any other picture means nothing.",

@@ -24,7 +24,7 @@ def load(
     """Load a model and its processor.
 
     Args:
-        checkpoint: a name, directory or Hub id, see `locate`; None for the checkpoint of the shapes world.
+        checkpoint: a name, directory or Hub id, see `locate`; None for that of photographs.
         device: None chooses CUDA where there is one.
         token: for the Hub; None for this machine's own where there is one, False for none, whatever the checkpoint names.
     """

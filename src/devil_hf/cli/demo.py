@@ -10,7 +10,7 @@ from devil_hf.settings import option
 class DemoSettings:
     """Which checkpoint answers, and where the demo listens."""
 
-    checkpoint: str | None = option("name, directory or Hub id (default: DEVIL_CHECKPOINT, else the shipped one)", None)
+    checkpoint: str | None = option("name, directory or Hub id (default: DEVIL_CHECKPOINT, else both shipped ones)", None)
     device: str | None = option("default: cuda where there is one", None)
     host: str | None = option("address to listen on (default: this machine alone)", None)
     port: int | None = option("default: the first free one from 7860 on", None, least=1)

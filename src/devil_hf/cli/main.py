@@ -57,7 +57,7 @@ OF_THE_MACHINE = (
     "nccl",
     "driver",
 )
-EPILOG = "Checkpoints are directories or Hub ids; without one, the shapes-world checkpoint of the package answers."
+EPILOG = "Checkpoints are directories, Hub ids, or the package's own: `photos`, which answers where none is named, and `shapes`."
 
 
 def main(argv: Sequence[str] | None = None) -> int:

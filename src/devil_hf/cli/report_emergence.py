@@ -42,6 +42,7 @@ class ReportEmergenceSettings(LayerSettings):
 def report_emergence(settings: ReportEmergenceSettings) -> None:
     """Ask, draw and print."""
     from devil_hf.data.specifications import read_specification
+    from devil_hf.data.worlds import usual_checkpoint
     from devil_hf.folders import claimed
 
     named = read_specification(settings.source)
@@ -59,9 +60,10 @@ def report_emergence(settings: ReportEmergenceSettings) -> None:
 
     shared = {
         name: getattr(settings, name)
-        for name in ("checkpoint", "device", "source", "phrases", "split", "images", "names", "carrier", "layers", "limit")
+        for name in ("device", "source", "phrases", "split", "images", "names", "carrier", "layers", "limit", "output_dir")
     }
-    evaluation = evaluate("emergence", EmergenceSettings(output_dir=settings.output_dir, **shared))
+    checkpoint = settings.checkpoint or usual_checkpoint(settings.source)
+    evaluation = evaluate("emergence", EmergenceSettings(checkpoint=checkpoint, **shared))
     if evaluation is not None:
         show(settings, evaluation.as_record(), f"{evaluation.text}\npicture: {settings.output_dir / PICTURE}")
 

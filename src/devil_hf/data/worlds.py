@@ -11,6 +11,7 @@ from itertools import pairwise
 
 import numpy as np
 
+from devil_hf.checkpoints import DEFAULT
 from devil_hf.data.shapes import Scene, make_scene, sample_scene
 
 SHAPES = "shapes"
@@ -73,6 +74,11 @@ class World:
         return list(pairwise(self.count * shard // shards for shard in range(shards + 1)))
 
 
+def usual_checkpoint(data: str) -> str:
+    """The shipped checkpoint that is asked about data where none is named: that of the shapes world for its scenes."""
+    return SHAPES if data.partition(":")[0] == SHAPES else DEFAULT
+
+
 def world_label(seed: int) -> str:
     """What the world with this seed is called in results."""
     kinds = {TRAINING_WORLD: "training scenes", HELD_OUT_WORLD: "held-out scenes"}
@@ -97,4 +103,4 @@ def parse_world(text: str, count: int = USUAL_COUNT) -> World | None:
     return World(*[int(number) for number in numbers] or [count])
 
 
-__all__ = ["HELD_OUT_WORLD", "SHAPES", "TRAINING_WORLD", "USUAL_COUNT", "World", "parse_world", "world_label"]
+__all__ = ["HELD_OUT_WORLD", "SHAPES", "TRAINING_WORLD", "USUAL_COUNT", "World", "parse_world", "usual_checkpoint", "world_label"]

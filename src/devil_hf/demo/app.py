@@ -2,6 +2,7 @@
 
 import os
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -9,14 +10,16 @@ from PIL import Image
 from starlette.middleware import Middleware
 
 from devil_hf.data.shapes import make_scene
-from devil_hf.demo.checkpoints import SCENES, Checkpoints, send_no_token_unasked
+from devil_hf.demo.checkpoints import PHOTOGRAPHS, SCENES, Checkpoints, send_no_token_unasked
 from devil_hf.demo.connections import CONNECTIONS, Bounds, PatientProtocol
 from devil_hf.demo.endpoints import Endpoints, build_endpoints
 from devil_hf.demo.page import Page
 from devil_hf.demo.uploads import MAX_BYTES, UploadFolder, know_opened_files, own_folder, refuse_addresses
 from devil_hf.demo.visits import Example, Visits
+from devil_hf.model.image_processing_devil import load_images
 
-EXAMPLE_SEED, EXAMPLES = 123, (0, 1, 2, 3, 4, 5)
+EXAMPLE_SEED, EXAMPLES = 123, (0, 1, 2, 3)
+PICTURES = Path(__file__).parent / "examples"
 # All answers share one queue: more at once would only make each slower.
 ANSWERS: dict[str, Any] = {"concurrency_limit": 2, "concurrency_id": "model"}
 QUEUE_SIZE = 100  # who comes when so many wait is told to come back
@@ -36,8 +39,11 @@ def build_demo(checkpoints: Checkpoints) -> gr.Blocks:
 
 
 def example_images() -> list[Example]:
-    """Scenes, with the built-in checkpoint that knows their world."""
-    return [Example(Image.fromarray(make_scene(EXAMPLE_SEED, index).image), SCENES) for index in EXAMPLES]
+    """Photographs and scenes, each with the built-in checkpoint that knows its world."""
+    files = sorted(file for file in PICTURES.iterdir() if file.name.endswith(".jpg"))
+    photographs = [Example(load_images(str(file))[0], PHOTOGRAPHS) for file in files]
+    scenes = [Image.fromarray(make_scene(EXAMPLE_SEED, index).image) for index in EXAMPLES]
+    return [*photographs, *(Example(scene, SCENES) for scene in scenes)]
 
 
 def launch(

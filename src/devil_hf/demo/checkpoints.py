@@ -19,7 +19,7 @@ from transformers import AutoModel, AutoProcessor
 from transformers.utils import logging
 
 from devil_hf.build.repositories import HUB_ID, hub_id
-from devil_hf.checkpoints import SHAPES, locate
+from devil_hf.checkpoints import PHOTOS, SHAPES, locate
 from devil_hf.demo.downloads import WEIGHTS, Downloads, check_size
 from devil_hf.demo.explorer import Explorer
 from devil_hf.demo.messages import plain
@@ -31,9 +31,9 @@ from devil_hf.model.processing_devil import DevilProcessor
 
 logger = logging.get_logger(f"transformers.{__name__}")
 
-SCENES = "shapes world (built in)"
-BUILT_IN = {SCENES: SHAPES}  # what each is called on the page
-KEPT = 3  # models in memory at once; the one asked longest ago goes first, the owner's stay
+PHOTOGRAPHS, SCENES = "photographs (built in)", "shapes world (built in)"
+BUILT_IN = {PHOTOGRAPHS: PHOTOS, SCENES: SHAPES}
+KEPT = 4  # models in memory at once; the one asked longest ago goes first, the owner's stay
 MAX_MEMORY_BYTES = 8 * 2**30  # of a visitor's model in single precision
 MAX_CROP, MAX_LAYERS = 1024, 64  # pixels on a side that a visitor's backbone looks at, and layers that are read
 
@@ -43,7 +43,7 @@ class Checkpoints:
 
     Args:
         default: name, directory or Hub id of the one checkpoint that the demo brings; None reads `DEVIL_CHECKPOINT`, and without
-            it means those of the package.
+            it means those of the package, the photographs' first.
         models: "any", "none", or Hub ids between commas; None reads `DEVIL_MODELS`, and without it means "any".
         device: None chooses CUDA where there is one.
     """
@@ -214,4 +214,4 @@ def check_weights(config: DevilConfig, weights: int) -> None:
         )
 
 
-__all__ = ["BUILT_IN", "SCENES", "Checkpoints", "send_no_token_unasked"]
+__all__ = ["BUILT_IN", "PHOTOGRAPHS", "SCENES", "Checkpoints", "send_no_token_unasked"]

@@ -75,7 +75,7 @@ class Page:
     def build_choice(self) -> None:
         """The image, and the place in it that is asked."""
         limits = f"up to {MAX_BYTES >> 20} MB and {MAX_PIXELS // 1_000_000} million pixels"
-        with card("1 · Choose an image", f"A rendered scene, or a picture of yours ({limits})."):
+        with card("1 · Choose an image", f"A photograph, a rendered scene, or a picture of yours ({limits})."):
             self.gallery = piece("dv-gallery")
             self.upload = gr.File(
                 label="Image to look at", show_label=False, file_types=["image"], height=104, elem_id="dv-upload"
@@ -94,7 +94,7 @@ class Page:
             with gr.Row(equal_height=True):
                 self.phrases = gr.Textbox(
                     label="Words or phrases, commas between",
-                    placeholder="red, star, striped",
+                    placeholder="a cat, a cup, red, striped",
                     scale=5,
                     min_width=220,
                     max_lines=2,

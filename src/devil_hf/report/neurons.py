@@ -22,6 +22,7 @@ from devil_hf.data.exemplars import find_exemplars
 from devil_hf.data.images import ImageStream, open_images
 from devil_hf.data.unit_features import pool_units
 from devil_hf.data.unit_reader import UnitReader, open_network
+from devil_hf.data.worlds import usual_checkpoint
 from devil_hf.evaluation.results import fingerprint
 from devil_hf.evaluation.unit_check import CheckSettings, check_all
 from devil_hf.evaluation.units.labels import LabelSettings, label_units
@@ -157,7 +158,8 @@ class _Run:
         if self.check_source is None and not self.held_out and settings.stage in ("check", "all"):
             raise ValueError("labels are checked on images without exemplars: set held_out, or name check_images")
         if model is None or processor is None:
-            model, processor = open_checkpoint(settings.checkpoint, settings.device)
+            usual = usual_checkpoint(settings.images or "")
+            model, processor = open_checkpoint(settings.checkpoint or usual, settings.device)
         if PartialState().num_processes > 1:
             model.to(PartialState().device)
         self.model, self.processor = model, processor
