@@ -7,22 +7,19 @@ the quickstart's recipe and writes the self-contained checkpoint, in half precis
 """
 
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import timm
 import torch
+from shipped import write_shipped
 from transformers.utils import logging
 
 from devil_hf.checkpoints import SCOPES, SHAPES
-from devil_hf.checkpoints.loading import load
-from devil_hf.checkpoints.scope import measure_scope
 from devil_hf.cli.main import bounded
 from devil_hf.data.worlds import World
 from devil_hf.folders import claimed, write_json, written
-from devil_hf.model.processing_devil import DevilProcessor
 from devil_hf.settings import make, option, parse, read_yaml
 from devil_hf.training.recipe import Recipe
 from devil_hf.training.run import train
@@ -100,27 +97,11 @@ def translator_recipe(settings: BuildSettings) -> Recipe:
     return make(Recipe, fields)
 
 
-def training_pixels(seed: int, processor: DevilProcessor, batch: int = 16) -> Iterator[torch.Tensor]:
-    """Pixel values of some training scenes, by which the checkpoint knows what is unlike them."""
-    world = World(SCOPE_IMAGES, seed)
-    for begin in range(0, SCOPE_IMAGES, batch):
-        scenes = [world.scene(at).image for at in range(begin, min(begin + batch, SCOPE_IMAGES))]
-        yield processor(images=scenes, return_tensors="pt")["pixel_values"]
-
-
 def build_translator(settings: BuildSettings) -> None:
     """Train the translator between the two parts and save all three as one half-precision checkpoint."""
-    model, processor = load(train(translator_recipe(settings)), device="cpu")
-    model.config.scope_statistics = measure_scope(model, training_pixels(settings.seed, processor))
-    # The checkpoint holds the weights itself; the folders they came from mean nothing elsewhere.
-    model.config.backbone_config |= {"source": None, "revision": None}
-    model.config.language_model_source = None
     folder = settings.output_dir / "checkpoint"
-    with written(folder) as whole:
-        model.half().save_pretrained(whole)
-        processor.save_pretrained(whole)
-        for code in whole.glob("*.py"):
-            code.unlink()  # inside the package, the package is the code
+    scenes = [scene.image for scene in World(SCOPE_IMAGES, settings.seed).scenes()]  # by which it knows what is unlike them
+    write_shipped(train(translator_recipe(settings)), scenes, folder)
     print(f"{folder}: measure it by `devil evaluate shapes --checkpoint {folder}`")
 
 

@@ -6,7 +6,6 @@ checkpoint, in half precision, that belongs into `src/devil_hf/checkpoints/photo
 """
 
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -14,17 +13,16 @@ from typing import Literal
 import timm
 import torch
 from photos_text import read_text
+from PIL import Image
 from safetensors.torch import load_file
+from shipped import write_shipped
 from transformers.utils import logging
 
 from devil_hf.checkpoints import PHOTOS, SCOPES
-from devil_hf.checkpoints.loading import load
-from devil_hf.checkpoints.scope import measure_scope
 from devil_hf.cli.main import bounded
 from devil_hf.data.pairs.folder import read_caption_folder
 from devil_hf.folders import claimed, write_json, written
 from devil_hf.model.image_processing_devil import load_images
-from devil_hf.model.processing_devil import DevilProcessor
 from devil_hf.settings import make, option, parse, read_yaml
 from devil_hf.training.recipe import Recipe
 from devil_hf.training.run import train
@@ -100,27 +98,16 @@ def translator_recipe(settings: PhotosSettings) -> Recipe:
     return make(Recipe, fields)
 
 
-def training_pixels(settings: PhotosSettings, processor: DevilProcessor, batch: int = 16) -> Iterator[torch.Tensor]:
-    """Pixel values of some training photographs, by which the checkpoint knows what is unlike them."""
+def training_images(settings: PhotosSettings) -> list[Image.Image]:
+    """Some training photographs, by which the checkpoint knows what is unlike them."""
     files = read_caption_folder(settings.data / "captions" / "flickr8k", "train")
-    images = [image for file in files[:: len(files) // SCOPE_IMAGES] for image in load_images(str(file.path))]
-    for begin in range(0, len(images), batch):
-        yield processor(images=images[begin : begin + batch], return_tensors="pt")["pixel_values"]
+    return [image for file in files[:: len(files) // SCOPE_IMAGES] for image in load_images(str(file.path))]
 
 
 def build_translator(settings: PhotosSettings) -> None:
     """Train the translator between the two parts and save all three as one half-precision checkpoint."""
-    model, processor = load(train(translator_recipe(settings)), device="cpu")
-    model.config.scope_statistics = measure_scope(model, training_pixels(settings, processor))
-    # The checkpoint holds the weights itself; the folders they came from mean nothing elsewhere.
-    model.config.backbone_config |= {"source": None, "revision": None}
-    model.config.language_model_source = None
     folder = settings.output_dir / "checkpoint"
-    with written(folder) as whole:
-        model.half().save_pretrained(whole)
-        processor.save_pretrained(whole)
-        for code in whole.glob("*.py"):
-            code.unlink()  # inside the package, the package is the code
+    write_shipped(train(translator_recipe(settings)), training_images(settings), folder)
     size = sum(file.stat().st_size for file in folder.iterdir())
     print(f"{folder}: {size / 1e6:.1f} MB")
 
