@@ -5,7 +5,6 @@ batch and the process, and what the step reads is a function of the same (`feed.
 cannot tell that it was ever stopped. Checkpoints are written beside their place and moved there when they are whole.
 """
 
-import contextlib
 import json
 import os
 import shutil
@@ -17,7 +16,6 @@ from typing import Any, cast
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import EarlyStoppingCallback, ProgressCallback, Trainer, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
@@ -29,6 +27,7 @@ from devil_hf.evaluation.text.metrics import caption_scores
 from devil_hf.model.modeling_devil import DevilModel
 from devil_hf.model.processing_devil import DevilProcessor
 from devil_hf.text_files import read_json
+from devil_hf.training.attention import short_attention
 from devil_hf.training.divergence import check_loss, check_weights
 from devil_hf.training.draws import draw_layer_mask
 from devil_hf.training.features import PooledCaptions
@@ -212,9 +211,7 @@ class DevilTrainer(Trainer):
         self._batch += 1
         if (place := inputs.pop("place", None)) is not None:
             self._position.advance(place)
-        # On sequences as short as captions, a CPU's fused attention takes twice as long as plain matrix products.
-        plain = sdpa_kernel(SDPBackend.MATH) if self.args.device.type == "cpu" else contextlib.nullcontext()
-        with plain:
+        with short_attention(self.args.device):
             return super().training_step(model, inputs, num_items_in_batch)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):

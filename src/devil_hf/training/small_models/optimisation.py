@@ -22,6 +22,7 @@ from transformers.utils import logging
 
 from devil_hf.folders import need_room, written
 from devil_hf.settings import option
+from devil_hf.training.attention import short_attention
 from devil_hf.training.divergence import check_loss, check_weights
 
 logger = logging.get_logger(f"transformers.{__name__}")
@@ -136,10 +137,11 @@ def minimise(
     remedy, saved = f"Lower learning_rate {settings.learning_rate}", time.perf_counter()
     steps = range(first, settings.max_steps + 1)
     for step in tqdm(steps, desc="training", unit="step", initial=first - 1, total=settings.max_steps, leave=False):
-        with _autocast(device, settings.bf16):
-            loss = loss_of_step(step)
         optimizer.zero_grad()
-        loss.backward()
+        with short_attention(device):
+            with _autocast(device, settings.bf16):
+                loss = loss_of_step(step)
+            loss.backward()
         nn.utils.clip_grad_norm_(module.parameters(), GRADIENT_NORM)
         optimizer.step()
         schedule.step()
