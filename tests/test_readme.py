@@ -34,7 +34,7 @@ def test_the_example_and_the_calls_of_the_table_run():
 
 
 def test_the_combination_that_points_best_in_the_shapes_world_is_not_said_to_do_so_on_photographs():
-    names = ("README.md", "docs/use.md", "docs/evaluate.md", "docs/results/shapes.md")
+    names = ("docs/use.md", "docs/evaluate.md", "docs/results/shapes.md")
     texts = [(ROOT / name).read_text(encoding="utf-8") for name in names]
     texts.append(next(one for one in fields(AttributeSettings) if one.name == "combine").metadata["help"])
     for text in texts:

@@ -35,7 +35,7 @@ def test_an_object_is_asked_for_its_colour_and_one_that_is_not_there_has_none(sc
     told = capsys.readouterr().out
     assert f"{picture}: not encoded" in told and "no choice has the least evidence of +0.30" in told
     assert "shapes world, seed 1" in told and "where no choice is true, a probability promises nothing" in told
-    assert main([*asked[:2], "--question", first.question.text, "--choices", *first.question.choices]) == 0
+    assert main([*asked[:4], "--question", first.question.text, "--choices", *first.question.choices]) == 0
     assert (
         "(not calibrated: its temperature is at the bound, no answer, or too few, clearly wrong where it was to be fitted)"
         in capsys.readouterr().out

@@ -102,12 +102,8 @@ def test_quickstart_is_the_recipe_of_that_name():
 
 def test_describe_prints_layers_and_what_it_knows_needs_no_word(scene_file, capsys, tmp_path):
     picture = tmp_path / "layers.png"
-    assert (
-        cli.main(
-            ["describe", scene_file, "--checkpoint", "shapes", "--layers", "all", "-1", "--evidence", "--output", str(picture)]
-        )
-        == 0
-    )
+    asked = ["describe", scene_file, "--checkpoint", "shapes", "--layers", "all", "-1", "--evidence"]
+    assert cli.main([*asked, "--output", str(picture)]) == 0
     printed = capsys.readouterr()
     assert "all: " in printed.out and "layer4: " in printed.out
     assert "note:" not in printed.err, "the scene is like those of the training"
@@ -126,25 +122,11 @@ def test_describe_and_attribute_speak_json(scene_file, capsys, tmp_path):
     rows = json.loads(capsys.readouterr().out)
     assert [(row["layer"], row["location"]) for row in rows] == [("layer4", [0, 0]), ("layer4", [1, 3])]
     picture = str(tmp_path / "maps.png")
-    cli.main(
-        [
-            "attribute",
-            scene_file,
-            "red",
-            "a circle",
-            "--checkpoint",
-            "shapes",
-            "--layers",
-            "layer3",
-            "layer4",
-            "--json",
-            "--output",
-            picture,
-        ]
-    )
+    asked = ["attribute", scene_file, "red", "a circle", "--checkpoint", "shapes", "--layers", "layer3", "layer4"]
+    cli.main([*asked, "--json", "--output", picture])
     maps = json.loads(capsys.readouterr().out)
     assert set(maps) == {"layer3", "layer4"} and len(maps["layer4"]) == 2 and len(maps["layer4"][0]) == 4
-    exact = ["attribute", scene_file, "red", "--layers", "layer1", "--json", "--output", picture]
+    exact = ["attribute", scene_file, "red", "--checkpoint", "shapes", "--layers", "layer1", "--json", "--output", picture]
     found = []
     for command in (exact, [*exact, "--refine", "0.5"]):
         cli.main(command)

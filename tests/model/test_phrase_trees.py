@@ -31,8 +31,10 @@ FAMILIES = {
     "bloom": {"n_layer": 2, "n_head": 4},
     "recurrent_gemma": {"num_key_value_heads": 1, "lru_width": 32, "num_hidden_layers": 3},
     "mamba": {},
+    "roberta": {"is_decoder": True},  # counts positions from behind the padding's
+    "xlm": {"emb_dim": 32, "n_layers": 2, "n_heads": 4, "causal": True},  # reads no mask of pairs
 }
-ALONE = {"falcon alibi", "bloom", "recurrent_gemma", "mamba"}  # one phrase after another
+ALONE = {"falcon alibi", "bloom", "recurrent_gemma", "mamba", "roberta", "xlm"}  # one phrase after another
 IDS = torch.tensor([[5, 7, 9, 11], [5, 7, 3, 0], [6, 0, 0, 0], [5, 7, 9, 11], [6, 7, 9, 12], [8, 0, 0, 0]])
 PHRASES = {"input_ids": IDS, "attention_mask": (IDS > 0).long(), "scored_mask": IDS > 5}
 

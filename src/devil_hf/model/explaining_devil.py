@@ -48,7 +48,7 @@ def combine_informed(maps: Mapping[str, Tensor], evidence: Callable[[], Tensor])
     the whole layer has for the phrase (nats per token) and s_l the standard deviation of its map over the locations: how much it
     depends on the place. The average is smoothed by a Gaussian whose deviation is a 32nd of the grid's side: features of a fine
     layer speak for the edges of an object as much as for its middle. The rule was chosen among some eighty of its kind in the
-    shapes world, on scenes that no figure is of; on photographs "mean" points better.
+    shapes world, on scenes that no figure is of; on photographs "mean" points as well.
     """
     whole = evidence()
     spread = torch.stack([one.std(dim=(2, 3), correction=0) for one in maps.values()])  # (L, B, K)

@@ -164,7 +164,9 @@ def room_for_trees(language_model: PreTrainedModel) -> float:
     layers = DynamicCache(config=config).layers
     plain = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers) and not language_model._is_stateful
     placed = "position_ids" in known and ("cache" in known or "past_key_values" in known) and not getattr(config, "alibi", False)
-    if not (plain and placed and config._attn_implementation in ("eager", "sdpa")):
+    # RoBERTa and its kin count positions from behind the padding's, XLM reads no such mask.
+    own = any(getattr(one, "padding_idx", None) is not None for name, one in language_model.named_modules() if "position" in name)
+    if own or config.model_type == "xlm" or not (plain and placed and config._attn_implementation in ("eager", "sdpa")):
         return 1
     windows = [getattr(config, "window_size", None), *(getattr(layer, "sliding_window", None) for layer in layers)]
     return min((window for window in windows if window), default=math.inf)

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from devil_hf.model.checkpoint_devil import COMPANIONS
 from devil_hf.model.pooling_devil import region_weights
 from devil_hf.model.scoring_devil import run_language_model
+from devil_hf.training.attention import short_attention
 
 COMPANIONS["training"] = sys.modules[__name__]
 
@@ -112,15 +113,17 @@ def caption_loss(language_model, labels: Tensor, embeds: Tensor, mask: Tensor) -
         labels: (B, T) tokens, -100 on padding, which is on the right alone.
         embeds, mask: (B, P + T, D_lm) and (B, P + T), the start of P vectors before the caption included.
     """
+    labels, mask = labels.to(embeds.device), mask.to(embeds.device)
     rows, longest = labels.shape
     start = embeds.shape[1] - longest
     lengths = (labels != -100).sum(dim=1)
     groups = -(-rows // GROUP_ROWS) if embeds.device.type == "cpu" else 1
     total = embeds.new_zeros((), dtype=torch.float32)
     for group in lengths.argsort(stable=True).chunk(groups) if groups > 1 else [slice(None)]:
-        length = int(lengths[group].max()) if groups > 1 else longest
+        length = max(1, int(lengths[group].max())) if groups > 1 else longest
         read = slice(0, start + length - 1)  # what would follow the last token is nobody's label
-        logits = run_language_model(language_model, embeds[group, read], length, mask[group, read]).logits
+        with short_attention(embeds.device):
+            logits = run_language_model(language_model, embeds[group, read], length, mask[group, read]).logits
         wanted = labels[group, :length].to(logits.device).flatten()
         total = total + F.cross_entropy(logits.float().flatten(0, 1), wanted, reduction="sum").to(total.device)
     return total / lengths.sum()

@@ -27,7 +27,6 @@ from devil_hf.evaluation.text.metrics import caption_scores
 from devil_hf.model.modeling_devil import DevilModel
 from devil_hf.model.processing_devil import DevilProcessor
 from devil_hf.text_files import read_json
-from devil_hf.training.attention import short_attention
 from devil_hf.training.divergence import check_loss, check_weights
 from devil_hf.training.draws import draw_layer_mask
 from devil_hf.training.features import PooledCaptions
@@ -211,8 +210,7 @@ class DevilTrainer(Trainer):
         self._batch += 1
         if (place := inputs.pop("place", None)) is not None:
             self._position.advance(place)
-        with short_attention(self.args.device):
-            return super().training_step(model, inputs, num_items_in_batch)
+        return super().training_step(model, inputs, num_items_in_batch)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The model's caption loss, with a layer mask that is drawn here, so that it can be counted."""

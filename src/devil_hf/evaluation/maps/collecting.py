@@ -30,7 +30,7 @@ from devil_hf.model.processing_devil import DevilProcessor
 
 logger = logging.get_logger(f"transformers.{__name__}")
 
-DEFAULT_COMBINATION = "informed"  # points best in the shapes world; on photographs "mean" does
+DEFAULT_COMBINATION = "informed"  # points best in the shapes world, and on photographs as well as "mean"
 CENTRE, RANDOM, GRADCAM = "centre prior", "random", "Grad-CAM"
 SHARES = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7)  # of the locations that insertion shows and deletion hides
 TILES = (2, 3, 4)  # images on one board of the multi-object game

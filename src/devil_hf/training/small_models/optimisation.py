@@ -138,10 +138,9 @@ def minimise(
     steps = range(first, settings.max_steps + 1)
     for step in tqdm(steps, desc="training", unit="step", initial=first - 1, total=settings.max_steps, leave=False):
         optimizer.zero_grad()
-        with short_attention(device):
-            with _autocast(device, settings.bf16):
-                loss = loss_of_step(step)
-            loss.backward()
+        with _autocast(device, settings.bf16), short_attention(device):
+            loss = loss_of_step(step)
+        loss.backward()
         nn.utils.clip_grad_norm_(module.parameters(), GRADIENT_NORM)
         optimizer.step()
         schedule.step()
