@@ -62,14 +62,14 @@ def test_a_space_of_a_checkpoint_names_it(hub, published, capsys):
     assert space.variables == {"DEVIL_CHECKPOINT": "tester/devil"}
     card = ModelCard(hub.files("tester/other-demo", kind="space")["README.md"].decode())
     assert card.data.to_dict()["models"] == ["tester/devil"] and card.data.to_dict()["sdk"] == "gradio"
-    assert "shapes world only" not in card.text and 'Client("tester/other-demo")' in card.text
+    assert "Two models answer" not in card.text and 'Client("tester/other-demo")' in card.text
     # Files of an older package go; what the owner has added stays.
     HfApi().upload_file(path_or_fileobj=b"x = 1", path_in_repo="devil_hf/old.py", repo_id="tester/other-demo", repo_type="space")
     HfApi().upload_file(path_or_fileobj=b"mine", path_in_repo="NOTES.md", repo_id="tester/other-demo", repo_type="space")
     assert main(arguments[:2]) == 0
     files = hub.files("tester/other-demo", kind="space")
     assert "devil_hf/old.py" not in files and "devil_hf/cli/main.py" in files and files["NOTES.md"] == b"mine"
-    assert not space.variables  # back to the embedded one
+    assert not space.variables  # back to those of the package
 
 
 def test_checkpoint_and_space_are_published_together(hub, checkpoint, unchecked, capsys):

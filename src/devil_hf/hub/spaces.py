@@ -29,7 +29,7 @@ def prepare_space(space_id: str, folder: str | PathLike, checkpoint: str | None 
     Args:
         space_id: USER/SPACE.
         folder: an empty or new one.
-        checkpoint: Hub id of the checkpoint that answers; None for the embedded shapes world.
+        checkpoint: Hub id of the checkpoint that answers; None for those that the package brings.
 
     Raises:
         ValueError: for a name that the Hub does not allow, a checkpoint that is a directory, or a folder that is not empty.
@@ -51,7 +51,7 @@ def prepare_space(space_id: str, folder: str | PathLike, checkpoint: str | None 
     card.text = card.text.replace("USER/SPACE", space_id)
     if checkpoint is not None:
         card.data.models = [checkpoint]
-        default = re.compile(r"\*\*The default model knows the shapes world only\*\*.*?\n\n", re.DOTALL)
+        default = re.compile(r"\*\*Two models answer by default\*\*.*?\n\n", re.DOTALL)
         answer = f"The checkpoint [{checkpoint}](https://huggingface.co/{checkpoint}) answers; its card says what it knows.\n\n"
         card.text, replaced = default.subn(answer, card.text)
         if not replaced:
@@ -72,7 +72,7 @@ def push_space(
 
     Args:
         space_id: USER/SPACE; it is created if need be.
-        checkpoint: Hub id of the checkpoint that answers; None for the embedded shapes world. A private one needs an access
+        checkpoint: Hub id of the checkpoint that answers; None for those that the package brings. A private one needs an access
             token that reads it as the Space's secret `HF_TOKEN`.
         private: whether only its owner can see a new Space.
         commit_message: default: "Upload DeViL demo".
