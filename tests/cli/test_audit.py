@@ -106,7 +106,7 @@ def test_claims_that_hold_end_well(file, capsys):
         ("    layers: [layer3, -1]", "    layers: [layer9]", 4, "unknown layer 'layer9'"),
         ("phrase: red", "phrase: a hospital tag", 4, "phrases ['a hospital tag'] hold words that"),
         ("bound: 0.8", "bound: 0.6", 9, "'red': 24 and 24 images cannot show that it is not encoded at an error rate of 0.05"),
-        ("    masks: {0}/masks", "    masks: {0}/none", 9, "/none is neither a folder of images"),
+        ("    masks: {0}/masks", "    masks: {0}/none", 9, "/none: folders are relative to the file"),
         ("    layers: [layer3, -1]", "    probe: true", 4, "probe=True is for what is claimed to be not encoded"),
         ("    absent: {0}/blue\n", "    absent: {0}/red\n", 4, "present and absent are both"),
         (
@@ -184,6 +184,28 @@ def test_folders_are_relative_to_the_file(folder, tmp_path, monkeypatch):
         file.write_text(FILE.format(".").replace("checkpoint: shapes", f"checkpoint: {named}"))
         checkpoint, planned = read_audits(file)
         assert checkpoint == found and [len(one.asked.present) for one in planned] == [24, 24, 24]
+
+
+@pytest.mark.parametrize("named", ["./devl", "../devl", "runs/devl", "a/b/c", "elsewhere", "user/elsewhere", "/none", "devl/"])
+def test_a_checkpoint_that_is_not_beside_the_file_is_not_looked_for_elsewhere(folder, tmp_path, monkeypatch, named):
+    monkeypatch.chdir(tmp_path)
+    for place in ("elsewhere", "user/elsewhere"):
+        (tmp_path / place).mkdir(parents=True)
+    (folder / "runs").mkdir(exist_ok=True)
+    file = folder / "checkpoint.yaml"
+    file.write_text(FILE.format(".").replace("checkpoint: shapes", f"checkpoint: {named}"))
+    with pytest.raises(FileNotFoundError, match=r"checkpoint.yaml:1: there is no checkpoint .*: a folder is relative"):
+        read_audits(file)
+
+
+@pytest.mark.parametrize("named", ["rde", "user/rde", "here"])
+def test_images_that_are_not_beside_the_file_are_not_looked_for_elsewhere(folder, tmp_path, monkeypatch, named):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    file = folder / "images.yaml"
+    file.write_text(f"checks: [{{phrase: red, claim: encoded, present: {named}, absent: blue}}]")
+    with pytest.raises(FileNotFoundError, match=rf"images.yaml:1: .*there is no folder .*/{named}: folders are relative"):
+        read_audits(file)
 
 
 def test_help_names_keys_and_exit_codes(capsys):

@@ -19,7 +19,7 @@ from devil_hf.cli.main import main
         ("diff shapes shapes --images shapes:20 --output no/such.html", "there is no folder no"),
         ("diff shapes shapes --images shapes:20 --output .", "--output . is a folder; name a file in it"),
         ("diff none none --images shapes:20 --level 1e-6", "level=1e-06 needs 400,000,000 exchanges"),
-        ("diff none none --images shapes:20 --level 1e-6", "ask for a level of 0.0001 or more"),
+        ("diff none none --images shapes:20 --level 1e-6", "ask for a level of 4e-05 or more, or for fewer layers or words"),
         ("diff shapes shapes --images shapes:20 --words none.txt", "none.txt"),
         ("diff shapes shapes --images shapes:20 --words dog.txt", "cannot represent the word 'dog'"),
         ("diff shapes --backbone none.safetensors --images shapes:20", "there is no file none.safetensors"),

@@ -98,6 +98,9 @@ def test_the_papers_resize_takes_the_short_side_to_the_crop_size():
     expected = create_transform(**DATA_CONFIG | {"crop_pct": 1.0})(picture(640, 480))
     assert torch.equal(image_processor(picture(640, 480), return_tensors="pt")["pixel_values"][0], expected)
     assert image_processor.geometry((480, 640)).resized_size == (224, 298)
+    assert image_processor.geometry((480.0, 640.0)) == image_processor.geometry((480, 640))
+    with pytest.raises(ValueError, match=r"an edge of image_size=480\.5"):
+        image_processor.geometry((480.5, 640))
 
 
 def test_a_very_long_strip_costs_little_memory_and_gives_the_same_pixels(monkeypatch):

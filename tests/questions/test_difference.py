@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -15,11 +16,13 @@ from devil_hf.checkpoints.loading import load
 from devil_hf.questions.difference import (
     GAINED,
     LOST,
+    MOST_DRAWS,
     PLAUSIBLE,
     Reading,
     changed_images,
     changed_words,
     check_images,
+    check_level,
     check_words,
     compare_networks,
     contrast,
@@ -230,6 +233,16 @@ def test_too_few_images_are_refused_with_the_number_that_is_needed(model, proces
         compare_networks((model, processor), (model, processor), pictures[:5])
     with pytest.raises(ValueError, match="images are too few"):  # of a stream, as soon as they are counted
         compare_networks((model, processor), (model, processor), iter(pictures[:5]))
+
+
+@pytest.mark.parametrize(("layers", "words"), [(1, 100), (5, 100), (3, 777), (7, 33_333), (4, 1_000_000), (5, 1_000_000)])
+def test_a_level_that_is_advised_is_possible(layers, words):
+    with pytest.raises(ValueError, match="fewer layers or words") as refused:
+        check_level(layers, words, 1e-9)
+    advised = re.search(r"ask for a level of (\S+) or more", str(refused.value))
+    assert (advised is None) == (2 * layers * words >= MOST_DRAWS)
+    if advised:
+        check_level(layers, words, float(advised[1]))
 
 
 def test_wrong_questions_are_errors_that_name_the_value(model, processor, pictures):

@@ -107,7 +107,10 @@ def word_scores(texts: Sequence[str], truths: Sequence[Mapping[str, set[str]]]) 
 
 
 def score_intervals(rows: Rows, truths: Sequence[Mapping[str, set[str]]]) -> dict[str, dict[str, list[float]]]:
-    """By layer or combination of maps, the 95 % interval of `f1_CLASS` and `pointing_CLASS`; without those that have none."""
+    """By layer or combination of maps, the 95 % interval of `f1_CLASS` and `pointing_CLASS`; without those that have none.
+
+    Where no scene differs from another, draws of them say nothing of other scenes: an interval without width is left out.
+    """
     draws = bootstrap_draws(len(rows))
     ratios: dict[str, dict[str, Ratio]] = {}
     for layer in rows[0].get("said", ()):
@@ -128,7 +131,11 @@ def score_intervals(rows: Rows, truths: Sequence[Mapping[str, set[str]]]) -> dic
     found_intervals = {
         layer: {metric: one.interval(draws) for metric, one in metrics.items()} for layer, metrics in ratios.items()
     }
-    return {layer: {m: list(one) for m, one in row.items() if one is not None} for layer, row in found_intervals.items()}
+    wide = {
+        layer: {metric: list(one) for metric, one in row.items() if one is not None and one[1] - one[0] > 1e-9}
+        for layer, row in found_intervals.items()
+    }
+    return {layer: row for layer, row in wide.items() if row}
 
 
 def constant_scores(truths: Sequence[Mapping[str, set[str]]]) -> dict[str, Any]:

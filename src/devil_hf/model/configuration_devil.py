@@ -6,7 +6,6 @@ a prefix of 10, layer and location dropout of one half. Everything beyond the pa
 
 import copy
 import dataclasses
-import math
 import re
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -23,6 +22,7 @@ REFUSED = re.compile(".*_implementation|model_args|use_pretrained_backbone")  # 
 COUNTED = re.compile("layer|depth|block|stage|expert|head|group|label")
 MOST, MOST_PARTS = 2**31, 2**19
 DTYPES = (None, "float16", "bfloat16", "float32", "float64")
+TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 UNDECLARED = "out_features out_indices partial_rotary_factor rope_scaling rope_theta tie_word_embeddings".split()  # noqa: SIM905
 KEPT = ("auto_map", "custom_pipelines", "model_type")  # beside the fields: what Auto classes and `pipeline` read
 
@@ -113,6 +113,8 @@ class DevilConfig(PreTrainedConfig):
             self.text_config = copy.deepcopy(self.text_config)
             # Where it was loaded from is written in language_model_source, if anywhere.
             self.text_config._name_or_path = ""
+        for name in TOKENS:  # some language models say -1 of a token that they do not have
+            setattr(self, name, None if (getattr(self, name) or 0) < 0 else getattr(self, name))
         super().__post_init__(**kwargs)
 
     @property
@@ -160,9 +162,9 @@ class DevilConfig(PreTrainedConfig):
                 raise ValueError(f"{name}={value} must be at least 1.")
         if self.translator_width % (heads := self.translator_heads):
             raise ValueError(f"translator_width={self.translator_width} is no multiple of translator_heads={heads}.")
-        size = getattr(self.text_config, "vocab_size", None) or math.inf
-        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-            if not 0 <= ((token := getattr(self, name)) or 0) < size:
+        size = getattr(self.text_config, "vocab_size", None)
+        for name in TOKENS:
+            if size is not None and ((token := getattr(self, name)) or 0) >= size:
                 raise ValueError(f"{name}={token} is none of the {size} tokens of the language model: name one, or None.")
 
     def validate_prefix_fits_the_context(self):

@@ -259,7 +259,8 @@ class DevilImageProcessor(PilBackend):
         """Where the crop lies in an upright image of `image_size` (height, width); None takes the processor's own settings."""
         asked = self._standardize_kwargs(crop_size=crop_size, crop_pct=crop_pct, crop_mode=crop_mode)
         self._validate_preprocess_kwargs(**asked)  # somebody may have set an attribute
-        height, width = (read_number(edge, "an edge of image_size", 1) for edge in image_size)
+        edges = [int(edge) if isinstance(edge, float) and edge % 1 == 0 else edge for edge in image_size]
+        height, width = (read_number(edge, "an edge of image_size", 1) for edge in edges)
         crop = (int(asked["crop_size"]["height"]), int(asked["crop_size"]["width"]))
         resized = _resized_size((height, width), crop, asked["crop_pct"], asked["crop_mode"])
         top, left = (_crop_offset(*edges) for edges in zip(resized, crop, strict=True))

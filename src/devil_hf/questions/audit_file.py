@@ -16,6 +16,7 @@ checks:
 What is wrong is an error that names file and line.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,7 @@ from devil_hf.questions.audit import BOUND, CLAIMS, ENCODED, LEVEL, Audit, Findi
 from devil_hf.settings import make, option
 
 SHARED = ("level", "bound")  # what a file says for all of its checks
+HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?")  # such as owner/name
 OF_IMAGES = ("present", "absent", "masks", "paired")
 
 
@@ -113,7 +115,7 @@ def read_audits(file: Path) -> tuple[str | None, list[Planned]]:
     """
     reader = _Reader(file)
     planned = [reader.planned(number, values) for number, values in enumerate(reader.top.checks)]
-    return reader.network(reader.top.checkpoint), planned
+    return reader.network(reader.top.checkpoint, ("checkpoint",)), planned
 
 
 class _Reader:
@@ -156,7 +158,8 @@ class _Reader:
             taken = ("phrase", "layers", *SHARED, *(() if set(OF_IMAGES) & set(check.control) else OF_IMAGES))
             own = {name: getattr(check, name) for name in taken}
             given = self.make(Control, own | check.control, (*path, "control"))
-            control, checkpoint = self.audit(given, (*path, "control"), ENCODED, False), self.network(given.checkpoint)
+            control = self.audit(given, (*path, "control"), ENCODED, False)
+            checkpoint = self.network(given.checkpoint, (*path, "control", "checkpoint"))
         return Planned(self.at(path), asked, control, checkpoint)
 
     def audit(self, asked: Asked, path: tuple, claim: str, probe: bool) -> Audit:
@@ -182,22 +185,34 @@ class _Reader:
                 probe=probe,
             )
         except (ValueError, OSError) as error:
-            raise (OSError if isinstance(error, OSError) else ValueError)(f"{self.at(path)}: {error}") from error
+            kind = next(one for one in (FileNotFoundError, OSError, ValueError) if isinstance(error, one))
+            raise kind(f"{self.at(path)}: {error}") from error
 
-    def network(self, named: str | None) -> str | None:
-        """A checkpoint that lies beside the file, or what else is named: a shipped one, a Hub id."""
-        if named is None or locate(named) != named or not (self.file.parent / named).is_dir():
+    def network(self, named: str | None, path: tuple) -> str | None:
+        """A checkpoint that lies beside the file, or what else is named: a shipped one, a Hub id; none of where one stands."""
+        if named is None or locate(named) != named:
             return named
-        return str(self.file.parent / named)
+        beside, (first, *others) = self.file.parent / named, Path(named).parts or (".",)
+        if beside.is_dir():
+            return str(beside)
+        owned = len(others) <= 1 and HUB_NAME.fullmatch(named) and not (others and (self.file.parent / first).is_dir())
+        if not owned or Path(named).is_dir():
+            raise FileNotFoundError(
+                f"{self.at(path)}: there is no checkpoint {beside}: a folder is relative to the file, and a Hub id is OWNER/NAME"
+            )
+        return named
 
     def images(self, source: str) -> Mapping[str, Any]:
         """Images by name; files by their paths, which are read when they are asked."""
         from devil_hf.data.images import NumberedImages, open_images
-        from devil_hf.data.specifications import read_specification
+        from devil_hf.data.worlds import parse_world
 
         if source not in self.opened:
-            named = isinstance(read_specification(source), Path | str)
-            images = open_images(self.file.parent / source if named else source)
+            named = parse_world(source) is None and not source.lstrip().startswith(("{", "["))
+            place = self.file.parent / source if named else source
+            if named and not Path(place).exists():
+                raise FileNotFoundError(f"there is no folder {place}: folders are relative to the file, scenes shapes:COUNT")
+            images = open_images(place)
             if not isinstance(images, NumberedImages):
                 raise ValueError(f"{source} is a stream, whose images nobody can count before: save it to a folder")
             self.opened[source] = {images.key(number): images.load(number) for number in images.numbers}

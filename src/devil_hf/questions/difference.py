@@ -436,11 +436,14 @@ def check_level(layers: int, words: int = MOST_WORDS, level: float = LEVEL) -> N
     """Raise a ValueError for a level that is none, and for one that so many words and layers would need too many draws for."""
     if not 0 < level < 1:
         raise ValueError(f"level={level} must lie between 0 and 1, such as {LEVEL}.")
-    if 2 * layers * words / level > MOST_DRAWS:
-        possible = 10 ** -math.floor(math.log10(MOST_DRAWS / (2 * layers * words)))
+    least = 2 * layers * words / MOST_DRAWS
+    if level < least * (1 - 1e-9):
+        digit = 10 ** math.floor(math.log10(least))
+        possible = math.ceil(round(least / digit, 9)) * digit
+        remedy = f"a level of {possible:g} or more, or for " if possible < 1 else ""
         raise ValueError(
             f"level={level:g} needs {_draws(layers * words, level):,} exchanges at random for up to {words} words at {layers} "
-            f"layers, and {MOST_DRAWS:,} are possible: ask for a level of {possible:g} or more, or for fewer layers."
+            f"layers, and {MOST_DRAWS:,} are possible: ask for {remedy}fewer layers or words."
         )
 
 
