@@ -269,7 +269,7 @@ def knowledge_table(parts: Mapping[str, Any]) -> str:
             ranges = _intervals(parts, "pointing_") if part == "pointing" else None
             lines += [title, table(parts[part], classes, _cell, ranges), ""]
         if part == "described" and parts.get(part):
-            f1 = {row: {name: parts[part][row][name]["f1"] for name in ATTRIBUTE_WORDS} for row in parts[part]}
+            f1 = {row: {name: said[name]["f1"] for name in ATTRIBUTE_WORDS if name in said} for row, said in parts[part].items()}
             lines += [
                 "the same: F1 [95 % intervals over scenes]",
                 table(f1, tuple(ATTRIBUTE_WORDS), _cell, _intervals(parts, "f1_")),
