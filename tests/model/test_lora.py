@@ -102,7 +102,7 @@ def test_only_what_is_trained_is_in_training_mode(sources, tokenizer):
 @pytest.mark.parametrize(
     "config",
     [
-        GPT2Config(vocab_size=50, n_embd=16, n_layer=1, n_head=2),
+        GPT2Config(vocab_size=50, n_embd=16, n_layer=1, n_head=2, bos_token_id=1, eos_token_id=2),
         OPTConfig(
             vocab_size=50,
             hidden_size=16,

@@ -51,8 +51,9 @@ def quickstart(settings: QuickstartSettings, say: Callable[[str], None] = print)
     """
     from devil_hf.folders import claimed
 
-    for module, extra in (("accelerate", "train"), ("datasets", "train"), ("tabulate", "evaluate")):  # before minutes of work
-        needs(module, extra)
+    needs("accelerate", "train")  # before minutes of work
+    needs("datasets", "train")
+    needs("tabulate", "evaluate")
     with claimed(settings.output_dir, "devil quickstart"):
         return _quickstart(settings, say)
 
