@@ -46,7 +46,7 @@ class PhotosSettings:
     seed: int = option("of every part", 0)
     threads: int = option("threads of torch", 1)
     language_model_steps: int = option("optimiser steps of the language model", 3_600)
-    translator_steps: int = option("those of the translator", 2_000)
+    translator_steps: int = option("those of the translator", 3_500)
 
 
 def build_backbone(settings: PhotosSettings) -> None:

@@ -43,13 +43,13 @@ class Auditor:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """The checkpoint that is asked."""
-    told = "directory or Hub id of the DeViL checkpoint that the fixture devil_audit asks (default: the shapes-world checkpoint)"
+    told = "directory or Hub id of the DeViL checkpoint that the fixture devil_audit asks (default: photos, a shipped one)"
     parser.getgroup("devil").addoption("--devil-checkpoint", metavar="CHECKPOINT", help=told)
 
 
 @pytest.fixture(scope="session")
 def devil_checkpoint(request: pytest.FixtureRequest) -> str | None:
-    """Name of the checkpoint; None is that of the shapes world."""
+    """Name of the checkpoint; None is that of photographs, see `locate`."""
     return request.config.getoption("--devil-checkpoint")
 
 
