@@ -5,12 +5,14 @@ import io
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import event, given
 from hypothesis import strategies as st
 from PIL import Image
 
 from devil_hf.model.image_processing_devil import SETTINGS as ALL_SETTINGS
-from devil_hf.model.outputs_devil import word_evidence
+from devil_hf.model.image_processing_devil import load_images
+from devil_hf.model.outputs_devil import AttributionOutput, word_evidence
+from devil_hf.model.pipeline_devil import VisionFeatureDescriptionPipeline
 
 ANYTHING = st.one_of(
     st.none(),
@@ -216,7 +218,7 @@ def test_any_descriptions(layers, locations, window, model, processor, features)
         st.lists(st.one_of(st.text(max_size=12), st.sampled_from(["red <pad>", "<eos>"])), max_size=3),
         ANYTHING,
     ),
-    carrier=st.one_of(st.none(), st.text(max_size=4)),
+    carrier=st.one_of(st.none(), st.text(max_size=4), ANYTHING),
     max_length=st.one_of(st.none(), ANYTHING),
 )
 def test_any_phrases(text, carrier, max_length, processor):
@@ -350,6 +352,110 @@ def test_any_maps_in_images_of_any_size(data, sizes, processor):
     placed = answered(lambda: processor.post_process_attribution(outputs, target_sizes=sizes), names)
     if placed is not None:
         assert all(one.shape[1:] == size for values in placed.values() for one, size in zip(values, sizes, strict=True))
+
+
+def mostly(good, other=ANYTHING):
+    return st.sampled_from([good, good, good, other]).flatmap(lambda one: one)
+
+
+IMAGES = st.sampled_from([Image.new("RGB", (64, 48), "teal"), Image.new("L", (9, 40)), np.zeros((8, 8, 3), dtype=np.uint8)])
+
+
+@pytest.mark.filterwarnings("ignore")
+@given(data=st.data(), picture=mostly(IMAGES | st.lists(IMAGES, min_size=2, max_size=2), pictures() | ANYTHING))
+def test_any_overlay(data, picture, processor):
+    """Pictures of the size of the images, on a scale that holds every value of the maps, or an error."""
+    several = 2 if isinstance(picture, list) and len(picture) == 2 else 1
+    good, wrong = [(several, 2, 5, 5), (several, 1, 1, 1)], [(2, 2, 3, 4), (1, 0, 5, 5), (1, 2, 5), (0, 1, 2, 2)]
+    shape = data.draw(mostly(st.sampled_from(good), st.sampled_from(wrong)))
+    value, other = (data.draw(NUMBER | st.sampled_from([-1e-45, 3e38, -3e38, 1e300])) for _ in range(2))
+    maps = torch.full(shape, value, dtype=torch.float64)
+    maps[..., : data.draw(st.integers(0, 3))] = other
+    kinds = (torch.float64, torch.float32, torch.float32, torch.bfloat16, torch.float16, torch.bool, torch.int64)
+    forms = [lambda one, kind=kind: one.to(kind) for kind in kinds]
+    maps = data.draw(st.sampled_from([*forms, lambda one: one.float().requires_grad_(), lambda one: one.numpy()]))(maps)
+    measure = data.draw(st.sampled_from(["evidence", "sum", None]))
+    whole = [{"layer1": maps}, {"layer1": maps, 3: maps}, AttributionOutput(maps={"layer1": maps}, measure=measure)]
+    outputs = data.draw(mostly(st.sampled_from(whole), st.just({}) | ANYTHING))
+
+    def call():
+        try:
+            return load_images(picture), processor.overlay(outputs, picture)
+        except OSError as error:
+            raise ValueError(str(error)) from error
+
+    found = answered(call, ["image", "map", "layer", "no such file", "cannot read", "colour scale", "model.attribute"])
+    if found is None:
+        return
+    event("answered")
+    images, overlays = found
+    low, high = overlays.value_range
+    assert np.isfinite([low, high]).all() and low < high
+    finite = maps[torch.isfinite(maps)]
+    assert not finite.numel() or (low <= float(finite.min()) and float(finite.max()) <= high)
+    assert low == -high or (measure == "sum" and outputs is whole[-1])
+    for rows in overlays.pictures.values():
+        for image, row in zip(images, rows, strict=True):
+            assert len(row) == shape[1]
+            for one in row:
+                assert (one.mode, one.size) == ("RGB", image.size)
+                if finite.numel() == maps.numel() and low == -high and float(finite.min()) == high and image.size == (64, 48):
+                    red, _, blue = np.asarray(one)[24, 32].tolist()
+                    assert red > blue, "the highest value of the scale is warm"
+
+
+@pytest.mark.filterwarnings("ignore")
+@given(
+    inputs=mostly(IMAGES | st.lists(IMAGES, max_size=3), st.lists(IMAGES, max_size=2).map(tuple) | pictures() | ANYTHING),
+    options=st.fixed_dictionaries(
+        {"max_new_tokens": st.just(2)},
+        optional={
+            "layers": mostly(st.sampled_from(["layer4", ["layer1", -1], "all", None]), LAYERS),
+            "window": mostly(st.sampled_from([1, 3])),
+            "locations": mostly(st.just([(0, 0), (4, 1)]), PLACES),
+            "phrases": mostly(st.sampled_from(["a dog", ["red", "a cat"]]), st.text(max_size=4) | ANYTHING),
+            "carrier": mostly(st.just("the")),
+            "measure": mostly(st.sampled_from(["sum", "evidence"]), st.just("loud")),
+            "combine": mostly(st.sampled_from(["mean", "joint"]), st.just("x")),
+            "evidence": st.booleans(),
+            "batch_size": st.sampled_from([1, 2, 3]),
+        },
+    ),
+)
+@torch.no_grad()
+def test_any_pipeline(inputs, options, model, processor):
+    """Words and maps of every image, in a batch as alone, or an error."""
+    describe = VisionFeatureDescriptionPipeline(model=model, processor=processor)
+
+    def call():
+        try:
+            return describe(inputs, **options)
+        except OSError as error:
+            raise ValueError(str(error)) from error
+
+    names = [*options, "image", "layer", "location", "phrase", "text", "no such file", "cannot read"]
+    found = answered(call, names)
+    if found is None:
+        return
+    event("answered")
+    several = isinstance(inputs, list | tuple) or getattr(inputs, "ndim", 0) == 4
+    assert isinstance(found, list) == several
+    rows, sources = (found, inputs) if several else ([found], [inputs])
+    assert len(rows) == len(sources)
+    for row, source in zip(rows, sources, strict=True):
+        assert row["descriptions"] and all(isinstance(one["description"], str) for one in row["descriptions"])
+        assert ("maps" in row) == (options.get("phrases") is not None)
+        if "maps" in row:
+            (picture,) = load_images(source)
+            shape = (len(row["phrases"]), picture.height, picture.width)
+            assert row["maps"] and all(one.shape == shape for one in row["maps"].values())
+            if max(picture.size) < 10 * min(picture.size):  # of a strip, the crop may hold no pixel's centre
+                assert all(one.isfinite().flatten(1).any(dim=1).all() for one in row["maps"].values())
+        if len(rows) > 1:
+            alone = describe(source, **options)
+            assert [one["description"] for one in alone["descriptions"]] == [one["description"] for one in row["descriptions"]]
+            for name, one in row.get("maps", {}).items():
+                torch.testing.assert_close(alone["maps"][name], one, atol=1e-4, rtol=1e-4, equal_nan=True)
 
 
 @given(data=st.data())

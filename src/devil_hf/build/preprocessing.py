@@ -1,17 +1,23 @@
-"""The image processor of a backbone: its evaluation preprocessing in timm's terms, as the processor's settings."""
+"""The image processor of a backbone: its evaluation preprocessing in timm's terms, as the processor's settings.
 
+What stands in a file of somebody's is read here, and what it cannot mean is refused by name. One number as mean or deviation
+is that of every channel, as transformers reads it.
+"""
+
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from PIL import Image
 
 from devil_hf.model.image_processing_devil import DevilImageProcessor
+from devil_hf.model.pooling_devil import read_number
 
 RESAMPLING = {mode.name.lower(): mode for mode in Image.Resampling}
 
 
 def image_processor_of(data_config: Mapping[str, Any], resize: str = "backbone") -> DevilImageProcessor:
-    """The image processor of a backbone.
+    """The image processor of a backbone; a ValueError names a setting that no image can be read by.
 
     Args:
         data_config: timm's data configuration (`timm.data.resolve_model_data_config(model)`); missing keys take
@@ -21,18 +27,78 @@ def image_processor_of(data_config: Mapping[str, Any], resize: str = "backbone")
     """
     if resize not in ("backbone", "paper"):
         raise ValueError(f"resize must be 'backbone' or 'paper', got {resize!r}")
-    channels, height, width = data_config.get("input_size", (3, 224, 224))
-    if channels != 3:
-        raise ValueError(f"the backbone takes {channels} channels (input_size), only 3 (RGB) are supported")
-    interpolation = data_config.get("interpolation", "bicubic")
-    if interpolation not in RESAMPLING:
-        raise ValueError(f"interpolation {interpolation!r} is not one of {sorted(RESAMPLING)}")
+    settings = {name: value for name, value in data_config.items() if value is not None}
+    size = settings.get("input_size", (3, 224, 224))
+    if not isinstance(size, (list, tuple)) or len(size) != 3:
+        raise ValueError(f"input_size={size!r:.100} must be channels, height and width")
+    if size[0] != 3:
+        raise ValueError(f"the backbone takes {size[0]!r:.100} channels (input_size), only 3 (RGB) are supported")
+    interpolation = settings.get("interpolation", "bicubic")
+    if interpolation not in list(RESAMPLING):
+        raise ValueError(f"interpolation {interpolation!r:.100} is not one of {sorted(RESAMPLING)}")
     default, paper = DevilImageProcessor, resize == "paper"
     return DevilImageProcessor(
-        crop_size={"height": height, "width": width},
-        crop_pct=1.0 if paper else data_config.get("crop_pct") or default.crop_pct,
-        crop_mode="center" if paper else data_config.get("crop_mode") or default.crop_mode,
+        crop_size={"height": size[1], "width": size[2]},
+        crop_pct=1.0 if paper else settings.get("crop_pct", default.crop_pct),
+        crop_mode="center" if paper else settings.get("crop_mode", default.crop_mode),
         resample=int(RESAMPLING[interpolation]),
-        image_mean=tuple(data_config.get("mean", default.image_mean)),
-        image_std=tuple(data_config.get("std", default.image_std)),
+        image_mean=_channels(settings.get("mean", default.image_mean)),
+        image_std=_channels(settings.get("std", default.image_std)),
     )
+
+
+def data_config_of(settings: Any, default: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of an image processor of transformers, in timm's terms.
+
+    Args:
+        settings: what its file holds.
+        default: of the network, for what does not stand there.
+
+    Raises:
+        ValueError: naming the setting that cannot be read.
+    """
+    if not isinstance(settings, Mapping):
+        raise ValueError(f"the settings must be a JSON object, got {settings!r:.100}")
+    settings = {name: value for name, value in settings.items() if value is not None}
+    found = dict(default) | {"mean": [0.0] * 3, "std": [1.0] * 3}
+    if settings.get("do_normalize", True):
+        found |= {"mean": settings.get("image_mean", default["mean"]), "std": settings.get("image_std", default["std"])}
+    factor = read_number(settings.get("rescale_factor", 1 / 255), "rescale_factor", 1e-6, whole=False)
+    scale = 255 * factor if settings.get("do_rescale", True) else 255.0
+    for name in ("mean", "std"):
+        values = found[name] = _channels(found[name])
+        if not math.isclose(scale, 1) and isinstance(values, (list, tuple)):  # ours are for values in [0, 1]
+            found[name] = [read_number(value, f"image_{name}", -1e4, whole=False) / scale for value in values]
+    filters = {int(mode): name for name, mode in RESAMPLING.items()}
+    if (resample := settings.get("resample", 3)) not in list(filters):
+        raise ValueError(f"resample={resample!r:.100} is not one of {filters}")
+    found["interpolation"] = filters[resample]
+    return found | _crop(settings, found["input_size"])
+
+
+def _channels(values: Any) -> Any:
+    """One number as that of red, green and blue; anything else as it is."""
+    return [values] * 3 if isinstance(values, (int, float)) else values
+
+
+def _crop(settings: Mapping[str, Any], default: list[int]) -> dict[str, Any]:
+    """Resize and crop of an image processor as timm's input_size, crop_pct and crop_mode."""
+    edges, both = _edges(settings["size"], "size") if "size" in settings else (list(default[1:]), False)
+    mode = "squash" if both else "center"
+    if settings.get("do_center_crop") and "crop_size" in settings:
+        crop, _ = _edges(settings["crop_size"], "crop_size")
+        return {"input_size": [3, *crop], "crop_pct": crop[0] / edges[0], "crop_mode": mode}
+    return {"input_size": [3, *edges], "crop_pct": settings.get("crop_pct", 1.0), "crop_mode": mode}
+
+
+def _edges(size: Any, name: str) -> tuple[list[int], bool]:
+    """Height and width, and whether both were given, not the short side alone."""
+    if isinstance(size, (list, tuple)) and len(size) == 2:
+        size = {"height": size[0], "width": size[1]}
+    if not isinstance(size, Mapping):
+        size = {"shortest_edge": size}
+    both = "height" in size and "width" in size
+    if not both and "shortest_edge" not in size:
+        raise ValueError(f"{name}={dict(size)!r:.100} must have height and width, or the shortest_edge")
+    given = (size["height"], size["width"]) if both else (size["shortest_edge"],) * 2
+    return [read_number(edge, f"an edge of {name}", 1) for edge in given], both

@@ -17,11 +17,11 @@ import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, resolve_model_data_config
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.image_processing_base import ImageProcessingMixin
-from transformers.utils import logging
+from transformers.utils import IMAGE_PROCESSOR_NAME, PROCESSOR_NAME, logging
 
 from devil_hf.build.hooks_devil import first_tensor, run
 from devil_hf.build.layers import choose_layers, offered_layers, probe_images, stage_module
+from devil_hf.build.preprocessing import data_config_of
 from devil_hf.build.slim_devil import is_timm_name, load_network, source_folder
 from devil_hf.build.timm_devil import TIMM_OVERLAY
 from devil_hf.model.backbone_devil import FeatureBackbone, build_module
@@ -30,8 +30,6 @@ from devil_hf.model.pooling_devil import resolve_layers
 from devil_hf.text_files import read_json
 
 logger = logging.get_logger(f"transformers.{__name__}")
-
-PIL_FILTERS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
 
 
 def backbone_from_source(
@@ -241,30 +239,21 @@ def _default_data_config(module: nn.Module) -> dict[str, Any]:
 
 
 def _processor_data_config(folder: Path, module: nn.Module) -> dict[str, Any]:
-    """The image processor saved beside a transformers model, in timm's terms."""
-    try:
-        settings = ImageProcessingMixin.get_image_processor_dict(folder)[0]
-    except OSError:
-        logger.warning(f"{folder} has no image processor; images will be normalised as ImageNet's")
-        return _default_data_config(module)
-    found = _default_data_config(module)
-    if settings.get("do_normalize", True):
-        found |= {"mean": settings.get("image_mean", found["mean"]), "std": settings.get("image_std", found["std"])}
-    else:
-        found |= {"mean": [0.0] * 3, "std": [1.0] * 3}
-    found["interpolation"] = PIL_FILTERS[settings.get("resample", 3)]
-    return found | _processor_crop(settings, found["input_size"])
-
-
-def _processor_crop(settings: dict[str, Any], default: list[int]) -> dict[str, Any]:
-    """Resize and crop of an image processor as timm's input_size, crop_pct and crop_mode."""
-    size, crop = ({"shortest_edge": s} if isinstance(s, int) else s for s in map(settings.get, ("size", "crop_size")))
-    squash = bool(size) and "height" in size
-    given = [size["height"], size["width"]] if squash else [size["shortest_edge"]] * 2 if size else default[1:]
-    if crop and settings.get("do_center_crop"):
-        crop = [crop["height"], crop["width"]] if "height" in crop else [crop["shortest_edge"]] * 2
-        return {"input_size": [3, *crop], "crop_pct": crop[0] / given[0], "crop_mode": "squash" if squash else "center"}
-    return {"input_size": [3, *given], "crop_pct": settings.get("crop_pct", 1.0), "crop_mode": "squash" if squash else "center"}
+    """The image processor saved beside a transformers model, in timm's terms; a ValueError where its file cannot be read."""
+    default = _default_data_config(module)
+    for name in (PROCESSOR_NAME, IMAGE_PROCESSOR_NAME):
+        if (file := folder / name).is_file():
+            settings = read_json(file)
+            if name == PROCESSOR_NAME and isinstance(settings, dict):
+                settings = settings.get("image_processor")
+            if name == PROCESSOR_NAME and settings is None:
+                continue  # of the text alone
+            try:
+                return data_config_of(settings, default)
+            except ValueError as error:
+                raise ValueError(f"the image processor in {file}: {error}; mend it, or take the file away") from error
+    logger.warning(f"{folder} has no image processor; images will be normalised as ImageNet's")
+    return default
 
 
 def _check_rebuild(module: nn.Module, description: dict[str, Any]) -> None:

@@ -220,6 +220,8 @@ class DevilImageProcessor(PilBackend):
     image_std = (0.229, 0.224, 0.225)
 
     def __init__(self, **kwargs: Any):
+        if wrong := [name for name in kwargs if name not in self.valid_kwargs.__annotations__ and hasattr(self, name)]:
+            raise ValueError(f"{wrong} are no settings of an image processor, as {SETTINGS} are: leave them out")
         super().__init__(**kwargs)
         self._validate_preprocess_kwargs(**self._standardize_kwargs())
 
@@ -235,10 +237,10 @@ class DevilImageProcessor(PilBackend):
     def _validate_preprocess_kwargs(  # type: ignore[override]
         self, crop_size: SizeDict, crop_pct: Any, crop_mode: str, resample: int, image_mean: Any, image_std: Any, **_: Any
     ) -> None:
-        height, width = (read_number(edge, "an edge of crop_size", 1) for edge in (crop_size.height, crop_size.width))
+        height, width = (read_number(getattr(crop_size, one, None), f"{one} of crop_size", 1) for one in ("height", "width"))
         if height * width > 2**26:
             raise ValueError(f"crop_size={(height, width)} is more than a backbone reads: at most 8192 x 8192")
-        if isinstance(crop_pct, str) or read_number(crop_pct, "crop_pct", 1e-3, whole=False) > min(height, width):
+        if read_number(crop_pct, "crop_pct", 1e-3, whole=False) > min(height, width):
             raise ValueError(f"crop_pct={crop_pct!r} must be a number, usually in (0, 1]: this leaves nothing of an image")
         if crop_mode not in CROP_MODES:
             raise ValueError(f"crop_mode {crop_mode!r} is not one of {CROP_MODES}")

@@ -65,8 +65,8 @@ class VisionFeatureDescriptionPipeline(Pipeline):
             if carrier is not None:
                 raise ValueError(f"carrier {carrier!r} needs phrases: pass `phrases` as well")
             return {}, forward, {}
-        phrases = [phrases] if isinstance(phrases, str) else list(phrases)
-        return {}, forward | {"phrases": self.processor(text=phrases, carrier=carrier)}, {"phrases": phrases}
+        tokens = self.processor(text=phrases, carrier=carrier)
+        return {}, forward | {"phrases": tokens}, {"phrases": [phrases] if isinstance(phrases, str) else list(phrases)}
 
     def __call__(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """Describe one image, or a list of images (`batch_size` at a time)."""

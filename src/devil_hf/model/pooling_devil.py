@@ -29,8 +29,8 @@ def read_tensor(value: Any, name: str) -> Tensor:
 def read_number(value: Any, name: str, least: float, whole: bool = True) -> Any:
     """A number of Python, numpy or torch; a ValueError for what is none, is not finite, or is less than `least`."""
     try:
-        number = operator.index(value) if whole else float(value)
-    except (TypeError, ValueError, RuntimeError):
+        number = operator.index(value) if whole else float(value / 1)  # text is no number
+    except (TypeError, ValueError, RuntimeError, OverflowError):
         number = math.nan
     if not least <= number < math.inf:
         raise ValueError(f"{name}={value!r:.100} must be a {'whole' if whole else 'finite'} number, at least {least}.")

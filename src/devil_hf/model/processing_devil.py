@@ -80,8 +80,8 @@ class DevilProcessor(ProcessorMixin):
         """
         if images is None and text is None:
             raise ValueError("nothing to process: pass `images`, `text` or both")
-        if carrier is not None and text is None:
-            raise ValueError(f"carrier {carrier!r} needs phrases: pass `text` as well")
+        if carrier is not None and (text is None or not isinstance(carrier, str)):
+            raise ValueError(f"carrier {carrier!r:.100} needs phrases: pass `text` as well, both as words")
         for name, value in images_kwargs.items():
             if name not in CALL_SETTINGS:
                 raise TypeError(
@@ -267,13 +267,13 @@ def shared_value_range(maps: Mapping[str, Any], symmetric: bool = True) -> tuple
     low, high = min(float(v.min()) for v in finite), max(float(v.max()) for v in finite)
     if symmetric:
         low, high = -max(abs(low), abs(high)), max(abs(low), abs(high))
-    return (low, high) if high > low else (low - 1.0, high + 1.0)
+    return (low, high) if high > low else (low - max(1.0, abs(low)), high + max(1.0, abs(high)))
 
 
 def _tinted(image: Image.Image, values: np.ndarray, value_range: tuple[float, float]) -> Image.Image:
     """An RGB image (W, H) under a map (H, W): colour grows from the middle of the scale; dark where the map is NaN."""
     low, high = value_range
-    position = np.clip((2 * values - low - high) / (high - low), -1, 1)[..., None]
+    position = np.clip((2 * values.astype(np.float64) - low - high) / (high - low), -1, 1)[..., None]
     grey = np.asarray(image.convert("L"), dtype=np.float64)[..., None]
     picture = grey + 0.8 * np.sqrt(np.abs(position)) * (np.where(position > 0, WARM, COOL) - grey)
     return Image.fromarray(np.where(np.isnan(position), 0.4 * grey, picture).round().astype(np.uint8))
