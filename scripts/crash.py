@@ -120,8 +120,8 @@ def evaluates(name: str, folder: Path, *more: str) -> list[str]:
 
 
 def names_neurons(folder: Path, images: Path, stage: str, *more: str) -> list[str]:
-    layers = ["--layers", "layer1", "--exemplars", "3", "--batch-size", "4", "--output-dir", str(folder)]
-    return ["neurons", str(images), "--stage", stage, *layers, *more]
+    layers = ["--checkpoint", "shapes", "--layers", "layer1", "--exemplars", "3", "--batch-size", "4"]
+    return ["neurons", str(images), "--stage", stage, *layers, "--output-dir", str(folder), *more]
 
 
 def pushes(folder: Path, images: Path) -> list[str]:
