@@ -40,7 +40,7 @@ def main() -> None:
     if arguments.output:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
     results = compare(comparison, arguments.seeds, output_dir)
-    summary = summarise(results)
+    summary = summarise(results, evaluations=comparison.evaluations)
     print(comparison_table(summary))
     if arguments.output:
         runs = [{name: value for name, value in run.items() if name != "descriptions"} for run in results]

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModel
 
 from devil_hf.model.pooling_devil import pool
 from devil_hf.training.feature_cache import CachedFeatures, StaleCache
@@ -82,9 +83,14 @@ def test_training_from_a_cache_reads_no_pixels_and_refuses_a_stale_one(fields, c
     fields |= {"output_dir": str(tmp_path / "second"), "validation_data": []}
     second = train(Recipe(**fields))
     assert set(weights(second)) == set(weights(first))
+    deepest = train(Recipe(**fields | {"layers": ["layer4"], "output_dir": str(tmp_path / "one_layer")}))
+    assert AutoModel.from_pretrained(deepest).layer_names == ["layer4"]
+    features = load_file(cache.shards[0])
+    one = CachedFeatures(tmp_path / "features", seed=0, layers=["layer4"]).sample(2, 1)["pooled_features"]
+    assert len(one) == 1 and torch.equal(one[0], cache.sample(2, 1)["pooled_features"][-1]) and len(features) > 1
     monkeypatch.undo()
     for change, text in (
-        ({"layers": [0, 1]}, "layers"),
+        ({"layers": ["act1", "layer4"]}, "layers"),
         ({"resize": "paper"}, "image_transform"),
         ({"draws": 4}, "draws"),
         ({"train_data": [{"kind": "folder", "path": caption_folder}]}, "data"),

@@ -1,7 +1,7 @@
 """Translators beside each other, trained on the same data with several seeds and scored on the same images.
 
-A comparison is a YAML file: a recipe that all share, what each translator changes in it, and the images that are scored. A run
-that is finished is kept and never repeated; one that was stopped goes on.
+A comparison is a YAML file: a recipe that all share, what each translator changes in it, the images that are scored, and what
+else is evaluated. A run that is finished is kept and never repeated; one that was stopped goes on.
 """
 
 import contextlib
@@ -12,7 +12,7 @@ import itertools
 import json
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,6 +27,8 @@ from devil_hf.data.captioned import longest_description
 from devil_hf.data.decoding import BadSamples, PairDecoder
 from devil_hf.data.identity import PairIdentities
 from devil_hf.data.pairs import REGION_KINDS, open_pairs
+from devil_hf.evaluation.evaluator import EVALUATORS, evaluate
+from devil_hf.evaluation.results import metric_name
 from devil_hf.evaluation.tables import table
 from devil_hf.evaluation.text.metrics import caption_scores
 from devil_hf.folders import claimed, write_json
@@ -56,6 +58,28 @@ class ComparisonFile:
     translators: dict = option("by name, the fields of the recipe that each changes; `model` is merged field by field")
     evaluation_data: list = option("sources of the captioned images that are scored")
     decodings: dict = option("arguments of `generate` by the name of a column", {"greedy": {}})
+    evaluations: dict = option("by the heading of their columns, the fields of `AskedEvaluation`", {})
+
+
+@dataclass
+class AskedEvaluation:
+    """An evaluation of every translator, beside the descriptions of whole images."""
+
+    evaluator: str = option("as `devil evaluate` knows it")
+    settings: dict = option("its settings; of `layers`, a translator is asked those that it reads")
+    show: list = option("of the scores of its row, those that become columns")
+    row: str = option("row of its scores that stands for a translator", ALL_LAYERS)
+
+    def of(self, layers: Sequence[str] | None, checkpoint: Path, output_dir: Path) -> Any:
+        """Settings for one checkpoint; `layers` are those that it reads, None where nobody knows them yet."""
+        given = self.settings | {"checkpoint": str(checkpoint), "output_dir": str(output_dir)}
+        if layers is not None and "layers" in given:
+            given["layers"] = [name for name in given["layers"] if name in layers]
+        return make(EVALUATORS[self.evaluator].Settings, given, f"settings of the evaluation {self.evaluator!r}")
+
+    def check(self) -> None:
+        """Raise a ValueError or OSError for what can be seen to be wrong before anything is trained."""
+        EVALUATORS[self.evaluator](self.of(None, Path(CHECKPOINT_FOLDER), Path())).open()
 
 
 @dataclass
@@ -67,11 +91,13 @@ class Comparison:
         evaluation_data: sources of the captioned images that are described and scored; no training reads them.
         decodings: arguments of `generate` by the name of a column; besides, `guidance`, and `grounding` for the strength of
             `choose_grounded`.
+        evaluations: what else is evaluated, by the heading of its columns.
     """
 
     recipes: dict[str, Recipe]
     evaluation_data: list[dict]
     decodings: dict[str, dict]
+    evaluations: dict[str, AskedEvaluation] = field(default_factory=dict)
 
 
 def read_comparison(path: Path, recipe: Path | None = None, fields: Mapping[str, Any] | None = None) -> Comparison:
@@ -92,7 +118,8 @@ def read_comparison(path: Path, recipe: Path | None = None, fields: Mapping[str,
     for name, own in file.translators.items():
         changed = _merged(_merged(shared, own or {}), fields or {})
         recipes[name] = make(Recipe, changed, f"translator {name!r} of {path}")
-    return Comparison(recipes, file.evaluation_data, file.decodings)
+    evaluations = {name: make(AskedEvaluation, asked, f"evaluation {name!r}") for name, asked in file.evaluations.items()}
+    return Comparison(recipes, file.evaluation_data, file.decodings, evaluations)
 
 
 def _merged(fields: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -110,9 +137,12 @@ def compare(comparison: Comparison, seeds: Sequence[int], output_dir: Path) -> l
         The content of these files.
 
     Raises:
-        ValueError: when a folder holds a run of another recipe, or of data that have changed since.
+        ValueError: when a folder holds a run of another recipe, or of data that have changed since; for an evaluation that there
+            is not, or that cannot be asked so.
         FolderInUse: when another run works in a folder.
     """
+    for asked in comparison.evaluations.values():
+        asked.check()
     runs = [
         (name, dataclasses.replace(recipe, seed=seed, output_dir=str(output_dir / name / f"seed_{seed}"), resume=True))
         for seed, (name, recipe) in itertools.product(seeds, comparison.recipes.items())
@@ -121,7 +151,7 @@ def compare(comparison: Comparison, seeds: Sequence[int], output_dir: Path) -> l
     for _, recipe in runs:
         _check_same_run(recipe, hashes)
     images = EvaluationImages(comparison.evaluation_data)
-    return [run(name, recipe, images, comparison.decodings) for name, recipe in runs]
+    return [run(name, recipe, images, comparison) for name, recipe in runs]
 
 
 def _check_same_run(recipe: Recipe, hashes: dict[str, dict[str, str]]) -> None:
@@ -138,17 +168,21 @@ def _check_same_run(recipe: Recipe, hashes: dict[str, dict[str, str]]) -> None:
             check_data(recipe, hashes[data], Path(newest))
 
 
-def run(name: str, recipe: Recipe, images: "EvaluationImages", decodings: Mapping[str, dict]) -> dict[str, Any]:
+def run(name: str, recipe: Recipe, images: "EvaluationImages", comparison: Comparison) -> dict[str, Any]:
     """One run, trained and scored as far as that is not done yet."""
     folder = Path(recipe.output_dir)
-    evaluation = {"data": images.sources, "decodings": dict(decodings), "max_new_tokens": NEW_TOKENS}
+    evaluation = {"data": images.sources, "decodings": comparison.decodings, "max_new_tokens": NEW_TOKENS}
     evaluation["data_sha256"] = images.identity
+    if comparison.evaluations:
+        evaluation["evaluations"] = {
+            heading: [asked.evaluator, asked.settings] for heading, asked in comparison.evaluations.items()
+        }
     digest = hashlib.sha256(json.dumps(evaluation, sort_keys=True).encode()).hexdigest()
     file = folder / f"scores_{digest[:8]}.json"
     if file.is_file():
         return read_json(file)
     with claimed(folder, "a comparison of translators", PartialState().is_main_process):
-        result = _run(name, recipe, images, decodings, evaluation)
+        result = _run(name, recipe, images, comparison, evaluation)
         write_json(file, result)
     return result
 
@@ -157,7 +191,7 @@ def _run(
     name: str,
     recipe: Recipe,
     images: "EvaluationImages",
-    decodings: Mapping[str, dict],
+    comparison: Comparison,
     evaluation: dict[str, Any],
 ) -> dict[str, Any]:
     folder = Path(recipe.output_dir)
@@ -166,7 +200,7 @@ def _run(
         logger.warning(f"training {name}, seed {recipe.seed}")
         train(recipe)
     model, processor = load(checkpoint)
-    texts = {column: images.describe(model, processor, options) for column, options in decodings.items()}
+    texts = {column: images.describe(model, processor, options) for column, options in comparison.decodings.items()}
     references = images.captions
     return {
         "name": name,
@@ -178,9 +212,21 @@ def _run(
             column: {row: caption_scores(rows, references, METRICS) for row, rows in by_row.items()}
             for column, by_row in texts.items()
         },
+        "evaluations": {
+            heading: _evaluated(asked, model, processor, checkpoint, folder / heading)
+            for heading, asked in comparison.evaluations.items()
+        },
         "images": images.keys,
         "descriptions": texts,
     }
+
+
+def _evaluated(
+    asked: AskedEvaluation, model: DevilModel, processor: DevilProcessor, checkpoint: Path, folder: Path
+) -> dict[str, dict[str, float]]:
+    """The scores of one evaluation, which records its rows in `folder` and goes on from them."""
+    found = evaluate(asked.evaluator, asked.of(model.layer_names, checkpoint, folder), model, processor)
+    return {} if found is None else found.scores  # on processes other than the main one
 
 
 def _training_record(folder: Path) -> dict[str, Any]:
@@ -277,8 +323,11 @@ class EvaluationImages:
 # ------------------------------------------------------------------------------------------------------------- the table
 
 
-def summarise(results: Sequence[Mapping[str, Any]], metric: str = "cider") -> list[dict[str, Any]]:
-    """One entry for each translator and row of it: mean and standard deviation over seeds, times 100 as papers print them."""
+def summarise(
+    results: Sequence[Mapping[str, Any]], metric: str = "cider", evaluations: Mapping[str, AskedEvaluation] | None = None
+) -> list[dict[str, Any]]:
+    """One entry for each translator and row of it: mean and standard deviation over seeds; of the metric, times 100 as papers
+    print it. Evaluations stand with all layers."""
     summary = []
     for name in dict.fromkeys(result["name"] for result in results):
         runs = [result for result in results if result["name"] == name]
@@ -296,9 +345,21 @@ def summarise(results: Sequence[Mapping[str, Any]], metric: str = "cider") -> li
                     "trained_parameters": runs[0]["trained_parameters"],
                     "validation_loss": _mean_and_spread(losses) if losses else None,
                     metric: columns,
+                    "evaluations": _means(runs, evaluations or {}) if row == ALL_LAYERS else {},
                 }
             )
     return summary
+
+
+def _means(runs: Sequence[Mapping[str, Any]], evaluations: Mapping[str, AskedEvaluation]) -> dict[str, dict[str, Any]]:
+    """Heading and score, as a column is called -> mean and spread over the runs of one translator."""
+    found = {}
+    for heading, asked in evaluations.items():
+        for score in asked.show:
+            values = [run["evaluations"][heading].get(asked.row, {}).get(score) for run in runs]
+            if None not in values:
+                found[f"{heading}: {metric_name(score)}"] = _mean_and_spread(values)
+    return found
 
 
 def _mean_and_spread(values: Sequence[float]) -> dict[str, Any]:
@@ -314,6 +375,7 @@ def comparison_table(summary: Sequence[Mapping[str, Any]], metric: str = "cider"
         if entry["validation_loss"] is not None:
             row["validation loss"] = _shown(entry["validation_loss"], 3)
         row |= {f"{metric}, {name}": _shown(value, 1) for name, value in entry[metric].items()}
+        row |= {name: _shown(value, 3) for name, value in entry.get("evaluations", {}).items()}
         rows[f"{entry['name']}, {entry['layers']}"] = row
     columns = dict.fromkeys(column for row in rows.values() for column in row)
     seeds = sorted({seed for entry in summary for seed in entry["seeds"]})
@@ -327,6 +389,7 @@ def _shown(value: Mapping[str, Any], digits: int) -> str:
 
 
 __all__ = [
+    "AskedEvaluation",
     "Comparison",
     "ComparisonFile",
     "EvaluationImages",

@@ -2,7 +2,8 @@
 
 A folder holds shards of images, each `NAME.safetensors` (per layer (images, views x draws, C_l)) with `NAME.json` (keys and
 captions of its images), and `cache.json`: what the features depend on. A cache of anything else than what is asked for is
-refused. An interrupted computation goes on where it stopped: shards appear whole or not at all.
+refused; a complete one of more layers serves models that read some of them. An interrupted computation goes on where it
+stopped: shards appear whole or not at all.
 """
 
 import itertools
@@ -93,7 +94,7 @@ def cached_features(
                 shards = len(list(folder.glob(SHARDS)))
                 write_json(folder / CACHE_FILE, found | {"complete": True, "shards": shards})
             state.wait_for_everyone()
-    return CachedFeatures(folder, sample_seed)
+    return CachedFeatures(folder, sample_seed, key["layers"])
 
 
 def open_cache(folder: Path, key: dict[str, Any], model: DevilModel, dataset: Dataset | IterableDataset) -> bool:
@@ -114,7 +115,7 @@ def open_cache(folder: Path, key: dict[str, Any], model: DevilModel, dataset: Da
             if state.is_main_process and not file.is_file():
                 write_json(file, {"key": key, "processes": state.num_processes, "complete": False})
             found = _content(folder)
-    _check_key(folder, found["key"], key)
+    _check_key(folder, found, key)
     if found["complete"]:
         if found.get("shards") != len(list(folder.glob(SHARDS))):
             raise StaleCache(f"the feature cache {folder} lacks some of its {found.get('shards')} shards: delete it.")
@@ -152,8 +153,11 @@ def cache_bytes(folder: Path, key: dict[str, Any], model: DevilModel, dataset: D
     return 2 * len(dataset) * key["views"] * key["draws"] * sum(model.backbone.channels) - there
 
 
-def _check_key(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+def _check_key(folder: Path, content: dict[str, Any], wanted: dict[str, Any]) -> None:
+    found = content["key"]
     wrong = [name for name in wanted if found.get(name) != wanted[name]]
+    if content["complete"] and set(wanted["layers"]) <= set(found.get("layers", ())):
+        wrong = [name for name in wrong if name != "layers"]
     if wrong:
         shown = "; ".join(f"{name}: {found.get(name)!r:.80} there, {wanted[name]!r:.80} here" for name in wrong)
         raise StaleCache(
@@ -254,10 +258,13 @@ class CachedFeatures:
     Args:
         folder: the cache.
         seed: of which draw and which caption an epoch takes.
+        layers: names of those that are read; None for all that the cache has.
     """
 
-    def __init__(self, folder: Path, seed: int):
+    def __init__(self, folder: Path, seed: int, layers: Sequence[str] | None = None):
         self.seed = seed
+        there = read_json(folder / CACHE_FILE)["key"]["layers"]
+        self.layers = [there.index(name) for name in layers or there]
         self.shards = sorted(folder.glob(SHARDS))
         contents = [read_json(shard.with_suffix(".json")) for shard in self.shards]
         self.captions: list[list[str]] = [texts for content in contents for texts in content["captions"]]
@@ -275,7 +282,7 @@ class CachedFeatures:
         shard = int(np.searchsorted(self.starts, index, side="right")) - 1
         if shard not in self._open:
             file = safe_open(self.shards[shard], framework="pt")
-            self._open[shard] = [file.get_tensor(f"layer.{layer}") for layer in range(len(file.keys()))]  # mapped, not read
+            self._open[shard] = [file.get_tensor(f"layer.{layer}") for layer in self.layers]  # mapped, not read
         layers, row = self._open[shard], index - int(self.starts[shard])
         rng = np.random.default_rng((self.seed, epoch, index))
         draw, text = int(rng.integers(layers[0].shape[1])), rng.integers(len(self.captions[index]))
