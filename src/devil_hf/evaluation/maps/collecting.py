@@ -207,7 +207,7 @@ def location_curves(
     text: Mapping[str, Tensor],
     orders: Mapping[str, Tensor],
 ) -> dict[str, dict[str, list[list[float]]]]:
-    """Evidence for each phrase while locations are shown, or hidden, in the order of a map; one batched call.
+    """Evidence for each phrase while locations are shown, or hidden, in the order of its map; one batched call per phrase.
 
     A share of the locations of every layer, those with the highest values first, keeps its location weight (insertion) or loses
     it (deletion); the layers are read together. Source: Petsiuk et al., RISE, 2018, on locations instead of pixels.
@@ -220,17 +220,19 @@ def location_curves(
         "insertion" and "deletion": name of the order -> per phrase, evidence (nats per token) at each of `SHARES`.
     """
     asked = resolve_layers(list(names), model.layer_names)
-    phrases, steps = next(iter(orders.values())).shape[0], 2 * len(SHARES)
-    weights: list[Tensor | None] = [None] * len(model.layer_names)
+    phrases = next(iter(orders.values())).shape[0]
+    shown: dict[int, Tensor] = {}  # (orders, K, steps, rows, columns)
     for index in asked:
         rows, columns = features[index].shape[-2:]  # type: ignore[union-attr]
-        values = torch.stack(
-            [F.adaptive_avg_pool2d(one, (int(rows), int(columns))) for one in orders.values()]
-        )  # (orders, K, rows, columns)
-        weights[index] = shown_weights(values.flatten(0, 1)).flatten(0, 1)  # (orders * K * steps, rows, columns)
-    found = model.score(feature_maps=features, location_weights=weights, layers=list(names), **text).evidence
-    own = found.view(len(orders), phrases, steps, phrases).diagonal(dim1=1, dim2=3)  # (orders, steps, K)
-    curves = own.permute(0, 2, 1).cpu()
+        values = torch.stack([F.adaptive_avg_pool2d(one, (int(rows), int(columns))) for one in orders.values()])
+        shown[index] = shown_weights(values.flatten(0, 1)).unflatten(0, (len(orders), phrases))
+    found = []
+    for at in range(phrases):
+        weights = [shown[index][:, at].flatten(0, 1) if index in shown else None for index in range(len(model.layer_names))]
+        own = {name: rows[at : at + 1] for name, rows in text.items()}
+        evidence = model.score(feature_maps=features, location_weights=weights, layers=list(names), **own).evidence
+        found.append(evidence.view(len(orders), -1).cpu())
+    curves = torch.stack(found, dim=1)  # (orders, K, steps)
     half = len(SHARES)
     return {
         "insertion": {name: curve[:, :half].tolist() for name, curve in zip(orders, curves, strict=True)},
