@@ -1,6 +1,7 @@
 """The laws of the house (CONTRIBUTING.md), read from the syntax trees of the source."""
 
 import ast
+import fnmatch
 import functools
 import re
 import subprocess
@@ -219,3 +220,9 @@ def test_help_imports_neither_torch_nor_transformers():
 @pytest.mark.parametrize("name", ["CHANGELOG.md", "CONTRIBUTING.md", "CITATION.cff", ".pre-commit-config.yaml"])
 def test_the_project_says_how_it_is_run(name):
     assert (ROOT / name).is_file()
+
+
+def test_no_folder_of_tests_is_passed_over(request):
+    folders = {part for file in (ROOT / "tests").rglob("test_*.py") for part in file.relative_to(ROOT).parts[:-1]}
+    passed_over = request.config.getini("norecursedirs")
+    assert not [name for name in folders if any(fnmatch.fnmatch(name, pattern) for pattern in passed_over)]
