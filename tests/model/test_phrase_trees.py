@@ -110,3 +110,24 @@ def test_places_of_equal_features_are_asked_once(model, phrases, monkeypatch):
     (found,) = model.attribute(phrases=phrases, feature_maps=features, layers=-1).maps.values()
     assert [4] in asked and max(map(max, filter(None, asked))) == 4
     torch.testing.assert_close(found[0, :, :, 0].T, torch.stack(expected), atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_answers_of_many_phrases_count_towards_the_memory_of_a_chunk(model, monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(5, 50, (700, 6), generator=generator)
+    phrases = {"input_ids": ids, "attention_mask": (torch.arange(6) < torch.arange(700)[:, None] % 6 + 1).long()}
+    features = [torch.randn(2, channels, 5, 5, generator=generator) for channels in model.backbone.channels]
+    (whole,) = model.attribute(phrases=phrases, feature_maps=features, layers=-1, chunk_size=50).maps.values()
+    held = []
+    check = scoring_devil.finite_log_probs
+
+    def counting(log_probs, *arguments):
+        held.append(log_probs.nbytes)
+        return check(log_probs, *arguments)
+
+    monkeypatch.setattr(scoring_devil, "finite_log_probs", counting)
+    monkeypatch.setattr(scoring_devil, "CHUNK_BYTES", 1 << 19)
+    (found,) = model.attribute(phrases=phrases, feature_maps=features, layers=-1).maps.values()
+    assert len(held) > 10 and max(held) <= (1 << 19) / 4
+    torch.testing.assert_close(found, whole, atol=1e-5, rtol=1e-5)

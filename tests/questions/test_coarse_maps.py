@@ -59,6 +59,28 @@ def test_a_share_of_the_places_is_asked_and_the_others_are_alike(model, phrases,
     assert (found - exact).square().mean() < 0.5 * (bilinear - exact).square().mean()
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"combine": "joint"}, {"layers": "layer1", "window": 3}, {"combine": "joint", "window": {"layer1": 3}, "measure": "sum"}],
+)
+def test_layers_together_and_windows_are_asked_at_a_share_of_the_places(model, phrases, features, options):
+    (exact,) = model.attribute(phrases=phrases, feature_maps=features, **options).maps.values()
+    maps, read = ask(model, phrases, features, refine=0.4, **options)
+    (found,) = maps.values()
+    assert read == 2 * 160 * (len(features) if "combine" in options else 1)
+    torch.testing.assert_close(found[:, :, ::2, ::2], exact[:, :, ::2, ::2], atol=1e-4, rtol=1e-4)
+    assert (((found - exact).abs().flatten(2).amax(dim=1) < 1e-4).sum(dim=1) >= 160).all()
+    likeness = [spearmanr(a, b)[0] for a, b in zip(found.flatten(0, 1).flatten(1), exact.flatten(0, 1).flatten(1), strict=True)]
+    assert sum(likeness) / len(likeness) > 0.9
+
+
+def test_an_image_is_interpolated_by_itself(model, phrases, features):
+    both, _ = ask(model, phrases, features, layers="layer1", refine=0.3)
+    for image in range(2):
+        one, _ = ask(model, phrases, [maps[image : image + 1] for maps in features], layers="layer1", refine=0.3)
+        torch.testing.assert_close(both["layer1"][image : image + 1], one["layer1"], atol=1e-5, rtol=1e-5)
+
+
 def test_small_maps_are_asked_as_a_whole_and_rules_combine_what_was_found(model, phrases, features):
     exact = model.attribute(phrases=phrases, feature_maps=features, layers=["layer2", "layer3"], combine="mean").maps["mean"]
     found, read = ask(model, phrases, features, layers=["layer2", "layer3"], combine="mean", refine=0.25)

@@ -47,7 +47,7 @@ def check_records(output_dir: Path, layers: list[str]) -> None:
     accumulator.Reload()
     tags = accumulator.Tags()
     expected = {"train/loss", "train/learning_rate", "train/images_per_second", "eval/loss", "eval/evidence"}
-    expected |= {f"train/visible/{name}" for name in layers} | {f"eval/loss_{name}" for name in layers}
+    expected |= {f"train/visible/{name}" for name in layers} | {f"eval/evidence_{name}" for name in layers}
     assert expected <= set(tags["scalars"])
     assert any("descriptions" in tag for tag in tags["tensors"])
     lines = [json.loads(line) for line in (output_dir / "descriptions.jsonl").read_text().splitlines()]
@@ -99,10 +99,29 @@ def test_losses_do_not_depend_on_the_batch_size(model, processor, pixel_values, 
     for size in (1, 2, 4):  # 4: more than the first captions
         arguments = TrainingArguments(str(tmp_path), max_steps=1, per_device_eval_batch_size=size, report_to="none", use_cpu=True)
         metrics.append(DevilTrainer(model, arguments, processor, data, data).evaluate())
-    names = [name for name in metrics[0] if name == "eval_evidence" or name.startswith("eval_loss")]
+    names = [name for name in metrics[0] if name.startswith(("eval_evidence", "eval_loss"))]
     assert len(names) == 2 + len(model.layer_names)
     for other in metrics[1:]:
         assert [other[name] for name in names] == pytest.approx([metrics[0][name] for name in names], abs=1e-4)
+
+
+def test_evidence_of_all_layers_and_of_each_is_over_the_same_first_captions(model, processor, pixel_values, tmp_path):
+    data = PooledCaptions(pooled_feature_draws(model, [pixel_values]), [CAPTIONS[:2], CAPTIONS[1:3], CAPTIONS[2:]])
+    arguments = TrainingArguments(str(tmp_path), max_steps=1, per_device_eval_batch_size=2, report_to="none", use_cpu=True)
+    metrics = DevilTrainer(model, arguments, processor, data, data).evaluate()
+    first = processor(text=[texts[0] for texts in data.captions], return_tensors="pt")
+    tokens = {name: first[name] for name in ("input_ids", "attention_mask")}
+    count = len(model.layer_names)
+
+    def loss(*seen):
+        mask = torch.tensor([[layer not in seen for layer in range(count)]] * 3)
+        with torch.no_grad():
+            return model(pooled_features=[one[:, 0].float() for one in data.features], layer_mask=mask, **tokens).loss.item()
+
+    nothing = loss()
+    assert metrics["eval_evidence"] == pytest.approx(nothing - loss(*range(count)), abs=1e-4)
+    for layer, name in enumerate(model.layer_names):
+        assert metrics[f"eval_evidence_{name}"] == pytest.approx(nothing - loss(layer), abs=1e-4)
 
 
 def test_the_benchmarks_naive_step_has_the_same_loss(model, pixel_values, processor, monkeypatch):

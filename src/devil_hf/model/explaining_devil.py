@@ -82,6 +82,48 @@ def _gaussian(edge: int, like: Tensor) -> Tensor:
     return weights / weights.sum(dim=1, keepdim=True)
 
 
+@dataclass
+class PhraseScorer:
+    """Scores of K phrases for many places or whole layers; the null prefix is scored once."""
+
+    model: Any
+    phrases: Mapping[str, Any]
+    measure: str = "evidence"
+    chunk_size: int | None = None
+
+    @cached_property
+    def null(self) -> Tensor:
+        """(1, K) log-probabilities under the null prefix."""
+        return self.model.score_checked(self.model.null_prefix(), self.phrases).sum(dim=-1)
+
+    def measured(self, scores: Tensor, measure: str) -> Tensor:
+        """Log-probabilities (..., K), as the measure has them."""
+        if measure == "evidence":
+            scores = scores - self.null
+        return scores if measure == "sum" else scores / self.phrases["scored_mask"].sum(dim=-1).to(scores.device)
+
+    def map(self, feature_maps: Mapping[int, Any], windows: Mapping[int, int]) -> Tensor:
+        """One map per image and phrase, (B, K, H, W), with these layers (on one grid) asked together, in chunks."""
+        model, (B, _, H, W) = self.model, next(iter(feature_maps.values())).shape
+        pooled = {index: pool_every_location(maps, windows[index]) for index, maps in feature_maps.items()}
+        # Places of equal features, such as those of an even background, have equal answers.
+        same = torch.cat(list(pooled.values()), dim=1).unique(dim=0, return_inverse=True)[1]
+        places = same.new_empty(int(same.max()) + 1).scatter_(0, same, torch.arange(len(same), device=same.device))
+        start, answers = model.config.prefix_length + 1, self.phrases["input_ids"].numel()
+        chunk = rows_per_chunk(model.language_model, start, 1, 1, answers=answers, given=self.chunk_size)
+        scores = []
+        for part in places.split(chunk):
+            prefix = model.translate([pooled[i][part] if i in pooled else None for i in range(len(model.layer_names))])
+            scores.append(model.score_checked(prefix, self.phrases, self.chunk_size).sum(dim=-1))
+        return self.measured(torch.cat(scores)[same], self.measure).view(B, H, W, -1).permute(0, 3, 1, 2)
+
+    def layer_evidence(self, feature_maps: Sequence[Tensor | None], visible: Sequence[int]) -> Tensor:
+        """(L, B, K) evidence of the phrases for the whole map of each layer alone, in nats per token over the null prefix."""
+        prefixes = [self.model.ask(layers=index, feature_maps=feature_maps) for index in visible]
+        scores = [self.model.score_checked(prefix, self.phrases).sum(dim=-1) for prefix in prefixes]
+        return self.measured(torch.stack(scores), "evidence")
+
+
 class ExplainMixin:
     """`attribute`, `describe` and `describe_directions` for `DevilModel`."""
 
@@ -96,6 +138,7 @@ class ExplainMixin:
         combine: str | None = None,
         chunk_size: int | None = None,
         feature_maps: Sequence[Tensor | None] | None = None,
+        scorer: Callable[..., PhraseScorer] = PhraseScorer,
     ) -> AttributionOutput:
         """Open-vocabulary attribution maps: how likely each phrase is at every location (paper, section 3.3).
 
@@ -109,22 +152,23 @@ class ExplainMixin:
             combine: None, or one of `COMBINATIONS`: "joint" asks all the layers together, coarser features interpolated to the
                 finest grid first (paper); "informed" and "mean" average the layers' maps on the finest grid.
             chunk_size: locations at once; chosen from the shapes when None.
+            scorer: makes what asks the places of a map: `PhraseScorer`, which asks every one, or a class that is made like it.
         """
         if measure not in MEASURES:
             raise ValueError(f"measure={measure!r} is not one of {MEASURES}.")
         if combine not in (None, *COMBINATIONS):
             raise ValueError(f"combine={combine!r} is not one of {(None, *COMBINATIONS)}.")
         visible = resolve_layers(layers, self.layer_names)
-        scorer = PhraseScorer(self, self.check_phrases({} if phrases is None else phrases), measure, chunk_size)
+        places = scorer(self, self.check_phrases({} if phrases is None else phrases), measure, chunk_size)
         features = self.read_features(pixel_values, feature_maps, visible)
         windows = self._windows(window, visible)
         rule = COMBINATIONS[combine] if combine is not None else None
         if combine is not None and rule is None:
             joint = dict(zip(visible, resize_to_finest({index: features[index] for index in visible}), strict=True))
-            return AttributionOutput(maps={combine: scorer.map(joint, windows)}, measure=measure)
-        maps = {self.layer_names[index]: scorer.map({index: features[index]}, windows) for index in visible}
+            return AttributionOutput(maps={combine: places.map(joint, windows)}, measure=measure)
+        maps = {self.layer_names[index]: places.map({index: features[index]}, windows) for index in visible}
         if combine is not None and rule is not None:
-            maps = {combine: rule(maps, lambda: scorer.layer_evidence(features, visible))}
+            maps = {combine: rule(maps, lambda: places.layer_evidence(features, visible))}
         return AttributionOutput(maps=maps, measure=measure)
 
     def _windows(self, window: int | Mapping[str, int], visible: Sequence[int]) -> dict[int, int]:
@@ -237,44 +281,3 @@ class ExplainMixin:
         rows = torch.arange(len(prefix))
         columns = [rows, torch.full_like(rows, index), torch.full((len(prefix), 2), -1)]
         return self._describe_prefixes(prefix, columns, evidence, guidance, generation_kwargs)
-
-
-@dataclass
-class PhraseScorer:
-    """Scores of K phrases for many places or whole layers; the null prefix is scored once."""
-
-    model: Any
-    phrases: Mapping[str, Tensor]
-    measure: str = "evidence"
-    chunk_size: int | None = None
-
-    @cached_property
-    def null(self) -> Tensor:
-        """(1, K) log-probabilities under the null prefix."""
-        return self.model.score_checked(self.model.null_prefix(), self.phrases).sum(dim=-1)
-
-    def measured(self, scores: Tensor, measure: str) -> Tensor:
-        """Log-probabilities (..., K), as the measure has them."""
-        if measure == "evidence":
-            scores = scores - self.null
-        return scores if measure == "sum" else scores / self.phrases["scored_mask"].sum(dim=-1).to(scores.device)
-
-    def map(self, feature_maps: Mapping[int, Any], windows: Mapping[int, int]) -> Tensor:
-        """One map per image and phrase, (B, K, H, W), with these layers (on one grid) asked together, in chunks."""
-        model, (B, _, H, W) = self.model, next(iter(feature_maps.values())).shape
-        pooled = {index: pool_every_location(maps, windows[index]) for index, maps in feature_maps.items()}
-        # Places of equal features, such as those of an even background, have equal answers.
-        same = torch.cat(list(pooled.values()), dim=1).unique(dim=0, return_inverse=True)[1]
-        places = same.new_empty(int(same.max()) + 1).scatter_(0, same, torch.arange(len(same), device=same.device))
-        chunk = rows_per_chunk(model.language_model, model.config.prefix_length + 1, 1, 1, given=self.chunk_size)
-        scores = []
-        for part in places.split(chunk):
-            prefix = model.translate([pooled[i][part] if i in pooled else None for i in range(len(model.layer_names))])
-            scores.append(model.score_checked(prefix, self.phrases, self.chunk_size).sum(dim=-1))
-        return self.measured(torch.cat(scores)[same], self.measure).view(B, H, W, -1).permute(0, 3, 1, 2)
-
-    def layer_evidence(self, feature_maps: Sequence[Tensor | None], visible: Sequence[int]) -> Tensor:
-        """(L, B, K) evidence of the phrases for the whole map of each layer alone, in nats per token over the null prefix."""
-        prefixes = [self.model.ask(layers=index, feature_maps=feature_maps) for index in visible]
-        scores = [self.model.score_checked(prefix, self.phrases).sum(dim=-1) for prefix in prefixes]
-        return self.measured(torch.stack(scores), "evidence")

@@ -334,7 +334,7 @@ class DevilModel(OwnGenerationMixin, ExplainMixin, ScoreMixin, DevilPreTrainedMo
             options["logits_processor"] = LogitsProcessorList([processor, *processors])
         rows = (config.num_beams or 1) * (config.num_return_sequences or 1)
         new_tokens = config.max_new_tokens or config.max_length or DEFAULT_NEW_TOKENS
-        chunk = rows_per_chunk(self.language_model, start.shape[1], rows, new_tokens, logit_positions=1)
+        chunk = rows_per_chunk(self.language_model, start.shape[1], rows, new_tokens, logits=1)
         if len(start) > chunk and config.return_dict_in_generate:
             raise ValueError(f"return_dict_in_generate works for {chunk} questions at once, not for {len(start)}: ask fewer.")
         outputs = []

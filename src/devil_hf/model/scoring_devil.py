@@ -49,8 +49,8 @@ class ScoreMixin:
         evidence = (log_probs - null_log_probs) / phrases["scored_mask"].sum(dim=-1).to(log_probs.device)
         return ScoreOutput(log_probs=log_probs, null_log_probs=null_log_probs, evidence=evidence, token_log_probs=each[:-1])
 
-    def check_phrases(self, phrases: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
-        """Phrase tensors `input_ids`, `attention_mask`, `scored_mask` (K, T), checked, on the language model's device.
+    def check_phrases(self, phrases: Mapping[str, Tensor | None]) -> dict[str, Any]:
+        """Phrase tensors `input_ids`, `attention_mask`, `scored_mask` (K, T), checked, on the language model's device; `texts`.
 
         Masks that are missing are those of phrases without padding and a carrier. A TypeError for what is no
         mapping; a ValueError as `read_tokens`, for phrases without a token to score, and where they do not fit behind the prefix.
@@ -65,7 +65,8 @@ class ScoreMixin:
             raise ValueError(f"phrases {empty} have no token to score: leave empty phrases out.")
         length = self.config.prefix_length + 1 + ids.shape[1]
         self.check_context(length, "the prefix and the longest phrase", "shorten that phrase")
-        return {"input_ids": ids, "attention_mask": read, "scored_mask": scored}
+        texts = [tuple(row[:end]) for row, end in zip(ids.tolist(), read.sum(dim=1).tolist(), strict=True)]
+        return {"input_ids": ids, "attention_mask": read, "scored_mask": scored, "texts": texts}
 
     def read_tokens(self, input_ids: Any, attention_mask: Any = None) -> tuple[Tensor, Tensor]:
         """Token ids and their attention mask (K, T), checked, on the language model's device.
@@ -110,14 +111,12 @@ class ScoreMixin:
         """
         return self.score_checked(prefix, self.check_phrases(phrases), chunk_size)
 
-    def score_checked(self, prefix: Tensor, phrases: Mapping[str, Tensor], chunk_size: int | None = None) -> Tensor:
+    def score_checked(self, prefix: Tensor, phrases: Mapping[str, Any], chunk_size: int | None = None) -> Tensor:
         """`score_prefix` for what `check_phrases` returned: a map asks it for every chunk, and checks wait for the device."""
-        language_model, embeds, ids = self.language_model, self.embed_prefix(prefix), phrases["input_ids"]
-        rows = zip(ids.tolist(), phrases["attention_mask"].sum(dim=1).tolist(), strict=True)
-        texts = [tuple(tokens[:length]) for tokens, length in rows]
-        most = max(1, min(BEGINNINGS, room_for_trees(language_model) - embeds.shape[1]))
+        embeds, ids, texts = self.embed_prefix(prefix), phrases["input_ids"], phrases["texts"]
+        most = max(1, min(BEGINNINGS, room_for_trees(self.language_model) - embeds.shape[1]))
         groups = split_phrases(texts, most)
-        each = [_score_tree(language_model, embeds, ids[group], texts[group], starts, chunk_size) for group, starts in groups]
+        each = [_score_tree(self.language_model, embeds, ids[one], texts[one], starts, chunk_size) for one, starts in groups]
         return finite_log_probs(torch.cat(each, dim=1), phrases["scored_mask"], "phrases")
 
     @torch.no_grad()
@@ -127,7 +126,7 @@ class ScoreMixin:
         Two tensors (N, T) in nats, the first EOS of a row included, 0 on the padding after it.
         """
         length, words, null = sequences.shape[1], self.get_input_embeddings(), self.null_prefix()
-        chunk = rows_per_chunk(self.language_model, self.config.prefix_length + 1, 1, length, logit_positions=length)
+        chunk = rows_per_chunk(self.language_model, self.config.prefix_length + 1, 1, length, logits=length)
         pieces: list[list[Tensor]] = [[], []]
         for rows, tokens in zip(prefix.split(chunk), sequences.split(chunk), strict=True):
             for prefixes, found in zip((rows, null.expand_as(rows)), pieces, strict=True):
@@ -187,7 +186,7 @@ def _score_tree(language_model, embeds: Tensor, ids: Tensor, texts: Sequence[tup
     words = language_model.get_input_embeddings()(last).to(embeds.dtype)
     before = torch.tensor([[starts.get(text[:end], 0) for end in range(ids.shape[1])] for text in texts])
     pieces = []
-    for rows in embeds.split(rows_per_chunk(language_model, P, 1, count, count, chunk_size)):
+    for rows in embeds.split(rows_per_chunk(language_model, P, 1, count, count, ids.numel(), chunk_size)):
         given = {name: one.expand(len(rows), *one.shape[1:]) for name, one in options.items()}
         sequence = torch.cat([rows, words.expand(len(rows), -1, -1)], dim=1)
         logits = run_language_model(language_model, sequence, count, **given).logits.float()
@@ -225,21 +224,22 @@ def gather_log_probs(logits: Tensor, tokens: Tensor) -> Tensor:
 
 
 def rows_per_chunk(
-    language_model, prefix_length: int, phrases: int, phrase_length: int, logit_positions: int | None = None, given: Any = None
+    language_model, prefix_length: int, phrases: int, phrase_length: int, logits: int = 1, answers: int = 0, given: Any = None
 ) -> int:
     """How many prefixes can be scored or decoded at once within `CHUNK_BYTES`, by the shapes alone; `given` if not None.
 
-    A prefix is followed by so many phrases (or beams) of so many tokens; logits are held for `logit_positions` of each.
+    A prefix is followed by so many phrases (or beams) of so many tokens; `logits` positions of each hold some, and so many
+    `answers` stay of the prefix.
     """
     if given is not None:
         return read_number(given, "chunk_size", 1)
     config, (vocabulary, width) = language_model.config, language_model.get_input_embeddings().weight.shape
     width = getattr(config, "hidden_size", width)
     depth, length = getattr(config, "num_hidden_layers", 12), prefix_length + phrase_length
-    positions = max(1, phrase_length - 1) if logit_positions is None else logit_positions
     # Keys and values of every phrase (copied once when they grow), activations of one layer, logits and their fp32 copy.
-    numbers = phrases * (4 * depth * width * length + 16 * width * length + 2 * vocabulary * positions)
-    return max(1, CHUNK_BYTES // (4 * numbers))
+    numbers = phrases * (4 * depth * width * length + 16 * width * length + 2 * vocabulary * logits)
+    # An answer is read, has a normaliser taken away, is masked and joined with those of other phrases.
+    return max(1, CHUNK_BYTES // (4 * (numbers + 4 * answers)))
 
 
 class EvidenceGuidance(LogitsProcessor):

@@ -256,10 +256,11 @@ class DevilTrainer(Trainer):
 
     @torch.no_grad()
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
-        """Loss in nats per token over every caption of all processes; and on each image's first caption, every layer alone.
+        """Loss in nats per token over every caption of all processes; and what the layers add to each image's first caption.
 
-        `loss` is what chooses the checkpoint. `evidence` is the null prefix's loss less the loss, over the first captions;
-        `loss_LAYER` that of one layer alone. Where images are described, their caption scores follow.
+        `loss` is what chooses the checkpoint. `evidence` is the null prefix's loss less that of all layers together,
+        `evidence_LAYER` less that of one layer alone, all of them over the same first captions: how they compare with one
+        another means something, with `loss` it would not. Where images are described, their caption scores follow.
         """
         data = cast(PooledCaptions, eval_dataset or self.eval_dataset)
         clock, model = time.perf_counter(), cast(DevilModel, self.model).eval()
@@ -280,7 +281,7 @@ class DevilTrainer(Trainer):
         losses = (total[:, 0] / total[:, 1]).tolist()
         check_loss(losses[0], self.state.global_step, self.remedy)
         metrics = {"loss": losses[0], "evidence": losses[2] - losses[1]}
-        metrics |= {f"loss_{name}": loss for name, loss in zip(names, losses[3:], strict=True)}
+        metrics |= {f"evidence_{name}": losses[2] - loss for name, loss in zip(names, losses[3:], strict=True)}
         if self.described:
             metrics |= self._caption_scores(data)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
