@@ -13,9 +13,9 @@
 The naive loop does what the method's equations say, for one location after another: all the layer tokens computed and the hidden
 ones masked, the whole of each phrase behind its prefix, logits at every position. Both sides share the frozen backbone's
 features, run in fp32 with the same threads, and are timed alternately; ratios are of medians, on CPUs of CPU seconds, which other
-processes disturb least. With `--sample N` the loop asks every N-th location, and its seconds are counted for all. "Fast" is bf16
-weights where the device computes faster in bf16 than in fp32, else plain fp32 once more. FLOPs are counted by torch in our run,
-the peak is that of one large matrix product, in the same seconds.
+processes disturb least. With `--sample N` the loop asks every N-th location, and its seconds are counted for all. Beside our fp32
+stand bf16 weights, where the device computes faster with them, and on CPUs `quantize="int8"`. FLOPs are counted by torch in our
+fp32 run, the peak is that of one large matrix product, in the same seconds.
 """
 
 import argparse
@@ -24,6 +24,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ from training_cost import cost
 from transformers.utils import logging
 
 from devil_hf import DevilModel
+from devil_hf.checkpoints.quantised import quantise
 
 PHRASES = [[5, 120, 9], [5, 77, 2201], [8, 19, 31], [40, 1200, 7], [40, 11, 3]]  # five of three tokens
 SUBJECTS = ("attribution", "describe", "coarse", "training", "evidence", "cost", "start", "quickstart")
@@ -122,12 +124,14 @@ def peak(device: str) -> float:
     return 2 * size**3 / min(seconds_of(torch.mm, left, right)[clock] for _ in range(9))
 
 
-def compare(naive: Callable, ours: Callable, fast: Callable, device: str, repeats: int, sample: int, places: int) -> dict:
-    """Median seconds of the three, run in turn after a warm-up that counts FLOPs; ratios; and what they answered."""
+def compare(naive: Callable, ours: dict[str, Callable], device: str, repeats: int, sample: int, places: int) -> dict:
+    """Median seconds of the loop and of ours, by the kind of weights, run in turn after a warm-up that counts FLOPs; ratios; and
+    what they answered."""
     with FlopCounterMode(display=False) as counter:
-        ours()
-    fast()
-    sides = {"naive": naive, "ours": ours, "fast": fast}
+        ours["fp32"]()
+    for name in ours.keys() - {"fp32"}:
+        ours[name]()
+    sides = {"naive": naive} | ours
     taken: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
     answers = {}
     peaks = []
@@ -143,51 +147,49 @@ def compare(naive: Callable, ours: Callable, fast: Callable, device: str, repeat
     return {
         "cpu_seconds": cpu,
         "wall_seconds": wall,
-        "ratio": counted["naive"] / counted["ours"],
-        "ratio_fast": counted["naive"] / counted["fast"],
+        "ratio": {name: counted["naive"] / counted[name] for name in ours},
         "gflop": flops / 1e9,
-        "share_of_matmul_peak": flops / counted["ours"] / max(peaks),
+        "share_of_matmul_peak": flops / counted["fp32"] / max(peaks),
         "answers": {name: answer if name == "naive" else answer[::sample] for name, answer in answers.items()},
     }
 
 
-def attribution(model: DevilModel, fast_model: DevilModel, features: list[torch.Tensor], repeats: int, sample: int) -> dict:
+def attribution(models: dict[str, DevilModel], features: list[torch.Tensor], repeats: int, sample: int) -> dict:
     """Maps of one phrase, of five, and of twenty of one to six tokens, over the deepest layer's grid."""
     report: dict = {}
     places = features[-1][0, 0].numel()
     device = features[0].device.type
     for name, phrases in (("1 phrase", PHRASES[:1]), ("5 phrases", PHRASES), ("20 ragged phrases", RAGGED)):
         found = compare(
-            lambda p=phrases: naive_attribution(model, features, p, sample),
-            lambda p=phrases: our_attribution(model, features, p),
-            lambda p=phrases: our_attribution(fast_model, features, p),
+            partial(naive_attribution, models["fp32"], features, phrases, sample),
+            {kind: partial(our_attribution, model, features, phrases) for kind, model in models.items()},
             device,
             repeats,
             sample,
             places,
         )
         answers, lengths = found.pop("answers"), torch.tensor([len(phrase) for phrase in phrases], device=features[0].device)
-        for side in ("ours", "fast"):
-            found[f"max_abs_diff_{side}"] = ((answers[side] - answers["naive"]).abs() / lengths).max().item()
+        differences = {kind: (answers[kind] - answers["naive"]).abs() / lengths for kind in models}
+        found["nats_per_token_at_most"] = {kind: one.max().item() for kind, one in differences.items()}
+        found["nats_per_token_on_average"] = {kind: one.mean().item() for kind, one in differences.items()}
         report[name] = found
     return {"attribution": report}
 
 
-def describe(model, fast_model, features: list[torch.Tensor], repeats: int, sample: int, words: int) -> dict:
+def describe(models: dict[str, DevilModel], features: list[torch.Tensor], repeats: int, sample: int, words: int) -> dict:
     """Every location of the deepest layer's grid described in so many words."""
     places = features[-1][0, 0].numel()
     found = compare(
-        lambda: naive_describe(model, features, words, sample),
-        lambda: our_describe(model, features, words),
-        lambda: our_describe(fast_model, features, words),
+        partial(naive_describe, models["fp32"], features, words, sample),
+        {kind: partial(our_describe, model, features, words) for kind, model in models.items()},
         features[0].device.type,
         repeats,
         sample,
         places,
     )
     answers = found.pop("answers")
-    for side in ("ours", "fast"):
-        found[f"same_descriptions_{side}"] = (answers[side] == answers["naive"]).all(dim=1).float().mean().item()
+    same = {kind: (answers[kind] == answers["naive"]).float() for kind in models}
+    found["same_descriptions"] = {kind: one.amin(dim=1).mean().item() for kind, one in same.items()}
     return {f"{places} descriptions of {words} words": found}
 
 
@@ -223,15 +225,17 @@ def main():
     if {"attribution", "describe"} & set(subjects):
         # Without an EOS every description has the length asked for.
         model = build("paper", arguments.device, eos_token_id=None).eval()
-        pays = bf16_pays(arguments.device)
-        fast_model = copy.deepcopy(model).to(torch.bfloat16) if pays else model
-        report["fast"] = "bf16 weights" if pays else "plain fp32: bf16 is slower on this device"
+        models = {"fp32": model}
+        if bf16_pays(arguments.device):
+            models["bf16"] = copy.deepcopy(model).to(torch.bfloat16)
+        if arguments.device == "cpu":
+            models["int8"] = quantise(copy.deepcopy(model))
         with torch.no_grad():
             features = model.extract_features(torch.randn(1, 3, 224, 224, device=arguments.device))
     if "attribution" in subjects:
-        report |= attribution(model, fast_model, features, arguments.repeats, arguments.sample)
+        report |= attribution(models, features, arguments.repeats, arguments.sample)
     if "describe" in subjects:
-        report |= describe(model, fast_model, features, arguments.repeats, arguments.sample, arguments.words)
+        report |= describe(models, features, arguments.repeats, arguments.sample, arguments.words)
     if arguments.json:
         print(json.dumps(report))
         return

@@ -27,6 +27,7 @@ def register() -> None:
     import devil_hf.build.slim_devil
     import devil_hf.build.timm_devil
     import devil_hf.build.transformers_devil
+    import devil_hf.checkpoints.decoding
     import devil_hf.model.pipeline_devil  # registers its task
     from devil_hf.build import from_backbone_and_language_model
     from devil_hf.extras import MissingExtraError

@@ -47,7 +47,7 @@ def ask_images(settings: AskSettings) -> None:
     names, images = named_pictures(settings.images)
     calibration = None if settings.calibration is None else Calibration.read(settings.calibration)
     checkpoint = settings.checkpoint if settings.images else SHAPES
-    model, processor = open_checkpoint(checkpoint, settings.device)
+    model, processor = open_checkpoint(checkpoint, settings.device, settings.quantize)
     calibration = calibration or Calibration.beside(locate(checkpoint))
     answers = ask(
         model,

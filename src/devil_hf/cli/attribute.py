@@ -65,7 +65,7 @@ def attribute(settings: AttributeSettings) -> None:
 
     check_picture(settings.output)
     (image,) = load_images(settings.image)
-    model, processor = open_checkpoint(settings.checkpoint, settings.device)
+    model, processor = open_checkpoint(settings.checkpoint, settings.device, settings.quantize)
     known = model.layer_names
     layers = read_layers(settings.layers, known)
     asked = [known[index] for index in resolve_layers(layers, known)]

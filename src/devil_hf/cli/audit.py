@@ -53,7 +53,7 @@ def audit(settings: AuditSettings) -> int:
             f"{settings.file} names no network: write `checkpoint: DIRECTORY_OR_HUB_ID` into it, or give --checkpoint"
         )
     names = dict.fromkeys([own, *(one.checkpoint or own for one in planned)])
-    opened = {name: open_checkpoint(name, settings.device) for name in names}
+    opened = {name: open_checkpoint(name, settings.device, settings.quantize) for name in names}
     networks = [(opened[own], opened[one.checkpoint or own]) for one in planned]
     for one, pair in zip(planned, networks, strict=True):
         one.check(*pair)

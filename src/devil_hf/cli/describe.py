@@ -79,7 +79,7 @@ def describe(settings: DescribeSettings) -> None:
     for file in filter(None, (settings.output, settings.maps)):
         check_picture(file)
     names, images = named_pictures(settings.images)
-    model, processor = open_checkpoint(settings.checkpoint if settings.images else SHAPES, settings.device)
+    model, processor = open_checkpoint(settings.checkpoint if settings.images else SHAPES, settings.device, settings.quantize)
     asked: dict[str, Any] = {
         "feature_maps": look(model, processor, images, names),
         "layers": read_layers(settings.layers, model.layer_names),

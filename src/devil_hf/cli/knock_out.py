@@ -51,7 +51,7 @@ def knock_out_of_folders(settings: KnockOutSettings) -> None:
             raise ValueError(
                 f"{source} has {len(folders[-1])} images: at least {LEAST_IMAGES} are needed, half of them for the probe"
             )
-    model, processor = open_checkpoint(settings.checkpoint, settings.device)
+    model, processor = open_checkpoint(settings.checkpoint, settings.device, settings.quantize)
     known_phrases(model, processor, [settings.phrase])
     shown, without = (processor(images=one, return_tensors="pt")["pixel_values"].to(model.device) for one in folders)
     classifier: Classifier = own_head

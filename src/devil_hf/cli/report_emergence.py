@@ -77,7 +77,7 @@ def _report_image(settings: ReportEmergenceSettings) -> None:
     from devil_hf.report.emergence import emergence_figure
 
     (image,) = load_images(settings.source)
-    model, processor = open_checkpoint(settings.checkpoint, settings.device)
+    model, processor = open_checkpoint(settings.checkpoint, settings.device, settings.quantize)
     layers = read_layers(settings.layers, model.layer_names)
     features = model.extract_features(processor(images=image, return_tensors="pt")["pixel_values"].to(model.device))
     found = evidence_by_layer(model, processor, None, settings.phrases, layers, settings.carrier, features)

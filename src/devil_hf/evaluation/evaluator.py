@@ -36,7 +36,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby, islice
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, Literal, cast
 
 from tqdm.auto import tqdm
 
@@ -68,6 +68,7 @@ class EvaluationSettings(JsonSettings):
     seed: int = option("of whatever is drawn", 0)
     output_dir: Path = option("rows, where a stopped run goes on, and scores.json", Path("devil-evaluation"))
     device: str | None = option("default: cuda where there is one", None)
+    quantize: Literal["int8"] | None = option("answers that are faster on a CPU, and not exact", None)
 
     def validate(self) -> None:
         """Raise a ValueError for what can be seen to be wrong before anything is opened."""
@@ -233,7 +234,7 @@ def _load(settings: EvaluationSettings, state: Any) -> tuple[DevilModel, DevilPr
     from devil_hf.checkpoints import loading
 
     read = loading.open_checkpoint if state.is_main_process else loading.load  # one of them says what it knows
-    return read(settings.checkpoint, settings.device)
+    return read(settings.checkpoint, settings.device, quantize=settings.quantize)
 
 
 def _collect(run: Evaluator, keys: Iterable[str], records: Records | None, state: Any) -> list[str]:

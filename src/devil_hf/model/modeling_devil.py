@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, GenerationConfig, LogitsProcessorList, PreTrainedModel
 
 from .backbone_devil import FeatureBackbone
-from .checkpoint_devil import DevilPreTrainedModel, OwnGenerationMixin, companion
+from .checkpoint_devil import COMPANIONS, DevilPreTrainedModel, OwnGenerationMixin, companion
 from .configuration_devil import DevilConfig
 from .explaining_devil import ExplainMixin
 from .outputs_devil import DevilOutput
@@ -337,10 +337,10 @@ class DevilModel(OwnGenerationMixin, ExplainMixin, ScoreMixin, DevilPreTrainedMo
         chunk = rows_per_chunk(self.language_model, start.shape[1], rows, new_tokens, logits=1)
         if len(start) > chunk and config.return_dict_in_generate:
             raise ValueError(f"return_dict_in_generate works for {chunk} questions at once, not for {len(start)}: ask fewer.")
-        outputs = []
+        generate, outputs = getattr(COMPANIONS.get("decoding"), "generate", type(self.language_model).generate), []
         for part in start.split(chunk):
             mask = torch.ones(part.shape[:2], dtype=torch.long, device=part.device)
-            outputs.append(self.language_model.generate(inputs_embeds=part, attention_mask=mask, **options))
+            outputs.append(generate(self.language_model, inputs_embeds=part, attention_mask=mask, **options))
         if len(outputs) == 1:
             return outputs[0]
         longest = max(part.shape[1] for part in outputs)

@@ -159,7 +159,7 @@ class _Run:
             raise ValueError("labels are checked on images without exemplars: set held_out, or name check_images")
         if model is None or processor is None:
             usual = usual_checkpoint(settings.images or "")
-            model, processor = open_checkpoint(settings.checkpoint or usual, settings.device)
+            model, processor = open_checkpoint(settings.checkpoint or usual, settings.device, settings.quantize)
         if PartialState().num_processes > 1:
             model.to(PartialState().device)
         self.model, self.processor = model, processor
