@@ -9,6 +9,7 @@ whose cache is another than that of attention. Registered with the model; checkp
 import copy
 import inspect
 import sys
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ LENGTHS = {"max_new_tokens", "eos_token_id", "pad_token_id"}
 ALONE = {"num_beams": 1, "do_sample": False, "num_return_sequences": 1}  # and these, so
 
 
-def generate(language_model: PreTrainedModel, inputs_embeds: Tensor, attention_mask: Tensor, **options) -> Tensor:
+def generate(language_model: Any, inputs_embeds: Tensor, attention_mask: Tensor, **options) -> Tensor:
     """What `language_model.generate` returns for rows without padding, (N, T) new tokens, padded on the right."""
     config, many = options["generation_config"], len(inputs_embeds) > 1
     if many and options.keys() == {"generation_config"} and _is_plain(language_model, config):
@@ -43,7 +44,7 @@ def _is_plain(language_model: PreTrainedModel, config: GenerationConfig) -> bool
     return bool(greedy and ends and known) and room_for_trees(language_model) > 1
 
 
-def _in_stages(language_model: PreTrainedModel, inputs_embeds: Tensor, config: GenerationConfig) -> Tensor:
+def _in_stages(language_model: Any, inputs_embeds: Tensor, config: GenerationConfig) -> Tensor:
     config = copy.deepcopy(config)
     config.return_dict_in_generate, most = True, config.max_new_tokens
     ends = torch.as_tensor(config.eos_token_id, device=inputs_embeds.device).flatten()
