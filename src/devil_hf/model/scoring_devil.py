@@ -132,7 +132,8 @@ class ScoreMixin:
             for prefixes, found in zip((rows, null.expand_as(rows)), pieces, strict=True):
                 start = self.embed_prefix(prefixes)
                 embeds = torch.cat([start, words(tokens[:, :-1]).to(start.dtype)], dim=1)
-                found.append(gather_log_probs(run_language_model(self.language_model, embeds, length).logits, tokens))
+                log_probs = run_language_model(self.language_model, embeds, length).logits.float().log_softmax(dim=-1)
+                found.append(log_probs.gather(-1, tokens[..., None].to(log_probs.device))[..., 0])
         both = [finite_log_probs(torch.cat(found)[None], self.word_mask(sequences), "descriptions")[0] for found in pieces]
         return both[0], both[1]
 
@@ -215,12 +216,6 @@ def run_language_model(language_model, embeds: Tensor, keep: int, attention_mask
     output = language_model(inputs_embeds=embeds, attention_mask=attention_mask, use_cache=False, **options)
     output.logits = output.logits[:, -keep:]
     return output
-
-
-def gather_log_probs(logits: Tensor, tokens: Tensor) -> Tensor:
-    """Log-probability (N, S) of `tokens` (N, S) under `logits` (N, S, V)."""
-    logits, tokens = logits.float(), tokens.to(logits.device)
-    return logits.gather(-1, tokens[..., None])[..., 0] - logits.logsumexp(dim=-1)
 
 
 def rows_per_chunk(
