@@ -51,8 +51,8 @@ def said(model: DevilModel, processor: DevilProcessor, example: LocalisedImage) 
     (words,) = processor.batch_decode(model.generate(feature_maps=features, num_beams=3), skip_special_tokens=True)
     phrases = [one.phrases[0] for one, _ in regions]
     text = processor(text=phrases, return_tensors="pt")
-    maps = model.attribute(phrases=text, feature_maps=features, combine=DEFAULT_COMBINATION).maps[DEFAULT_COMBINATION]
-    maps = maps[0].cpu().numpy()
+    found = model.attribute(phrases=text, feature_maps=features, combine=DEFAULT_COMBINATION).maps[DEFAULT_COMBINATION]
+    maps = found[0].cpu().numpy()
     masks = processor.masks_to_regions([np.stack([mask for _, mask in regions])])[0].numpy() >= 0.5
     small = [np.asarray(Image.fromarray(mask).resize((TILE, TILE), Image.Resampling.NEAREST)) for mask in masks]
     return words.strip(), [(p, enlarge(m, (TILE, TILE)), mask) for p, m, mask in zip(phrases, maps, small, strict=True)]
