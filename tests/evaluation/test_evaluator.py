@@ -12,6 +12,7 @@ import pytest
 from devil_hf.cli.main import main
 from devil_hf.evaluation.evaluator import EVALUATORS, EvaluationSettings, Evaluator, evaluate
 from devil_hf.evaluation.results import Evaluation, fingerprint, read_evaluations
+from devil_hf.evaluation.tables import SIGNED, table, with_interval
 from devil_hf.folders import CLAIM, FolderInUse
 from devil_hf.settings import option
 
@@ -155,3 +156,15 @@ def test_two_evaluations_in_one_folder_are_not_mixed(model, processor, tmp_path,
     (tmp_path / CLAIM).unlink()
     evaluate(Length, settings, model, processor)
     assert not (tmp_path / CLAIM).exists()
+
+
+def test_an_interval_without_width_is_not_shown():
+    rows, spans = {"all": {"auroc": 1.0, "cider": 0.5}}, {"all": {"auroc": (1.0, 1.0), "cider": (0.4, 0.6)}}
+    assert table(rows, ["auroc", "cider"], intervals=spans).splitlines()[1].split() == [
+        "all",
+        "1.000",
+        "0.500",
+        "[0.400,",
+        "0.600]",
+    ]
+    assert with_interval(0.25, (0.25, 0.25), SIGNED) == "+0.250" and with_interval(0.25, None) == "0.250"

@@ -25,6 +25,7 @@ from devil_hf.data.shapes import COLOURS, Scene, sample_scene
 from devil_hf.data.worlds import HELD_OUT_WORLD, world_label
 from devil_hf.evaluation.evaluator import EVALUATORS, EvaluationSettings, Evaluator
 from devil_hf.evaluation.results import Evaluation
+from devil_hf.evaluation.tables import with_interval
 from devil_hf.questions.audit import BOUND, ENCODED, LEVEL, NOT_ENCODED, REVERSED, UNDECIDED, verdict
 from devil_hf.settings import option
 from devil_hf.statistics import separation
@@ -164,7 +165,7 @@ class AuditsEvaluator(Evaluator):
             f"{'':12}" + "".join(f"{name:>14}" for name in details["verdicts"][SEEN]),
         ]
         lines += [f"{row:12}" + "".join(f"{count:14}" for count in told.values()) for row, told in details["verdicts"].items()]
-        areas = ", ".join(f"{name} {area:.3f} [{low:.3f}, {high:.3f}]" for name, (area, low, high) in details["areas"].items())
+        areas = ", ".join(f"{name} {with_interval(area, span)}" for name, (area, *span) in details["areas"].items())
         return "\n".join([*lines, "", f"AUROC over the whole pool: {areas}"])
 
 

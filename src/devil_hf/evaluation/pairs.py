@@ -27,7 +27,7 @@ from devil_hf.data.identity import combined, image_identity
 from devil_hf.data.statements import StatedImage, read_statements
 from devil_hf.evaluation.evaluator import EVALUATORS, EvaluationSettings, Evaluator
 from devil_hf.evaluation.results import CHANCE, CONTROLS, Evaluation
-from devil_hf.evaluation.tables import table
+from devil_hf.evaluation.tables import SIGNED, table, with_interval
 from devil_hf.model.pooling_devil import resolve_layers
 from devil_hf.questions.phrases import unknown_phrases
 from devil_hf.settings import option, read_layers
@@ -170,8 +170,8 @@ class PairsEvaluator(Evaluator):
         lines = [table(shown, list(next(iter(shown.values()))), intervals=spans, names=named)]
         for name, lead in details["lead"].items():
             if lead is not None:
-                value, low, high = lead
-                lines.append(f"evidence over {CONTROLS.get(name, name)}: {value:+.3f} [{low:+.3f}, {high:+.3f}]")
+                value, *span = lead
+                lines.append(f"evidence over {CONTROLS.get(name, name)}: {with_interval(value, span, SIGNED)}")
         if bad := evaluation.settings["bad_images"]:
             lines.append(f"{bad} images could not be used and are left out; {self.records_file} names them")
         if unknown := evaluation.settings["unknown"]:

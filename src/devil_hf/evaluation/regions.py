@@ -33,7 +33,7 @@ from devil_hf.evaluation.captions import ONE_IMAGE
 from devil_hf.evaluation.evaluator import EVALUATORS, Evaluator
 from devil_hf.evaluation.results import CONTROLS, Evaluation, metric_name
 from devil_hf.evaluation.sources import ObjectSettings
-from devil_hf.evaluation.tables import table
+from devil_hf.evaluation.tables import SIGNED, table, with_interval
 from devil_hf.evaluation.text.head_words import head_word
 from devil_hf.evaluation.text.ngrams import CiderD, bleu_counts, bleu_of, rouge_l
 from devil_hf.evaluation.text.standard import NO_CIDER
@@ -196,7 +196,7 @@ class RegionsEvaluator(Evaluator):
             lines += [f"{group}: {details['counts'][group]}"]
             lines += [table(rows, SHOWN, intervals=details["intervals"][group], names=CONTROLS), ""]
         for name, lead in details["lead"].items():
-            ahead = [f"{metric_name(m)} {value:+.3f} [{low:+.3f}, {high:+.3f}]" for m, (value, low, high) in lead.items()]
+            ahead = [f"{metric_name(m)} {with_interval(value, span, SIGNED)}" for m, (value, *span) in lead.items()]
             lines += [f"all layers of the region over {CONTROLS.get(name, name)}: {', '.join(ahead)}"] if ahead else []
         noted = [f"{evaluation.settings[name]} {name.replace('_', ' ')}" for name in ("out_of_sight", "bad_images")]
         return "\n".join([*lines, f"language model alone: {self.alone!r}; left out: {', '.join(noted)}"])

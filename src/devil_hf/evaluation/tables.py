@@ -7,6 +7,14 @@ from devil_hf.evaluation.results import metric_name
 from devil_hf.extras import needs
 
 NOTHING = ""
+SIGNED = "{:+.3f}".format  # of differences
+
+
+def with_interval(value: float, interval: Sequence[float] | None, cell: Callable[[Any], str] = "{:.3f}".format) -> str:
+    """A value and its interval (low, high), as text; without one that has no width: whatever was drawn gave the same."""
+    if interval is None or interval[0] == interval[1]:
+        return cell(value)
+    return f"{cell(value)} [{cell(interval[0])}, {cell(interval[1])}]"
 
 
 def table(
@@ -22,7 +30,7 @@ def table(
         rows: name -> metric -> value.
         columns: the metrics to show; those that no row has are left out.
         cell: writes a value.
-        intervals: name -> metric -> (low, high), shown behind the value.
+        intervals: name -> metric -> (low, high), shown behind the value as `with_interval` does.
         names: of rows, as people call them where that is not their name.
 
     Raises:
@@ -35,8 +43,7 @@ def table(
         value = rows[name].get(column)
         if value is None:
             return NOTHING
-        low_high = (intervals or {}).get(name, {}).get(column)
-        return cell(value) + (f" [{cell(low_high[0])}, {cell(low_high[1])}]" if low_high else "")
+        return with_interval(value, (intervals or {}).get(name, {}).get(column) or None, cell)
 
     kept = [column for column in columns if any(row.get(column) is not None for row in rows.values())]
     lines = [[(names or {}).get(name, name), *(shown(name, column) for column in kept)] for name in rows]

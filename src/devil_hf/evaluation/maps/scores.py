@@ -29,6 +29,7 @@ from devil_hf.evaluation.maps.measures import centre_prior, enlarge
 from devil_hf.evaluation.maps.pointing import pointing
 from devil_hf.evaluation.maps.views import MAP_MEASURES, MapView, mean_of_phrases
 from devil_hf.evaluation.results import CHANCE
+from devil_hf.evaluation.tables import SIGNED, with_interval
 from devil_hf.evaluation.tables import table as written
 from devil_hf.evaluation.text.head_words import head_word
 from devil_hf.statistics import bootstrap
@@ -307,7 +308,7 @@ def maps_text(details: Mapping[str, Any]) -> str:
                 for name, row in details["over_centre"][group].items()
                 if measure in row and name not in (CENTRE, CHANCE)
             }
-            said = [f"{name} {value:+.3f} [{low:+.3f}, {high:+.3f}]" for name, (value, low, high) in more.items()]
+            said = [f"{name} {with_interval(value, span, SIGNED)}" for name, (value, *span) in more.items()]
             lines += [f"{measure.replace('_', ' ')} over the centre: {', '.join(said)}"] if said else []
         lines += [""]
     if boards := details["boards"]:
