@@ -46,7 +46,7 @@ class PhotosSettings:
     seed: int = option("of every part", 0)
     threads: int = option("threads of torch", 1)
     language_model_steps: int = option("optimiser steps of the language model", 3_600)
-    translator_steps: int = option("those of the translator", 3_500)
+    translator_steps: int | None = option("those of the translator (default: the recipe's)", None)
 
 
 def build_backbone(settings: PhotosSettings) -> None:
@@ -91,7 +91,8 @@ def translator_recipe(settings: PhotosSettings) -> Recipe:
     training = settings.output_dir / "training"
     fields |= {"output_dir": str(training), "cache_features": str(training / "features"), "save": "full", "resume": True}
     fields |= {part: str(settings.output_dir / part) for part in ("backbone", "language_model")}
-    fields |= {"max_steps": settings.translator_steps, "seed": settings.seed, "report_to": "none"}
+    fields |= {"seed": settings.seed, "report_to": "none"}
+    fields |= {} if settings.translator_steps is None else {"max_steps": settings.translator_steps}
     fields["model"] |= {"scope": SCOPES[PHOTOS]}
     for source in fields["train_data"] + fields["validation_data"]:
         source["path"] = str(settings.data / source["path"])
