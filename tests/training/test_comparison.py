@@ -5,8 +5,11 @@ import json
 import pytest
 import torch
 import yaml
+from scipy.stats import ttest_ind
 from transformers import AutoModel
 
+from devil_hf.evaluation.evaluator import evaluate
+from devil_hf.evaluation.regions import RegionsSettings
 from devil_hf.folders import CLAIM, FolderInUse
 from devil_hf.questions.grounding import describe_grounded
 from devil_hf.training import comparison
@@ -88,6 +91,7 @@ def test_a_comparison_trains_each_translator_once_and_scores_all_on_the_same_ima
     model = AutoModel.from_pretrained(tmp_path / "runs/linear/seed_3/checkpoint")
     assert results[1]["trained_parameters"] == sum(p.numel() for p in model.translator.parameters())
     # What is finished stays; another evaluation trains nothing either, and costs no earlier one.
+    assert results[0]["evaluations"] == {}
     monkeypatch.setattr(comparison, "train", lambda recipe: pytest.fail("it was trained again"))
     del asked.recipes["devil"]
     asked.decodings = {"beams": {"num_beams": 2}}
@@ -104,6 +108,25 @@ def test_a_comparison_trains_each_translator_once_and_scores_all_on_the_same_ima
     assert compare(asked, [3], tmp_path / "runs") == json.loads(json.dumps(results[1:]))
     with pytest.raises(ValueError, match=r"other values of \['learning_rate'\]"):
         compare(read_comparison(comparison_file, fields={"max_steps": 4, "learning_rate": 0.5}), [3], tmp_path / "runs")
+
+
+def test_a_comparison_evaluates_what_else_it_is_asked(comparison_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(comparison, "NEW_TOKENS", 4)
+    settings = {"source": "shapes:3", "layers": ["layer3", "layer4"], "max_new_tokens": 4}
+    regions = {"evaluator": "regions", "settings": settings, "show": ["head_word", "rouge_l", "absent"]}
+    content = yaml.safe_load(comparison_file.read_text())
+    comparison_file.write_text(yaml.safe_dump(content | {"evaluations": {"regions": regions}}))
+    asked = read_comparison(comparison_file)
+    results = compare(asked, [3], tmp_path / "runs")
+    found = {run["name"]: run["evaluations"]["regions"] for run in results}
+    assert set(found["devil"]) == {"all", "layer3", "layer4"} and set(found["linear"]) == {"all", "layer4"}
+    model, processor = comparison.load(tmp_path / "runs/devil/seed_3/checkpoint")
+    own = RegionsSettings(checkpoint="", output_dir=tmp_path / "own", **settings)
+    assert evaluate("regions", own, model, processor).scores == found["devil"]
+    (entry, _, other) = summarise(results, evaluations=asked.evaluations)
+    assert entry["evaluations"]["regions: ROUGE-L"]["mean"] == found["devil"]["all"]["rouge_l"]
+    assert set(entry["evaluations"]) == set(other["evaluations"]) and len(other["evaluations"]) == 2
+    assert "regions: ROUGE-L" in comparison_table([entry, other])
 
 
 def test_changed_images_are_scored_anew_and_never_taken_for_those_of_a_training(comparison_file, images, tmp_path, monkeypatch):
@@ -147,7 +170,11 @@ def test_the_table_has_means_and_standard_deviations_over_seeds():
     assert [entry["name"] for entry in summary] == ["a", "b"]
     assert summary[0]["cider"]["greedy"]["mean"] == pytest.approx(20)
     assert summary[0]["cider"]["greedy"]["sd"] == pytest.approx(2**0.5 * 10)
-    assert "20.0 ± 14.1" in comparison_table(summary) and "2.500 ± 0.707" in comparison_table(summary)
+    text = comparison_table(summary)
+    assert "20.0 ± 14.1" in text and "2.500 ± 0.707" in text
+    apart = ttest_ind([10, 30], [50, 50], equal_var=False).confidence_interval()
+    assert f"-30.0 [{apart.low:+.1f}, {apart.high:+.1f}]" in text and "+0.000 [" in text
+    assert "difference" not in comparison_table(summarise([result("a", 0, 0.1), result("b", 0, 0.5)]))
 
 
 @pytest.mark.parametrize(
@@ -156,6 +183,7 @@ def test_the_table_has_means_and_standard_deviations_over_seeds():
         ({"translators": {"a": {"learning_rat": 1}}}, "learning_rat"),
         ({"evaluation_dat": []}, "evaluation_dat"),
         ({"recipe": "nowhere.yaml"}, "nowhere"),
+        ({"evaluations": {"a": {"evaluator": "regions", "settings": {}}}}, "show is missing"),
         ({"translators": {"a": {"learning_rate": "fast"}}}, "fast"),
     ],
 )
@@ -177,3 +205,19 @@ def test_every_comparison_is_valid(file):
     else:
         assert {r.model.get("translator_type", "transformer") for r in recipes} == {"transformer", *BASELINES}
         assert len({r.language_model for r in recipes}) == 1
+
+
+@pytest.mark.parametrize(
+    ("asked", "text"),
+    [
+        ({"evaluator": "nowhere", "settings": {}}, "nowhere"),
+        ({"evaluator": "regions", "settings": {"sourc": "shapes:3"}}, "sourc"),
+        ({"evaluator": "regions", "settings": {"source": "absent/folder"}}, "absent/folder"),
+    ],
+)
+def test_a_wrong_evaluation_is_named_before_anything_is_trained(asked, text, comparison_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(comparison, "train", lambda recipe: pytest.fail("training began"))
+    content = yaml.safe_load(comparison_file.read_text())
+    comparison_file.write_text(yaml.safe_dump(content | {"evaluations": {"a": asked | {"show": ["cider"]}}}))
+    with pytest.raises((ValueError, OSError), match=text):
+        compare(read_comparison(comparison_file), [3], tmp_path / "runs")

@@ -29,8 +29,9 @@ from devil_hf.data.identity import PairIdentities
 from devil_hf.data.pairs import REGION_KINDS, open_pairs
 from devil_hf.evaluation.evaluator import EVALUATORS, evaluate
 from devil_hf.evaluation.results import metric_name
-from devil_hf.evaluation.tables import table
+from devil_hf.evaluation.tables import table, with_interval
 from devil_hf.evaluation.text.metrics import caption_scores
+from devil_hf.extras import needs
 from devil_hf.folders import claimed, write_json
 from devil_hf.model.modeling_devil import DevilModel
 from devil_hf.model.pooling_devil import pool, region_weights
@@ -48,6 +49,7 @@ logger = logging.get_logger(f"transformers.{__name__}")
 METRICS = ("bleu", "rouge_l", "cider")
 NEW_TOKENS = 40
 ALL_LAYERS = "all"
+LOSS = "validation loss"
 
 
 @dataclass
@@ -368,24 +370,53 @@ def _mean_and_spread(values: Sequence[float]) -> dict[str, Any]:
 
 
 def comparison_table(summary: Sequence[Mapping[str, Any]], metric: str = "cider") -> str:
-    """A summary as text; each figure with its standard deviation over the seeds."""
-    rows = {}
-    for entry in summary:
-        row = {"parameters": f"{entry['trained_parameters']:,}"}
-        if entry["validation_loss"] is not None:
-            row["validation loss"] = _shown(entry["validation_loss"], 3)
-        row |= {f"{metric}, {name}": _shown(value, 1) for name, value in entry[metric].items()}
-        row |= {name: _shown(value, 3) for name, value in entry.get("evaluations", {}).items()}
-        rows[f"{entry['name']}, {entry['layers']}"] = row
-    columns = dict.fromkeys(column for row in rows.values() for column in row)
+    """A summary as text: a line for each figure, a column for each translator and row of it, with standard deviations over seeds.
+
+    Of several seeds, a second table has the first translator's difference to each other (of a loss, below zero is better), with
+    the 95 % interval by Welch.
+    """
+    figures = {f"{entry['name']}, {entry['layers']}": _figures(entry, metric) for entry in summary}
+    names = dict.fromkeys(name for figure in figures.values() for name in figure)
+    lines = {name: {column: _shown(*figure[name]) for column, figure in figures.items() if name in figure} for name in names}
+    sizes = {column: f"{entry['trained_parameters']:,}" for column, entry in zip(figures, summary, strict=True)}
+    text = table({"trained parameters": sizes} | lines, list(figures), cell=str)
     seeds = sorted({seed for entry in summary for seed in entry["seeds"]})
-    end = f"mean ± standard deviation over seeds {', '.join(map(str, seeds))}"
-    return f"{table(rows, list(columns), cell=str)}\n{end}"
+    text += f"\nmean ± standard deviation over seeds {', '.join(map(str, seeds))}"
+    first, *others = figures
+    ahead = {
+        name: {
+            f"over {column}": _lead(*figures[first][name], figures[column][name][0])
+            for column in others
+            if name in figures[column]
+        }
+        for name in figures[first]
+    }
+    return (
+        f"{text}\n\n{first}, difference:\n{table(ahead, [f'over {column}' for column in others], cell=str)}"
+        if len(seeds) > 1
+        else text
+    )
+
+
+def _figures(entry: Mapping[str, Any], metric: str) -> dict[str, tuple[Mapping[str, Any], int]]:
+    """Name of a figure -> its mean and spread, and how many digits of it are shown."""
+    found = {LOSS: (entry["validation_loss"], 3)} if entry["validation_loss"] is not None else {}
+    found |= {f"{metric}, {name}": (value, 1) for name, value in entry[metric].items()}
+    return found | {name: (value, 3) for name, value in entry.get("evaluations", {}).items()}
 
 
 def _shown(value: Mapping[str, Any], digits: int) -> str:
     spread = "" if value["sd"] is None else f" ± {value['sd']:.{digits}f}"
     return f"{value['mean']:.{digits}f}{spread}"
+
+
+def _lead(value: Mapping[str, Any], digits: int, other: Mapping[str, Any]) -> str:
+    """The difference of two means over seeds, with its interval."""
+    needs("scipy", "evaluate")
+    from scipy.stats import ttest_ind
+
+    interval = ttest_ind(value["values"], other["values"], equal_var=False).confidence_interval()
+    return with_interval(value["mean"] - other["mean"], tuple(interval), f"{{:+.{digits}f}}".format)
 
 
 __all__ = [
