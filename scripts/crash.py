@@ -149,7 +149,7 @@ SUBJECTS = {
     ),
     "quickstart": Subject(
         lambda f, i: ["quickstart", *QUICK, "--output-dir", str(f)],
-        lambda f: {"scores": record(f / "scores.json", "seconds"), **training(f)},
+        lambda f: {"scores": record(f / "scores.json", "seconds", "first_answer_seconds"), **training(f)},
         False,
     ),
     "push": Subject(pushes, pushed, False),
@@ -233,16 +233,21 @@ def is_clear(log: Path) -> bool:
     return said(log).startswith("devil ") and "Traceback" not in log.read_text(encoding="utf-8", errors="replace")
 
 
-def same(one: Any, other: Any) -> bool:
-    """Whether results are equal, up to the rounding of batches of another size."""
-    if isinstance(one, dict):
-        return isinstance(other, dict) and one.keys() == other.keys() and all(same(one[name], other[name]) for name in one)
-    if isinstance(one, list | tuple):
-        return len(one) == len(other) and all(map(same, one, other))
+def difference(one: Any, other: Any, where: str = "") -> str | None:
+    """Where results differ first by more than the rounding of batches of another size; None where they are equal."""
+    if isinstance(one, list | tuple) and isinstance(other, list | tuple):
+        one, other = dict(enumerate(one)), dict(enumerate(other))
+    if isinstance(one, dict) and isinstance(other, dict):
+        if one.keys() != other.keys():
+            return where or "/"
+        found = (difference(one[name], other[name], f"{where}/{name}") for name in one)
+        return next((place for place in found if place), None)
     if isinstance(one, torch.Tensor | np.ndarray | float):
         first, second = (np.asarray(value, dtype=np.float64) for value in (one, other))
-        return first.shape == second.shape and np.allclose(first, second, rtol=1e-4, atol=1e-5, equal_nan=True)
-    return bool(one == other)
+        equal = first.shape == second.shape and np.allclose(first, second, rtol=1e-4, atol=1e-5, equal_nan=True)
+    else:
+        equal = one == other
+    return None if equal else where or "/"
 
 
 # ------------------------------------------------------------------------------------------------------------- scenarios
@@ -328,8 +333,8 @@ class Campaign:
                 faults.append(f"started again it ended with {code}: {said(self.log(folder))}")
             else:
                 with contextlib.suppress(FileNotFoundError):
-                    if not same(SUBJECTS[name].result(folder), result):
-                        faults.append("started again it came to another result")
+                    if place := difference(SUBJECTS[name].result(folder), result):
+                        faults.append(f"started again it came to another result in {place}")
         if not faults or not self.settings.keep:
             shutil.rmtree(folder, ignore_errors=True)
         if not faults:
