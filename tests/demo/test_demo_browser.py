@@ -8,11 +8,11 @@ import pytest
 from PIL import Image
 
 from devil_hf.data.shapes import make_scene
+from devil_hf.demo.page import PICKER
 from tests.demo.conftest import GOOD
 
 pytestmark = pytest.mark.browser
 
-PICKER = "Hub id of a DeViL checkpoint"
 PATIENCE = 300_000  # milliseconds; machines are slow at times
 
 
@@ -52,6 +52,11 @@ def page(browser, address):
 
 def said(page) -> str:
     return " ".join(page.locator("#dv-place .dv-said .dv-word").all_inner_texts())
+
+
+def toast(page) -> str:
+    """The message that stands there for some seconds, read at once."""
+    return page.wait_for_function("() => document.querySelector('.toast-body')?.innerText").json_value()
 
 
 def changed(page, action) -> str:
@@ -125,8 +130,7 @@ def test_phrases_and_words_give_maps(page):
     assert page.locator("#dv-maps figure img").count() == 4
     page.locator("#dv-phrases textarea, #dv-phrases input").first.fill("xylophone")
     page.locator("#dv-map").click()
-    page.wait_for_selector(".toast-body", state="visible")
-    assert "no word that the language model knows" in page.locator(".toast-body").first.inner_text()
+    assert "no word that the language model knows" in toast(page)
 
 
 def hostile(kind, folder):
@@ -150,8 +154,7 @@ def hostile(kind, folder):
 @pytest.mark.parametrize("kind", ["large", "zip", "bomb", "truncated", "svg"])
 def test_hostile_uploads_get_a_message_and_the_app_lives_on(page, tmp_path, kind):
     upload(page, hostile(kind, tmp_path))
-    page.wait_for_selector(".toast-body", state="visible")
-    message = page.locator(".toast-body").first.inner_text()
+    message = toast(page)
     assert "Traceback" not in message and "/tmp" not in message and len(message) > 20
     Image.fromarray(two_objects().image).save(tmp_path / "good.png")
     before = page.locator(".dv-stage img").get_attribute("src")
@@ -179,8 +182,7 @@ def test_a_hostile_repository_shows_its_markup_as_text_and_a_broken_one_its_reas
 
     page.get_by_text("Another checkpoint").click()
     load("tester/broken")
-    page.wait_for_selector(".toast-body", state="visible")
-    said = page.locator(".toast-body").first.inner_text()
+    said = toast(page)
     assert "tester/broken cannot be loaded" in said and "<img src=x" in said and "Traceback" not in said
     load("tester/markup")
     page.wait_for_function("text => document.querySelector('.dv-scope').innerText.includes(text)", arg=MARKUP)

@@ -19,6 +19,7 @@ CHANGING = (
     *("session", "layer", "stage", "row", "column", "place", "sentence", "features"),
     *("gallery", "maps", "phrases", "carrier", "upload", "head"),
 )
+PICKER = "A built-in checkpoint, or the Hub id of a DeViL, such as user/devil-resnet50-opt125m"
 SCROLL_TO_MAPS = "() => document.getElementById('dv-maps').scrollIntoView({ behavior: 'smooth', block: 'nearest' })"
 
 
@@ -111,7 +112,7 @@ class Page:
             [*checkpoints.own, *(checkpoints.listed or [])],
             value=checkpoints.default,
             allow_custom_value=checkpoints.listed is None,
-            label="A built-in checkpoint, or the Hub id of a DeViL, such as user/devil-resnet50-opt125m",
+            label=PICKER,
         )
         self.load_button = gr.Button("Load this checkpoint")
 
