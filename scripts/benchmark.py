@@ -3,6 +3,10 @@
     python scripts/benchmark.py attribution     phrases mapped over the deepest layer's grid (ResNet-50: 7 x 7)
     python scripts/benchmark.py describe        every location of that grid described
     python scripts/benchmark.py coarse          maps from coarse to fine beside exact ones, at 56 x 56, see benchmark_coarse.py
+    python scripts/benchmark.py laws            cost of maps against places, phrases, images, layers, see benchmark_laws.py
+    python scripts/benchmark.py memory          what processes hold while they make maps, see there
+    python scripts/benchmark.py backbone        one image and a batch of them through ResNet-50, see there
+    python scripts/benchmark.py leaving         descriptions of places that end early, see there
     python scripts/benchmark.py training        one training step, see benchmark_training.py
     python scripts/benchmark.py evidence        a sentence explained word by word, see benchmark_evidence.py
     python scripts/benchmark.py cost            what training on CC3M takes, see training_cost.py
@@ -32,6 +36,7 @@ from typing import Any
 import torch
 from benchmark_coarse import coarse
 from benchmark_evidence import evidence
+from benchmark_laws import backbone, laws, leaving, memory
 from benchmark_start import ROOT, quickstart, start
 from benchmark_training import bf16_pays, build, training
 from torch.utils.flop_counter import FlopCounterMode
@@ -42,7 +47,10 @@ from devil_hf import DevilModel
 from devil_hf.checkpoints.quantised import quantise
 
 PHRASES = [[5, 120, 9], [5, 77, 2201], [8, 19, 31], [40, 1200, 7], [40, 11, 3]]  # five of three tokens
-SUBJECTS = ("attribution", "describe", "coarse", "training", "evidence", "cost", "start", "quickstart")
+SUBJECTS = (
+    *("attribution", "describe", "coarse", "laws", "memory", "backbone", "leaving", "training"),
+    *("evidence", "cost", "start", "quickstart"),
+)
 LENGTHS = (4, 1, 6, 2, 3, 5, 2, 4, 1, 3, 6, 2, 5, 3, 1, 4, 2, 6, 3, 5)  # twenty that begin with one of four words
 RAGGED = [[(7, 90, 411, 1300)[k % 4], *range(50 + 20 * k, 49 + 20 * k + length)] for k, length in enumerate(LENGTHS)]
 
@@ -221,7 +229,15 @@ def main():
     if "cost" in subjects:
         report |= cost(arguments.device, arguments.repeats)
     if "coarse" in subjects:
-        report |= coarse()
+        report |= coarse(arguments.repeats)
+    if "laws" in subjects:
+        report |= laws(arguments.repeats)
+    if "memory" in subjects:
+        report |= memory()
+    if "backbone" in subjects:
+        report |= backbone(arguments.device, arguments.repeats)
+    if "leaving" in subjects:
+        report |= leaving(arguments.repeats)
     if {"attribution", "describe"} & set(subjects):
         # Without an EOS every description has the length asked for.
         model = build("paper", arguments.device, eos_token_id=None).eval()

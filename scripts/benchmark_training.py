@@ -2,9 +2,11 @@
 
 Naive: pixels through the backbone in every step, a Python loop over images for location dropout, every position through
 every block of the translator, logits at every position, everything in fp32, AdamW as it comes. Ours is what the trainer
-runs: `DevilModel.forward` and fused AdamW, on pixels or on cached features, in fp32 or under bf16 autocast. All share one
-model; they are run in turn after a warm-up, and times are medians. A device that computes slower in bf16 than in fp32 gets one
-bf16 step of each kind, without a warm-up. Peak memory is that of a process of its own for each, from its start.
+runs: `DevilModel.forward` in training mode (captions in groups of like length on a CPU, logits where labels are, none returned)
+and fused AdamW, on pixels or on cached features, in fp32 or under bf16 autocast. Captions are of 20 tokens, and once more at the
+small shape of 5 to 20, which the naive step pads to the longest. All share one model; they are run in turn after a warm-up, and
+times are medians of CPU seconds, or on a GPU of the clock. A device that computes slower in bf16 than in fp32 gets one bf16 step
+of each kind, without a warm-up. Peak memory is that of a process of its own for each, from its start.
 """
 
 import argparse
@@ -28,7 +30,7 @@ from devil_hf import DevilModel
 from devil_hf.build import from_backbone_and_language_model
 from devil_hf.training.draws import layer_dropout
 
-CAPTION_TOKENS = 20
+CAPTION_TOKENS, SHORTEST = 20, 5
 VARIANTS = ("naive", "fp32", "fp32_cached", "bf16", "bf16_cached")
 SHAPES = ("paper", "small")
 SMALL_TRANSLATOR = {
@@ -58,8 +60,10 @@ def build(shape: str, device: str, eos_token_id: int | None = 2) -> DevilModel:
 # ------------------------------------------------------------------------------------------------------ the naive step
 
 
-def naive_loss(model: DevilModel, pixel_values: torch.Tensor, input_ids: torch.Tensor, dropout: bool = True):
-    """Caption loss as the method's equations are written down."""
+def naive_loss(
+    model: DevilModel, pixel_values: torch.Tensor, input_ids: torch.Tensor, dropout: bool = True, lengths: list[int] | None = None
+):
+    """Caption loss as the method's equations are written down; captions end after `lengths` tokens where they are given."""
     with torch.no_grad():
         features = model.backbone(pixel_values)
     pooled = []
@@ -88,35 +92,44 @@ def naive_loss(model: DevilModel, pixel_values: torch.Tensor, input_ids: torch.T
     start = torch.full((len(input_ids), 1), config.bos_token_id, device=input_ids.device)
     end = torch.full((len(input_ids), 1), config.eos_token_id, device=input_ids.device)
     embed, words = model.get_input_embeddings(), torch.cat([input_ids, end], dim=1)
+    wanted, read = words.clone(), torch.ones_like(words)
+    for row, length in enumerate(lengths or []):
+        words[row, length] = wanted[row, length] = config.eos_token_id
+        wanted[row, length + 1 :] = -100
+        read[row, length + 1 :] = 0
     embeds = torch.cat([embed(start), prefix, embed(words)], dim=1)
-    labels = torch.cat([words.new_full((len(words), embeds.shape[1] - words.shape[1]), -100), words], dim=1)
-    ones = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
-    return model.language_model(inputs_embeds=embeds, attention_mask=ones, labels=labels).loss
+    before = embeds.shape[1] - words.shape[1]
+    labels, mask = F.pad(wanted, (before, 0), value=-100), F.pad(read, (before, 0), value=1)
+    return model.language_model(inputs_embeds=embeds, attention_mask=mask, labels=labels).loss
 
 
 # ---------------------------------------------------------------------------------------------------------- measuring
 
 
-def make_steps(model: DevilModel, variants: list[str], batch: int, device: str) -> dict[str, Callable[[], None]]:
-    """One function per variant that trains one step."""
+def make_steps(
+    model: DevilModel, variants: list[str], batch: int, device: str, ragged: bool = False
+) -> dict[str, Callable[[], None]]:
+    """One function per variant that trains one step; on captions of different lengths where they are to be ragged."""
     generator = torch.Generator().manual_seed(1)
     pixel_values = torch.randn(batch, 3, 224, 224, generator=generator).to(device)
     ours_pixels = pixel_values.to(memory_format=torch.channels_last)
     table = model.get_input_embeddings().weight.shape[0]
     input_ids = torch.randint(3, table, (batch, CAPTION_TOKENS), generator=generator).to(device)
+    lengths = torch.randint(SHORTEST if ragged else CAPTION_TOKENS, CAPTION_TOKENS + 1, (batch,), generator=generator)
+    mask = (torch.arange(CAPTION_TOKENS) < lengths[:, None]).long().to(device)
     cached = [torch.randn(batch, channels, generator=generator).to(device) for channels in model.backbone.channels]
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     naive_optimizer = torch.optim.AdamW(trained, 1e-4, weight_decay=1e-6) if "naive" in variants else None
     optimizer = torch.optim.AdamW(trained, 1e-4, weight_decay=1e-6, fused=True)
 
     def naive():
-        naive_loss(model, pixel_values, input_ids).backward()
+        naive_loss(model, pixel_values, input_ids, lengths=lengths.tolist()).backward()
         naive_optimizer.step()
         naive_optimizer.zero_grad()
 
     def ours(bf16: bool, inputs: dict):
         with torch.autocast(device, torch.bfloat16, enabled=bf16):
-            loss = model(input_ids=input_ids, **inputs).loss
+            loss = model(input_ids=input_ids, attention_mask=mask, **inputs).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -129,13 +142,15 @@ def make_steps(model: DevilModel, variants: list[str], batch: int, device: str) 
 
 
 def timed(function: Callable, *arguments) -> tuple[float, Any]:
-    """Seconds, and what the function returns."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    """CPU seconds, or on a GPU seconds of the clock, and what the function returns."""
+    if not torch.cuda.is_available():
+        began = time.process_time()
+        result = function(*arguments)
+        return time.process_time() - began, result
+    torch.cuda.synchronize()
     began = time.perf_counter()
     result = function(*arguments)
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    torch.cuda.synchronize()
     return time.perf_counter() - began, result
 
 
@@ -158,12 +173,14 @@ def matmul_peak(device: str, dtype: torch.dtype) -> float:
 
 
 def same_loss(model: DevilModel, device: str) -> float:
-    """Largest difference between the two losses when nothing is dropped."""
+    """Largest difference between the two losses of ragged captions when nothing is dropped."""
     pixel_values = torch.randn(2, 3, 224, 224, device=device)
     input_ids = torch.randint(3, 1000, (2, CAPTION_TOKENS), device=device)
+    mask = torch.ones_like(input_ids)
+    mask[1, SHORTEST:] = 0
     with torch.no_grad():
-        ours = model.eval()(pixel_values, input_ids).loss
-        return (ours - naive_loss(model, pixel_values, input_ids, dropout=False)).abs().item()
+        ours = model.eval()(pixel_values, input_ids, mask).loss
+        return (ours - naive_loss(model, pixel_values, input_ids, False, [CAPTION_TOKENS, SHORTEST])).abs().item()
 
 
 def peak_memory(variant: str, shape: str, batch: int, device: str, threads: int) -> float:
@@ -172,11 +189,11 @@ def peak_memory(variant: str, shape: str, batch: int, device: str, threads: int)
     return float(subprocess.run(command, check=True, capture_output=True, text=True, encoding="utf-8").stdout.split()[-1])
 
 
-def measure(shape: str, device: str, threads: int, repeats: int, batch: int) -> dict:
+def measure(shape: str, device: str, threads: int, repeats: int, batch: int, ragged: bool = False) -> dict:
     """Times, speed-ups over the naive step and peak memory at one shape."""
     model = build(shape, device)
     report: dict = {"loss_difference": same_loss(model, device)}
-    steps = make_steps(model.train(), list(VARIANTS), batch, device)
+    steps = make_steps(model.train(), list(VARIANTS), batch, device, ragged)
     peak = matmul_peak(device, torch.bfloat16 if device != "cpu" else torch.float32)
     slow = set() if bf16_pays(device) else {name for name in VARIANTS if name.startswith("bf16")}
     turns = [name for _ in range(repeats + 1) for name in VARIANTS if name not in slow] + sorted(slow)
@@ -192,6 +209,8 @@ def measure(shape: str, device: str, threads: int, repeats: int, batch: int) -> 
     with FlopCounterMode(display=False) as counter:
         steps["fp32"]()
     report["share_of_matmul_peak"] = counter.get_total_flops() / seconds["bf16" if device != "cpu" else "fp32"] / peak
+    if ragged:
+        return report
     del model, steps
     memory = {name: peak_memory(name, shape, batch, device, threads) for name in ("naive", "fp32", "fp32_cached")}
     report["peak_memory_gb"] = memory
@@ -201,9 +220,10 @@ def measure(shape: str, device: str, threads: int, repeats: int, batch: int) -> 
 
 
 def training(device: str, threads: int, repeats: int, batch: int = 8, small_batch: int = 64) -> dict:
-    """The paper's shape, and under `small` the small one."""
+    """The paper's shape, and under `small` and `ragged` the small one, with captions of one length and of many."""
     return measure("paper", device, threads, repeats, batch) | {
         "small": measure("small", device, threads, repeats, small_batch),
+        "ragged": measure("small", device, threads, repeats, small_batch, ragged=True),
         "batch": batch,
         "small_batch": small_batch,
     }
@@ -225,10 +245,10 @@ def main():
     if torch.cuda.is_available():
         print(torch.cuda.max_memory_allocated() / 2**30)
     else:
-        print(_peak_resident_memory())
+        print(peak_resident_memory())
 
 
-def _peak_resident_memory() -> float:
+def peak_resident_memory() -> float:
     """GB, on Linux. `getrusage` would give the parent's peak where that is higher: it survives the start of a new program."""
     (line,) = (line for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines() if line.startswith("VmHWM:"))
     return int(line.split()[1]) / 2**20

@@ -132,6 +132,9 @@ def test_the_benchmarks_naive_step_has_the_same_loss(model, pixel_values, proces
     with torch.no_grad():
         expected = naive_loss(model, pixel_values, input_ids, dropout=False)
         torch.testing.assert_close(model(pixel_values, input_ids).loss, expected)
+        mask = torch.tensor([[1, 1, 1], [1, 0, 0], [1, 1, 0]])
+        expected = naive_loss(model, pixel_values, input_ids, dropout=False, lengths=[3, 1, 2])
+        torch.testing.assert_close(model(pixel_values, input_ids, mask).loss, expected)
 
 
 # ------------------------------------------------------------------------------------------------------- exact resume
