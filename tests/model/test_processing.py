@@ -647,7 +647,8 @@ def test_settings_of_a_call_are_those_of_a_processor(images):
             for value in (0.5, [0.5, 0.5], "x", [float("nan")] * 3, [1e38] * 3)
         ),
         {"image_std": [0, 0, 0]},
-        {"resample": "bilinear"},
+        *({"resample": value} for value in ("bilinear", torch.tensor(1), np.array([1, 2]))),
+        {"crop_mode": np.array([1, 2])},
     ],
 )
 def test_settings_that_no_image_can_be_read_by_are_refused_by_name(images, wrong):

@@ -78,6 +78,7 @@ def data_config_of(settings: Any, default: Mapping[str, Any]) -> dict[str, Any]:
 
 def _channels(values: Any) -> Any:
     """One number as that of red, green and blue; anything else as it is."""
+    values = values.tolist() if hasattr(values, "tolist") else values
     return [values] * 3 if isinstance(values, (int, float)) else values
 
 

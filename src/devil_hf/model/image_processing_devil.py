@@ -242,10 +242,10 @@ class DevilImageProcessor(PilBackend):
             raise ValueError(f"crop_size={(height, width)} is more than a backbone reads: at most 8192 x 8192")
         if read_number(crop_pct, "crop_pct", 1e-3, whole=False) > min(height, width):
             raise ValueError(f"crop_pct={crop_pct!r} must be a number, usually in (0, 1]: this leaves nothing of an image")
-        if crop_mode not in CROP_MODES:
-            raise ValueError(f"crop_mode {crop_mode!r} is not one of {CROP_MODES}")
-        if resample not in (known := [int(mode) for mode in Image.Resampling]):
-            raise ValueError(f"resample {resample!r} is not a PIL.Image.Resampling: {known}")
+        if not isinstance(crop_mode, str) or crop_mode not in CROP_MODES:
+            raise ValueError(f"crop_mode {crop_mode!r:.100} is not one of {CROP_MODES}")
+        if not np.isscalar(resample) or resample not in list(Image.Resampling):
+            raise ValueError(f"resample {resample!r:.100} is not a PIL.Image.Resampling: {[*map(int, Image.Resampling)]}")
         for name, values, least in (("image_mean", image_mean, -1e4), ("image_std", image_std, 1e-4)):
             listed = values if isinstance(values, (list, tuple)) else []
             if [read_number(one, name, least, whole=False) <= 1e4 for one in listed] != [True] * 3:
