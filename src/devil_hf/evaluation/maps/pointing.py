@@ -5,6 +5,7 @@ the object's mask is closer to that centre than the tolerance, half a cell by de
 than which cell. `chance_pointing` is what a map without any knowledge would score.
 """
 
+from functools import lru_cache
 from itertools import product
 from math import ceil
 
@@ -32,6 +33,12 @@ def hit_cells(grid: tuple[int, int], mask: ArrayLike, tolerance_cells: float = 0
         raise ValueError(f"a mask of shape {mask.shape} with {int(mask.sum())} pixels shows no object; leave hidden objects out")
     if tolerance_cells < 0:
         raise ValueError(f"tolerance_cells {tolerance_cells} is negative; 0 means no tolerance")
+    return _hit_cells((int(grid[0]), int(grid[1])), mask.shape, np.packbits(mask).tobytes(), float(tolerance_cells)).copy()
+
+
+@lru_cache(maxsize=256)  # one mask is asked for many maps
+def _hit_cells(grid: tuple[int, int], shape: tuple[int, int], packed: bytes, tolerance_cells: float) -> np.ndarray:
+    mask = np.unpackbits(np.frombuffer(packed, np.uint8), count=shape[0] * shape[1]).reshape(shape)
     rows, columns = grid
     y, x = ((axis + 0.5) * cells / size for axis, cells, size in zip(np.nonzero(mask), grid, mask.shape, strict=True))  # in cells
     hits = np.zeros(grid, dtype=bool)
