@@ -125,8 +125,17 @@ def test_a_comparison_evaluates_what_else_it_is_asked(comparison_file, tmp_path,
     assert evaluate("regions", own, model, processor).scores == found["devil"]
     (entry, _, other) = summarise(results, evaluations=asked.evaluations)
     assert entry["evaluations"]["regions: ROUGE-L"]["mean"] == found["devil"]["all"]["rouge_l"]
-    assert set(entry["evaluations"]) == set(other["evaluations"]) and len(other["evaluations"]) == 2
-    assert "regions: ROUGE-L" in comparison_table([entry, other])
+    text = comparison_table([entry, other])
+    assert "regions: ROUGE-L" in text and text.endswith("not among the scores of every run, or misspelt: regions: absent")
+    # Other boxes are other results, in a folder of their own.
+    asked.evaluations["regions"].settings = settings | {"source": "shapes:2", "layers": ["layer4"]}
+    again = compare(asked, [3], tmp_path / "runs")
+    assert len(list((tmp_path / "runs/devil/seed_3").glob("regions_*"))) == 2
+    assert [set(run["evaluations"]["regions"]) for run in again] == [{"all", "layer4"}] * 2
+    asked.evaluations["regions"].settings["layers"] = ["layer3"]
+    asked.recipes = {"linear": asked.recipes["linear"]}
+    with pytest.raises(ValueError, match=r"layers \['layer3'\], which no translator reads: \['layer4'\]"):
+        compare(asked, [3], tmp_path / "runs")
 
 
 def test_changed_images_are_scored_anew_and_never_taken_for_those_of_a_training(comparison_file, images, tmp_path, monkeypatch):
@@ -175,6 +184,8 @@ def test_the_table_has_means_and_standard_deviations_over_seeds():
     apart = ttest_ind([10, 30], [50, 50], equal_var=False).confidence_interval()
     assert f"-30.0 [{apart.low:+.1f}, {apart.high:+.1f}]" in text and "+0.000 [" in text
     assert "difference" not in comparison_table(summarise([result("a", 0, 0.1), result("b", 0, 0.5)]))
+    assert "difference" not in comparison_table(summarise([result("a", 0, 0.1), result("a", 1, 0.5)]))
+    assert "nan" not in comparison_table(summarise([result("a", 0, 0.1), result("a", 1, 0.5), result("b", 0, 0.5)]))
 
 
 @pytest.mark.parametrize(
@@ -183,6 +194,7 @@ def test_the_table_has_means_and_standard_deviations_over_seeds():
         ({"translators": {"a": {"learning_rat": 1}}}, "learning_rat"),
         ({"evaluation_dat": []}, "evaluation_dat"),
         ({"recipe": "nowhere.yaml"}, "nowhere"),
+        ({"evaluations": {"../a": {"evaluator": "regions", "settings": {}, "show": []}}}, "folders are named by them"),
         ({"evaluations": {"a": {"evaluator": "regions", "settings": {}}}}, "show is missing"),
         ({"translators": {"a": {"learning_rate": "fast"}}}, "fast"),
     ],

@@ -10,8 +10,9 @@ import functools
 import hashlib
 import itertools
 import json
+import re
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -25,7 +26,7 @@ from transformers.utils import logging
 from devil_hf.checkpoints.loading import load
 from devil_hf.data.captioned import longest_description
 from devil_hf.data.decoding import BadSamples, PairDecoder
-from devil_hf.data.identity import PairIdentities
+from devil_hf.data.identity import PairIdentities, combined
 from devil_hf.data.pairs import REGION_KINDS, open_pairs
 from devil_hf.evaluation.evaluator import EVALUATORS, evaluate
 from devil_hf.evaluation.results import metric_name
@@ -75,13 +76,33 @@ class AskedEvaluation:
     def of(self, layers: Sequence[str] | None, checkpoint: Path, output_dir: Path) -> Any:
         """Settings for one checkpoint; `layers` are those that it reads, None where nobody knows them yet."""
         given = self.settings | {"checkpoint": str(checkpoint), "output_dir": str(output_dir)}
-        if layers is not None and "layers" in given:
+        if layers is not None and given.get("layers"):
             given["layers"] = [name for name in given["layers"] if name in layers]
+            if not given["layers"]:
+                raise ValueError(f"{self.evaluator} is asked of layers {self.settings['layers']}, but there are {list(layers)}")
         return make(EVALUATORS[self.evaluator].Settings, given, f"settings of the evaluation {self.evaluator!r}")
 
-    def check(self) -> None:
-        """Raise a ValueError or OSError for what can be seen to be wrong before anything is trained."""
-        EVALUATORS[self.evaluator](self.of(None, Path(CHECKPOINT_FOLDER), Path())).open()
+    def identity(self, recipes: Iterable[Recipe]) -> str:
+        """Hash of what is asked, and of what, by content.
+
+        Raises:
+            ValueError, OSError: for what can be seen to be wrong before anything is trained.
+        """
+        run = EVALUATORS[self.evaluator](self.of(None, Path(CHECKPOINT_FOLDER), Path()))
+        if PartialState().num_processes > 1 and not run.parallel:
+            raise ValueError(f"the evaluation {self.evaluator!r} cannot be shared: compare on one process")
+        read = [recipe.layers for recipe in recipes]
+        known = {name for layers in read for name in layers or ()}
+        unread = [name for name in self.settings.get("layers") or () if name not in known]
+        if unread and None not in read:
+            raise ValueError(
+                f"the evaluation {self.evaluator!r} asks for layers {unread}, which no translator reads: {sorted(known)}"
+            )
+        keys = run.open()
+        rows = (
+            [f"{key} {run.identity(key)}" for key in keys] if isinstance(keys, Sequence) else []
+        )  # a stream is known by its name
+        return combined([self.evaluator, json.dumps(self.settings, sort_keys=True), *rows])
 
 
 @dataclass
@@ -121,6 +142,8 @@ def read_comparison(path: Path, recipe: Path | None = None, fields: Mapping[str,
         changed = _merged(_merged(shared, own or {}), fields or {})
         recipes[name] = make(Recipe, changed, f"translator {name!r} of {path}")
     evaluations = {name: make(AskedEvaluation, asked, f"evaluation {name!r}") for name, asked in file.evaluations.items()}
+    if unfit := [name for name in evaluations if not re.fullmatch(r"\w[\w -]*", str(name))]:
+        raise ValueError(f"{path} has evaluations {unfit}: folders are named by them, so use letters, digits, spaces and - alone")
     return Comparison(recipes, file.evaluation_data, file.decodings, evaluations)
 
 
@@ -143,8 +166,7 @@ def compare(comparison: Comparison, seeds: Sequence[int], output_dir: Path) -> l
             is not, or that cannot be asked so.
         FolderInUse: when another run works in a folder.
     """
-    for asked in comparison.evaluations.values():
-        asked.check()
+    identities = {name: asked.identity(comparison.recipes.values()) for name, asked in comparison.evaluations.items()}
     runs = [
         (name, dataclasses.replace(recipe, seed=seed, output_dir=str(output_dir / name / f"seed_{seed}"), resume=True))
         for seed, (name, recipe) in itertools.product(seeds, comparison.recipes.items())
@@ -153,7 +175,7 @@ def compare(comparison: Comparison, seeds: Sequence[int], output_dir: Path) -> l
     for _, recipe in runs:
         _check_same_run(recipe, hashes)
     images = EvaluationImages(comparison.evaluation_data)
-    return [run(name, recipe, images, comparison) for name, recipe in runs]
+    return [run(name, recipe, images, comparison, identities) for name, recipe in runs]
 
 
 def _check_same_run(recipe: Recipe, hashes: dict[str, dict[str, str]]) -> None:
@@ -170,23 +192,24 @@ def _check_same_run(recipe: Recipe, hashes: dict[str, dict[str, str]]) -> None:
             check_data(recipe, hashes[data], Path(newest))
 
 
-def run(name: str, recipe: Recipe, images: "EvaluationImages", comparison: Comparison) -> dict[str, Any]:
-    """One run, trained and scored as far as that is not done yet."""
-    folder = Path(recipe.output_dir)
+def run(
+    name: str, recipe: Recipe, images: "EvaluationImages", comparison: Comparison, identities: Mapping[str, str]
+) -> dict[str, Any]:
+    """One run, trained and scored as far as that is not done yet; `identities` are those of the comparison's evaluations."""
+    folder, state = Path(recipe.output_dir), PartialState()
     evaluation = {"data": images.sources, "decodings": comparison.decodings, "max_new_tokens": NEW_TOKENS}
     evaluation["data_sha256"] = images.identity
-    if comparison.evaluations:
-        evaluation["evaluations"] = {
-            heading: [asked.evaluator, asked.settings] for heading, asked in comparison.evaluations.items()
-        }
+    evaluation |= {"evaluations": dict(identities)} if identities else {}
     digest = hashlib.sha256(json.dumps(evaluation, sort_keys=True).encode()).hexdigest()
     file = folder / f"scores_{digest[:8]}.json"
     if file.is_file():
         return read_json(file)
-    with claimed(folder, "a comparison of translators", PartialState().is_main_process):
+    with claimed(folder, "a comparison of translators", state.is_main_process):
         result = _run(name, recipe, images, comparison, evaluation)
-        write_json(file, result)
-    return result
+        if state.is_main_process:  # the others do not have the scores of evaluations
+            write_json(file, result)
+        state.wait_for_everyone()
+    return read_json(file)
 
 
 def _run(
@@ -215,7 +238,9 @@ def _run(
             for column, by_row in texts.items()
         },
         "evaluations": {
-            heading: _evaluated(asked, model, processor, checkpoint, folder / heading)
+            heading: _evaluated(
+                asked, model, processor, checkpoint, folder / f"{heading}_{evaluation['evaluations'][heading][:8]}"
+            )
             for heading, asked in comparison.evaluations.items()
         },
         "images": images.keys,
@@ -353,14 +378,13 @@ def summarise(
     return summary
 
 
-def _means(runs: Sequence[Mapping[str, Any]], evaluations: Mapping[str, AskedEvaluation]) -> dict[str, dict[str, Any]]:
-    """Heading and score, as a column is called -> mean and spread over the runs of one translator."""
+def _means(runs: Sequence[Mapping[str, Any]], evaluations: Mapping[str, AskedEvaluation]) -> dict[str, dict[str, Any] | None]:
+    """Heading and score, as a figure is called -> mean and spread over the runs of one translator; None where a run lacks it."""
     found = {}
     for heading, asked in evaluations.items():
         for score in asked.show:
             values = [run["evaluations"][heading].get(asked.row, {}).get(score) for run in runs]
-            if None not in values:
-                found[f"{heading}: {metric_name(score)}"] = _mean_and_spread(values)
+            found[f"{heading}: {metric_name(score)}"] = None if None in values else _mean_and_spread(values)
     return found
 
 
@@ -382,27 +406,27 @@ def comparison_table(summary: Sequence[Mapping[str, Any]], metric: str = "cider"
     text = table({"trained parameters": sizes} | lines, list(figures), cell=str)
     seeds = sorted({seed for entry in summary for seed in entry["seeds"]})
     text += f"\nmean ± standard deviation over seeds {', '.join(map(str, seeds))}"
-    first, *others = figures
+    absent = dict.fromkeys(name for entry in summary for name, value in entry["evaluations"].items() if value is None)
+    text += f"\nnot among the scores of every run, or misspelt: {', '.join(absent)}" if absent else ""
+    first = summary[0]["name"]
+    others = [column for column, entry in zip(figures, summary, strict=True) if entry["name"] != first]
+    own = figures[f"{first}, {summary[0]['layers']}"]
     ahead = {
-        name: {
-            f"over {column}": _lead(*figures[first][name], figures[column][name][0])
-            for column in others
-            if name in figures[column]
-        }
-        for name in figures[first]
+        name: {f"over {column}": _lead(*own[name], figures[column][name][0]) for column in others if name in figures[column]}
+        for name in own
     }
-    return (
-        f"{text}\n\n{first}, difference:\n{table(ahead, [f'over {column}' for column in others], cell=str)}"
-        if len(seeds) > 1
-        else text
-    )
+    if not others or len(seeds) == 1:
+        return text
+    return f"{text}\n\n{first}, difference:\n{table(ahead, [f'over {column}' for column in others], cell=str)}"
 
 
 def _figures(entry: Mapping[str, Any], metric: str) -> dict[str, tuple[Mapping[str, Any], int]]:
     """Name of a figure -> its mean and spread, and how many digits of it are shown."""
-    found = {LOSS: (entry["validation_loss"], 3)} if entry["validation_loss"] is not None else {}
+    found = (
+        {LOSS: (entry["validation_loss"], 3)} if entry["validation_loss"] is not None and entry["layers"] == ALL_LAYERS else {}
+    )
     found |= {f"{metric}, {name}": (value, 1) for name, value in entry[metric].items()}
-    return found | {name: (value, 3) for name, value in entry.get("evaluations", {}).items()}
+    return found | {name: (value, 3) for name, value in entry["evaluations"].items() if value is not None}
 
 
 def _shown(value: Mapping[str, Any], digits: int) -> str:
@@ -415,8 +439,10 @@ def _lead(value: Mapping[str, Any], digits: int, other: Mapping[str, Any]) -> st
     needs("scipy", "evaluate")
     from scipy.stats import ttest_ind
 
-    interval = ttest_ind(value["values"], other["values"], equal_var=False).confidence_interval()
-    return with_interval(value["mean"] - other["mean"], tuple(interval), f"{{:+.{digits}f}}".format)
+    samples = value["values"], other["values"]
+    several = min(map(len, samples)) > 1 and any(max(values) > min(values) for values in samples)  # a spread to tell by
+    interval = tuple(ttest_ind(*samples, equal_var=False).confidence_interval()) if several else None
+    return with_interval(value["mean"] - other["mean"], interval, f"{{:+.{digits}f}}".format)
 
 
 __all__ = [
