@@ -5,6 +5,7 @@ import json
 import pytest
 from PIL import Image
 
+from devil_hf.checkpoints import locate
 from devil_hf.cli.main import main
 from devil_hf.data.worlds import HELD_OUT_WORLD, World
 from devil_hf.evaluation.choices import exams
@@ -62,6 +63,18 @@ def test_a_calibration_of_another_checkpoint_is_refused(picture, tmp_path, capsy
     asked = ["ask", picture, "--question", "the {} square", "--choices", "red", "blue"]
     assert main([*asked, "--calibration", str(tmp_path / "scales.json")]) == 1
     assert "another translator" in capsys.readouterr().err
+
+
+def test_rounded_weights_are_asked_without_the_calibration_beside_them(picture, tmp_path, capsys):
+    asked = ["ask", picture, "--checkpoint", "shapes", "--question", "the {} square", "--choices", "red", "blue", "--grid", "1"]
+    assert main([*asked, "--quantize", "int8"]) == 0
+    shown = capsys.readouterr()
+    assert "calibration beside the checkpoint is left out" in shown.err and "not calibrated" in shown.out
+    assert main(asked) == 0
+    assert "left out" not in capsys.readouterr().err
+    Calibration.beside(locate("shapes")).write(tmp_path / "scales.json")
+    assert main([*asked, "--quantize", "int8", "--calibration", str(tmp_path / "scales.json")]) == 1
+    assert "the calibration is of another translator" in capsys.readouterr().err
 
 
 def test_the_network_looks_once(picture, capsys, monkeypatch):

@@ -14,6 +14,7 @@ from devil_hf.evaluation.evaluator import EVALUATORS, EvaluationSettings, Evalua
 from devil_hf.evaluation.results import Evaluation, fingerprint, read_evaluations
 from devil_hf.evaluation.tables import SIGNED, table, with_interval
 from devil_hf.folders import CLAIM, FolderInUse
+from devil_hf.report.neurons import NeuronsSettings, neurons
 from devil_hf.settings import option
 
 
@@ -113,7 +114,7 @@ def test_what_was_changed_is_put_back_when_rows_fail(model, processor, tmp_path)
 def test_an_evaluator_that_registers_itself_is_a_subject_of_the_command(model, processor, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(EVALUATORS, "_entries", dict(EVALUATORS))
     EVALUATORS.register("length", Length)
-    monkeypatch.setattr("devil_hf.checkpoints.loading.open_checkpoint", lambda *arguments: (model, processor))
+    monkeypatch.setattr("devil_hf.checkpoints.loading.open_checkpoint", lambda *arguments, **options: (model, processor))
     with pytest.raises(SystemExit):
         main(["evaluate", "--help"])
     assert "count letters" in capsys.readouterr().out
@@ -168,3 +169,16 @@ def test_an_interval_without_width_is_not_shown():
         "0.600]",
     ]
     assert with_interval(0.25, (0.25, 0.25), SIGNED) == "+0.250" and with_interval(0.25, None) == "0.250"
+
+
+def test_processes_that_share_rounded_weights_are_on_cpus(monkeypatch, tmp_path):
+    def ask(cpu):
+        raise FileExistsError(f"cpu={cpu}")
+
+    monkeypatch.setattr("accelerate.PartialState", ask)
+    monkeypatch.setattr("devil_hf.report.neurons.PartialState", ask)
+    for quantize, cpu in (("int8", True), (None, False)):
+        with pytest.raises(FileExistsError, match=f"cpu={cpu}"):
+            evaluate(Length, LengthSettings(output_dir=tmp_path, quantize=quantize))
+        with pytest.raises(FileExistsError, match=f"cpu={cpu}"):
+            neurons(NeuronsSettings(output_dir=tmp_path, quantize=quantize))

@@ -61,7 +61,7 @@ def _in_stages(language_model: Any, inputs_embeds: Tensor, config: GenerationCon
         done += said.shape[1]
         going = torch.nonzero(~torch.isin(said, ends).any(dim=1)).flatten()
         rows, cache = rows[going], {name: output[name]}
-        output[name].batch_select_indices(going)
+        output[name].batch_select_indices(going.cpu())  # its layers may lie on several devices
         inputs_embeds = torch.cat([inputs_embeds[going], words(said[going]).to(inputs_embeds.dtype)], dim=1)
     return tokens[:, :done]
 

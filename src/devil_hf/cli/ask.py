@@ -1,5 +1,6 @@
 """`devil ask`: a question with given answers, and how sure the features are."""
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,9 @@ def ask_images(settings: AskSettings) -> None:
     checkpoint = settings.checkpoint if settings.images else SHAPES
     model, processor = open_checkpoint(checkpoint, settings.device, settings.quantize)
     calibration = calibration or Calibration.beside(locate(checkpoint))
+    if settings.quantize and settings.calibration is None and calibration is not None:
+        print("note: the calibration beside the checkpoint is left out, it is not of rounded weights", file=sys.stderr)
+        calibration = None
     answers = ask(
         model,
         processor,

@@ -184,7 +184,7 @@ def evaluate(
 
     kind = EVALUATORS[evaluator] if isinstance(evaluator, str) else evaluator
     run = kind(checked(kind.Settings() if settings is None else settings))
-    state = PartialState(cpu=run.settings.device == "cpu")
+    state = PartialState(cpu=run.settings.device == "cpu" or run.settings.quantize is not None)
     if state.num_processes > 1 and not kind.parallel:
         raise ValueError(f"the evaluation {kind.name!r} cannot be shared: run it on one process")
     keys = run.open()  # before anything is written

@@ -115,7 +115,8 @@ def neurons(
         A summary: the folders, numbers of units and images, and the summary of the check beside its two controls.
     """
     settings = checked(settings)
-    with claimed(settings.output_dir, "devil neurons", PartialState().is_main_process):
+    state = PartialState(cpu=settings.device == "cpu" or settings.quantize is not None)  # for all that ask for it later
+    with claimed(settings.output_dir, "devil neurons", state.is_main_process):
         return _run_stages(_Run(settings, Objects(**objects), model, processor))
 
 
