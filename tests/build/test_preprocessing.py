@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -17,6 +18,7 @@ from devil_hf.build.preprocessing import RESAMPLING, data_config_of
 DEFAULT = {"input_size": [3, 40, 48], "interpolation": "bicubic", "mean": [0.5] * 3, "std": [0.25] * 3}
 DEFAULT |= {"crop_pct": 0.875, "crop_mode": "center"}
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 60, 3), dtype=np.uint8))
+PHOTO = Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8)).resize((500, 375))
 STRANGE = st.one_of(
     st.sampled_from([None, True, -1, 0, 1, 2**20, 10**400, "", "x", "0.5", [], {}, [[]], [None], {"x": 1}, [1, 2, 3, 4]]),
     st.floats(),
@@ -54,6 +56,50 @@ def test_settings_mean_what_they_mean_to_transformers(settings):
     np.testing.assert_allclose(ours, theirs(PICTURE, return_tensors="np", **means)["pixel_values"], atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("ViT", {}),
+        ("ViT", {"size": 224}),
+        ("ViT", {"do_normalize": None}),
+        ("DeiT", {"size": 256}),
+        ("Beit", {"size": 192, "do_center_crop": False}),
+        ("CLIP", {}),
+        ("CLIP", {"size": 256, "crop_size": 224}),
+        ("Siglip", {}),
+        ("Bit", {}),
+        ("ConvNext", {}),
+        ("ConvNext", {"size": 224, "crop_pct": 0.875}),
+        ("EfficientNet", {}),
+        ("EfficientNet", {"rescale_factor": 1 / 127.5}),
+        ("DPT", {}),
+        ("MobileNetV2", {}),
+    ],
+)
+def test_files_of_a_class_mean_what_they_mean_to_it(name, settings):
+    theirs = getattr(transformers, f"{name}ImageProcessorPil")(**settings)(PHOTO, return_tensors="np")["pixel_values"]
+    for kind in ({"image_processor_type": f"{name}ImageProcessorFast"}, {"feature_extractor_type": f"{name}FeatureExtractor"}):
+        ours = image_processor_of(data_config_of(settings | kind, DEFAULT))(PHOTO, return_tensors="np")["pixel_values"]
+        np.testing.assert_allclose(ours, theirs, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"image_processor_type": "LevitImageProcessor"}, "LevitImageProcessor.*a way of its own"),
+        ({"image_processor_type": "MobileViTImageProcessor"}, "do_flip_channel_order=True"),
+        ({"image_processor_type": "EfficientNetImageProcessor", "rescale_offset": True}, "rescale_offset=True"),
+        ({"image_processor_type": "CLIPImageProcessor", "do_resize": False}, "do_resize=False"),
+        ({"include_top": True, "do_normalize": False}, "include_top"),
+        ({"do_resize": None}, "do_resize=None"),
+        ({"resample": True}, "resample=True"),
+    ],
+)
+def test_settings_that_no_transform_of_ours_has_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        data_config_of(settings, DEFAULT)
+
+
 @given(
     settings=st.fixed_dictionaries(
         {},
@@ -68,6 +114,8 @@ def test_settings_mean_what_they_mean_to_transformers(settings):
             "do_normalize": st.booleans() | STRANGE,
             "do_rescale": st.booleans() | STRANGE,
             "do_center_crop": st.booleans() | STRANGE,
+            "image_processor_type": st.sampled_from(["CLIPImageProcessor", "ConvNextImageProcessor"]) | STRANGE,
+            "include_top": st.booleans() | STRANGE,
         },
     )
     | STRANGE

@@ -251,7 +251,8 @@ def _processor_data_config(folder: Path, module: nn.Module) -> dict[str, Any]:
             try:
                 return data_config_of(settings, default)
             except ValueError as error:
-                raise ValueError(f"the image processor in {file}: {error}; mend it, or take the file away") from error
+                remedy = "mend it, or take the file away and give data_config"
+                raise ValueError(f"the image processor in {file}: {error}; {remedy}") from error
     logger.warning(f"{folder} has no image processor; images will be normalised as ImageNet's")
     return default
 
