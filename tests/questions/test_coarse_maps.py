@@ -105,6 +105,8 @@ def test_a_share_that_is_none_is_refused(model, phrases, features, refine):
 
 
 def test_unknown_rules_and_windows_of_layers_that_are_not_asked_are_refused(model, phrases, features):
+    with pytest.raises(TypeError, match="scorer=1: coarse maps have their own"):
+        attribute_coarsely(model, None, phrases, feature_maps=features, scorer=1)
     with pytest.raises(ValueError, match="combine="):
         attribute_coarsely(model, None, phrases, feature_maps=features, combine="none")
     with pytest.raises(ValueError, match="window"):

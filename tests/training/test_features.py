@@ -115,6 +115,8 @@ def test_an_interrupted_cache_is_finished_and_equal(fields, tmp_path, monkeypatc
     monkeypatch.setattr("devil_hf.training.feature_cache.pool_draws", draw)
     with pytest.raises(Killed):
         train(Recipe(**fields))
+    with pytest.raises(StaleCache, match="not complete, and of more layers"):
+        train(Recipe(**fields | {"layers": ["layer4"], "output_dir": str(tmp_path / "fewer")}))
     train(Recipe(**fields))
     assert len(calls) == 4  # one shard, the one that failed, and the two that were left
     whole, parts = (CachedFeatures(tmp_path / name, seed=0) for name in ("whole", "parts"))

@@ -134,6 +134,7 @@ class ScoreMixin:
                 embeds = torch.cat([start, words(tokens[:, :-1]).to(start.dtype)], dim=1)
                 log_probs = run_language_model(self.language_model, embeds, length).logits.float().log_softmax(dim=-1)
                 found.append(log_probs.gather(-1, tokens[..., None].to(log_probs.device))[..., 0])
+                del log_probs  # as large as the logits of the next rows, which are counted
         both = [finite_log_probs(torch.cat(found)[None], self.word_mask(sequences), "descriptions")[0] for found in pieces]
         return both[0], both[1]
 
@@ -193,6 +194,7 @@ def _score_tree(language_model, embeds: Tensor, ids: Tensor, texts: Sequence[tup
         logits = run_language_model(language_model, sequence, count, **given).logits.float()
         step, token = before.to(logits.device), ids.to(logits.device)
         pieces.append(logits[:, step, token] - logits.logsumexp(dim=-1)[:, step])
+        del logits
     return torch.cat(pieces)
 
 

@@ -48,7 +48,10 @@ def attribute_coarsely(
 
     Raises:
         ValueError: for a share that is none, maps of more than 128 x 128 places, and whatever `model.attribute` refuses.
+        TypeError: for a `scorer`.
     """
+    if "scorer" in question:
+        raise TypeError(f"scorer={question['scorer']!r:.80}: coarse maps have their own, give yours to model.attribute")
     return model.attribute(pixel_values, phrases, scorer=partial(CoarseScorer, share=check_share(refine)), **question)
 
 

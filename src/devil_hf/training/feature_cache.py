@@ -158,6 +158,11 @@ def _check_key(folder: Path, content: dict[str, Any], wanted: dict[str, Any]) ->
     wrong = [name for name in wanted if found.get(name) != wanted[name]]
     if content["complete"] and set(wanted["layers"]) <= set(found.get("layers", ())):
         wrong = [name for name in wrong if name != "layers"]
+    if wrong == ["layers"] and set(wanted["layers"]) <= set(found.get("layers", ())):
+        raise StaleCache(
+            f"the feature cache {folder} is not complete, and of more layers ({found['layers']!r:.200}): a training of these "
+            "goes on with it, and then it serves this one as well; or name another folder with --cache_features."
+        )
     if wrong:
         shown = "; ".join(f"{name}: {found.get(name)!r:.80} there, {wanted[name]!r:.80} here" for name in wrong)
         raise StaleCache(
