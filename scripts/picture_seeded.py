@@ -1,6 +1,6 @@
 """Draw what a checkpoint says of images that a seed picks, and where it finds their phrases, without showing the images.
 
-    python scripts/picture_seeded.py captions/flickr8k:val --output docs/pictures/photos_seeded.png
+    python scripts/picture_seeded.py flickr8k:val --output photos_seeded.png
 
 For pictures of data that may not be passed on: instead of the photograph there are the map of each phrase (of its two largest
 regions, the default combination, evidence in nats per token), the region as people drew it, and the words.

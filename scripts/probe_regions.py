@@ -1,6 +1,6 @@
 """How much of what a region is called lies in its features: classifiers of head words, trained on pooled features alone.
 
-    python scripts/probe_regions.py captions/flickr8k:train captions/flickr8k:val --train 3000 --limit 150
+    python scripts/probe_regions.py flickr8k:train flickr8k:val --train 3000 --limit 150
 
 A linear map and a network of one hidden layer read what the translator reads (every layer, pooled over the region) and choose
 among the head words of the training regions. They need not speak, so they say how far descriptions of regions
