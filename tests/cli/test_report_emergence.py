@@ -73,13 +73,13 @@ def test_phrases_over_labelled_images(tmp_path, capsys):
     ],
 )
 def test_what_is_wrong_is_said(words, message, capsys, monkeypatch):
-    monkeypatch.setattr("devil_hf.checkpoints.loading.load", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("devil_hf.checkpoints.loading.load", lambda *_, **__: pytest.fail("the model was loaded"))
     assert main(["report", "emergence", *words]) == 1
     assert message in capsys.readouterr().err
 
 
 def test_a_folder_that_is_a_file_is_refused_before_the_model(scene, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("devil_hf.checkpoints.loading.load", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("devil_hf.checkpoints.loading.load", lambda *_, **__: pytest.fail("the model was loaded"))
     (tmp_path / "afile").write_text("")
     assert main(["report", "emergence", scene, "red", "--output-dir", str(tmp_path / "afile")]) == 1
     assert "afile" in capsys.readouterr().err

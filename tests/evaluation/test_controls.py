@@ -107,7 +107,7 @@ def _learn_to_ignore_the_prefix(model, processor, steps=60):
 def test_an_explainer_whose_translator_says_nothing_is_not_trusted(shipped, tmp_path, monkeypatch, capsys):
     model, processor = shipped[0], shipped[1]
     weight, bias = model.translator.output.weight.clone(), model.translator.output.bias.clone()
-    monkeypatch.setattr("devil_hf.checkpoints.loading.load", lambda *arguments: (model, processor))
+    monkeypatch.setattr("devil_hf.checkpoints.loading.load", lambda *arguments, **options: (model, processor))
     try:
         with torch.no_grad():
             model.translator.output.weight.zero_()
