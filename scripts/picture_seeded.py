@@ -27,7 +27,7 @@ from devil_hf.model.processing_devil import DevilProcessor
 from devil_hf.report.colours import INK, MUTED, PAPER, TRUTH
 from devil_hf.report.drawing import GAP, MARGIN, color_bar, fit, write
 from devil_hf.report.figures import UNITS
-from devil_hf.report.overlays import colorize
+from devil_hf.report.overlays import colorize, outline
 
 TILE, TEXT = 128, 300
 PHRASES = 2
@@ -61,9 +61,7 @@ def said(model: DevilModel, processor: DevilProcessor, example: LocalisedImage) 
 def outlined(values: np.ndarray, mask: np.ndarray, limit: float) -> Image.Image:
     """A map in colours with the edge of a region."""
     pixels = colorize(values, (-limit, limit))
-    inside = np.pad(mask, 1)
-    core = inside[:-2, 1:-1] & inside[2:, 1:-1] & inside[1:-1, :-2] & inside[1:-1, 2:]
-    pixels[mask & ~core] = TRUTH
+    pixels[outline(mask)] = TRUTH
     return Image.fromarray(pixels)
 
 

@@ -16,6 +16,7 @@ from devil_hf.model.processing_devil import DevilProcessor
 from devil_hf.report.colours import INK, MUTED, PAPER, TRUTH
 from devil_hf.report.drawing import GAP, MARGIN, color_bar, fit, map_tile, write
 from devil_hf.report.figures import UNITS
+from devil_hf.report.overlays import outline
 
 logger = logging.get_logger(f"transformers.{__name__}")
 
@@ -60,7 +61,7 @@ def localisation_figure(
         top = MARGIN + heading + number * (tile + 30)
         size, words = fit(phrase, width - 2 * MARGIN, 22, (15, 13))
         write(draw, (MARGIN, top), words, size, INK)
-        edge = _outline(mask)
+        edge = outline(mask)
         figure.paste(_outlined(crop, edge), (MARGIN, top + 22))
         for column, name in enumerate(names, 1):
             one = map_tile(crop, enlarge(maps[name], mask.shape), (-limit, limit), True)
@@ -89,13 +90,6 @@ def _line(processor, example, row, folder, turn: int, tile: int):
     mask = np.asarray(Image.fromarray(masks[at]).resize(size, Image.Resampling.NEAREST))
     own = {name: one[at] for name, one in maps.items() if name != GRADCAM}
     return row["phrases"][at], crop.resize(size, Image.Resampling.BICUBIC), own, mask
-
-
-def _outline(mask: np.ndarray) -> np.ndarray:
-    """The pixels of a mask that have a neighbour outside of it."""
-    inside = np.pad(mask, 1)
-    core = inside[:-2, 1:-1] & inside[2:, 1:-1] & inside[1:-1, :-2] & inside[1:-1, 2:]
-    return mask & ~core
 
 
 def _outlined(picture: Image.Image, edge: np.ndarray) -> Image.Image:

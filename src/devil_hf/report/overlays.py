@@ -46,4 +46,11 @@ def overlay_map(
     return Image.fromarray(np.round(picture).clip(0, 255).astype(np.uint8))
 
 
-__all__ = ["colorize", "overlay_map"]
+def outline(mask: np.ndarray) -> np.ndarray:
+    """The pixels of a bool mask (H, W) that have a neighbour outside of it."""
+    inside = np.pad(mask, 1)
+    core = inside[:-2, 1:-1] & inside[2:, 1:-1] & inside[1:-1, :-2] & inside[1:-1, 2:]
+    return mask & ~core
+
+
+__all__ = ["colorize", "outline", "overlay_map"]
