@@ -61,7 +61,7 @@ class ComparisonFile:
     translators: dict = option("by name, the fields of the recipe that each changes; `model` is merged field by field")
     evaluation_data: list = option("sources of the captioned images that are scored")
     decodings: dict = option("arguments of `generate` by the name of a column", {"greedy": {}})
-    evaluations: dict = option("by the heading of their columns, the fields of `AskedEvaluation`", {})
+    evaluations: dict = option("by the heading of their lines, the fields of `AskedEvaluation`", {})
 
 
 @dataclass
@@ -70,7 +70,7 @@ class AskedEvaluation:
 
     evaluator: str = option("as `devil evaluate` knows it")
     settings: dict = option("its settings; of `layers`, a translator is asked those that it reads")
-    show: list = option("of the scores of its row, those that become columns")
+    show: list = option("of the scores of its row, those that become lines of the table")
     row: str = option("row of its scores that stands for a translator", ALL_LAYERS)
 
     def of(self, layers: Sequence[str] | None, checkpoint: Path, output_dir: Path) -> Any:
@@ -114,7 +114,7 @@ class Comparison:
         evaluation_data: sources of the captioned images that are described and scored; no training reads them.
         decodings: arguments of `generate` by the name of a column; besides, `guidance`, and `grounding` for the strength of
             `choose_grounded`.
-        evaluations: what else is evaluated, by the heading of its columns.
+        evaluations: what else is evaluated, by the heading of its lines.
     """
 
     recipes: dict[str, Recipe]
