@@ -1,11 +1,13 @@
 """`devil neurons` from settings: directions as units, and what is refused."""
 
+import copy
 import json
 
 import numpy as np
 import pytest
 import torch
 
+from devil_hf.checkpoints.quantised import quantise
 from devil_hf.cli.main import main
 from devil_hf.report.neurons import NeuronsSettings, neurons
 
@@ -75,3 +77,36 @@ def test_units_of_which_one_or_none_has_a_label_are_checked(model, processor, im
     summary = run("atlas")
     assert set(summary["checks"]) >= {"labels", "constant label"} and "shuffled labels" not in summary["checks"]
     assert json.loads((tmp_path / "atlas" / "atlas.json").read_text())["summary"]["check"] == summary["checks"]
+
+
+def test_labels_and_their_check_are_of_one_model(model, processor, images, directions, tmp_path):
+    options = {"output_dir": tmp_path, "layers": ["-1"], "directions": directions / "probe.npy", "exemplars": 2, "held_out": 2}
+    options |= {"permutations": 100, "strategy": "words", "words": tmp_path / "words.txt"}  # labels that rounding seldom changes
+    (tmp_path / "words.txt").write_text("red\ndog\ncircle\n")
+    pictures = [image.rotate(angle) for image in images for angle in range(0, 360, 24)]
+    rounded, other = quantise(copy.deepcopy(model)), copy.deepcopy(model)
+    with torch.no_grad():
+        next(other.translator.parameters()).add_(0.01)
+
+    def run(stage, by):
+        return neurons(NeuronsSettings(**options, stage=stage), by, processor, images=pictures)
+
+    for stage in ("exemplars", "describe", "check", "atlas"):
+        exact = run(stage, model)
+    assert "quantize" not in exact["labels"]
+    before = (tmp_path / "checks.json").read_bytes()
+    with pytest.raises(ValueError, match=r"labels\.json was made with quantize=None, not 'int8': check with the same"):
+        run("check", rounded)
+    with pytest.raises(ValueError, match=r"labels\.json was made by a model of other weights: check with the same"):
+        run("check", other)
+    assert (tmp_path / "checks.json").read_bytes() == before
+    texts = [unit["label"] for unit in json.loads((tmp_path / "labels.json").read_text())["units"]]
+    assert run("describe", rounded)["labels"]["quantize"] == "int8"
+    assert [unit["label"] for unit in json.loads((tmp_path / "labels.json").read_text())["units"]] == texts
+    with pytest.raises(ValueError, match="run the check again"):  # same texts, other evidence
+        run("atlas", rounded)
+    with pytest.raises(ValueError, match="was made with quantize='int8', not None"):
+        run("check", model)
+    run("check", rounded)
+    run("atlas", rounded)
+    assert json.loads((tmp_path / "atlas" / "atlas.json").read_text())["summary"]["labels"]["quantize"] == "int8"

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from devil_hf.checkpoints.loading import open_checkpoint
+from devil_hf.checkpoints.quantised import RoundedDevilModel
 from devil_hf.data.directions import read_directions
 from devil_hf.data.exemplar_set import ExemplarSet
 from devil_hf.data.exemplars import find_exemplars
@@ -165,6 +166,11 @@ class _Run:
             model.to(PartialState().device)
         self.model, self.processor = model, processor
 
+    @property
+    def rounding(self) -> dict[str, str]:
+        """How the model was rounded, for a record; empty for an exact one."""
+        return {"quantize": "int8"} if isinstance(self.model, RoundedDevilModel) else {}
+
     def images(self) -> tuple[ImageStream, ImageStream]:
         """Images for exemplars, and others for the check."""
         settings = self.settings
@@ -213,6 +219,7 @@ class _Run:
         noted: dict[str, Any] = {"mode": mode, "strategy": self.settings.strategy}
         if self.settings.strategy == "rerank":
             noted |= {"prior_weight": self.settings.prior_weight}
+        noted |= self.rounding
         pooled = pool_units(self.model, self.processor, exemplars, mode)
         rows = label_units(self.model, self.processor, pooled, **self.settings.choice())
         of = {"exemplars": _digest(exemplars), "weights": fingerprint(self.model)}
@@ -221,7 +228,9 @@ class _Run:
     def check(self) -> None:
         """The stage "check": checks.json, and the numbers that it comes from."""
         settings = self.settings
-        rows = self.labels(ExemplarSet(self.folder / "exemplars"))["units"]
+        found = self.labels(ExemplarSet(self.folder / "exemplars"))
+        self.check_model(found)
+        rows = found["units"]
         kept, images = self.images()
         self.check_origin(kept)
         unit_labels = [row["label"] for row in rows]
@@ -230,21 +239,22 @@ class _Run:
             raise ValueError(f"no unit in {self.folder / 'labels.json'} has a label to check: go on with the stage 'atlas'")
         activations = held_out_activations(self.reader, self.reading, images, settings.batch_size)
         evidence = held_out_evidence(self.model, self.processor, images, labels, settings.batch_size, settings.carrier)
-        found = check_all(activations, evidence, labels, unit_labels, **settings.check())
+        outcome = check_all(activations, evidence, labels, unit_labels, **settings.check())
         content = {"activations": activations, "evidence": evidence}
         with written(self.folder / "held_out.safetensors") as unfinished:
             save_file(content, unfinished, {"labels": json.dumps(labels)})
-        summaries = found["summaries"]
+        summaries = outcome["summaries"]
         summary = {
             "images": activations.shape[1],
             "alpha": settings.alpha,
             "permutations": settings.permutations,
             "labels": summaries["labels"],
-            "constant label": {"label": found["texts"]["constant"], **summaries["constant"]},
+            "constant label": {"label": outcome["texts"]["constant"], **summaries["constant"]},
         }
         if "shuffled" in summaries:  # of one label there is no other unit to deal it to
             summary["shuffled labels"] = summaries["shuffled"]
-        write_json(self.folder / "checks.json", {"summary": summary, "labels": unit_labels, "units": found["units"]})
+        record = {"summary": summary, "of": found["of"], "labels": unit_labels, "units": outcome["units"]}
+        write_json(self.folder / "checks.json", record)
 
     def labels(self, exemplars: ExemplarSet) -> dict[str, Any]:
         """What labels.json holds, which must be of these exemplars."""
@@ -253,6 +263,16 @@ class _Run:
         if labels.get("of", {}).get("exemplars") != _digest(exemplars):
             raise ValueError(f"{file} holds labels of other exemplars than {exemplars.folder}: run the stage 'describe' again")
         return labels
+
+    def check_model(self, labels: Mapping[str, Any]) -> None:
+        """Make sure that the labels, and their evidence in the atlas, are of the model that checks them."""
+        if labels["of"].get("weights") != fingerprint(self.model):
+            file, by, now = self.folder / "labels.json", labels["settings"].get("quantize"), self.rounding.get("quantize")
+            other = f"with quantize={by!r}, not {now!r}" if by != now else "by a model of other weights"
+            raise ValueError(
+                f"{file} was made {other}: check with the same, run the stage 'describe' again, or judge these labels by this "
+                "model with `devil evaluate units`"
+            )
 
     def check_origin(self, kept: ImageStream) -> None:
         """Make sure that the exemplars are of the same units, and not of images that the check sees."""
@@ -273,7 +293,8 @@ class _Run:
         """The stage "atlas"; returns its page."""
         labels = self.labels(exemplars)
         checks = _read(self.folder / "checks.json", "check") if (self.folder / "checks.json").is_file() else None
-        if checks is not None and checks["labels"] != [row["label"] for row in labels["units"]]:
+        own = [row["label"] for row in labels["units"]]
+        if checks is not None and (checks.get("of"), checks["labels"]) != (labels["of"], own):
             raise ValueError(f"{self.folder / 'checks.json'} checks other labels than labels.json holds: run the check again")
         names = self.objects.direction_names
         if self.settings.direction_names:
