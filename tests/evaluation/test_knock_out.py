@@ -21,6 +21,8 @@ def test_words_are_added_up_by_layer():
     assert evaluation.details["beside"]["layer3"] == pytest.approx(beside)
     with pytest.raises(ValueError, match="at least 20 scenes"):
         make(KnockOutEvaluationSettings, {"limit": 5}).validate()
+    with pytest.raises(ValueError, match="there are 50 scenes"):
+        make(KnockOutEvaluationSettings, {"fit": 50}).validate()
 
 
 @pytest.mark.slow

@@ -100,6 +100,25 @@ def test_a_planted_class_falls_with_the_channels_of_its_phrase_and_no_other_does
     assert set(found.as_record()) >= {"phrase", "drops", "removed", "fall", "random", "ratio", "p_value"}
 
 
+def test_channels_are_chosen_on_some_images_and_judged_on_others(model, processor, pixel_values):
+    others = pixel_values.flip(3) + 0.1
+    both = torch.cat([pixel_values, others])
+    choosing = torch.arange(6) < 3
+    choice = ask(model, processor, pixel_values, others=both)
+    found = ask(model, processor, both, others=both, choosing=choosing)
+    torch.testing.assert_close(found.drops, choice.drops)
+    assert found.removed.tolist() == choice.removed.tolist()
+    # Judged by images that had no part in it: the mean fall of their logit, by hand.
+    mean, at = last_channels(model, both).mean(dim=0)[0], 0 in found.removed.tolist()
+    fall = float((last_channels(model, others)[:, 0] - mean).mean()) if at else 0.0
+    assert found.fall == pytest.approx(fall, abs=1e-5)
+    own = int(found.removed[0])  # a class of a channel that is removed
+    (told,) = knock_out(model, processor, both, [PHRASE], [own], last_channels, -1, both, number=2, draws=1, choosing=choosing)
+    pooled = last_channels(model, both)[:, own]
+    assert told.fall == pytest.approx(float(pooled[3:].mean() - pooled.mean()), abs=1e-5)
+    assert told.fall != pytest.approx(float(pooled[:3].mean() - pooled.mean()), abs=1e-5)
+
+
 def test_a_probe_tells_what_its_labels_tell(model, pixel_values):
     images = torch.cat([pixel_values, pixel_values + 1.0])
     labels = torch.tensor([[False], [False], [False], [True], [True], [True]])
@@ -120,6 +139,10 @@ def test_a_probe_tells_what_its_labels_tell(model, pixel_values):
         ({"draws": 0}, "draws"),
         ({"layer": "layer9"}, "layer9"),
         ({"present": torch.zeros(1, 3)}, "must name an image"),
+        ({"present": torch.tensor([[1, 1, 0]]), "choosing": torch.tensor([1, 1, 0])}, "also of those that choose"),
+        ({"choosing": torch.ones(3)}, "some to judge"),
+        ({"choosing": torch.tensor([1, 0])}, "some to judge"),
+        ({"choosing": torch.tensor([1, 0, 0]), "what": "places"}, "leave choosing out"),
         ({"classifier": own_head}, "no head of its own"),
     ],
 )

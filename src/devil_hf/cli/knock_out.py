@@ -2,12 +2,15 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from devil_hf.cli.verb import VERBS, Verb, show
 from devil_hf.settings import ModelSettings, option
 
-LEAST_IMAGES = 6  # of each folder: two threes are the fewest that a rank test tells apart at 5 %
+if TYPE_CHECKING:
+    from devil_hf.questions.knock_out import KnockOut
+
+LEAST_IMAGES = 6  # of each folder: half of them are judged, and two threes are the fewest that a rank test tells apart at 5 %
 
 
 @dataclass(kw_only=True)
@@ -49,25 +52,28 @@ def knock_out_of_folders(settings: KnockOutSettings) -> None:
         folders.append([image for _, image in stream if image is not None])
         if len(folders[-1]) < LEAST_IMAGES:
             raise ValueError(
-                f"{source} has {len(folders[-1])} images: at least {LEAST_IMAGES} are needed, half of them for the probe"
+                f"{source} has {len(folders[-1])} images: at least {LEAST_IMAGES} are needed, half of them to be judged"
             )
     model, processor = open_checkpoint(settings.checkpoint, settings.device, settings.quantize)
     known_phrases(model, processor, [settings.phrase])
     shown, without = (processor(images=one, return_tensors="pt")["pixel_values"].to(model.device) for one in folders)
     classifier: Classifier = own_head
     right = None
-    at, judged, told = settings.head, shown, f"class {settings.head} of the network's own head"
+    at, told = settings.head, f"class {settings.head} of the network's own head"
     if at is None:  # one half for the probe, the other to be judged
         labels = torch.tensor([[True]] * len(shown[::2]) + [[False]] * len(without[::2]))
         probe = fit_probe(model, torch.cat([shown[::2], without[::2]]), labels)
         right = check_probe(probe, model, shown[1::2], without[1::2])
-        classifier, at, judged = probe, 0, shown[1::2]
+        classifier, at = probe, 0
         told = f"a probe that tells {settings.images} from {settings.without}, right in {right:.0%} of other images"
+    choosing = torch.arange(len(shown)) % 2 == 0 if settings.what == "channels" else None  # places are chosen image by image
+    if choosing is None and right is not None:
+        shown = shown[1::2]
     (layer,) = read_layers([settings.layer], model.layer_names) or [settings.layer]
     (found,) = knock_out(
         model,
         processor,
-        judged,
+        shown,
         [settings.phrase],
         [at],
         classifier,
@@ -77,10 +83,18 @@ def knock_out_of_folders(settings: KnockOutSettings) -> None:
         number=settings.number,
         draws=settings.draws,
         seed=settings.seed,
+        choosing=choosing,
     )
+    chosen_on = 0 if choosing is None else int(choosing.sum())
+    text = _text(settings, found, told, len(shown) - chosen_on, chosen_on)
+    show(settings, found.as_record() | {"probe_right": right}, text)
+
+
+def _text(settings: KnockOutSettings, found: "KnockOut", told: str, judged: int, chosen_on: int) -> str:
+    """The answer for people: of a logit that is `told`, in so many judged images, by what so many others have chosen."""
     lines = [
-        f"{found.removed.shape[-1]} {settings.what} of {settings.layer} that carry {settings.phrase!r} most, removed from "
-        f"{len(judged)} images",
+        f"{found.removed.shape[-1]} {settings.what} of {settings.layer} that carry {settings.phrase!r} most"
+        f"{f' in {chosen_on} images' if chosen_on else ''}, removed from {judged}{' others' if chosen_on else ' images'}",
         f"    logit of {told}: falls by {found.fall:+.3f}",
         f"    as many at random: by {found.random.mean():+.3f} on average, {found.random.abs().mean():.3f} in size",
         f"    those that it owes least to: by {found.least:+.3f}",
@@ -89,7 +103,7 @@ def knock_out_of_folders(settings: KnockOutSettings) -> None:
     if settings.what == "channels":
         best = [(int(unit), float(found.drops[unit])) for unit in found.removed]
         lines.append("    nats of the phrase: " + "  ".join(f"{unit} {drop:+.2f}" for unit, drop in best[:12]))
-    show(settings, found.as_record() | {"probe_right": right}, "\n".join(lines))
+    return "\n".join(lines)
 
 
 VERBS.register(

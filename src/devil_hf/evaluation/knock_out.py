@@ -2,8 +2,8 @@
 
 The network of the shapes world has no head, so linear probes of its deepest layer, one per attribute word, are planted behind
 it, fitted on other scenes (is there an object with that word?). For every word and each layer, the channels whose removal
-lowers the evidence of "the WORD" most over the scenes that have it are removed in the network, and the probe of the word is
-read again.
+lowers the evidence of "the WORD" most, over those of the other scenes that have it, are removed in the network, and the probe
+of the word is read again.
 
 * `fall`: of the logit of the word's probe, mean over the scenes that have it and over words; `fall_of_random`: mean size of the
   change when as many channels are removed at random; `ratio`: one over the other; `fall_of_least`: when the channels with the
@@ -42,6 +42,7 @@ class KnockOutEvaluationSettings(EvaluationSettings):
 
     limit: int | None = option("scenes on which removals are judged, from the first on", 60)
     fit: int = option("scenes after those, on which the probes are fitted", 400, least=50)
+    choose: int = option("of these, from the first on, those on which the channels are chosen", 100, least=20)
     others: int = option("scenes after those, whose mean takes the place of what is removed", 100, least=1)
     layers: list[str] | None = option("names or indices of layers in which is removed (default: every one)", None)
     number: int | None = option("channels to remove (default: one in twenty)", None, least=1)
@@ -55,6 +56,8 @@ class KnockOutEvaluationSettings(EvaluationSettings):
         super().validate()
         if self.limit is None or self.limit < 20:
             raise ValueError(f"--limit {self.limit}: at least 20 scenes are needed, so that each word is in some")
+        if self.choose > self.fit:
+            raise ValueError(f"--choose {self.choose}: there are {self.fit} scenes (--fit) to choose on; lower it")
 
 
 @EVALUATORS.register("knock-out")
@@ -81,18 +84,21 @@ class KnockOutEvaluator(Evaluator):
 
     def decides(self) -> dict[str, Any]:
         """The world, and what is removed."""
-        names = ("seed", "limit", "fit", "others", "number", "draws")
+        names = ("seed", "limit", "fit", "choose", "others", "number", "draws")
         return {"world": self.world.name} | {name: getattr(self.settings, name) for name in names}
 
     def prepare(self) -> None:
         """Read the scenes, and fit the probes."""
         scenes = list(self.world.scenes())
         judged, fitted = self.settings.limit, self.settings.limit + self.settings.fit
+        asked = judged + self.settings.choose
+        self.choosing = torch.arange(asked) >= judged
         truth = torch.tensor([[word in scene.words[kind] for word, kind in KINDS.items()] for scene in scenes])
-        self.pixels, self.others = self._pixels(scenes[:judged]), self._pixels(scenes[fitted:])
-        self.present = truth[:judged]
+        self.pixels, self.others = self._pixels(scenes[:asked]), self._pixels(scenes[fitted:])
+        self.present = truth[:asked]
         self.probe = fit_probe(self.model, self._pixels(scenes[judged:fitted]), truth[judged:fitted])
-        self.right = float(((self.probe(self.model, self.pixels).cpu() > 0) == self.present).float().mean())
+        told = self.probe(self.model, self.pixels[:judged]).cpu() > 0
+        self.right = float((told == self.present[:judged]).float().mean())
 
     def _pixels(self, scenes: Sequence[Scene]) -> torch.Tensor:
         return self.processor(images=[scene.image for scene in scenes], return_tensors="pt")["pixel_values"].to(self.model.device)
@@ -102,7 +108,7 @@ class KnockOutEvaluator(Evaluator):
         return [self._layer(layer) for layer in keys]
 
     def _layer(self, layer: str) -> dict[str, Any]:
-        there = self.present.any(dim=0)
+        there = self.present[self.choosing].any(dim=0) & self.present[~self.choosing].any(dim=0)
         words = [word for at, word in enumerate(KINDS) if there[at]]
         found = knock_out(
             self.model,
@@ -116,6 +122,7 @@ class KnockOutEvaluator(Evaluator):
             number=self.settings.number,
             draws=self.settings.draws,
             present=self.present.T[there],
+            choosing=self.choosing,
         )
         kept = ("fall", "least", "others", "p_value", "ratio")
         rows = {word: {name: getattr(one, name) for name in kept} for word, one in zip(words, found, strict=True)}
@@ -142,7 +149,7 @@ class KnockOutEvaluator(Evaluator):
             title="Knock-outs",
             scores=scores,
             dataset={"name": self.world.label, "size": self.settings.limit},
-            settings={"draws": self.settings.draws, "fitted_on": self.settings.fit, "phrase": f"{CARRIER} WORD"},
+            settings={name: getattr(self.settings, name) for name in ("draws", "fit", "choose")} | {"phrase": f"{CARRIER} WORD"},
             details={"intervals": intervals, "beside": beside, "words": dict(rows), "probes_right": self.right},
         )
 

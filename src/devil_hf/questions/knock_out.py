@@ -9,8 +9,8 @@ stands beside
     random   removals of as many channels or places, drawn at random: the p-value is (1 + those that fall as far) / (1 + draws)
     least    the removal of those with the smallest drops, up or down: what the phrase owes nothing to
 
-The classifier is the network's own head, or a linear probe of its deepest layer. Words choose what is removed, logits judge it,
-on the same images: no logit has a part in the choice, but what is chosen is of these images.
+The classifier is the network's own head, or a linear probe of its deepest layer. Words choose what is removed, logits judge it.
+Channels can be chosen on other images than those that are judged (`choosing`); places belong to their image.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -84,6 +84,7 @@ def knock_out(
     draws: int = 99,
     seed: int = 0,
     present: Tensor | None = None,
+    choosing: Tensor | None = None,
 ) -> list[KnockOut]:
     """Remove what phrases are read from, and watch a classifier.
 
@@ -97,46 +98,70 @@ def knock_out(
         number: of channels or places to remove; None for one in twenty.
         draws: of random removals.
         present: (phrases, B) bool, which images each phrase is about; None for all.
+        choosing: (B,) bool, images on which channels are chosen; the others are judged. None: all choose and are judged.
 
     Returns:
         One `KnockOut` per phrase; random removals are the same for all.
 
     Raises:
-        ValueError: for numbers that do not fit, words that the language model does not know, phrases that are not about any
-            image, and layers that no hook reaches.
+        ValueError: for numbers that do not fit, unknown words, phrases that are not about any image (that chooses, or is
+            judged), places that other images would choose, and layers that no hook reaches.
     """
     index = resolve_layer(layer, model.layer_names)
     tokens = [known_phrases(model, processor, [phrase]) for phrase in phrases]
     if len(classes) != len(phrases):
         raise ValueError(f"{len(classes)} classes for {len(phrases)} phrases: give one each")
-    about = _about(present, len(phrases), len(pixel_values))
+    choose, judge = _parts(choosing, what, len(pixel_values))
+    about = _about(present, len(phrases), choose, judge)
     maps = _maps(model, pixel_values, index)
     mean = _maps(model, others, index).mean(dim=(0, 2, 3))
     units = maps.shape[1] if what == "channels" else maps[0, 0].numel()
-    number = read_number(max(1, round(SHARE * units)) if number is None else number, "number", 1)
-    if 2 * number > units:
-        raise ValueError(f"number={number} of {units} {what}: remove at most half of them, so that others are left to compare")
-    network = _Network(model, pixel_values, classifier, index, maps, mean)
+    number = _number(number, units, what)
+    network = _Network(model, pixel_values[judge], classifier, index, maps[judge], mean)
     whole = network.logits(None)
     if not all(0 <= one < whole.shape[1] for one in classes):
         raise ValueError(f"classes {list(classes)}: the classifier has {whole.shape[1]}, from 0 on")
     at_random = _random_falls(network, whole, what, number, read_number(draws, "draws", 1), seed)
     found = []
     for row, phrase in enumerate(phrases):
-        drops = evidence_drops(model, tokens[row], maps, mean, index, what, about[row])
+        drops = evidence_drops(model, tokens[row], maps, mean, index, what, about[row] & choose)
         of_units = drops.reshape(-1, units)
-        chosen, idle = of_units.argsort(dim=1, descending=True)[:, :number], of_units.abs().argsort(dim=1)[:, :number]
-        most, least = (whole - network.logits(network.mask(one, what)) for one in (chosen, idle))
-        parts = (falls[..., about[row], :] for falls in (most, least, at_random))
-        found.append(_judge(phrase, classes[row], drops, chosen, *parts))
+        chosen, idle = (one[:, :number] for one in (of_units.argsort(dim=1, descending=True), of_units.abs().argsort(dim=1)))
+        falls = (*(whole - network.logits(network.mask(one, what)) for one in (chosen, idle)), at_random)
+        found.append(_judge(phrase, classes[row], drops, chosen, *(one[..., about[row, judge], :] for one in falls)))
     return found
 
 
-def _about(present: Tensor | None, phrases: int, images: int) -> Tensor:
+def _number(number: int | None, units: int, what: What) -> int:
+    """How many of the units are removed."""
+    number = read_number(max(1, round(SHARE * units)) if number is None else number, "number", 1)
+    if 2 * number > units:
+        raise ValueError(f"number={number} of {units} {what}: remove at most half of them, so that others are left to compare")
+    return number
+
+
+def _parts(choosing: Tensor | None, what: What, images: int) -> tuple[Tensor, Tensor]:
+    """(images,) bool each: which of them choose what is removed, and which are judged."""
+    if choosing is None:
+        return torch.ones(images).bool(), torch.ones(images).bool()
+    if what == "places":
+        raise ValueError("places are chosen in the image that they are removed from: leave choosing out")
+    choose = choosing.bool().cpu()
+    if choose.shape != (images,) or choose.all() or not choose.any():
+        raise ValueError(
+            f"choosing of shape {tuple(choose.shape)} must leave some of {images} images to choose, and some to judge"
+        )
+    return choose, ~choose
+
+
+def _about(present: Tensor | None, phrases: int, choose: Tensor, judge: Tensor) -> Tensor:
     """(phrases, images) bool: which images each phrase is about."""
-    about = torch.ones(phrases, images).bool() if present is None else present.bool()
-    if about.shape != (phrases, images) or not about.any(dim=1).all():
-        raise ValueError(f"present of shape {tuple(about.shape)} must name an image for each of {phrases} phrases")
+    about = torch.ones(phrases, len(choose)).bool() if present is None else present.bool().cpu()
+    if about.shape != (phrases, len(choose)) or not all((about & part).any(dim=1).all() for part in (choose, judge)):
+        raise ValueError(
+            f"present of shape {tuple(about.shape)} must name an image for each of {phrases} phrases, also of those that choose "
+            "and of those that are judged"
+        )
     return about
 
 
