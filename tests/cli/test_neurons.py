@@ -88,8 +88,8 @@ def test_labels_and_their_check_are_of_one_model(model, processor, images, direc
     with torch.no_grad():
         next(other.translator.parameters()).add_(0.01)
 
-    def run(stage, by):
-        return neurons(NeuronsSettings(**options, stage=stage), by, processor, images=pictures)
+    def run(stage, by, **changes):
+        return neurons(NeuronsSettings(**options, stage=stage, **changes), by, processor, images=pictures)
 
     for stage in ("exemplars", "describe", "check", "atlas"):
         exact = run(stage, model)
@@ -99,6 +99,8 @@ def test_labels_and_their_check_are_of_one_model(model, processor, images, direc
         run("check", rounded)
     with pytest.raises(ValueError, match=r"labels\.json was made by a model of other weights: check with the same"):
         run("check", other)
+    with pytest.raises(ValueError, match=r"was made with carrier=None, not 'the': check with the same"):
+        run("check", model, carrier="the")
     assert (tmp_path / "checks.json").read_bytes() == before
     texts = [unit["label"] for unit in json.loads((tmp_path / "labels.json").read_text())["units"]]
     assert run("describe", rounded)["labels"]["quantize"] == "int8"
@@ -110,3 +112,7 @@ def test_labels_and_their_check_are_of_one_model(model, processor, images, direc
     run("check", rounded)
     run("atlas", rounded)
     assert json.loads((tmp_path / "atlas" / "atlas.json").read_text())["summary"]["labels"]["quantize"] == "int8"
+    run("describe", model, carrier="the")
+    with pytest.raises(ValueError, match=r"was made with carrier='the', not None"):
+        run("check", model)
+    assert run("check", model, carrier="the")["labels"]["carrier"] == "the"

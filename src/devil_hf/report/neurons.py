@@ -166,10 +166,10 @@ class _Run:
             model.to(PartialState().device)
         self.model, self.processor = model, processor
 
-    @property
-    def rounding(self) -> dict[str, str]:
-        """How the model was rounded, for a record; empty for an exact one."""
-        return {"quantize": "int8"} if isinstance(self.model, RoundedDevilModel) else {}
+    def reading_of_texts(self) -> dict[str, str]:
+        """How the model was rounded, and what stood before the texts, for a record; empty for neither."""
+        rounded = {"quantize": "int8"} if isinstance(self.model, RoundedDevilModel) else {}
+        return rounded | ({"carrier": self.settings.carrier} if self.settings.carrier else {})
 
     def images(self) -> tuple[ImageStream, ImageStream]:
         """Images for exemplars, and others for the check."""
@@ -219,7 +219,7 @@ class _Run:
         noted: dict[str, Any] = {"mode": mode, "strategy": self.settings.strategy}
         if self.settings.strategy == "rerank":
             noted |= {"prior_weight": self.settings.prior_weight}
-        noted |= self.rounding
+        noted |= self.reading_of_texts()
         pooled = pool_units(self.model, self.processor, exemplars, mode)
         rows = label_units(self.model, self.processor, pooled, **self.settings.choice())
         of = {"exemplars": _digest(exemplars), "weights": fingerprint(self.model)}
@@ -265,13 +265,16 @@ class _Run:
         return labels
 
     def check_model(self, labels: Mapping[str, Any]) -> None:
-        """Make sure that the labels, and their evidence in the atlas, are of the model that checks them."""
-        if labels["of"].get("weights") != fingerprint(self.model):
-            file, by, now = self.folder / "labels.json", labels["settings"].get("quantize"), self.rounding.get("quantize")
-            other = f"with quantize={by!r}, not {now!r}" if by != now else "by a model of other weights"
+        """Make sure that labels, and their evidence in the atlas, are of the model that checks them, and read as it reads."""
+        before, now = labels["settings"], self.reading_of_texts()
+        changed = [name for name in ("quantize", "carrier") if before.get(name) != now.get(name)]
+        other = [f"with {name}={before.get(name)!r}, not {now.get(name)!r}" for name in changed]
+        if not other and labels["of"].get("weights") != fingerprint(self.model):
+            other = ["by a model of other weights"]
+        if other:
             raise ValueError(
-                f"{file} was made {other}: check with the same, run the stage 'describe' again, or judge these labels by this "
-                "model with `devil evaluate units`"
+                f"{self.folder / 'labels.json'} was made {' and '.join(other)}: check with the same, run the stage 'describe' "
+                "again, or judge these labels by this model with `devil evaluate units`"
             )
 
     def check_origin(self, kept: ImageStream) -> None:
