@@ -131,3 +131,12 @@ def test_answers_of_many_phrases_count_towards_the_memory_of_a_chunk(model, monk
     (found,) = model.attribute(phrases=phrases, feature_maps=features, layers=-1).maps.values()
     assert len(held) > 10 and max(held) <= (1 << 19) / 4
     torch.testing.assert_close(found, whole, atol=1e-5, rtol=1e-5)
+
+
+def test_chunks_of_places_are_of_equal_size(model, phrases, monkeypatch):
+    """The last of them would otherwise be a few rows, which a processor multiplies no faster than many."""
+    features = [torch.randn(2, channels, 5, 5) for channels in model.backbone.channels]
+    asked, translate = [], model.translate
+    monkeypatch.setattr(model, "translate", lambda pooled, *rest: asked.append(pooled[-1]) or translate(pooled, *rest))
+    model.attribute(phrases=phrases, feature_maps=features, layers=-1, measure="sum", chunk_size=20)
+    assert [len(rows) for rows in asked] == [17, 17, 16]

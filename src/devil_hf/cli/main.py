@@ -5,6 +5,7 @@ fault of this package keeps its traceback, and says where to report it.
 """
 
 import argparse
+import atexit
 import gc
 import os
 import sys
@@ -45,7 +46,9 @@ FOREIGN = {
     "subprocess": ("CalledProcessError",),
 }
 PACKAGE = Path(__file__).parents[1]
-COLLECTED = 50_000  # new objects after which Python looks for dead ones; at its own 700 it spends a fifth of a start on that
+# New objects after which Python looks for dead ones: a start makes half a million, which stay; and from then on. At its own 700
+# it spends a fifth of a start on that.
+STARTED, COLLECTED = 1_000_000, 50_000
 # What RuntimeErrors of torch say that the machine causes, and no shape.
 OF_THE_MACHINE = (
     "out of memory",
@@ -71,13 +74,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         Exception: a fault of this package, and with `--debug` every error.
     """
     if argv is None:  # a process of its own, which imports thousands of modules that all stay
-        gc.set_threshold(COLLECTED, *gc.get_threshold()[1:])
+        gc.set_threshold(STARTED, *gc.get_threshold()[1:])
+        gc.callbacks.append(_search_more)
+        atexit.register(gc.freeze)  # or they would all be searched several times once more before they go
     words = list(sys.argv[1:] if argv is None else argv)
     name = "devil " + next((word for word in words if not word.startswith("-")), "")
     chosen: list[argparse.Namespace] = []
     debug = "--debug" in words
     code = bounded(name.strip(), lambda: chosen.append(build_parser().parse_args(words)), debug)
     return bounded(chosen[0].chosen[2], lambda: _run(chosen[0]), debug) if chosen else code
+
+
+def _search_more(phase: str, _: Any) -> None:
+    """After the first search for dead objects: a work that is as long as that may leave some."""
+    if phase == "stop":
+        gc.callbacks.remove(_search_more)
+        gc.set_threshold(COLLECTED, *gc.get_threshold()[1:])
 
 
 def _run(namespace: argparse.Namespace) -> int | None:

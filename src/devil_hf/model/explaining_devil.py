@@ -110,9 +110,9 @@ class PhraseScorer:
         same = torch.cat(list(pooled.values()), dim=1).unique(dim=0, return_inverse=True)[1]
         places = same.new_empty(int(same.max()) + 1).scatter_(0, same, torch.arange(len(same), device=same.device))
         start, answers = model.config.prefix_length + 1, self.phrases["input_ids"].numel()
-        chunk = rows_per_chunk(model.language_model, start, 1, 1, answers=answers, given=self.chunk_size)
-        scores = []
-        for part in places.split(chunk):
+        # Two passes, of which the translator's comes before the language model's and holds about as much.
+        chunk, scores = rows_per_chunk(model.language_model, start, 2, 1, answers=answers, given=self.chunk_size), []
+        for part in places.chunk(-(-len(places) // chunk)):
             prefix = model.translate([pooled[i][part] if i in pooled else None for i in range(len(model.layer_names))])
             scores.append(model.score_checked(prefix, self.phrases, self.chunk_size).sum(dim=-1))
         return self.measured(torch.cat(scores)[same], self.measure).view(B, H, W, -1).permute(0, 3, 1, 2)

@@ -193,7 +193,8 @@ def _score_tree(language_model, embeds: Tensor, ids: Tensor, texts: Sequence[tup
         sequence = torch.cat([rows, words.expand(len(rows), -1, -1)], dim=1)
         logits = run_language_model(language_model, sequence, count, **given).logits.float()
         step, token = before.to(logits.device), ids.to(logits.device)
-        pieces.append(logits[:, step, token] - logits.logsumexp(dim=-1)[:, step])
+        total = torch.cat([few.logsumexp(dim=-1) for few in logits.split(16)])  # of all at once, it holds as much as they do
+        pieces.append(logits[:, step, token] - total[:, step])
         del logits
     return torch.cat(pieces)
 
@@ -231,10 +232,9 @@ def rows_per_chunk(
     if given is not None:
         return read_number(given, "chunk_size", 1)
     config, (vocabulary, width) = language_model.config, language_model.get_input_embeddings().weight.shape
-    width = getattr(config, "hidden_size", width)
-    depth, length = getattr(config, "num_hidden_layers", 12), prefix_length + phrase_length
+    width, depth = getattr(config, "hidden_size", width), getattr(config, "num_hidden_layers", 12)
     # Keys and values of every phrase (copied once when they grow), activations of one layer, logits and their fp32 copy.
-    numbers = phrases * (4 * depth * width * length + 16 * width * length + 2 * vocabulary * logits)
+    numbers = phrases * ((4 * depth + 16) * width * (prefix_length + phrase_length) + 2 * vocabulary * logits)
     # An answer is read, has a normaliser taken away, is masked and joined with those of other phrases.
     return max(1, CHUNK_BYTES // (4 * (numbers + 4 * answers)))
 
