@@ -79,7 +79,7 @@ def test_the_informed_combination_is_its_formula(model, pixel_values, phrases):
             total, weight = torch.zeros(grid), 0.0
             for name, one in maps.items():
                 known = model.score(pixel_values[image : image + 1], layers=name, **phrases).evidence[0, k]
-                w = torch.exp(known) * one[image, k].std(correction=0)
+                w = torch.exp(known / 2) * one[image, k].std(correction=0)
                 total += w * F.interpolate(one[image : image + 1, k : k + 1], grid, mode="bilinear")[0, 0]
                 weight += w
             average, smoothed = total / weight, torch.zeros(grid)
