@@ -3,6 +3,7 @@
 import json
 import math
 
+import numpy as np
 import pytest
 
 from devil_hf.data.shapes import ATTRIBUTE_WORDS
@@ -96,6 +97,24 @@ def test_calibration_is_that_of_answered_questions():
     found = _calibration([sure, refused, refused], "all", Scale(0.1, 1.0))
     assert found["error"] == pytest.approx(0, abs=1e-6) and sum(count for count, *_ in found["bins"]) == 1
     assert math.isnan(_calibration([refused], "all", Scale(0.1, 1.0))["error"]), "nothing is answered"
+
+
+def test_exact_probabilities_err_in_few_questions_and_wrong_ones_in_many():
+    scale, random = Scale(1.0, -9.0), np.random.default_rng(1)
+
+    def asked(count, sharper):
+        rows = []
+        for _ in range(count):
+            values = random.normal(size=4)
+            truth = random.choice(4, p=np.exp(values) / np.exp(values).sum())
+            rows.append({"answer": int(truth), "evidence": {"all": (sharper * values).tolist()}})
+        return _calibration(rows, "all", scale)
+
+    few, many, wrong = asked(60, 1.0), asked(3000, 1.0), asked(600, 3.0)
+    assert few["error"] > 0.05 and few["error_of_exact_probabilities"] == pytest.approx(few["error"], abs=0.06)
+    assert many["error_of_exact_probabilities"] < 0.3 * few["error_of_exact_probabilities"] and many["error"] < 0.05
+    assert min(few["p_of_exact"], many["p_of_exact"]) > 0.05
+    assert wrong["error"] > 0.1 and wrong["p_of_exact"] == pytest.approx(1 / 201)
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,9 @@ all layers, each layer, and the whole image), on the first ones they are judged:
 * `answered`: of questions with an answer, how many are not refused; `refused_absent`, `refused_left_out`: of those without one,
   how many are; `sure_absent`, `sure_left_out`: how many get an answer with a probability above .99 (`refused` and `sure` where a
   file has questions without an answer).
-* expected calibration error (ten bins of probability) of questions that are answered, before and after fitting, beside what an
-  answerer with the same probabilities would have by chance, were they exact.
+* expected calibration error (ten bins of probability) of questions that are answered, before and after fitting. Few questions
+  make an error by themselves: beside it stands that of an answerer with the same probabilities, were they exact, and in how many
+  of such answerers the error is as large (p), where questions have nothing to do with each other.
 
 `--questions FILE` asks others: a JSON object on each line, such as {"image": "a.jpg", "question": "a photo of a {}",
 "choices": ["dog", "cat"], "answer": "dog"}, with images relative to the file, and null where no choice is true.
@@ -251,7 +252,7 @@ class ChoicesEvaluator(Evaluator):
     def text(self, evaluation: Evaluation) -> str:
         """The table of answers, and that of probabilities."""
         asked, details = evaluation.settings, evaluation.details
-        columns = ["temperature", "least_evidence", "error_before", "error", "error_of_exact_probabilities"]
+        columns = ["temperature", "least_evidence", "error_before", "error", "error_of_exact_probabilities", "p_of_exact"]
         return (
             f"{evaluation.dataset['name']}, {evaluation.dataset['size']} images, {asked['questions']} questions with an answer, "
             f"{details['absent']} without\n\n{super().text(evaluation)}\n\n"
@@ -315,11 +316,13 @@ def _calibration(rows: Sequence[Any], name: str, scale: Scale) -> dict[str, Any]
         for one in (Scale(), scale)
     )
     random = np.random.default_rng(0)
-    exact = [expected_calibration_error(after, random.random(len(after)) < after) for _ in range(SIMULATIONS)]
+    exact = np.array([expected_calibration_error(after, random.random(len(after)) < after) for _ in range(SIMULATIONS)])
+    error = expected_calibration_error(after, right)
     return asdict(scale) | {
         "error_before": expected_calibration_error(before, right),
-        "error": expected_calibration_error(after, right),
-        "error_of_exact_probabilities": float(np.mean(exact)),
+        "error": error,
+        "error_of_exact_probabilities": float(exact.mean()),
+        "p_of_exact": float(1 + (exact >= error).sum()) / (1 + SIMULATIONS) if len(right) else float("nan"),
         "bins": reliability(after, right).tolist(),
     }
 
