@@ -49,7 +49,7 @@ def test_wrong_settings_are_named(values, named):
 
 @pytest.mark.slow
 def test_unlearning_colour_loses_the_words_of_colour_and_no_others(tmp_path):
-    settings = {"limit": 60, "splits": 20, "output_dir": str(tmp_path)}
+    settings = {"limit": 120, "splits": 20, "output_dir": str(tmp_path)}
     evaluation = evaluate("difference", make(DifferenceSettings, settings))
     assert evaluation.scores["colour"]["precision"] == 1.0 and evaluation.scores["colour"]["recall"] >= 0.9
     assert not any(evaluation.details["reported"]["colour"]["gained"].values())

@@ -33,7 +33,7 @@ def test_words_are_about_the_object_that_has_all_of_their_phrase():
 
 @pytest.mark.slow
 def test_the_shipped_checkpoint_points_at_the_objects_of_its_words(tmp_path):
-    evaluation = evaluate("words", make(WordsSettings, {"checkpoint": "shapes", "limit": 60, "output_dir": str(tmp_path)}))
+    evaluation = evaluate("words", make(WordsSettings, {"checkpoint": "shapes", "limit": 100, "output_dir": str(tmp_path)}))
     for kind, least in (("colour", 0.95), ("texture", 0.9), ("shape", 0.85)):
         assert evaluation.scores["shown"][f"pointing_{kind}"] >= least > 3 * evaluation.controls["chance"][f"pointing_{kind}"]
         assert evaluation.scores["all"][f"auroc_{kind}"] >= 0.95
