@@ -144,6 +144,7 @@ def test_a_word_shows_its_map_and_few_others_are_no_verdict(written):
         page.on("pageerror", lambda error: errors.append(str(error)))
         page.goto((written[1] / PAGE).as_uri())
         assert page.inner_text("#count") == "3 of 3 images"
+        page.locator("#sheets").scroll_into_view_if_needed()  # sheets are made when they come near
         assert "too few to judge" in page.locator(".sheet .key").first.inner_text()
         page.locator(".sentence button").first.click()
         assert page.locator(".sheet .scale").first.inner_text().startswith("highest")
