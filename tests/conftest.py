@@ -1,8 +1,13 @@
 """Tiny models, built once a session; nothing is downloaded."""
 
 import os
+from pathlib import Path
+
+from .sparing import sitecustomize
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Processes that tests start import it by themselves.
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(sitecustomize.__file__).parent), os.environ.get("PYTHONPATH")]))
 
 import hypothesis
 import pytest
