@@ -28,7 +28,7 @@ class AttributeSettings(LayerSettings):
     phrases: list[str] = option("words whose places are asked", positional=True)
     measure: Literal["evidence", "per_token", "sum"] = option("what a map tells of each place", "evidence")
     combine: str | None = option(
-        "one map from all the layers: informed is best in the shapes world, mean no worse on photographs, joint is the paper's",
+        "one map from all the layers: informed (on photographs no better than mean), mean, joint (the paper's)",
         None,
         choices=combinations,
     )

@@ -12,8 +12,8 @@ from devil_hf.model.pooling_devil import Layers, resolve_layers
 def map_combinations() -> list[str]:
     """The rules that need no more than the layers' maps and evidence.
 
-    The first is the one that results are named after; it points best in the shapes world. On photographs "mean" is not told
-    apart from it.
+    The first is the one that results are named after: it points better than "mean" in the shapes world, and on photographs
+    the two are not told apart.
     """
     return [name for name, combine in COMBINATIONS.items() if combine is not None]
 
