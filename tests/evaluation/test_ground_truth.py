@@ -75,6 +75,9 @@ def test_answers_are_not_asked_twice(answers, monkeypatch):
     assert json.loads(json.dumps(again.as_record())) == result
     with pytest.raises(ValueError, match="seed"):
         evaluate("shapes", replace(settings, seed=5), *load("shapes", device="cpu"))
+    monkeypatch.setattr(truth, "INFORMED", (1, 1 / 32))
+    with pytest.raises(ValueError, match=r"was made with \{'informed': \[2, 0.03125\]\}, not"):
+        evaluate("shapes", settings, *load("shapes", device="cpu"))
 
 
 def test_some_questions_have_the_same_answers_as_all(answers, tmp_path):

@@ -178,6 +178,10 @@ def test_a_killed_evaluation_goes_on_and_scores_need_no_model(model, mapped, tmp
         assert (masks == masks_again).all() and all(np.allclose(maps[name], maps_again[name], atol=1e-5) for name in maps)
     with pytest.raises(ValueError, match="carrier"):
         mapped(stopped, carrier="a")
+    with monkeypatch.context() as other:
+        other.setattr(mapping, "INFORMED", (1, 1 / 32))
+        with pytest.raises(ValueError, match=r"was made with \{'informed': \[2, 0.03125\]\}, not"):
+            mapped(stopped)
 
     monkeypatch.setattr(type(model), "forward", None)
     content = score_maps(records, whole, resamples=50)

@@ -2,7 +2,9 @@
 
 import pytest
 
+from devil_hf.checkpoints.loading import load
 from devil_hf.data.worlds import World
+from devil_hf.evaluation import words as words_module
 from devil_hf.evaluation.evaluator import evaluate
 from devil_hf.evaluation.words import WordsSettings, mentions
 from devil_hf.settings import make
@@ -29,6 +31,14 @@ def test_words_are_about_the_object_that_has_all_of_their_phrase():
     crossed = mentions([first["colour"], first["texture"], second["shape"]], scene)
     assert {one.object for one in crossed} == {None}, "no object has them all"
     assert mentions(["red", "and", "nothing"], scene) == [], "a phrase without a shape is about nothing"
+
+
+def test_rows_of_maps_that_were_combined_otherwise_are_refused(tmp_path, monkeypatch):
+    settings = make(WordsSettings, {"limit": 2, "output_dir": str(tmp_path)})
+    evaluate("words", settings, *load("shapes", device="cpu"))
+    monkeypatch.setattr(words_module, "INFORMED", (1, 1 / 32))
+    with pytest.raises(ValueError, match=r"was made with \{'informed': \[2, 0.03125\]\}, not"):
+        evaluate("words", settings, *load("shapes", device="cpu"))
 
 
 @pytest.mark.slow

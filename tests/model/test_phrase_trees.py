@@ -133,10 +133,31 @@ def test_answers_of_many_phrases_count_towards_the_memory_of_a_chunk(model, monk
     torch.testing.assert_close(found, whole, atol=1e-5, rtol=1e-5)
 
 
-def test_chunks_of_places_are_of_equal_size(model, phrases, monkeypatch):
+@pytest.mark.parametrize(
+    ("shape", "size", "sizes"), [((2, 5, 5), 20, [17, 17, 16]), ((1, 7, 7), 6, [6] * 4 + [5] * 5), ((1, 7, 7), 100, [49])]
+)
+def test_chunks_of_places_are_of_equal_size(model, phrases, monkeypatch, shape, size, sizes):
     """The last of them would otherwise be a few rows, which a processor multiplies no faster than many."""
-    features = [torch.randn(2, channels, 5, 5) for channels in model.backbone.channels]
+    images, *grid = shape
+    features = [torch.randn(images, channels, *grid) for channels in model.backbone.channels]
+    (whole,) = model.attribute(phrases=phrases, feature_maps=features, layers=-1, measure="sum").maps.values()
     asked, translate = [], model.translate
     monkeypatch.setattr(model, "translate", lambda pooled, *rest: asked.append(pooled[-1]) or translate(pooled, *rest))
-    model.attribute(phrases=phrases, feature_maps=features, layers=-1, measure="sum", chunk_size=20)
-    assert [len(rows) for rows in asked] == [17, 17, 16]
+    (found,) = model.attribute(phrases=phrases, feature_maps=features, layers=-1, measure="sum", chunk_size=size).maps.values()
+    assert [len(rows) for rows in asked] == sizes
+    torch.testing.assert_close(found, whole, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_chunks_of_prefixes_are_of_equal_size(model, monkeypatch):
+    prefix = torch.randn(5, model.config.prefix_length, model.get_input_embeddings().weight.shape[1])
+    whole, read, run = model.score_prefix(prefix, PHRASES), [], scoring_devil.run_language_model
+
+    def counting(language_model, embeds, keep, **options):
+        read.append(len(embeds))
+        return run(language_model, embeds, keep, **options)
+
+    monkeypatch.setattr(scoring_devil, "run_language_model", counting)
+    found = model.score_prefix(prefix, PHRASES, chunk_size=4)
+    assert read == [3, 2]
+    torch.testing.assert_close(found, whole, atol=1e-5, rtol=1e-5)

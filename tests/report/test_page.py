@@ -89,6 +89,9 @@ def test_a_page_goes_on_where_it_stopped_and_refuses_other_questions(model, proc
     assert again.scores == written[0].scores
     with pytest.raises(ValueError, match="map_places"):
         evaluate(Page, PageSettings(images=str(folder), output_dir=written[1], map_places=1, **ENOUGH), model, processor)
+    monkeypatch.setattr(page_module, "INFORMED", (1, 1 / 32))
+    with pytest.raises(ValueError, match=r"was made with \{'informed': \[2, 0.03125\]\}, not"):
+        evaluate(Page, settings, model, processor)
 
 
 def test_another_picture_under_the_same_name_is_asked_anew(model, processor, folder, images, written, monkeypatch):

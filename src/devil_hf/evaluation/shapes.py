@@ -32,6 +32,7 @@ from devil_hf.evaluation.maps.combining import combine_maps, layer_evidence, map
 from devil_hf.evaluation.maps.pointing import chance_pointing, pointing
 from devil_hf.evaluation.results import Evaluation
 from devil_hf.evaluation.text.words import CARRIER
+from devil_hf.model.explaining_devil import INFORMED
 from devil_hf.model.modeling_devil import DevilModel
 from devil_hf.model.processing_devil import DevilProcessor
 from devil_hf.settings import option
@@ -80,12 +81,14 @@ class ShapesEvaluator(Evaluator):
         return [str(index) for index in range(len(self.world))]
 
     def decides(self) -> dict[str, Any]:
-        """The world, the layers, and the questions where they are not all."""
+        """The world, the layers, the questions, and how maps are combined where they are asked for."""
         settings = self.settings
         asked = [name for name in QUESTIONS if name in settings.questions]
-        decided = {"seed": settings.seed, "layers": self.model.layer_names, "questions": asked}
-        if "pointing" in asked and settings.pointing_limit is not None:
-            decided["pointing_limit"] = settings.pointing_limit
+        decided: dict[str, Any] = {"seed": settings.seed, "layers": self.model.layer_names, "questions": asked}
+        if "pointing" in asked:
+            decided["informed"] = INFORMED
+            if settings.pointing_limit is not None:
+                decided["pointing_limit"] = settings.pointing_limit
         return decided
 
     def rows(self, keys: Sequence[str]) -> Rows:

@@ -25,6 +25,7 @@ from devil_hf.data.worlds import HELD_OUT_WORLD, World
 from devil_hf.evaluation.evaluator import EVALUATORS, EvaluationSettings, Evaluator
 from devil_hf.evaluation.maps.pointing import chance_pointing, pointing
 from devil_hf.evaluation.results import CHANCE, Evaluation
+from devil_hf.model.explaining_devil import INFORMED
 from devil_hf.questions.word_evidence import SentenceEvidence, explain_words
 from devil_hf.settings import option
 from devil_hf.statistics import Ratio, bootstrap_draws, interval, roc_area, sign_flip
@@ -97,8 +98,8 @@ class WordsEvaluator(Evaluator):
         return [str(index) for index in range(self.settings.limit)]
 
     def decides(self) -> dict[str, Any]:
-        """The world."""
-        return {"world": self.world.name, "seed": self.settings.seed}
+        """The world, and how maps are combined."""
+        return {"world": self.world.name, "seed": self.settings.seed, "informed": INFORMED}
 
     @torch.no_grad()
     def rows(self, keys: Sequence[str]) -> list[dict[str, Any]]:

@@ -21,8 +21,8 @@ from .scoring_devil import rows_per_chunk
 
 ALL_LAYERS = "all"
 MEASURES = ("sum", "per_token", "evidence")
-TEMPERATURE = 2  # nats per token, of the layers' weights in "informed"
-SMOOTHING = 1 / 32  # deviation of the Gaussian of "informed", in sides of the grid
+# Of "informed": of the layers' weights, in nats per token; the deviation of its Gaussian, in sides of the grid. For records.
+TEMPERATURE, SMOOTHING = INFORMED = 2, 1 / 32
 
 
 # One map from several: (layer -> map (B, K, H_l, W_l), evidence) -> (B, K, H, W), where `evidence()` is that of
@@ -49,7 +49,7 @@ def combine_informed(maps: Mapping[str, Tensor], evidence: Callable[[], Tensor])
     the evidence of the whole layer for the phrase (nats per token) and s_l the standard deviation of its map over the
     locations: how much it depends on the place. The average is smoothed by a Gaussian whose deviation is a 32nd of the grid's
     side: features of a fine layer speak for the edges of an object as much as for its middle. The rule was chosen among some
-    eighty of its kind in the shapes world, and T on photographs, too: with 2, unlike with 1, it is not behind "mean" there.
+    eighty of its kind in the shapes world, and T on photographs, too: with 2 it is not told apart from "mean" there.
     """
     whole = evidence()
     spread = torch.stack([one.std(dim=(2, 3), correction=0) for one in maps.values()])  # (L, B, K)
@@ -113,7 +113,7 @@ class PhraseScorer:
         start, answers = model.config.prefix_length + 1, self.phrases["input_ids"].numel()
         # Two passes, of which the translator's comes before the language model's and holds about as much.
         chunk, scores = rows_per_chunk(model.language_model, start, 2, 1, answers=answers, given=self.chunk_size), []
-        for part in places.chunk(-(-len(places) // chunk)):
+        for part in places.tensor_split(-(-len(places) // chunk)):
             prefix = model.translate([pooled[i][part] if i in pooled else None for i in range(len(model.layer_names))])
             scores.append(model.score_checked(prefix, self.phrases, self.chunk_size).sum(dim=-1))
         return self.measured(torch.cat(scores)[same], self.measure).view(B, H, W, -1).permute(0, 3, 1, 2)

@@ -187,13 +187,13 @@ def _score_tree(language_model, embeds: Tensor, ids: Tensor, texts: Sequence[tup
     last = torch.tensor([start[-1] for start in starts if start], dtype=torch.long, device=embeds.device)
     words = language_model.get_input_embeddings()(last).to(embeds.dtype)
     before = torch.tensor([[starts.get(text[:end], 0) for end in range(ids.shape[1])] for text in texts])
-    pieces = []
-    for rows in embeds.split(rows_per_chunk(language_model, P, 1, count, count, ids.numel(), chunk_size)):
+    chunk, pieces = rows_per_chunk(language_model, P, 1, count, count, ids.numel(), chunk_size), []
+    for rows in embeds.tensor_split(-(-len(embeds) // chunk) or 1):
         given = {name: one.expand(len(rows), *one.shape[1:]) for name, one in options.items()}
         sequence = torch.cat([rows, words.expand(len(rows), -1, -1)], dim=1)
         logits = run_language_model(language_model, sequence, count, **given).logits.float()
         step, token = before.to(logits.device), ids.to(logits.device)
-        total = torch.cat([few.logsumexp(dim=-1) for few in logits.split(16)])  # of all at once, it holds as much as they do
+        total = torch.cat([few.logsumexp(dim=-1) for few in logits.split(16)])  # few at once: it makes a copy of them
         pieces.append(logits[:, step, token] - total[:, step])
         del logits
     return torch.cat(pieces)

@@ -32,6 +32,7 @@ from devil_hf.evaluation.evaluator import FIGURES, EvaluationSettings, Evaluator
 from devil_hf.evaluation.results import Evaluation
 from devil_hf.evaluation.units.labels import null_label
 from devil_hf.folders import written
+from devil_hf.model.explaining_devil import INFORMED
 from devil_hf.model.pooling_devil import resolve_layers
 from devil_hf.questions.word_evidence import MOST_TILES, SentenceEvidence, explain_words
 from devil_hf.report.html import data_uri
@@ -93,12 +94,12 @@ class Page(Evaluator):
                 self.prefixes.append(self.model.ask(**inputs, layers=self.layers).cpu())
 
     def decides(self) -> dict[str, Any]:
-        """Images and layers, and what else is asked."""
+        """Images and layers, how maps are combined, and what else is asked."""
         asked = {name: getattr(self.settings, name) for name in ("split", "column", "map_places", "max_new_tokens")}
         others = [str(number) for number, _ in self.others]
         if isinstance(self.images, NumberedImages) and self.images.hashes is not None:
             others = list(self.images.hashes([number for number, _ in self.others]))
-        return {"images": self.images.name, "layers": self.layers, "others": combined(others), **asked}
+        return {"images": self.images.name, "layers": self.layers, "others": combined(others), "informed": INFORMED, **asked}
 
     def identity(self, key: str) -> str | None:
         """Of the image."""

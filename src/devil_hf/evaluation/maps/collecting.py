@@ -24,14 +24,14 @@ from devil_hf.evaluation.maps.combining import combine_maps, layer_evidence, map
 from devil_hf.evaluation.maps.gradcam import ClassMapper
 from devil_hf.evaluation.maps.measures import centre_prior, tile_crops
 from devil_hf.folders import written
-from devil_hf.model.explaining_devil import SMOOTHING, TEMPERATURE
+from devil_hf.model.explaining_devil import INFORMED
 from devil_hf.model.modeling_devil import DevilModel
 from devil_hf.model.pooling_devil import resolve_layers
 from devil_hf.model.processing_devil import DevilProcessor
 
 logger = logging.get_logger(f"transformers.{__name__}")
 
-DEFAULT_COMBINATION = "informed"  # points better than "mean" in the shapes world, and no worse on photographs
+DEFAULT_COMBINATION = "informed"  # points better than "mean" in the shapes world; on photographs not told apart
 CENTRE, RANDOM, GRADCAM = "centre prior", "random", "Grad-CAM"
 SHARES = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7)  # of the locations that insertion shows and deletion hides
 TILES = (2, 3, 4)  # images on one board of the multi-object game
@@ -122,7 +122,7 @@ def decisions(model: DevilModel, settings: MapSettings, classes: ClassMapper | N
         "layers": asked_layers(model, settings),
         "carrier": settings.carrier,
         "joint": settings.joint,
-        "informed": [TEMPERATURE, SMOOTHING],
+        "informed": INFORMED,
         "seed": settings.seed,
         "random_orders": "by image",
         "gradcam": _digest(*(", ".join(one) for one in classes.names)) if classes else False,
