@@ -35,6 +35,8 @@ def test_a_phrase_two_folders_and_a_layer_are_an_answer(folders, capsys, what):
         and 0.05 <= record["p_value"] <= 1
         and record["probe_right"] > 0.5
     )
+    judged = record["images_judged"], record["images_chosen_on"]
+    assert judged == (5, 5), "half of them; places are chosen in the image that they are removed from"
     assert len(record["drops"]) == (256 if what == "channels" else 5)
 
 

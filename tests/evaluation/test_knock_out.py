@@ -3,7 +3,7 @@
 import pytest
 
 from devil_hf.evaluation.evaluator import evaluate
-from devil_hf.evaluation.knock_out import KnockOutEvaluationSettings, KnockOutEvaluator
+from devil_hf.evaluation.knock_out import KINDS, KnockOutEvaluationSettings, KnockOutEvaluator
 from devil_hf.settings import make
 
 
@@ -22,7 +22,16 @@ def test_words_are_added_up_by_layer():
     with pytest.raises(ValueError, match="at least 20 scenes"):
         make(KnockOutEvaluationSettings, {"limit": 5}).validate()
     with pytest.raises(ValueError, match="there are 50 scenes"):
-        make(KnockOutEvaluationSettings, {"fit": 50}).validate()
+        make(KnockOutEvaluationSettings, {"fit": 50, "choose": 100}).validate()
+    assert evaluation.details["left_out"] == {"layer3": len(KINDS) - 2} and evaluation.settings["choose"] == 100
+
+
+def test_all_scenes_choose_where_there_are_few():
+    settings = make(KnockOutEvaluationSettings, {"fit": 50})
+    settings.validate()
+    evaluator = KnockOutEvaluator(settings)
+    evaluator.open()
+    assert evaluator.decides()["choose"] == 50
 
 
 @pytest.mark.slow

@@ -138,8 +138,12 @@ def test_a_probe_tells_what_its_labels_tell(model, pixel_values):
         ({"number": 0}, "number"),
         ({"draws": 0}, "draws"),
         ({"layer": "layer9"}, "layer9"),
-        ({"present": torch.zeros(1, 3)}, "must name an image"),
-        ({"present": torch.tensor([[1, 1, 0]]), "choosing": torch.tensor([1, 1, 0])}, "also of those that choose"),
+        ({"present": torch.zeros(1, 3)}, r"must name an image .* not for \['a dog'\]"),
+        ({"present": torch.ones(2, 3)}, r"expected \(1, 3\)"),
+        (
+            {"present": torch.tensor([[1, 1, 0]]), "choosing": torch.tensor([1, 1, 0])},
+            "among those that choose and among those that are judged",
+        ),
         ({"choosing": torch.ones(3)}, "some to judge"),
         ({"choosing": torch.tensor([1, 0])}, "some to judge"),
         ({"choosing": torch.tensor([1, 0, 0]), "what": "places"}, "leave choosing out"),
@@ -149,6 +153,15 @@ def test_a_probe_tells_what_its_labels_tell(model, pixel_values):
 def test_what_cannot_be_removed_is_said(model, processor, pixel_values, options, message):
     with pytest.raises(ValueError, match=message):
         ask(model, processor, pixel_values, **options)
+
+
+def test_images_are_chosen_by_lists_as_by_tensors(model, processor, pixel_values):
+    lists = ask(model, processor, pixel_values, choosing=[True, False, True], present=[[True, True, False]])
+    tensors = {"choosing": torch.tensor([True, False, True]), "present": torch.tensor([[True, True, False]])}
+    assert lists.fall == ask(model, processor, pixel_values, **tensors).fall
+    for name in ("choosing", "present"):
+        with pytest.raises(TypeError, match=f"{name} must be a tensor, an array or nested lists"):
+            ask(model, processor, pixel_values, **{name: [[True], [True, False]]})
 
 
 def test_a_word_that_the_language_model_does_not_know_is_refused(pixel_values):

@@ -86,8 +86,9 @@ def knock_out_of_folders(settings: KnockOutSettings) -> None:
         choosing=choosing,
     )
     chosen_on = 0 if choosing is None else int(choosing.sum())
-    text = _text(settings, found, told, len(shown) - chosen_on, chosen_on)
-    show(settings, found.as_record() | {"probe_right": right}, text)
+    judged = len(shown) - chosen_on
+    counts = {"images_chosen_on": chosen_on or judged, "images_judged": judged}  # places: each image by itself
+    show(settings, found.as_record() | {"probe_right": right} | counts, _text(settings, found, told, judged, chosen_on))
 
 
 def _text(settings: KnockOutSettings, found: "KnockOut", told: str, judged: int, chosen_on: int) -> str:

@@ -33,6 +33,7 @@ from devil_hf.statistics import Ratio, bootstrap_draws
 
 KINDS = {word: kind for kind, words in ATTRIBUTE_WORDS.items() for word in words}
 LEVEL, TIMES = 0.05, 3.0
+CHOOSE = 100  # scenes, of those that there are
 BESIDE = ("fall_of_random", "fall_of_least", "fall_of_others")
 
 
@@ -42,7 +43,7 @@ class KnockOutEvaluationSettings(EvaluationSettings):
 
     limit: int | None = option("scenes on which removals are judged, from the first on", 60)
     fit: int = option("scenes after those, on which the probes are fitted", 400, least=50)
-    choose: int = option("of these, from the first on, those on which the channels are chosen", 100, least=20)
+    choose: int | None = option("of these, from the first on, those that choose channels (default: 100, or all)", None, least=20)
     others: int = option("scenes after those, whose mean takes the place of what is removed", 100, least=1)
     layers: list[str] | None = option("names or indices of layers in which is removed (default: every one)", None)
     number: int | None = option("channels to remove (default: one in twenty)", None, least=1)
@@ -56,7 +57,7 @@ class KnockOutEvaluationSettings(EvaluationSettings):
         super().validate()
         if self.limit is None or self.limit < 20:
             raise ValueError(f"--limit {self.limit}: at least 20 scenes are needed, so that each word is in some")
-        if self.choose > self.fit:
+        if self.choose is not None and self.choose > self.fit:
             raise ValueError(f"--choose {self.choose}: there are {self.fit} scenes (--fit) to choose on; lower it")
 
 
@@ -75,6 +76,7 @@ class KnockOutEvaluator(Evaluator):
         """The layers, which the model names."""
         settings = self.settings
         self.world = World(settings.limit + settings.fit + settings.others, settings.seed)
+        self.choose = min(CHOOSE, settings.fit) if settings.choose is None else settings.choose
         return self._layers()
 
     def _layers(self) -> Iterator[str]:
@@ -84,14 +86,14 @@ class KnockOutEvaluator(Evaluator):
 
     def decides(self) -> dict[str, Any]:
         """The world, and what is removed."""
-        names = ("seed", "limit", "fit", "choose", "others", "number", "draws")
-        return {"world": self.world.name} | {name: getattr(self.settings, name) for name in names}
+        names = ("seed", "limit", "fit", "others", "number", "draws")
+        return {"world": self.world.name, "choose": self.choose} | {name: getattr(self.settings, name) for name in names}
 
     def prepare(self) -> None:
         """Read the scenes, and fit the probes."""
         scenes = list(self.world.scenes())
         judged, fitted = self.settings.limit, self.settings.limit + self.settings.fit
-        asked = judged + self.settings.choose
+        asked = judged + self.choose
         self.choosing = torch.arange(asked) >= judged
         truth = torch.tensor([[word in scene.words[kind] for word, kind in KINDS.items()] for scene in scenes])
         self.pixels, self.others = self._pixels(scenes[:asked]), self._pixels(scenes[fitted:])
@@ -145,12 +147,19 @@ class KnockOutEvaluator(Evaluator):
             }
             intervals[layer] = {"ratio": ratio.interval(bootstrap_draws(len(found), seed=0))}
             beside[layer] = {name: float(np.mean([one[name.removeprefix("fall_of_")] for one in found])) for name in BESIDE}
+        left_out = {layer: len(KINDS) - len(words) for layer, words in rows.items()}  # in no scene that chooses, or is judged
         return Evaluation(
             title="Knock-outs",
             scores=scores,
             dataset={"name": self.world.label, "size": self.settings.limit},
-            settings={name: getattr(self.settings, name) for name in ("draws", "fit", "choose")} | {"phrase": f"{CARRIER} WORD"},
-            details={"intervals": intervals, "beside": beside, "words": dict(rows), "probes_right": self.right},
+            settings={"draws": self.settings.draws, "fit": self.settings.fit, "choose": self.choose, "phrase": f"{CARRIER} WORD"},
+            details={
+                "intervals": intervals,
+                "beside": beside,
+                "words": dict(rows),
+                "left_out": left_out,
+                "probes_right": self.right,
+            },
         )
 
     def text(self, evaluation: Evaluation) -> str:

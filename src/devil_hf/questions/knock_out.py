@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from devil_hf.model.modeling_devil import DevilModel
-from devil_hf.model.pooling_devil import read_number, resolve_layer
+from devil_hf.model.pooling_devil import read_number, read_tensor, resolve_layer
 from devil_hf.model.processing_devil import DevilProcessor
 from devil_hf.questions.phrases import known_phrases
 from devil_hf.statistics import two_samples
@@ -40,9 +40,10 @@ class KnockOut:
 
     Args:
         phrase: the phrase.
-        drops: (U,) for channels, (B, U) for places: nats of the phrase that are lost when one is put at its mean.
+        drops: nats of the phrase that are lost when one is put at its mean: (U,) for channels, means over the images that choose;
+            (B, U) for places.
         removed: (k,) or (B, k) positions of the highest drops.
-        fall: of the logit of the phrase's class, mean over the images, when these are removed.
+        fall: of the logit of the phrase's class, mean over the images that are judged, when these are removed.
         random: (draws,) falls when as many are removed at random.
         least: fall when those with the smallest drops, of either sign, are removed.
         others: mean fall of the logits of the other classes; None where there is one class.
@@ -95,8 +96,7 @@ def knock_out(
         classifier: `own_head`, a `LinearProbe`, or any other function of the model and pixel values that runs its backbone.
         layer: where is removed, by name or index.
         others: (M, 3, H, W) images whose mean takes the place of what is removed.
-        number: of channels or places to remove; None for one in twenty.
-        draws: of random removals.
+        number, draws: of channels or places to remove (None: one in twenty), and of random removals.
         present: (phrases, B) bool, which images each phrase is about; None for all.
         choosing: (B,) bool, images on which channels are chosen; the others are judged. None: all choose and are judged.
 
@@ -104,15 +104,16 @@ def knock_out(
         One `KnockOut` per phrase; random removals are the same for all.
 
     Raises:
-        ValueError: for numbers that do not fit, unknown words, phrases that are not about any image (that chooses, or is
-            judged), places that other images would choose, and layers that no hook reaches.
+        TypeError: for `present` and `choosing` that are no tensors.
+        ValueError: for numbers that do not fit, unknown words, phrases about no image (that chooses, or is judged), places that
+            other images would choose, and layers that no hook reaches.
     """
     index = resolve_layer(layer, model.layer_names)
     tokens = [known_phrases(model, processor, [phrase]) for phrase in phrases]
     if len(classes) != len(phrases):
         raise ValueError(f"{len(classes)} classes for {len(phrases)} phrases: give one each")
     choose, judge = _parts(choosing, what, len(pixel_values))
-    about = _about(present, len(phrases), choose, judge)
+    about = _about(present, phrases, choose, judge)
     maps = _maps(model, pixel_values, index)
     mean = _maps(model, others, index).mean(dim=(0, 2, 3))
     units = maps.shape[1] if what == "channels" else maps[0, 0].numel()
@@ -146,7 +147,7 @@ def _parts(choosing: Tensor | None, what: What, images: int) -> tuple[Tensor, Te
         return torch.ones(images).bool(), torch.ones(images).bool()
     if what == "places":
         raise ValueError("places are chosen in the image that they are removed from: leave choosing out")
-    choose = choosing.bool().cpu()
+    choose = read_tensor(choosing, "choosing").bool().cpu()
     if choose.shape != (images,) or choose.all() or not choose.any():
         raise ValueError(
             f"choosing of shape {tuple(choose.shape)} must leave some of {images} images to choose, and some to judge"
@@ -154,13 +155,17 @@ def _parts(choosing: Tensor | None, what: What, images: int) -> tuple[Tensor, Te
     return choose, ~choose
 
 
-def _about(present: Tensor | None, phrases: int, choose: Tensor, judge: Tensor) -> Tensor:
+def _about(present: Tensor | None, phrases: Sequence[str], choose: Tensor, judge: Tensor) -> Tensor:
     """(phrases, images) bool: which images each phrase is about."""
-    about = torch.ones(phrases, len(choose)).bool() if present is None else present.bool().cpu()
-    if about.shape != (phrases, len(choose)) or not all((about & part).any(dim=1).all() for part in (choose, judge)):
+    shape = (len(phrases), len(choose))
+    about = torch.ones(shape).bool() if present is None else read_tensor(present, "present").bool().cpu()
+    if about.shape != shape:
+        raise ValueError(f"present of shape {tuple(about.shape)}: expected {shape}, for every phrase and image")
+    there = torch.stack([(about & part).any(dim=1) for part in (choose, judge)]).all(dim=0).tolist()
+    if missing := [phrase for phrase, found in zip(phrases, there, strict=True) if not found]:
         raise ValueError(
-            f"present of shape {tuple(about.shape)} must name an image for each of {phrases} phrases, also of those that choose "
-            "and of those that are judged"
+            f"present must name an image for each phrase among those that choose and among those that are judged, which it does "
+            f"not for {missing}: leave them out, or give other images"
         )
     return about
 

@@ -268,13 +268,18 @@ class _Run:
         """Make sure that labels, and their evidence in the atlas, are of the model that checks them, and read as it reads."""
         before, now = labels["settings"], self.reading_of_texts()
         changed = [name for name in ("quantize", "carrier") if before.get(name) != now.get(name)]
-        other = [f"with {name}={before.get(name)!r}, not {now.get(name)!r}" for name in changed]
+        other = [
+            f"was made with {name}={before[name]!r}, not {now.get(name)!r}"
+            if name in before
+            else f"does not say with which {name} it was made, and {now[name]!r} is asked for"
+            for name in changed
+        ]
         if not other and labels["of"].get("weights") != fingerprint(self.model):
-            other = ["by a model of other weights"]
+            other = ["was made by a model of other weights"]
         if other:
             raise ValueError(
-                f"{self.folder / 'labels.json'} was made {' and '.join(other)}: check with the same, run the stage 'describe' "
-                "again, or judge these labels by this model with `devil evaluate units`"
+                f"{self.folder / 'labels.json'} {' and '.join(other)}: check with the same, run the stage 'describe' again, or "
+                "judge these labels by this model with `devil evaluate units`"
             )
 
     def check_origin(self, kept: ImageStream) -> None:
@@ -297,7 +302,9 @@ class _Run:
         labels = self.labels(exemplars)
         checks = _read(self.folder / "checks.json", "check") if (self.folder / "checks.json").is_file() else None
         own = [row["label"] for row in labels["units"]]
-        if checks is not None and (checks.get("of"), checks["labels"]) != (labels["of"], own):
+        if checks is not None and "of" not in checks:
+            raise ValueError(f"{self.folder / 'checks.json'} does not say which labels it is of: run the check again")
+        if checks is not None and (checks["of"], checks["labels"]) != (labels["of"], own):
             raise ValueError(f"{self.folder / 'checks.json'} checks other labels than labels.json holds: run the check again")
         names = self.objects.direction_names
         if self.settings.direction_names:
