@@ -61,6 +61,23 @@ def test_describing_imports_nothing_that_only_trains_or_evaluates():
     )
 
 
+@pytest.mark.parametrize("long", [True, False])
+def test_dead_objects_of_long_work_are_looked_for_from_its_beginning_on(long):
+    python(
+        "import gc, sys\nfrom dataclasses import dataclass\nfrom devil_hf.cli.main import main\n"
+        "from devil_hf.cli.verb import VERBS, Verb\n"
+        "@dataclass(kw_only=True)\nclass Settings:\n    pass\n"
+        "seen = []\n"
+        "run = lambda settings: seen.append(gc.get_threshold()[0])\n"
+        f"VERBS.register('work', Verb('work', 'work', 'devil work', lambda: Settings, run, long={long}))\n"
+        "sys.argv = ['devil', 'work']\n"
+        f"assert main() == 0 and (seen[0] < 100_000) == {long}, seen\n"
+        "gc.set_threshold(700)\n"
+        "gc.collect()\n"
+        "assert gc.get_threshold()[0] == 700  # what others have chosen stays\n"
+    )
+
+
 @pytest.mark.parametrize("order", [FIRST, SECOND], ids=["devil_hf first", "transformers first"])
 def test_with_the_package_imported_checkpoints_load_without_trust(order):
     python(order + LOADED)

@@ -1,4 +1,7 @@
-"""Lets every process of the tests search for dead objects rarely, and not at its end: half a million are imported, and stay."""
+"""Lets processes of the tests search for dead objects rarely, and not at their end: half a million are imported, and stay.
+
+Those that replace PYTHONPATH by their own do not get it.
+"""
 
 import atexit
 import gc

@@ -31,5 +31,6 @@ VERBS.register(
         "devil demo --port 7860",
         lambda: DemoSettings,
         demo,
+        long=True,
     ),
 )

@@ -14,7 +14,7 @@ def subjects() -> Mapping[str, Verb]:
     for name, one in EVALUATORS.items():
         summary = one.summary if name == one.name else f"the same as {one.name}"
         example = one.example.replace(f"evaluate {one.name}", f"evaluate {name}", 1)
-        found[name] = Verb(name, summary, example, partial(getattr, one, "Settings"), partial(run_and_print, name))
+        found[name] = Verb(name, summary, example, partial(getattr, one, "Settings"), partial(run_and_print, name), long=True)
     return found
 
 

@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     if argv is None:  # a process of its own, which imports thousands of modules that all stay
         gc.set_threshold(STARTED, *gc.get_threshold()[1:])
-        gc.callbacks.append(_search_more)
+        gc.callbacks.append(_search_often)
         atexit.register(gc.freeze)  # or they would all be searched several times once more before they go
     words = list(sys.argv[1:] if argv is None else argv)
     name = "devil " + next((word for word in words if not word.startswith("-")), "")
@@ -85,10 +85,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     return bounded(chosen[0].chosen[2], lambda: _run(chosen[0]), debug) if chosen else code
 
 
-def _search_more(phase: str, _: Any) -> None:
-    """After the first search for dead objects: a work that is as long as that may leave some."""
-    if phase == "stop":
-        gc.callbacks.remove(_search_more)
+def _search_often(*_: Any) -> None:
+    """Search for dead objects often from now on: where long work begins, or at the first search, which says that it is long."""
+    if gc.get_threshold()[0] == STARTED:
         gc.set_threshold(COLLECTED, *gc.get_threshold()[1:])
 
 
@@ -96,6 +95,8 @@ def _run(namespace: argparse.Namespace) -> int | None:
     verb, settings_class, _ = namespace.chosen
     settings = from_namespace(settings_class, namespace)
     set_verbosity(namespace.verbose)
+    if verb.long:
+        _search_often()
     return verb.run(settings)
 
 

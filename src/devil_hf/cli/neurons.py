@@ -26,5 +26,6 @@ VERBS.register(
         "devil neurons photos/ --output-dir atlas --checkpoint user/devil-resnet50-opt125m --layers layer4",
         settings,
         run,
+        long=True,
     ),
 )

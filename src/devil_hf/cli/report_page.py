@@ -30,5 +30,6 @@ REPORTS.register(
         "devil report page user/devil-resnet50-opt125m photos/ --output-dir report",
         page_settings,
         page,
+        long=True,
     ),
 )

@@ -25,5 +25,6 @@ VERBS.register(
         "devil train --config scripts/recipes/flickr8k_small.yaml --output-dir runs/flickr8k",
         settings,
         train,
+        long=True,
     ),
 )

@@ -37,6 +37,7 @@ class Verb:
         subjects: of a group: its members by name. A group has neither settings nor `run`.
         usual: the member that is meant where the command line begins with the name of none.
         notes: returns lines for `--help`, above the example.
+        long: whether its work lasts so long that dead objects are looked for from its beginning on, and not after the start.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Verb:
     subjects: "Callable[[], Mapping[str, Verb]] | None" = None
     usual: str | None = None
     notes: Callable[[], str] | None = None
+    long: bool = False
 
 
 VERBS: Registry[Verb] = Registry("verb", "devil_hf.cli")
