@@ -10,9 +10,9 @@ all layers, each layer, and the whole image), on the first ones they are judged:
 * `answered`: of questions with an answer, how many are not refused; `refused_absent`, `refused_left_out`: of those without one,
   how many are; `sure_absent`, `sure_left_out`: how many get an answer with a probability above .99 (`refused` and `sure` where a
   file has questions without an answer).
-* expected calibration error (ten bins of probability) of questions that are answered, before and after fitting. Few questions
-  make an error by themselves: beside it stands that of an answerer with the same probabilities, were they exact, and in how many
-  of such answerers the error is as large (p), where questions have nothing to do with each other.
+* expected calibration error (ten bins of probability) of questions that are answered, before and after fitting. Of few
+  questions even exact probabilities have one: beside it stands the mean error that the same probabilities would have, were they
+  exact, and the share of such draws whose error is as large (p), as if questions had nothing to do with each other.
 
 `--questions FILE` asks others: a JSON object on each line, such as {"image": "a.jpg", "question": "a photo of a {}",
 "choices": ["dog", "cat"], "answer": "dog"}, with images relative to the file, and null where no choice is true.
