@@ -120,6 +120,14 @@ def test_labels_and_their_check_are_of_one_model(model, processor, images, direc
         run("check", model)
     run("check", rounded)
     run("atlas", rounded)
+    otherwise = copy.deepcopy(processor)
+    otherwise.image_processor.image_std = [0.2, 0.3, 0.25]
+    for stage, text in (
+        ("exemplars", "exemplars of other settings: preprocessing is"),
+        ("check", r"labels\.json was made with other images of the model and its processor: check with the same"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            neurons(NeuronsSettings(**options, stage=stage), rounded, otherwise, images=pictures)
     assert json.loads((tmp_path / "atlas" / "atlas.json").read_text())["summary"]["labels"]["quantize"] == "int8"
     run("describe", model, carrier="the")
     with pytest.raises(ValueError, match=r"was made with carrier='the', not None"):

@@ -15,13 +15,13 @@ import torch
 from PIL import Image
 
 from devil_hf.checkpoints import locate
+from devil_hf.checkpoints.identity import fingerprint
 from devil_hf.checkpoints.loading import load
 from devil_hf.cli import main as cli
 from devil_hf.cli.quickstart import QuickstartSettings, recipe
 from devil_hf.data.shapes import make_scene
 from devil_hf.data.worlds import HELD_OUT_WORLD
 from devil_hf.evaluation.evaluator import evaluate
-from devil_hf.evaluation.results import fingerprint
 from devil_hf.evaluation.shapes import ShapesSettings
 from devil_hf.report.scenes import draw_pictures
 from devil_hf.settings import make, read_yaml

@@ -1,5 +1,7 @@
 """Exemplars of any network: the right images, the right quantiles, in one pass that can be stopped and shared."""
 
+import contextlib
+import copy
 import json
 import os
 import subprocess
@@ -140,6 +142,29 @@ def test_a_killed_pass_goes_on_and_gives_the_same(network, pictures, found, tmp_
             torch.testing.assert_close(again.tensors[layer][name], tensor)
     with pytest.raises(ValueError, match="k is 4, asked for 5"):
         find_exemplars(*arguments, k=5, batch_size=5)
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_exemplars_of_another_preprocessing_are_refused(finished, network, pictures, tmp_path):
+    backbone, processor = network
+    images = open_images(pictures)
+
+    def load(number):
+        if number == 13 and not finished:
+            raise KeyboardInterrupt
+        return pictures[number]
+
+    images.load = load
+    arguments = {"images": images, "output_dir": tmp_path, "k": 4, "batch_size": 5, "save_every": 5}
+    with contextlib.nullcontext() if finished else pytest.raises(KeyboardInterrupt):
+        find_exemplars(UnitReader(backbone), processor, **arguments)
+    finished = True
+    for name, value in {"image_mean": [0.1, 0.5, 0.5], "image_std": [0.1, 0.5, 0.5], "resample": 0}.items():
+        changed = copy.deepcopy(processor)
+        setattr(changed, name, value)
+        with pytest.raises(ValueError, match=f"exemplars of other settings: preprocessing is .*{name}"):
+            find_exemplars(UnitReader(backbone), changed, **arguments)
+    find_exemplars(UnitReader(backbone), processor, **arguments)
 
 
 @pytest.fixture

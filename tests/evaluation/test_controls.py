@@ -201,6 +201,11 @@ def test_maps_of_other_settings_are_not_taken_for_these(shipped, tmp_path, monke
     (tmp_path / "controls.jsonl").unlink()
     with pytest.raises(AssertionError, match="asked again"):
         run_controls(*shipped, 2, tmp_path, **options, phrases=["red", "blue", "green"])
+    (tmp_path / "controls.jsonl").unlink()
+    model, processor = shipped[0], copy.deepcopy(shipped[1])
+    processor.image_processor.resample = 0
+    with pytest.raises(AssertionError, match="asked again"):
+        run_controls(model, processor, 2, tmp_path, **options)
 
 
 def test_captioned_images_leave_out_what_cannot_be_used(tmp_path):

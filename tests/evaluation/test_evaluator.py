@@ -1,5 +1,6 @@
 """The contract of evaluations: one class is an evaluation with records, streams, weights and the one layout of results."""
 
+import copy
 import json
 import os
 import socket
@@ -9,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from devil_hf.checkpoints.identity import fingerprint
 from devil_hf.cli.main import main
 from devil_hf.evaluation.evaluator import EVALUATORS, EvaluationSettings, Evaluator, evaluate
-from devil_hf.evaluation.results import Evaluation, fingerprint, read_evaluations
+from devil_hf.evaluation.results import Evaluation, read_evaluations
 from devil_hf.evaluation.tables import SIGNED, table, with_interval
 from devil_hf.folders import CLAIM, FolderInUse
 from devil_hf.report.neurons import NeuronsSettings, neurons
@@ -84,14 +86,29 @@ def test_a_stopped_run_and_a_larger_limit_go_on(model, processor, tmp_path, aske
     assert asked == ["2 ccc", "3 dddd", "4 ee"]
 
 
+def test_rows_of_another_preprocessing_are_refused(model, processor, tmp_path, asked):
+    evaluate(Length, LengthSettings(output_dir=tmp_path, limit=2), model, processor)
+    changed = copy.deepcopy(processor)
+    changed.image_processor.image_std = [0.2, 0.3, 0.25]
+    with pytest.raises(ValueError, match=r"made with .'reading': .'images': .'image_std': .*, not .*another output folder"):
+        evaluate(Length, LengthSettings(output_dir=tmp_path), model, changed)
+    file, old = tmp_path / "records.jsonl", (tmp_path / "records.jsonl").read_text().splitlines()
+    begin = json.loads(old[0])
+    del begin["settings"]["reading"]  # as older versions wrote it
+    file.write_text("\n".join([json.dumps(begin), *old[1:]]) + "\n")
+    with pytest.raises(ValueError, match=r"made with .'reading': None., not"):
+        evaluate(Length, LengthSettings(output_dir=tmp_path), model, processor)
+    assert len(asked) == 2
+
+
 def test_the_weights_are_hashed_once(model, processor, tmp_path, monkeypatch):
     hashed = []
 
-    def counted(model):
+    def counted(model, processor):
         hashed.append(model)
-        return "0" * 64
+        return {"weights": "0" * 64}
 
-    monkeypatch.setattr("devil_hf.evaluation.evaluator.fingerprint", counted)
+    monkeypatch.setattr("devil_hf.evaluation.evaluator.known_by", counted)
     evaluate(Length, LengthSettings(output_dir=tmp_path), model, processor)
     assert len(hashed) == 1
 

@@ -14,8 +14,8 @@ from transformers import dynamic_module_utils
 
 import devil_hf.hub.publish
 from devil_hf import DevilModel
+from devil_hf.checkpoints.identity import fingerprint
 from devil_hf.cli.main import main
-from devil_hf.evaluation.results import fingerprint
 from devil_hf.hub.checks import check_code, check_weights
 from devil_hf.hub.contents import copy_checkpoint, is_outdated
 from devil_hf.hub.publish import prepare, push

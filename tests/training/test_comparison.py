@@ -1,6 +1,7 @@
 """Translators beside each other: one comparison file, one cache of features, one table."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -136,6 +137,29 @@ def test_a_comparison_evaluates_what_else_it_is_asked(comparison_file, tmp_path,
     asked.recipes = {"linear": asked.recipes["linear"]}
     with pytest.raises(ValueError, match=r"layers \['layer3'\], which no translator reads: \['layer4'\]"):
         compare(asked, [3], tmp_path / "runs")
+
+
+def test_a_checkpoint_that_was_changed_is_scored_again(comparison_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(comparison, "NEW_TOKENS", 4)
+    settings = {"source": "shapes:3", "layers": ["layer4"], "max_new_tokens": 4}
+    regions = {"evaluator": "regions", "settings": settings, "show": ["head_word"]}
+    content = yaml.safe_load(comparison_file.read_text())
+    comparison_file.write_text(yaml.safe_dump(content | {"evaluations": {"regions": regions}}))
+    asked = read_comparison(comparison_file)
+    asked.recipes = {"linear": asked.recipes["linear"]}
+    (before,) = compare(asked, [3], tmp_path / "runs")
+    folder = tmp_path / "runs/linear/seed_3"
+    file = folder / "checkpoint/processor_config.json"
+    changed = json.loads(file.read_text())
+    changed["image_processor"]["image_std"] = [0.01, 0.02, 0.03]
+    file.write_text(json.dumps(changed))
+    monkeypatch.setattr(comparison, "train", lambda recipe: pytest.fail("it was trained again"))
+    (after,) = compare(asked, [3], tmp_path / "runs")
+    assert after["checkpoint"] != before["checkpoint"] and len(list(folder.glob("regions_*"))) == 2
+    monkeypatch.setattr(comparison, "load", lambda path: pytest.fail("it was evaluated again"))
+    assert compare(asked, [3], tmp_path / "runs") == [after]
+    shutil.rmtree(folder / "checkpoint")
+    assert compare(asked, [3], tmp_path / "runs") == [after], "without its checkpoint, what is finished stays"
 
 
 def test_changed_images_are_scored_anew_and_never_taken_for_those_of_a_training(comparison_file, images, tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import resource
+import shutil
 import socket
 from pathlib import Path
 
@@ -170,6 +171,26 @@ def test_a_stopped_run_does_not_go_on_over_changed_data(kind, fields, images, tm
     with pytest.raises(ValueError, match=r"train_data have changed since .*checkpoint-2.*--output_dir"):
         train(Recipe(**fields))
     images[1].rotate(1).save(tmp_path / "train" / "1.png")  # as it was, and later
+    train(Recipe(**fields))
+
+
+def test_a_stopped_run_does_not_go_on_over_changed_frozen_parts(fields, sources, tmp_path, monkeypatch):
+    backbone = tmp_path / "backbone"
+    shutil.copytree(sources["backbone"], backbone)
+    fields |= {"backbone": str(backbone), "validation_data": []}
+    kill_at(monkeypatch, 3)  # after checkpoint 2
+    with pytest.raises(Killed):
+        train(Recipe(**fields))
+    fields["resume"] = True
+    before = (backbone / "config.json").read_text()
+    config = json.loads(before)
+    config["pretrained_cfg"]["std"] = [0.2, 0.3, 0.25]
+    (backbone / "config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        ValueError, match=r"weights, preprocessing or tokenizer of the frozen parts have changed since .*checkpoint-2"
+    ):
+        train(Recipe(**fields))
+    (backbone / "config.json").write_text(before)
     train(Recipe(**fields))
 
 

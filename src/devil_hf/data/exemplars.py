@@ -103,18 +103,13 @@ def _settings(
         broadcast_object_list(identity)
     return {
         "network": str(reader.backbone.config["source"]),
-        "weights_sha256": reader.fingerprint,
+        **reader.known(processor),
         "source": images.name,  # with limit, split and held-out part
         "images_sha256": identity[0],
         "layers": reader.layers,
         "k": k,
         "quantile": quantile,
         "activation": "maximum over locations",
-        "preprocessing": {
-            "crop": [int(processor.crop_size["height"]), int(processor.crop_size["width"])],
-            "crop_pct": processor.crop_pct,
-            "crop_mode": processor.crop_mode,
-        },
     }
 
 

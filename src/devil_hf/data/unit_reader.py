@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from devil_hf.build import backbone_from_source, image_processor_of
+from devil_hf.checkpoints.identity import network_identity, precision_of, preprocessing_of
 from devil_hf.data.images import ImageStream, NumberedImages
 from devil_hf.model.backbone_devil import FeatureBackbone
 from devil_hf.model.checkpoint_devil import weights_hash
@@ -53,8 +54,16 @@ class UnitReader:
         chosen = [backbone.layers[at] for at in resolve_layers(layers, backbone.layers)]
         self.layers = [name for name in chosen if channels or name in directions]
 
-    @property
-    def fingerprint(self) -> str:
+    def known(self, processor: DevilImageProcessor) -> dict[str, Any]:
+        """What decides the units' activations on an image that `processor` prepares, as JSON."""
+        return {
+            "weights_sha256": self._fingerprint(),
+            "network_settings": network_identity(self.backbone.config, self.layers),
+            "precision": precision_of(self.backbone),
+            "preprocessing": preprocessing_of(processor),
+        }
+
+    def _fingerprint(self) -> str:
         """A hash of the network's weights and of the directions."""
         extra = {f"{name}.direction": tensor for name, tensor in self.directions.items()}
         extra |= {f"{name}.bias": tensor for name, tensor in self.biases.items()}

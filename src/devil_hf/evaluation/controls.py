@@ -306,9 +306,7 @@ class ControlsEvaluator(Evaluator):
 
     def _map_file(self, condition: str) -> Path:
         # Maps of other settings, whose records were removed, must not be taken for these.
-        decided = json.dumps(
-            {"weights": self.weights, "images": self.data.identities[: self.mapped], **self.decides()}, sort_keys=True
-        )
+        decided = json.dumps(self.known | {"images": self.data.identities[: self.mapped]} | self.decides(), sort_keys=True)
         folder = Path(self.settings.output_dir) / "maps" / hashlib.sha256(decided.encode()).hexdigest()[:12]
         return folder / f"{condition}.safetensors"
 

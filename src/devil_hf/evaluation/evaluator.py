@@ -41,8 +41,9 @@ from typing import Any, ClassVar, Literal, cast
 from tqdm.auto import tqdm
 
 from devil_hf.checkpoints import SHAPES
+from devil_hf.checkpoints.identity import known_by
 from devil_hf.evaluation.records import Records
-from devil_hf.evaluation.results import CONTROLS, Evaluation, fingerprint
+from devil_hf.evaluation.results import CONTROLS, Evaluation
 from devil_hf.evaluation.tables import table
 from devil_hf.extras import needs
 from devil_hf.folders import claimed
@@ -89,7 +90,8 @@ class Evaluator(ABC):
         parallel: whether several processes may share its rows.
         unit: what a row is about, for the progress bar.
         model, processor: there from `prepare` on.
-        weights, records: fingerprint of the model, and rows by key that are known so far; on the main process only.
+        known: what the model and its processor are known by (`known_by`); on the main process only.
+        records: rows by key that are known so far; on the main process only.
         total: how many rows there will be, where `open` returns an iterator and it is known.
     """
 
@@ -107,7 +109,7 @@ class Evaluator(ABC):
 
     def __init__(self, settings: Any):
         self.settings = settings
-        self.weights: str | None = None
+        self.known: dict[str, Any] = {}
         self.records: Mapping[str, Any] = {}
         self.total: int | None = None
 
@@ -123,7 +125,7 @@ class Evaluator(ABC):
         """What needs the model and comes before the first row; weights may still change here."""
 
     def decides(self) -> dict[str, Any]:
-        """What decides the rows besides the weights, as JSON: a folder with rows of another decision is refused."""
+        """What decides the rows besides model and processor, as JSON: a folder with rows of another decision is refused."""
         return {}
 
     def identity(self, key: str) -> str | None:
@@ -199,10 +201,10 @@ def _evaluate(
     if state.num_processes > 1:
         run.model.to(state.device)
     run.prepare()
-    folder, weights, records = Path(run.settings.output_dir), None, None
+    folder, records = Path(run.settings.output_dir), None
     if state.is_main_process:
-        weights = run.weights = fingerprint(run.model)
-        records = Records(folder / run.records_file, {"weights": weights, **run.decides()})
+        run.known = known_by(run.model, run.processor)
+        records = Records(folder / run.records_file, run.known | run.decides())
         run.records = records.rows
     try:
         found = _collect(run, keys, records, state)
@@ -211,7 +213,7 @@ def _evaluate(
     if records is None:
         return None
     evaluation = run.score({key: records[key] for key in found})
-    evaluation.weights = weights
+    evaluation.weights = run.known["weights"]
     evaluation.write(folder / SCORES_FILE)
     if run.name in FIGURES:
         FIGURES[run.name](run, evaluation)

@@ -87,7 +87,17 @@ class Records:
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{self.path} is no record of an evaluation ({error}); give another file") from error
         if found != wanted:
-            names = sorted(name for name in {*found, *wanted} if found.get(name) != wanted.get(name))
-            was = {name: found.get(name) for name in names}
-            now = {name: wanted.get(name) for name in names}
+            was, now = _differing(found, wanted)
             raise ValueError(f"{self.path} was made with {was}, not {now}: give another output folder, or remove it")
+
+
+def _differing(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Those parts of two settings in which they differ, of nested ones too."""
+    was, now = dict[str, Any](), dict[str, Any]()
+    for name in sorted({*found, *wanted}):
+        old, new = found.get(name), wanted.get(name)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            old, new = _differing(old, new)
+        if old != new:
+            was[name], now[name] = old, new
+    return was, now

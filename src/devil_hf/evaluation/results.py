@@ -16,14 +16,13 @@
 Rows of `scores` are what was asked ("all" layers together, one layer, a combination of their maps), rows of `controls` the same
 measure without the features; more is better in every metric. Only `title` and `scores` must be there, and `dataset` may be a
 name. `verdict` is for evaluations that judge their controls themselves; `weights` says of which weights all this is true (see
-`fingerprint`), and no other model is published with it. A number that could not be had, or is not defined (CIDEr of one image,
-descriptions dealt to other images where there is one), is in no table: `missing` has the reason, by the name of the metric, of
-the row, or of both ("all: cider"). Elsewhere (`intervals`) it is null; no NaN is written. Other keys (`intervals`, the
-`model-index` of captions) are not read. A file may also hold a list of such objects. The first layout of `devil quickstart`,
-which the shipped checkpoint of the shapes world has, is read as well.
+`devil_hf.checkpoints.identity`), and no other model is published with it. A number that could not be had, or is not defined
+(CIDEr of one image, descriptions dealt to other images where there is one), is in no table: `missing` has the reason, by the
+name of the metric, of the row, or of both ("all: cider"). Elsewhere (`intervals`) it is null; no NaN is written. Other keys
+(`intervals`, the `model-index` of captions) are not read. A file may also hold a list of such objects. The first layout of
+`devil quickstart`, which the shipped checkpoint of the shapes world has, is read as well.
 """
 
-import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -34,11 +33,11 @@ from typing import Any
 
 from huggingface_hub import EvalResult
 
+from devil_hf.checkpoints.identity import fingerprint
 from devil_hf.data.worlds import HELD_OUT_WORLD, world_label
 from devil_hf.evaluation.maps.combining import map_combinations
 from devil_hf.evaluation.text.metrics import CAPTION_METRICS
 from devil_hf.folders import finite, write_json
-from devil_hf.model.checkpoint_devil import weights_hash
 from devil_hf.model.modeling_devil import DevilModel
 from devil_hf.text_files import read_results
 
@@ -189,15 +188,6 @@ def judge_controls(evaluations: Sequence[Evaluation]) -> ControlVerdict:
     return ControlVerdict(status, findings, sorted(run), missing)
 
 
-def fingerprint(model: DevilModel) -> str:
-    """SHA-256 of all weights, frozen ones too, in fp32: the same for a slim and a full checkpoint in fp32, and for fp16 weights
-    that were loaded as fp32. Rounding weights, or merging LoRA into them, makes another model."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(weights_hash({name: tensor.float()}).encode())  # one at a time: copies of all may not fit
-    return digest.hexdigest()
-
-
 def check_measured(evaluations: Iterable[Evaluation], model: DevilModel) -> None:
     """Raise a ValueError when an evaluation says that it was made with other weights than the model's; not all say it."""
     own = fingerprint(model)
@@ -312,7 +302,6 @@ __all__ = [
     "ControlVerdict",
     "Evaluation",
     "check_measured",
-    "fingerprint",
     "judge_controls",
     "metric_name",
     "read_evaluations",

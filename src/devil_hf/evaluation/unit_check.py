@@ -96,7 +96,7 @@ class UnitsEvaluator(Evaluator):
 
     def decides(self) -> dict[str, Any]:
         """The units, their labels, and the images."""
-        network = {"network": self.reader.fingerprint, "layers": self.reader.layers}
+        network = {"network": self.reader.known(self.reading), "layers": self.reader.layers}
         return {**network, "labels": self.unit_labels, "images": self.images.name, "carrier": self.settings.carrier}
 
     def identity(self, key: str) -> str | None:

@@ -15,6 +15,7 @@ from accelerate import PartialState
 from safetensors.torch import save_file
 from torch import Tensor
 
+from devil_hf.checkpoints.identity import known_by, preprocessing_of
 from devil_hf.checkpoints.loading import open_checkpoint
 from devil_hf.checkpoints.quantised import RoundedDevilModel
 from devil_hf.data.directions import read_directions
@@ -24,7 +25,6 @@ from devil_hf.data.images import ImageStream, open_images
 from devil_hf.data.unit_features import pool_units
 from devil_hf.data.unit_reader import UnitReader, open_network
 from devil_hf.data.worlds import usual_checkpoint
-from devil_hf.evaluation.results import fingerprint
 from devil_hf.evaluation.unit_check import CheckSettings, check_all
 from devil_hf.evaluation.units.labels import LabelSettings, label_units
 from devil_hf.evaluation.units.simulation import held_out_activations, held_out_evidence
@@ -214,7 +214,9 @@ class _Run:
         """The stage "describe": labels.json."""
         mode = self.settings.mode
         if mode is None:
-            same = exemplars.summary["weights_sha256"].partition("+")[0] == self.model.backbone.config["sha256"]
+            theirs, ours = exemplars.summary, preprocessing_of(self.processor.image_processor)
+            same = theirs["weights_sha256"].partition("+")[0] == self.model.backbone.config["sha256"]
+            same = same and theirs.get("preprocessing") == ours
             mode = "features" if same and set(exemplars.layers) <= set(self.model.layer_names) else "pixels"
         noted: dict[str, Any] = {"mode": mode, "strategy": self.settings.strategy}
         if self.settings.strategy == "rerank":
@@ -222,7 +224,7 @@ class _Run:
         noted |= self.reading_of_texts()
         pooled = pool_units(self.model, self.processor, exemplars, mode)
         rows = label_units(self.model, self.processor, pooled, **self.settings.choice())
-        of = {"exemplars": _digest(exemplars), "weights": fingerprint(self.model)}
+        of = {"exemplars": _digest(exemplars)} | known_by(self.model, self.processor)
         write_json(self.folder / "labels.json", {"settings": noted, "of": of, "units": rows})
 
     def check(self) -> None:
@@ -274,8 +276,12 @@ class _Run:
             else f"does not say with which {name} it was made, and {now[name]!r} is asked for"
             for name in changed
         ]
-        if not other and labels["of"].get("weights") != fingerprint(self.model):
+        known, of = known_by(self.model, self.processor), labels["of"]
+        if not other and of.get("weights") != known["weights"]:
             other = ["was made by a model of other weights"]
+        changed = [name for name, value in known["reading"].items() if of.get("reading", {}).get(name) != value]
+        if not other and changed:
+            other = [f"was made with other {' and '.join(changed)} of the model and its processor"]
         if other:
             raise ValueError(
                 f"{self.folder / 'labels.json'} {' and '.join(other)}: check with the same, run the stage 'describe' again, or "
@@ -285,7 +291,7 @@ class _Run:
     def check_origin(self, kept: ImageStream) -> None:
         """Make sure that the exemplars are of the same units, and not of images that the check sees."""
         found = ExemplarSet(self.folder / "exemplars").summary
-        asked: dict[str, Any] = {"weights_sha256": self.reader.fingerprint, "layers": self.reader.layers}
+        asked: dict[str, Any] = {"layers": self.reader.layers} | self.reader.known(self.reading)
         if self.check_source is None:
             asked["source"] = kept.name  # holds limit and split, and which images are held out
             asked["images_sha256"] = kept.identity
@@ -294,7 +300,8 @@ class _Run:
         if different:
             raise ValueError(
                 f"the exemplars in {self.folder} cannot be checked like this: {'; '.join(different)}. Name the same images, "
-                "held_out, limit, split, network and layers as for the exemplars, or check on other images (check_images)"
+                "held_out, limit, split, network and layers as for the exemplars, with the same preprocessing, or check on other "
+                "images (check_images)"
             )
 
     def write_atlas(self, exemplars: ExemplarSet) -> Path:

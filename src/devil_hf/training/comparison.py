@@ -23,10 +23,11 @@ from torch import Tensor
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
-from devil_hf.checkpoints.loading import load
+from devil_hf.checkpoints.identity import network_identity, preprocessing_of
+from devil_hf.checkpoints.loading import PROCESSOR_FILES, load
 from devil_hf.data.captioned import longest_description
 from devil_hf.data.decoding import BadSamples, PairDecoder
-from devil_hf.data.identity import PairIdentities, combined
+from devil_hf.data.identity import PairIdentities, combined, file_identity
 from devil_hf.data.pairs import REGION_KINDS, open_pairs
 from devil_hf.evaluation.evaluator import EVALUATORS, evaluate
 from devil_hf.evaluation.results import metric_name
@@ -195,15 +196,21 @@ def _check_same_run(recipe: Recipe, hashes: dict[str, dict[str, str]]) -> None:
 def run(
     name: str, recipe: Recipe, images: "EvaluationImages", comparison: Comparison, identities: Mapping[str, str]
 ) -> dict[str, Any]:
-    """One run, trained and scored as far as that is not done yet; `identities` are those of the comparison's evaluations."""
+    """One run, trained and scored as far as that is not done yet; `identities` are those of the comparison's evaluations.
+
+    Scores of another checkpoint than lies beside them by now are made again; without one, those that are finished stay.
+    """
     folder, state = Path(recipe.output_dir), PartialState()
     evaluation = {"data": images.sources, "decodings": comparison.decodings, "max_new_tokens": NEW_TOKENS}
     evaluation["data_sha256"] = images.identity
     evaluation |= {"evaluations": dict(identities)} if identities else {}
     digest = hashlib.sha256(json.dumps(evaluation, sort_keys=True).encode()).hexdigest()
-    file = folder / f"scores_{digest[:8]}.json"
+    file, checkpoint = folder / f"scores_{digest[:8]}.json", folder / CHECKPOINT_FOLDER
     if file.is_file():
-        return read_json(file)
+        result = read_json(file)
+        if not checkpoint.is_dir() or result.get("checkpoint") == _checkpoint_identity(checkpoint):
+            return result
+        logger.warning(f"{file} is not of the model and processor that {checkpoint} holds: they are scored again")
     with claimed(folder, "a comparison of translators", state.is_main_process):
         result = _run(name, recipe, images, comparison, evaluation)
         if state.is_main_process:  # the others do not have the scores of evaluations
@@ -225,11 +232,13 @@ def _run(
         logger.warning(f"training {name}, seed {recipe.seed}")
         train(recipe)
     model, processor = load(checkpoint)
+    known = _checkpoint_identity(checkpoint)
     texts = {column: images.describe(model, processor, options) for column, options in comparison.decodings.items()}
     references = images.captions
     return {
         "name": name,
         "seed": recipe.seed,
+        "checkpoint": known,
         "trained_parameters": sum(tensor.numel() for tensor in model.trainable_state_dict().values()),
         "evaluation": evaluation,
         **_training_record(folder),
@@ -238,14 +247,23 @@ def _run(
             for column, by_row in texts.items()
         },
         "evaluations": {
-            heading: _evaluated(
-                asked, model, processor, checkpoint, folder / f"{heading}_{evaluation['evaluations'][heading][:8]}"
-            )
+            heading: _evaluated(asked, model, processor, checkpoint, folder / f"{heading}_{_short(heading, known, evaluation)}")
             for heading, asked in comparison.evaluations.items()
         },
         "images": images.keys,
         "descriptions": texts,
     }
+
+
+def _checkpoint_identity(checkpoint: Path) -> str:
+    """Hash of a checkpoint by its small files: its configuration has the hash of the weights, which loading checks."""
+    files = sorted({file for pattern in PROCESSOR_FILES for file in checkpoint.glob(pattern)})
+    return combined([*(file.name for file in files), *map(file_identity, files)])
+
+
+def _short(heading: str, known: str, evaluation: Mapping[str, Any]) -> str:
+    """What is in the name of the folder where an evaluation of a checkpoint records its rows."""
+    return combined([evaluation["evaluations"][heading], known])[:8]
 
 
 def _evaluated(
@@ -317,8 +335,8 @@ class EvaluationImages:
 
     def features(self, model: DevilModel, processor: DevilProcessor) -> list[Tensor]:
         """Features of the whole images and of their places (`grounding.tile_regions`), (images, 1 + places, C_l) per layer."""
-        transform = processor.image_processor.to_json_string()
-        key = json.dumps([model.config.backbone_config["sha256"], model.layer_names, transform])
+        backbone = model.config.backbone_config
+        key = json.dumps([backbone["sha256"], network_identity(backbone), preprocessing_of(processor.image_processor)])
         if key not in self._features:
             self.keys, self.captions = [], []
             batches = [self._pool(model, pixel_values) for pixel_values in self._batches(processor)]

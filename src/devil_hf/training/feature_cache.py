@@ -7,6 +7,7 @@ stopped: shards appear whole or not at all.
 """
 
 import itertools
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -22,6 +23,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
+from devil_hf.checkpoints.identity import network_identity, preprocessing_of
 from devil_hf.data.decoding import PairDecoder
 from devil_hf.folders import claimed, need_room, write_json, written
 from devil_hf.model.modeling_devil import DevilModel
@@ -48,8 +50,9 @@ def cache_key(
     config = model.config
     return {
         "backbone_sha256": config.backbone_config["sha256"],
+        "backbone_built": network_identity(config.backbone_config, layers=()),
         "layers": model.layer_names,
-        "image_transform": processor.image_processor.to_json_string(),
+        "image_transform": image_transform(processor),
         "data": data,
         "location_dropout": [
             config.location_schedule,
@@ -62,6 +65,11 @@ def cache_key(
         "smallest_crop": smallest_crop if views > 1 else None,
         "seed": seed,
     }
+
+
+def image_transform(processor: DevilProcessor) -> str:
+    """The preprocessing as text."""
+    return json.dumps(preprocessing_of(processor.image_processor), indent=2, sort_keys=True) + "\n"
 
 
 def cached_features(
@@ -155,6 +163,7 @@ def cache_bytes(folder: Path, key: dict[str, Any], model: DevilModel, dataset: D
 
 def _check_key(folder: Path, content: dict[str, Any], wanted: dict[str, Any]) -> None:
     found = content["key"]
+    found = {"backbone_built": wanted["backbone_built"]} | found  # caches of before do not say it
     wrong = [name for name in wanted if found.get(name) != wanted[name]]
     if content["complete"] and set(wanted["layers"]) <= set(found.get("layers", ())):
         wrong = [name for name in wrong if name != "layers"]
@@ -295,4 +304,4 @@ class CachedFeatures:
         return {"pooled_features": features, "caption": self.captions[index][text]}
 
 
-__all__ = ["CachedFeatures", "StaleCache", "cache_bytes", "cache_key", "cached_features", "open_cache"]
+__all__ = ["CachedFeatures", "StaleCache", "cache_bytes", "cache_key", "cached_features", "image_transform", "open_cache"]

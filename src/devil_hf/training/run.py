@@ -23,6 +23,7 @@ from transformers.utils import logging
 from devil_hf.build import from_backbone_and_language_model, image_processor_of, merge_lora
 from devil_hf.build.lora_devil import LORA_DEFAULTS
 from devil_hf.build.sources import select_layers
+from devil_hf.checkpoints.identity import frozen_identity, network_identity
 from devil_hf.checkpoints.loading import load
 from devil_hf.checkpoints.publishing import HUB, PUBLISHERS
 from devil_hf.data.captioned import longest_caption
@@ -35,7 +36,7 @@ from devil_hf.model.processing_devil import DevilProcessor
 from devil_hf.settings import make, read_yaml
 from devil_hf.text_files import read_json
 from devil_hf.training.divergence import check_weights
-from devil_hf.training.feature_cache import CachedFeatures, cache_bytes, cache_key, cached_features, open_cache
+from devil_hf.training.feature_cache import CachedFeatures, cache_bytes, cache_key, cached_features, image_transform, open_cache
 from devil_hf.training.features import PooledCaptions, pooled_feature_draws
 from devil_hf.training.feed import CaptionStream, ImageTable, sees_with
 from devil_hf.training.needed import check_sources
@@ -46,8 +47,18 @@ from devil_hf.training.trainer import DevilTrainer
 
 logger = logging.get_logger(f"transformers.{__name__}")
 
-DATA_FILE = "data.json"  # in the checkpoints of a run: what its data were
-DECIDES = {"train_data": ("train_data",), "validation_data": ("validation_data", "validation_images")}  # which rows are hashed
+DATA_FILE = "data.json"  # in the checkpoints of a run: what its data and its frozen parts were
+FROZEN = "the frozen parts"
+CONTENT = {FROZEN: "weights, preprocessing or tokenizer"}
+# By what is hashed, the fields that say what it is.
+DECIDES = {
+    "train_data": ("train_data",),
+    "validation_data": ("validation_data", "validation_images"),
+    FROZEN: (
+        *("checkpoint", "backbone", "backbone_revision", "backbone_kwargs", "layers", "class_tokens", "resize"),
+        *("language_model", "language_model_revision", "tokenizer_revision"),
+    ),
+}
 ADAM_COPIES = 3  # the trained weights and two moments of each
 
 
@@ -88,7 +99,9 @@ def _train(recipe: Recipe, arguments: TrainingArguments, device: torch.device) -
     set_seed(recipe.seed)
     model, processor = build(recipe)
     dataset = open_pairs(recipe.train_data, recipe.seed, shuffle=False)
-    data = _known_data(recipe, dataset, newest)
+    data = _known_data(recipe, dataset, newest) | {FROZEN: frozen_identity(model, processor)}
+    if newest:
+        check_data(recipe, {FROZEN: data[FROZEN]}, Path(newest))
     key = _cache_key(recipe, model, processor, data)
     _check_saving(recipe, model, cache_bytes(Path(recipe.cache_features), key, model, dataset) if key else 0)
     if key:
@@ -238,10 +251,10 @@ def data_hashes(recipe: Recipe, dataset: Dataset | IterableDataset | None = None
 
 
 def check_data(recipe: Recipe, hashes: Mapping[str, str], newest: Path) -> None:
-    """Raise a ValueError when the data of a run are not those that its newest checkpoint was trained on.
+    """Raise a ValueError when the data or frozen parts of a run are not those that its newest checkpoint was trained on.
 
     Args:
-        hashes: see `data_hashes`. What the recipe asks for otherwise than before is not compared.
+        hashes: see `data_hashes` and `frozen_identity`. What the recipe asks for otherwise than before is not compared.
     """
     file = newest / DATA_FILE
     if not file.is_file():
@@ -251,8 +264,8 @@ def check_data(recipe: Recipe, hashes: Mapping[str, str], newest: Path) -> None:
         asked_as_before = all(fields[field] == getattr(recipe, field) for field in DECIDES[name])
         if asked_as_before and before.get(name, now) != now:
             raise ValueError(
-                f"the images or captions of {name} have changed since {newest}: going on would be another run. Give the data "
-                f"back, name another --output_dir, or remove {file} to go on with them as they are."
+                f"the {CONTENT.get(name, 'images or captions')} of {name} have changed since {newest}: going on would be another "
+                f"run. Give them back, name another --output_dir, or remove {file} to go on with them as they are."
             )
 
 
@@ -295,7 +308,8 @@ def kept_validation_features(
     """
     state = PartialState()
     key = [data, recipe.validation_data, recipe.validation_images, recipe.bad_samples, model.layer_names]
-    key += [model.config.backbone_config["sha256"], processor.image_processor.to_json_string()]
+    backbone = model.config.backbone_config
+    key += [backbone["sha256"], network_identity(backbone), image_transform(processor)]
     digest = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()[:12]
     name = f"validation-{digest}-{state.process_index}-of-{state.num_processes}.safetensors"
     file = _place(name, recipe)
