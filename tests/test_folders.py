@@ -228,3 +228,24 @@ def test_numbers_that_json_has_no_word_for_are_null(tmp_path):
     write_json(tmp_path / "a.json", {"a": [float("nan"), (float("inf"), 1.5)], "b": 2})
     text = (tmp_path / "a.json").read_text()
     assert json.loads(text, parse_constant=pytest.fail) == {"a": [None, [None, 1.5]], "b": 2}
+
+
+def test_a_folder_where_nothing_can_be_written_is_named_with_a_remedy(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    for place, error in ((tmp_path / "file", FileExistsError), (tmp_path / "file" / "below", NotADirectoryError)):
+        with (
+            pytest.raises(error, match=rf"written to the folder {place} \(a file is there\): name another"),
+            claimed(place, "work"),
+        ):
+            pass
+    monkeypatch.setattr("os.access", lambda *_: False)
+    with pytest.raises(PermissionError, match=r"somebody else.*name another"), claimed(tmp_path, "work"):
+        pass
+    monkeypatch.undo()
+
+    def full(self, *_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("pathlib.Path.mkdir", full)
+    with pytest.raises(DiskFull, match="the disk is full"), claimed(tmp_path / "new", "work"):
+        pass

@@ -78,7 +78,15 @@ def claimed(folder: str | os.PathLike, work: str, mine: bool = True) -> Iterator
 
 def _claim(place: Path, work: str) -> str:
     """Claim a folder; the token of the claim."""
-    place.mkdir(parents=True, exist_ok=True)
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        if not os.access(place, os.W_OK | os.X_OK):
+            raise PermissionError("it belongs to somebody else, or its disk is only read")
+    except OSError as error:
+        if is_full(error):
+            raise _told(error, place) from error
+        why = "a file is there" if isinstance(error, FileExistsError | NotADirectoryError) else error.strerror or error
+        raise type(error)(f"nothing can be written to the folder {place} ({why}): name another one") from error
     token = uuid.uuid4().hex
     own = {"pid": os.getpid(), "host": socket.gethostname(), "started": _start_of(os.getpid()), "token": token}
     own |= {"job": _slurm_job(), "work": work, "since": time.strftime("%Y-%m-%d %H:%M:%S")}

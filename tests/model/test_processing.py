@@ -260,6 +260,9 @@ def test_urls_are_fetched(monkeypatch):
         (np.full((4, 4, 3), -3), ValueError, "0..255.*-3"),
         (np.full((4, 4, 3), "a"), TypeError, "must hold numbers"),
         ("no/such/image.jpg", FileNotFoundError, "no such file.*no/such/image.jpg"),
+        ("dogs", FileNotFoundError, "no such file.*'dogs'"),  # base64 text, of nothing
+        ("Gr\u00fcn.jpg", FileNotFoundError, "no such file.*Gr\u00fcn"),
+        ("", FileNotFoundError, "no such file.*''"),
     ],
 )
 def test_what_is_not_an_image_is_refused_with_its_value_and_a_remedy(image, error, message):

@@ -66,6 +66,10 @@ class MapsSettings(ObjectSettings):
         for name, least in (("boards", 0), ("seen", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"--{name} {getattr(self, name)} must be at least {least}")
+        if self.class_names and not self.gradcam:
+            raise ValueError(
+                f"--class-names {self.class_names} are of the classifier that --gradcam asks: add it, or leave them out"
+            )
 
 
 @EVALUATORS.register("maps")

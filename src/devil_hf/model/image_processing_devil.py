@@ -7,7 +7,6 @@ transparent becomes white. `CropGeometry` is the single place that knows where t
 """
 
 import base64
-import binascii
 import math
 import os
 from collections.abc import Sequence
@@ -18,7 +17,7 @@ from typing import Any, TypedDict
 import numpy as np
 import torch
 from huggingface_hub import get_session
-from PIL import Image, ImageCms, ImageOps
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 from transformers.image_processing_backends import PilBackend
 from transformers.image_processing_utils import BatchFeature
 from transformers.image_utils import SizeDict
@@ -148,8 +147,8 @@ def _open(source: str) -> Image.Image:
     encoded = source.split(",", 1)[-1] if source.startswith("data:image/") else source
     try:
         return Image.open(BytesIO(base64.b64decode(encoded, validate=True)))
-    except binascii.Error:
-        raise FileNotFoundError(f"no such file, and not a URL or base64 text: {source[:200]!r}") from None
+    except (ValueError, UnidentifiedImageError):  # many a word is base64 text, of nothing
+        raise FileNotFoundError(f"no such file, and not a URL or an image as base64 text: {source[:200]!r}") from None
 
 
 def load_images(images: ImageSource) -> list[Image.Image]:

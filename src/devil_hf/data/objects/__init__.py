@@ -5,7 +5,7 @@ image. A source is a file of this folder (or of another package) that registers 
 data (see `masks.py`), so that a mask is drawn when somebody asks for it, in any process.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -92,12 +92,14 @@ class ObjectSource:
         recognises: whether a text of the command line names such a source.
         read: (source, folder of the images or None, class names or None) -> its images that hold an object, none of them opened.
         files: (source, class names or None) -> the files and folders that decide what is read, images aside.
+        options: which of the two it knows.
     """
 
     what: str
     recognises: Callable[[str], bool]
     read: Callable[[str, str | PathLike | None, str | PathLike | None], list[LocalisedImage]]
     files: Callable[[str, str | PathLike | None], list[Path]] = lambda source, names: [Path(source)]
+    options: Collection[str] = ("images", "names")
 
 
 OBJECT_SOURCES: Registry[ObjectSource] = Registry("object source", "devil_hf.data.objects")
@@ -119,11 +121,14 @@ def open_localised(
 
     Raises:
         FileNotFoundError: if something named is not there.
-        ValueError: for a source that is none of these, or holds no object.
+        ValueError: for a source that is none of these, or holds no object, and for images or names that it does not need.
     """
     text = str(source)
     for kind in _kinds():
         if kind.recognises(text):
+            for option, value in (("images", images), ("names", names)):
+                if value is not None and option not in kind.options:
+                    raise ValueError(f"--{option} {value} is nothing that {text} ({kind.what}) needs: leave it out")
             found = kind.read(text, images, names)
             if not found:
                 raise ValueError(f"{text} names no object of any image")

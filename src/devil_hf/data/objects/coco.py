@@ -173,4 +173,4 @@ def _is_coco(text: str) -> bool:
     return text.endswith((".json", ".json.gz")) and Path(text).is_file()
 
 
-OBJECT_SOURCES.register("coco", ObjectSource("COCO instances JSON", _is_coco, read_coco))
+OBJECT_SOURCES.register("coco", ObjectSource("COCO instances JSON", _is_coco, read_coco, options=("images",)))

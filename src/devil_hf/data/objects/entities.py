@@ -240,7 +240,9 @@ def read_localised_entities(source: str, images: str | PathLike | None = None, n
 
 OBJECT_SOURCES.register(
     "entities",
-    ObjectSource("Flickr30k Entities folder", is_entities, read_localised_entities, lambda source, names: [_place(source)[0]]),
+    ObjectSource(
+        "Flickr30k Entities folder", is_entities, read_localised_entities, lambda source, names: [_place(source)[0]], ("images",)
+    ),
 )
 
 __all__ = ["Entity", "EntityImage", "is_entities", "read_entities", "read_localised_entities"]

@@ -71,5 +71,8 @@ def _voc_box(item: ElementTree.Element) -> tuple[float, ...]:
 
 
 OBJECT_SOURCES.register(
-    "voc", ObjectSource("VOC folder (with Annotations/)", lambda text: (Path(text) / "Annotations").is_dir(), read_voc)
+    "voc",
+    ObjectSource(
+        "VOC folder (with Annotations/)", lambda text: (Path(text) / "Annotations").is_dir(), read_voc, options=("images",)
+    ),
 )

@@ -43,4 +43,6 @@ def _names(item: SceneObject) -> tuple[str, ...]:
     )
 
 
-OBJECT_SOURCES.register(SHAPES, ObjectSource(f"{SHAPES}:COUNT:SEED", lambda text: text.partition(":")[0] == SHAPES, read_world))
+OBJECT_SOURCES.register(
+    SHAPES, ObjectSource(f"{SHAPES}:COUNT:SEED", lambda text: text.partition(":")[0] == SHAPES, read_world, options=())
+)
