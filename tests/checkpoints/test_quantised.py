@@ -71,10 +71,38 @@ def test_what_says_nothing_finite_is_told(model, pixel_values, phrases):
 
 def test_a_rounded_model_is_neither_saved_nor_trained(model, tmp_path):
     rounded = quantise(copy.deepcopy(model))
-    for refused in (lambda: rounded.save_pretrained(tmp_path), rounded.train, copy.deepcopy(rounded).train):
+    upload = lambda: rounded.push_to_hub("user/name")  # noqa: E731
+    for refused in (lambda: rounded.save_pretrained(tmp_path), upload, rounded.train, copy.deepcopy(rounded).train):
         with pytest.raises(ValueError, match="neither trained nor saved"):
             refused()
     assert not list(tmp_path.iterdir()) and not rounded.eval().training
+
+
+@pytest.mark.parametrize("columns", [1, 2, 3, 5, 17])
+@pytest.mark.parametrize("outputs", [1, 2, 7])
+@pytest.mark.parametrize("rows", [1, 2, 18])
+def test_layers_of_any_size_are_near_the_exact_ones(columns, outputs, rows):
+    torch.manual_seed(0)
+    exact, inputs = nn.Linear(columns, outputs), torch.randn(rows, columns)
+    if columns == 1:
+        with pytest.raises(ValueError, match="too few columns"):
+            Int8Linear(exact.weight, exact.bias)
+        return
+    with torch.no_grad():
+        found = Int8Linear(exact.weight, exact.bias)(inputs)
+        assert (found - exact(inputs)).abs().max() < 0.02 * (inputs.abs() @ exact.weight.abs().T).max()
+
+
+def test_a_layer_of_one_column_stays_exact(model):
+    other = copy.deepcopy(model)
+    other.translator.extra = nn.Linear(1, 3)
+    assert type(quantise(other).translator.extra) is nn.Linear
+
+
+def test_other_formats_than_it_was_made_for_are_refused(model, pixel_values):
+    for other in (torch.bfloat16, torch.float64):
+        with pytest.raises(ValueError, match=f"in fp32 on a CPU, and not in {other} on cpu"):
+            quantise(copy.deepcopy(model)).to(other).generate(pixel_values, max_new_tokens=2)
 
 
 def test_other_types_and_words_are_refused(model):

@@ -16,14 +16,15 @@ from devil_hf.model.checkpoint_devil import LORA_NAME
 from devil_hf.model.modeling_devil import DevilModel
 
 REFUSED = "is rounded: it answers, and is neither trained nor saved; load it without."
+LEAST = 2  # columns of weights
 LARGEST = 127  # of a symmetric whole number of 8 bits
 
 
 class Int8Linear(nn.Module):
-    """A linear layer (N, ..., I) -> (N, ..., O) with int8 weights.
+    """A linear layer (N, ..., I) -> (N, ..., O) with int8 weights, on a CPU in fp32 alone: a ValueError says so of others.
 
     Args:
-        weight: (O, I) in fp32.
+        weight: (O, I) in fp32, I of 2 or more: of one column, torch multiplies what lies behind it in memory.
         bias: (O,), or None.
     """
 
@@ -33,12 +34,17 @@ class Int8Linear(nn.Module):
 
     def __init__(self, weight: Tensor, bias: Tensor | None):
         super().__init__()
+        if weight.shape[1] < LEAST:
+            raise ValueError(f"weights {tuple(weight.shape)} have too few columns to be multiplied as whole numbers: {LEAST}")
         whole, scales = _rounded(weight.detach())
         self.register_buffer("weights", whole.t())
         self.register_buffer("scales", scales[:, 0])
         self.register_buffer("bias", None if bias is None else bias.detach())
 
     def forward(self, inputs: Tensor) -> Tensor:
+        if inputs.dtype != torch.float32 or inputs.device.type != "cpu":
+            asked = f"{inputs.dtype} on {inputs.device}"
+            raise ValueError(f"a model of quantize='int8' answers in fp32 on a CPU, and not in {asked}: load it without.")
         rows, scales = _rounded(inputs.flatten(0, -2))
         outputs = torch._int_mm(rows, self.weights) * scales
         outputs = outputs.mul_(self.scales) if self.bias is None else torch.addcmul(self.bias, outputs, self.scales)
@@ -64,6 +70,10 @@ class RoundedDevilModel(DevilModel):
         """Refuse saving."""
         raise ValueError(f"a model of quantize='int8' {REFUSED}")
 
+    def push_to_hub(self, *_arguments: Any, **_options: Any) -> None:  # type: ignore[override]
+        """Refuse publishing, before a repository is made for it."""
+        raise ValueError(f"a model of quantize='int8' {REFUSED}")
+
 
 def quantise(model: DevilModel) -> DevilModel:
     """Round the language model and the translator of a model, in place; adapters, embeddings and the backbone stay.
@@ -80,8 +90,10 @@ def quantise(model: DevilModel) -> DevilModel:
                 )
         for name, module in list(part.named_modules()):
             linear = isinstance(module, nn.Linear) and not isinstance(module, NonDynamicallyQuantizableLinear)
-            if LORA_NAME not in f".{name}" and (linear or isinstance(module, Conv1D)):
-                weight = module.weight if linear else module.weight.t()
+            if LORA_NAME in f".{name}" or not (linear or isinstance(module, Conv1D)):
+                continue
+            weight = module.weight if linear else module.weight.t()
+            if weight.shape[1] >= LEAST:
                 small = Int8Linear(weight, module.bias)
                 # The head's hooks check what comes out of it.
                 for before in module._forward_pre_hooks.values():

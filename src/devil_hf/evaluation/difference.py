@@ -71,6 +71,8 @@ class DifferenceSettings(EvaluationSettings):
         super().validate()
         if self.limit is None or self.limit < 40:
             raise ValueError(f"--limit {self.limit}: at least 40 scenes are needed, of which a split has half")
+        if len(set(self.attributes)) < len(self.attributes):
+            raise ValueError(f"--attributes {' '.join(self.attributes)} name one twice: leave it out")
 
 
 def redrawn(scene: Scene, attribute: str, rng: np.random.Generator) -> Scene:

@@ -64,8 +64,10 @@ class EmergenceSettings(ObjectSettings):
         read_groups(self.phrases)
         if self.limit is None:
             raise ValueError("--limit is needed: how many images are read")
-        if parse_world(self.source, self.limit) is not None and (self.images or self.names):
-            raise ValueError(f"--images and --names are of labelled images, and {self.source} draws its own: leave them out")
+        if parse_world(self.source, self.limit) is not None and (self.images or self.names or self.split):
+            raise ValueError(
+                f"--images, --names and --split are of labelled images, and {self.source} draws its own: leave them out"
+            )
         if self.carrier and not self.phrases:
             raise ValueError(f"--carrier {self.carrier} is read before --phrases: give some")
 

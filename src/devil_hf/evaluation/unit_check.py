@@ -18,6 +18,8 @@ from devil_hf.evaluation.evaluator import EVALUATORS, EvaluationSettings, Evalua
 from devil_hf.evaluation.results import CONTROLS, Evaluation
 from devil_hf.evaluation.tables import table
 from devil_hf.evaluation.units.simulation import (
+    FEWEST_PERMUTATIONS,
+    check_alpha,
     check_constant,
     check_labels,
     check_shuffled,
@@ -40,9 +42,13 @@ class CheckSettings:
     network: str | None = option("id or directory of the network (default: the checkpoint's own backbone)", None)
     split: str | None = option("of a caption folder or data set", None)
     column: str = option("of a data set, which holds the images", "image")
-    permutations: int = option("of the images", 2_000)
+    permutations: int = option("of the images", 2_000, least=FEWEST_PERMUTATIONS)
     alpha: float = option("false discovery rate", 0.05)
     seed: int = option("of the permutations and of the shuffled labels", 0)
+
+    def validate(self) -> None:
+        """Raise a ValueError for what can be seen to be wrong before anything is computed."""
+        check_alpha(self.alpha)
 
     def check(self) -> dict[str, Any]:
         """What decides the numbers of a check."""
@@ -58,6 +64,11 @@ class UnitsSettings(CheckSettings, EvaluationSettings):
     layers: list[str] | None = option("of the network, as the labels have them (default: those of the labels)", None)
     carrier: str | None = option('a neutral word read before each label, such as "the"', None)
     output_dir: Path = option("activations, evidence, and scores.json", Path("devil-units"))
+
+    def validate(self) -> None:
+        """See `EvaluationSettings.validate`."""
+        EvaluationSettings.validate(self)
+        CheckSettings.validate(self)
 
 
 @EVALUATORS.register("units")

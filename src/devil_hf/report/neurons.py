@@ -70,6 +70,7 @@ class NeuronsSettings(LayerSettings, LabelSettings, CheckSettings):
     def validate(self) -> None:
         """Raise a ValueError for what can be seen to be wrong before anything is computed."""
         super().validate()
+        CheckSettings.validate(self)
         if self.held_out == 1 or self.held_out < 0:
             raise ValueError(f"held_out={self.held_out}: keep every n-th image from the exemplars, n of 2 or more, or 0")
         if not 0 < self.quantile < 1:

@@ -26,7 +26,7 @@ from devil_hf.model.processing_devil import DevilProcessor
 from devil_hf.statistics import false_discovery
 
 POSITIVE_SHARE = 0.1
-FEWEST_IMAGES = 20
+FEWEST_IMAGES, FEWEST_PERMUTATIONS, LEAST_ALPHA = 20, 100, 0.001
 PHRASES = 256  # labels scored at once
 
 
@@ -84,6 +84,12 @@ def _by_length(
     return groups
 
 
+def check_alpha(alpha: float) -> None:
+    """Raise a ValueError for a share of false discoveries that lets every label pass, or asks for permutations without end."""
+    if not LEAST_ALPHA <= alpha < 1:
+        raise ValueError(f"alpha={alpha} is a share of false discoveries: it must lie between {LEAST_ALPHA} and 1, such as 0.05")
+
+
 def check_labels(
     activations: Tensor,
     evidence: Tensor,
@@ -107,8 +113,9 @@ def check_labels(
         Per unit `pearson`, `pearson_p`, `q` (of `pearson_p`, over the tested units), `auprc`, `auprc_p`, `passed`; None and
         False where not tested, or not defined: units that do the same at every image, and labels as likely at each.
     """
-    if permutations < 100:
-        raise ValueError(f"permutations={permutations} must be at least 100")
+    if permutations < FEWEST_PERMUTATIONS:
+        raise ValueError(f"permutations={permutations} must be at least {FEWEST_PERMUTATIONS}")
+    check_alpha(alpha)
     simulated = evidence - evidence.mean(dim=0) if len(labels) > 1 else evidence
     tested = [unit for unit, label in enumerate(unit_labels) if label]
     rows: list[dict] = [
