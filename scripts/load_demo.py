@@ -1,9 +1,9 @@
 """Many visitors at once on this machine: errors, latencies, and what the demo holds on to.
 
-Starts `devil demo` on loopback and lets clients ask without a pause: most ask places, descriptions and maps of scenes that they
-upload; the rest open the page and click, or send what is refused (layers and places that there are not, broken images, handmade
-requests). Prints a table of the server's memory, open handles and threads and of the files in its folder over the requests, and a
-line of JSON. Example: `python scripts/load_demo.py --clients 50 --requests 2000`.
+Starts `devil demo` on loopback and lets clients ask without a pause: most ask places, descriptions and maps of photographs, which
+they upload; the rest open the page and click, or send what is refused (layers and places that there are not, broken images,
+handmade requests). Prints a table of the server's memory, open handles and threads and of the files in its folder over the
+requests, and a line of JSON. Example: `python scripts/load_demo.py --clients 50 --requests 2000`.
 """
 
 import argparse
@@ -26,11 +26,9 @@ import numpy as np
 import psutil
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
-from PIL import Image
 
-from devil_hf.data.shapes import make_scene
-
-LAYERS = ("layer1", "layer2", "layer3", "layer4")
+EXAMPLES = Path(__file__).parents[1] / "src" / "devil_hf" / "demo" / "examples"
+LAYERS = ("blocks.2", "blocks.4", "blocks.6", "bn2")  # of `photos`, which answers about photographs
 ROWS = 20  # of the table
 KINDS = {"place": 0.45, "describe": 0.15, "maps": 0.05, "page": 0.1, "upload": 0.05, "refused": 0.2}
 
@@ -75,12 +73,8 @@ class Load:
 
     def __init__(self, address: str, server: psutil.Process, folder: Path):
         self.address, self.server, self.folder = address, server, folder
-        self.paths = []
-        for index in range(8):
-            path = folder / f"{index}.png"
-            Image.fromarray(make_scene(77, index).image).save(path)
-            self.paths.append(str(path))
-        self.broken = str(folder / "broken.png")
+        self.paths = [str(path) for path in sorted(EXAMPLES.glob("*.jpg"))]
+        self.broken = str(folder / "broken.jpg")
         Path(self.broken).write_bytes(Path(self.paths[0]).read_bytes()[:200])
         self.events = json.loads(urlopen(f"{address}/config").read())["dependencies"]
         self.lock = threading.Lock()
@@ -145,14 +139,14 @@ class Load:
                     self.errors.append(problem)
 
     def place(self, client: Client, rng: random.Random) -> None:
-        given = rng.choice(LAYERS), rng.uniform(0, 127), rng.uniform(0, 127)
+        given = rng.choice(LAYERS), rng.uniform(0, 255), rng.uniform(0, 255)
         client.predict(handle_file(rng.choice(self.paths)), *given, api_name="/describe_place")
 
     def describe(self, client: Client, rng: random.Random) -> None:
         client.predict(handle_file(rng.choice(self.paths)), api_name="/describe")
 
     def maps(self, client: Client, rng: random.Random) -> None:
-        client.predict(handle_file(rng.choice(self.paths)), "red, star", "the", api_name="/map_phrases")
+        client.predict(handle_file(rng.choice(self.paths)), "red, a cat", "a", api_name="/map_phrases")
 
     def page(self, client: Client, rng: random.Random) -> None:
         """A visit: the page is opened, and its layer is changed."""
@@ -179,7 +173,7 @@ class Load:
             if wrong == 0:
                 client.predict(image, "no_layer", 1, 1, api_name="/describe_place")
             elif wrong == 1:
-                client.predict(image, "layer1", 1e9, -1, api_name="/describe_place")
+                client.predict(image, LAYERS[0], 1e9, -1, api_name="/describe_place")
             elif wrong == 2:
                 client.predict(handle_file(self.broken), api_name="/describe")
             elif wrong == 3:

@@ -42,6 +42,15 @@ def test_rows_that_end_leave_and_change_nothing(model, family, monkeypatch):
 
 
 @torch.no_grad()
+def test_equal_prefixes_are_decoded_once(model):
+    prefix = torch.randn(3, model.config.prefix_length, model.get_input_embeddings().weight.shape[1])
+    order = torch.tensor([2, 0, 0, 1, 2, 2, 0])
+    found, read = rows_read(model, prefix[order], max_new_tokens=6)
+    assert max(read) == 3
+    assert torch.equal(found, model.decode(prefix, max_new_tokens=6)[order])
+
+
+@torch.no_grad()
 def test_what_is_more_than_greedy_goes_to_the_library_as_a_whole(model, monkeypatch):
     prefix = torch.randn(4, model.config.prefix_length, model.get_input_embeddings().weight.shape[1])
     staged = []

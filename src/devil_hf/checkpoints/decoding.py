@@ -1,4 +1,4 @@
-"""Greedy descriptions whose finished rows leave the batch.
+"""Greedy descriptions whose finished rows leave the batch, and whose equal prefixes are decoded once.
 
 The library decodes all rows of a batch until the last has ended, and descriptions of places are of three words or of twenty. So
 its `generate` is asked for a few tokens at a time, and goes on with the rows that have not ended, from its own cache. Whatever
@@ -49,6 +49,8 @@ def _in_stages(language_model: Any, inputs_embeds: Tensor, config: GenerationCon
     config.return_dict_in_generate, most = True, config.max_new_tokens
     ends = torch.as_tensor(config.eos_token_id, device=inputs_embeds.device).flatten()
     name = "cache" if "cache" in inspect.signature(language_model.forward).parameters else "past_key_values"
+    # Places of equal features, such as those of an even background, have equal descriptions.
+    inputs_embeds, same = inputs_embeds.unique(dim=0, return_inverse=True)
     words, rows = language_model.get_input_embeddings(), torch.arange(len(inputs_embeds), device=inputs_embeds.device)
     tokens = rows.new_full((len(rows), most), config.pad_token_id)
     done, cache = 0, dict[str, object]()
@@ -63,7 +65,7 @@ def _in_stages(language_model: Any, inputs_embeds: Tensor, config: GenerationCon
         rows, cache = rows[going], {name: output[name]}
         output[name].batch_select_indices(going.cpu())  # its layers may lie on several devices
         inputs_embeds = torch.cat([inputs_embeds[going], words(said[going]).to(inputs_embeds.dtype)], dim=1)
-    return tokens[:, :done]
+    return tokens[same, :done]
 
 
 __all__ = ["generate"]

@@ -120,9 +120,9 @@ class PhraseScorer:
 
     def layer_evidence(self, feature_maps: Sequence[Tensor | None], visible: Sequence[int]) -> Tensor:
         """(L, B, K) evidence of the phrases for the whole map of each layer alone, in nats per token over the null prefix."""
-        prefixes = [self.model.ask(layers=index, feature_maps=feature_maps) for index in visible]
-        scores = [self.model.score_checked(prefix, self.phrases).sum(dim=-1) for prefix in prefixes]
-        return self.measured(torch.stack(scores), "evidence")
+        prefixes = torch.cat([self.model.ask(layers=index, feature_maps=feature_maps) for index in visible])
+        scores = self.model.score_checked(prefixes, self.phrases).sum(dim=-1)
+        return self.measured(scores.unflatten(0, (len(visible), -1)), "evidence")
 
 
 class ExplainMixin:
@@ -252,8 +252,7 @@ class ExplainMixin:
         if evidence:
             if repeats > 1:
                 raise ValueError("evidence needs one sequence per question: leave out num_return_sequences.")
-            given, null = self.sequence_log_probs(prefix, sequences)
-            token_evidence = given - null
+            token_evidence = torch.sub(*self.sequence_log_probs(prefix, sequences))
         images, layers, locations = (column.repeat_interleave(repeats, dim=0) for column in columns)
         return DescribeOutput(sequences, images, layers, locations, token_evidence, self.layer_names)
 

@@ -18,7 +18,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 from .outputs_devil import ScoreOutput
 from .pooling_devil import read_number, read_tensor
 
-# Rows are scored in chunks that need about this much memory beside the weights.
+# Memory of a chunk beside the weights; phrases take a quarter on CPUs, which map anew what is larger each time.
 CHUNK_BYTES = 1 << 30
 BEGINNINGS = 256  # of phrases, read behind a prefix at once: each looks at all the others, and sees few of them
 
@@ -231,12 +231,13 @@ def rows_per_chunk(
     """
     if given is not None:
         return read_number(given, "chunk_size", 1)
-    config, (vocabulary, width) = language_model.config, language_model.get_input_embeddings().weight.shape
-    width, depth = getattr(config, "hidden_size", width), getattr(config, "num_hidden_layers", 12)
+    config, words = language_model.config, language_model.get_input_embeddings().weight
+    width, depth = getattr(config, "hidden_size", words.shape[1]), getattr(config, "num_hidden_layers", 12)
     # Keys and values of every phrase (copied once when they grow), activations of one layer, logits and their fp32 copy.
-    numbers = phrases * ((4 * depth + 16) * width * (prefix_length + phrase_length) + 2 * vocabulary * logits)
+    numbers = phrases * ((4 * depth + 16) * width * (prefix_length + phrase_length) + 2 * len(words) * logits)
+    room = CHUNK_BYTES // 4 if logits > 1 and words.device.type == "cpu" else CHUNK_BYTES
     # An answer is read, has a normaliser taken away, is masked and joined with those of other phrases.
-    return max(1, CHUNK_BYTES // (4 * (numbers + 4 * answers)))
+    return max(1, room // (4 * (numbers + 4 * answers)))
 
 
 class EvidenceGuidance(LogitsProcessor):
