@@ -261,10 +261,11 @@ def main():
 def print_report(report: dict, within: str = ""):
     """A line for each figure; those of a part behind its name."""
     for name, value in report.items():
+        whole = f"{within}{name}"  # the name may be a number
         if isinstance(value, dict):
-            print_report(value, f"{within}{name} ")
+            print_report(value, f"{whole} ")
         else:
-            print(f"{within + name:44} {value:.4g}" if isinstance(value, float) else f"{within + name:44} {value}")
+            print(f"{whole:44} {value:.4g}" if isinstance(value, float) else f"{whole:44} {value}")
 
 
 if __name__ == "__main__":
