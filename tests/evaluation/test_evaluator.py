@@ -101,6 +101,20 @@ def test_rows_of_another_preprocessing_are_refused(model, processor, tmp_path, a
     assert len(asked) == 2
 
 
+def test_scores_of_another_evaluator_are_not_written_over(model, processor, tmp_path, asked):
+    class Other(Length):
+        name, records_file = "other", "other.jsonl"
+
+    evaluate(Length, LengthSettings(output_dir=tmp_path), model, processor)
+    before = (tmp_path / "scores.json").read_bytes()
+    asked.clear()
+    with pytest.raises(ValueError, match=r"scores\.json has the scores of the evaluation 'length': give another output folder"):
+        evaluate(Other, LengthSettings(output_dir=tmp_path), model, processor)
+    assert (tmp_path / "scores.json").read_bytes() == before and not asked
+    (tmp_path / "records.jsonl").unlink()
+    evaluate(Length, LengthSettings(output_dir=tmp_path), model, processor)  # its own are made again
+
+
 def test_the_weights_are_hashed_once(model, processor, tmp_path, monkeypatch):
     hashed = []
 

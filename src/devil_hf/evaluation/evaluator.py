@@ -51,6 +51,7 @@ from devil_hf.model.modeling_devil import DevilModel
 from devil_hf.model.processing_devil import DevilProcessor
 from devil_hf.registry import Registry
 from devil_hf.settings import JsonSettings, checked, option
+from devil_hf.text_files import read_json
 
 EVALUATORS: Registry[type["Evaluator"]] = Registry("evaluator", "devil_hf.evaluation")
 # Pictures of results, by the name of the evaluator, are drawn by a room above this one.
@@ -178,7 +179,8 @@ def evaluate(
         processes other than the main one, None.
 
     Raises:
-        ValueError: for settings, data or layers that are not there, and when the folder holds rows of another decision.
+        ValueError: for settings, data or layers that are not there, and when the folder holds rows of another decision, or
+            scores of another evaluator.
         FolderInUse: when another run works in the output folder.
     """
     needs("accelerate", "evaluate")
@@ -191,6 +193,7 @@ def evaluate(
         raise ValueError(f"the evaluation {kind.name!r} cannot be shared: run it on one process")
     keys = run.open()  # before anything is written
     with claimed(run.settings.output_dir, f"devil {kind.verb} {kind.name}", state.is_main_process):
+        _check_scores(run)
         return _evaluate(run, keys, model, processor, state)
 
 
@@ -214,12 +217,23 @@ def _evaluate(
         return None
     evaluation = run.score({key: records[key] for key in found})
     evaluation.weights = run.known["weights"]
+    evaluation.details["evaluator"] = run.name
     evaluation.write(folder / SCORES_FILE)
     if run.name in FIGURES:
         FIGURES[run.name](run, evaluation)
     evaluation.text = "\n".join([run.text(evaluation), *evaluation.reasons])
     evaluation.exit_code = run.exit_code(evaluation)
     return evaluation
+
+
+def _check_scores(run: Evaluator) -> None:
+    """Raise a ValueError for scores of another evaluator, which these would take the place of."""
+    file = Path(run.settings.output_dir) / SCORES_FILE
+    if file.is_file():
+        found = read_json(file)
+        other = found.get("evaluator", run.name) if isinstance(found, dict) else run.name
+        if other != run.name:
+            raise ValueError(f"{file} has the scores of the evaluation {other!r}: give another output folder, or remove it")
 
 
 def run_and_print(name: str, settings: Any) -> int:
