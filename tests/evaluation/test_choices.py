@@ -56,7 +56,8 @@ def test_questions_of_a_file_are_asked_and_fitted(model, processor, images, tmp_
     assert {"accuracy", "answered", "refused", "sure"} == set(evaluation.scores["all"])
     found = Calibration.read(tmp_path / "out" / "calibration.json")
     assert found.grid == 2 and found.questions == 4 and set(found.scales) == set(evaluation.scores)
-    found.check(model)
+    found.check(model, processor)
+    assert found.preprocessing["image_mean"] == list(processor.image_processor.image_mean)
     assert (tmp_path / "out" / "reliability.png").is_file()
     with pytest.raises(ValueError, match=r"asks 4 images, fewer than --limit 3 and --fit 2"):
         evaluate("choices", make(ChoicesSettings, settings | {"limit": 3}), model, processor)

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from devil_hf.checkpoints.identity import preprocessing_of
 from devil_hf.questions.choices import ALL, NONE_BETTER, NONE_WRONG, WHOLE, Calibration, Scale, ask, fit_scale, part_hashes
 from devil_hf.questions.grounding import tile_regions
 
@@ -161,7 +162,15 @@ def test_a_calibration_is_for_its_parts_its_layers_and_its_places(model, process
         with pytest.raises(ValueError, match=rf"another {part} \(00000000\)"):
             ask(model, processor, images[0], QUESTION, CHOICES, calibration=other)
     with pytest.raises(ValueError, match="or of another precision than bfloat16"):
-        own.check(copy.deepcopy(model).to(torch.bfloat16))
+        own.check(copy.deepcopy(model).to(torch.bfloat16), processor)
+    own_images = preprocessing_of(processor.image_processor)
+    known = Calibration(scales, 2, "tests", 10, **part_hashes(model), preprocessing=own_images)
+    known.write(tmp_path / "calibration.json")
+    Calibration.read(tmp_path / "calibration.json").check(model, processor)
+    changed = copy.deepcopy(processor)
+    changed.image_processor.image_std = [0.2, 0.3, 0.25]
+    with pytest.raises(ValueError, match=r"of another preprocessing .* fit one by devil evaluate choices"):
+        ask(model, changed, images[0], QUESTION, CHOICES, calibration=known)
     unfitted = Calibration({ALL: Scale(0.5, -90.0, NONE_WRONG)}, 2, "tests", 10, **part_hashes(model))
     (bounded,) = ask(model, processor, images[0], QUESTION, CHOICES, calibration=unfitted)
     assert not bounded.calibrated and bounded.bound == NONE_WRONG and bounded.probabilities == fitted.probabilities

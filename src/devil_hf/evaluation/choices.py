@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from devil_hf.checkpoints.identity import preprocessing_of
 from devil_hf.data.identity import file_identity
 from devil_hf.data.shapes import ATTRIBUTE_WORDS, Scene
 from devil_hf.data.worlds import HELD_OUT_WORLD, World
@@ -246,7 +247,8 @@ class ChoicesEvaluator(Evaluator):
 
     def _write(self, scales: dict[str, Scale], questions: int) -> None:
         on = f"{self._label()}, {self.settings.fit} images from number {self.settings.limit} on"
-        found = Calibration(scales, self.settings.grid, on, questions, **part_hashes(self.model))
+        images = preprocessing_of(self.processor.image_processor)
+        found = Calibration(scales, self.settings.grid, on, questions, **part_hashes(self.model), preprocessing=images)
         found.write(Path(self.settings.output_dir) / CALIBRATION_FILE)
 
     def text(self, evaluation: Evaluation) -> str:

@@ -138,7 +138,7 @@ def prepare(
     pictures = [] if images is None else [picture.copy() for picture in load_images(images)]
     model, processor = _stage(checkpoint, processor, folder, slim)
     evaluations = [evaluation for path in score_files(folder) for evaluation in read_evaluations(path)] + given
-    _check_measured(evaluations, Calibration.beside(folder), checkpoint)
+    _check_measured(evaluations, Calibration.beside(folder), checkpoint, processor)
     recipe = folder / RECIPE_FILE
     facts = Facts(
         repo_id=repo_id,
@@ -158,9 +158,12 @@ def prepare(
 
 
 def _check_measured(
-    evaluations: Sequence[Evaluation], calibration: Calibration | None, checkpoint: str | PathLike | DevilModel
+    evaluations: Sequence[Evaluation],
+    calibration: Calibration | None,
+    checkpoint: str | PathLike | DevilModel,
+    processor: DevilProcessor,
 ) -> None:
-    """Raise a ValueError for scores and a calibration of other weights."""
+    """Raise a ValueError for scores of other weights, and a calibration of others or of another preprocessing."""
     if calibration or any(evaluation.weights for evaluation in evaluations):
         # As evaluations load it, in fp32: frozen parts of a slim checkpoint would be rounded to its own precision otherwise.
         if isinstance(checkpoint, str | PathLike):
@@ -169,7 +172,7 @@ def _check_measured(
             model = checkpoint
         check_measured(evaluations, model)
         if calibration:
-            calibration.check(model)
+            calibration.check(model, processor)
 
 
 def _stage(

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from transformers.utils import cached_file
 
+from devil_hf.checkpoints.identity import preprocessing_of
 from devil_hf.extras import needs
 from devil_hf.folders import write_json
 from devil_hf.model.checkpoint_devil import weights_hash
@@ -151,6 +152,7 @@ class Calibration:
         fitted_on: which images.
         questions: how many.
         translator, backbone: hashes of their weights.
+        preprocessing: of the images, as `preprocessing_of` has it; None in files of before, which do not say it.
     """
 
     scales: dict[str, Scale]
@@ -159,11 +161,14 @@ class Calibration:
     questions: int
     translator: str
     backbone: str
+    preprocessing: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         texts, numbers = (self.fitted_on, self.translator, self.backbone), (self.questions, self.grid)
         if not all(isinstance(one, str) for one in texts) or not all(type(one) is int and one > 0 for one in numbers):
             raise ValueError(f"{texts} must be texts, and {numbers} whole numbers")
+        if not isinstance(self.preprocessing, dict | None):
+            raise ValueError(f"preprocessing {self.preprocessing!r:.80} must be an object, or null")
         read_grid(self.grid)
 
     @classmethod
@@ -195,8 +200,15 @@ class Calibration:
         """Write it as JSON."""
         write_json(file, asdict(self))
 
-    def check(self, model: DevilModel) -> None:
-        """Raise a ValueError where the model has another translator or network than those that this was fitted for."""
+    def check(self, model: DevilModel, processor: DevilProcessor) -> None:
+        """Raise a ValueError where the model has another translator or network than those that this was fitted for, or the
+        processor makes other pixel values of an image."""
+        own_images = preprocessing_of(processor.image_processor)
+        if self.preprocessing not in (None, own_images):
+            raise ValueError(
+                f"the calibration is of another preprocessing ({self.preprocessing}) than this checkpoint's ({own_images}): fit "
+                "one by devil evaluate choices, or load it as it was"
+            )
         for part, own in part_hashes(model).items():
             if own != (fitted := getattr(self, part)):
                 dtype = next(getattr(model, part).parameters()).dtype
@@ -303,7 +315,7 @@ def ask(
     visible = resolve_layers(layers, model.layer_names)
     scale = None
     if calibration is not None:
-        calibration.check(model)
+        calibration.check(model, processor)
         scale = calibration.scale(visible, model.layer_names, grid)
     pixels = None if images is None else processor(images=images, return_tensors="pt")["pixel_values"]
     features = model.read_features(pixels, feature_maps, visible)
