@@ -30,7 +30,7 @@ from gradio_client.exceptions import AppError
 EXAMPLES = Path(__file__).parents[1] / "src" / "devil_hf" / "demo" / "examples"
 LAYERS = ("blocks.2", "blocks.4", "blocks.6", "bn2")  # of `photos`, which answers about photographs
 ROWS = 20  # of the table
-KINDS = {"place": 0.45, "describe": 0.15, "maps": 0.05, "page": 0.1, "upload": 0.05, "refused": 0.2}
+KINDS = {"place": 0.49, "describe": 0.15, "maps": 0.01, "page": 0.1, "upload": 0.05, "refused": 0.2}
 
 
 def main() -> None:
