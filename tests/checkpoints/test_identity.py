@@ -6,10 +6,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub.dataclasses import strict
+from transformers import CONFIG_MAPPING, ByT5Tokenizer, Dinov2Config, Dinov2Model, GPT2Config
 
 import devil_hf
+from devil_hf.build import backbone_from_source
 from devil_hf.build.lora_devil import add_lora
-from devil_hf.checkpoints.identity import fingerprint, frozen_identity, known_by, network_identity, reading_of
+from devil_hf.checkpoints.identity import (
+    fingerprint,
+    frozen_identity,
+    known_by,
+    network_identity,
+    reading_of,
+    settings_identity,
+    tokenizer_identity,
+)
 from devil_hf.checkpoints.loading import load
 from devil_hf.checkpoints.quantised import quantise
 from devil_hf.data.unit_reader import UnitReader
@@ -60,6 +71,7 @@ def test_every_part_of_the_tokenizer_counts_but_for_the_last_call(model, process
         ("settings", lambda model: setattr(model.config, "lora", {"rank": 2, "alpha": 3})),
         ("settings", lambda model: setattr(model.config, "bos_token_id", 5)),
         ("settings", lambda model: setattr(model.config.text_config, "n_head", 1)),
+        ("settings", lambda model: setattr(model.config.text_config, "layer_norm_epsilon", 0.1)),
         ("settings", lambda model: model.config.backbone_config["kwargs"].update(output_stride=8)),
         ("settings", lambda model: model.config.backbone_config["readers"][0].update(index=7)),
         ("settings", lambda model: model.config.backbone_config["layers"].reverse()),
@@ -79,6 +91,8 @@ def test_what_changes_no_answer_does_not_count(model, processor, tmp_path):
         setattr(other.config, name, value)
     other.config.backbone_config.update(source="elsewhere", revision="other")
     other.config.text_config._name_or_path = "elsewhere"
+    for name, value in {"resid_pdrop": 0.3, "use_cache": False, "initializer_range": 1.0, "summary_first_dropout": 0.2}.items():
+        setattr(other.config.text_config, name, value)
     assert known_by(other, processor) == before
     for slim in (False, True):
         model.save_pretrained(tmp_path / str(slim), slim=slim)
@@ -99,12 +113,55 @@ def test_the_frozen_parts_are_known_apart_from_what_is_trained(model, processor)
     with torch.no_grad():
         next(other.translator.parameters()).add_(1)
     assert frozen_identity(other, processor) == before
-    with torch.no_grad():
-        next(other.backbone.parameters()).add_(1)
+    other.config.backbone_config["sha256"] = "other"
+    assert frozen_identity(other, processor) != before
+    for name in ("backbone", "language_model"):
+        other = copy.deepcopy(model)
+        other.config.backbone_config["sha256"] = other.config.language_model_source = None  # nobody took their hashes
+        unknown = frozen_identity(other, processor)
+        with torch.no_grad():
+            next(getattr(other, name).parameters()).add_(1)
+        assert frozen_identity(other, processor) != unknown
+    other = copy.deepcopy(model)
+    other.config.text_config.n_head = 1
     assert frozen_identity(other, processor) != before
     changed = copy.deepcopy(processor)
     changed.image_processor.image_std = [0.2, 0.3, 0.25]
     assert frozen_identity(model, changed) != before
+
+
+def test_a_setting_that_a_library_adds_is_no_difference(model, monkeypatch):
+    @strict
+    class Newer(GPT2Config):
+        added: int = 3
+
+    before, config = settings_identity(model.config), copy.deepcopy(model.config)
+    monkeypatch.setitem(CONFIG_MAPPING._extra_content, "gpt2", Newer)
+    config.text_config = Newer(**model.config.text_config.to_dict())
+    assert settings_identity(config) == before
+    config.text_config.added = 4
+    assert settings_identity(config) != before
+
+
+def test_stages_of_a_network_are_known_as_layers(tmp_path):
+    sizes = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+    Dinov2Model(Dinov2Config(**sizes)).save_pretrained(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text('{"crop_size": {"height": 28, "width": 28}}')
+    one, two = (backbone_from_source(str(tmp_path), layers).config for layers in (["stage3"], ["stage1", "stage3"]))
+    assert one["model_config"]["out_features"] != two["model_config"]["out_features"]
+    assert network_identity(one) == network_identity(two, ["stage3"]) != network_identity(two)
+    other = copy.deepcopy(one)
+    other["model_config"]["layer_norm_eps"] = 0.1
+    assert network_identity(other, ()) != network_identity(one, ()) == network_identity(two, ())
+
+
+def test_a_slow_tokenizer_is_known_wherever_it_lies(tmp_path):
+    found = set()
+    for name in ("here", "there"):
+        ByT5Tokenizer().save_pretrained(tmp_path / name)
+        found.add(tokenizer_identity(ByT5Tokenizer.from_pretrained(tmp_path / name)))
+    assert len(found) == 1
+    assert tokenizer_identity(ByT5Tokenizer(extra_ids=7)) not in found
 
 
 def test_units_are_known_by_the_layers_that_are_read(model, processor):

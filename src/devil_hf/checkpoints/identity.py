@@ -8,15 +8,16 @@ a checkpoint says of itself, settings of training, and the device, of which only
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any, cast
 
 from torch import nn
-from transformers import PreTrainedConfig
+from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from devil_hf.model.checkpoint_devil import weights_hash
-from devil_hf.model.configuration_devil import DevilConfig
+from devil_hf.model.configuration_devil import UNDECLARED, DevilConfig
 from devil_hf.model.modeling_devil import DevilModel
 from devil_hf.model.processing_devil import DevilProcessor
 
@@ -40,8 +41,15 @@ UNREAD = {
 # Of a backbone: where it lies, which library wrote it, and what is known itself (its weights, its preprocessing, its layers).
 OF_PLACES = {"source", "revision", "sha256", "data_config", "transformers_version", "_name_or_path"}
 OF_LAYERS = {"layer_names", "layers", "channels", "readers"}
+# Of a library's configuration: what is of training, of tasks that nobody asks here, of what is returned, of stages (our layers).
+IDLE = re.compile(
+    r".*(dropout|_pdrop|drop_path_rate|drop_rate).*|initializer_.*|.*_initializer_.*|summary_.*|output_.*|use_cache|stage_names"
+    r"|out_features|out_indices|pretraining_tp"
+)
 OF_FILES = {"auto_map", "processor_class"}  # of an image processor
 OF_CALLS = {"truncation", "padding"}  # of a tokenizer: what the last call asked for
+# Of a tokenizer without a fast one: where it lies, and who wrote it.
+OF_ORIGIN = re.compile(r".*_files?(_.*)?|name_or_path|is_local|local_files_only|auto_map|processor_class|tokenizer_class|backend")
 
 
 def fingerprint(model: DevilModel) -> str:
@@ -59,11 +67,21 @@ def known_by(model: DevilModel, processor: DevilProcessor) -> dict[str, Any]:
 
 
 def frozen_identity(model: DevilModel, processor: DevilProcessor) -> str:
-    """Hash of what a training leaves as it is: the frozen weights, and how layers, images and texts are read."""
-    trained = model.trainable_state_dict()
-    weights = weights_hash({name: tensor for name, tensor in model.state_dict().items() if name not in trained})
-    reading = reading_of(model, processor)
-    return _hash([weights, network_identity(model.config.backbone_config), reading["images"], reading["texts"]])
+    """Hash of what a training leaves as it is: the frozen parts, and how layers, images and texts are read.
+
+    Weights are known by the hashes that were taken of them when the model was built; those without one are hashed here.
+    """
+    config, trained = cast(DevilConfig, model.config), model.trainable_state_dict()
+    parts = {"backbone": config.backbone_config, "language_model": config.language_model_source}
+    weights = {
+        name: (known or {}).get("sha256")
+        or weights_hash(
+            {key: one for key, one in model.state_dict().items() if key.startswith(f"{name}.") and key not in trained}
+        )
+        for name, known in parts.items()
+    }
+    networks = [config.backbone_config and network_identity(config.backbone_config), _text_settings(config)]
+    return _hash([weights, networks, preprocessing_of(processor.image_processor), tokenizer_identity(processor.tokenizer)])
 
 
 def reading_of(model: DevilModel, processor: DevilProcessor) -> dict[str, Any]:
@@ -99,6 +117,8 @@ def network_identity(backbone_config: Mapping[str, Any], layers: Sequence[str] |
         layers: names of those that count; None for all that it reads.
     """
     built = {name: _unplaced(value) for name, value in backbone_config.items() if name not in OF_PLACES | OF_LAYERS}
+    if settings := built.get("model_config"):
+        built["model_config"] = _library_settings(settings)
     read = zip(backbone_config["layers"], backbone_config["readers"], strict=True)
     return _hash([built, [[name, how] for name, how in read if layers is None or name in layers]])
 
@@ -111,11 +131,33 @@ def settings_identity(config: DevilConfig) -> str:
     """Hash of the fields of a configuration that an answer depends on."""
     own = {name: getattr(config, name) for name in DevilConfig.__annotations__ if name not in UNREAD}
     own["backbone_config"] = config.backbone_config and network_identity(config.backbone_config)
-    text, common = config.text_config, {field.name for field in fields(PreTrainedConfig)}
-    if text is not None:  # those that differ from the defaults: the next version of the library may know more
-        declared = {field.name for field in fields(type(text))} - common
-        own["text_config"] = {name: value for name, value in text.to_diff_dict().items() if name in declared | {"model_type"}}
+    own["text_config"] = _text_settings(config)
     return _hash(own)
+
+
+def _text_settings(config: DevilConfig) -> dict[str, Any] | None:
+    return config.text_config and _library_settings(json.loads(config.text_config.to_json_string(use_diff=False)))
+
+
+def _library_settings(given: Mapping[str, Any]) -> dict[str, Any]:
+    """What a configuration of transformers says otherwise than its class does by itself: what the library's next version adds to
+    the class, with a default, is no difference."""
+    kind = CONFIG_MAPPING[given["model_type"]] if given.get("model_type") in CONFIG_MAPPING else PreTrainedConfig
+    usual = json.loads(kind().to_json_string(use_diff=False))
+    declared = {field.name for field in fields(kind)} | {*UNDECLARED}
+    return {"model_type": given.get("model_type")} | _unusual({name: given[name] for name in declared & given.keys()}, usual)
+
+
+def _unusual(given: Mapping[str, Any], usual: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that are not as usual, of nested ones too."""
+    common, found = {field.name for field in fields(PreTrainedConfig)} | OF_PLACES, dict[str, Any]()
+    for name in sorted(given.keys() - common):
+        value, before = given[name], usual.get(name)
+        if isinstance(value, Mapping) and isinstance(before, Mapping):
+            value, before = _unusual(value, before), {}
+        if value != before and not IDLE.fullmatch(name):
+            found[name] = value
+    return found
 
 
 def tokenizer_identity(tokenizer: Any) -> str:
@@ -124,9 +166,10 @@ def tokenizer_identity(tokenizer: Any) -> str:
         state = json.loads(tokenizer.backend_tokenizer.to_str())
         known: Any = {name: value for name, value in state.items() if name not in OF_CALLS}
     else:
-        known = [type(tokenizer).__name__, sorted(tokenizer.get_vocab().items()), tokenizer.init_kwargs]
+        settings = {name: value for name, value in tokenizer.init_kwargs.items() if not OF_ORIGIN.fullmatch(name)}
+        known = [type(tokenizer).__name__, sorted(tokenizer.get_vocab().items()), settings]
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
-    return _hash([known, special, tokenizer.model_max_length])
+    return _hash([known, special, tokenizer.model_max_length, tokenizer.clean_up_tokenization_spaces])
 
 
 def _hash(known: Any) -> str:

@@ -224,7 +224,7 @@ def run_language_model(language_model, embeds: Tensor, keep: int, attention_mask
 def rows_per_chunk(
     language_model, prefix_length: int, phrases: int, phrase_length: int, logits: int = 1, answers: int = 0, given: Any = None
 ) -> int:
-    """How many prefixes can be scored or decoded at once within `CHUNK_BYTES`, by the shapes alone; `given` if not None.
+    """How many prefixes can be scored or decoded at once, by the shapes and `CHUNK_BYTES`; `given` if not None.
 
     A prefix is followed by so many phrases (or beams) of so many tokens; `logits` positions of each hold some, and so many
     `answers` stay of the prefix.
@@ -235,7 +235,7 @@ def rows_per_chunk(
     width, depth = getattr(config, "hidden_size", words.shape[1]), getattr(config, "num_hidden_layers", 12)
     # Keys and values of every phrase (copied once when they grow), activations of one layer, logits and their fp32 copy.
     numbers = phrases * ((4 * depth + 16) * width * (prefix_length + phrase_length) + 2 * len(words) * logits)
-    room = CHUNK_BYTES // 4 if logits > 1 and words.device.type == "cpu" else CHUNK_BYTES
+    room = CHUNK_BYTES // 4 if (answers or logits > 1) and words.device.type == "cpu" else CHUNK_BYTES
     # An answer is read, has a normaliser taken away, is masked and joined with those of other phrases.
     return max(1, room // (4 * (numbers + 4 * answers)))
 
