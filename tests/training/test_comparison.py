@@ -1,6 +1,7 @@
 """Translators beside each other: one comparison file, one cache of features, one table."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -158,8 +159,26 @@ def test_a_checkpoint_that_was_changed_is_scored_again(comparison_file, tmp_path
     assert after["checkpoint"] != before["checkpoint"] and len(list(folder.glob("regions_*"))) == 2
     monkeypatch.setattr(comparison, "load", lambda path: pytest.fail("it was evaluated again"))
     assert compare(asked, [3], tmp_path / "runs") == [after]
+    for file in (scores := next(folder.glob("scores_*.json"))), folder / "checkpoint/calibration.json":
+        file.write_text(json.dumps({name: part for name, part in after.items() if name != "checkpoint"}))
+    (without,) = compare(asked, [3], tmp_path / "runs")
+    assert "checkpoint" not in without, "results of before stay"
+    scores.write_text(json.dumps(after))
+    assert compare(asked, [3], tmp_path / "runs") == [after], "what lies beside a checkpoint does not count"
     shutil.rmtree(folder / "checkpoint")
     assert compare(asked, [3], tmp_path / "runs") == [after], "without its checkpoint, what is finished stays"
+
+
+def test_a_checkpoint_is_known_by_the_content_of_its_large_files_too(tmp_path):
+    folder, copy = tmp_path / "checkpoint", tmp_path / "copy"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    (folder / "tokenizer.json").write_bytes(b"a" * (1 << 21))
+    shutil.copytree(folder, copy)
+    os.utime(copy / "tokenizer.json", (1, 1))
+    assert comparison._checkpoint_identity(copy) == comparison._checkpoint_identity(folder)
+    (copy / "tokenizer.json").write_bytes(b"a" * (1 << 20) + b"b" + b"a" * ((1 << 20) - 1))
+    assert comparison._checkpoint_identity(copy) != comparison._checkpoint_identity(folder)
 
 
 def test_changed_images_are_scored_anew_and_never_taken_for_those_of_a_training(comparison_file, images, tmp_path, monkeypatch):

@@ -24,10 +24,10 @@ from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
 from devil_hf.checkpoints.identity import network_identity, preprocessing_of
-from devil_hf.checkpoints.loading import PROCESSOR_FILES, load
+from devil_hf.checkpoints.loading import load
 from devil_hf.data.captioned import longest_description
 from devil_hf.data.decoding import BadSamples, PairDecoder
-from devil_hf.data.identity import PairIdentities, combined, file_identity
+from devil_hf.data.identity import PairIdentities, combined
 from devil_hf.data.pairs import REGION_KINDS, open_pairs
 from devil_hf.evaluation.evaluator import EVALUATORS, evaluate
 from devil_hf.evaluation.results import metric_name
@@ -52,6 +52,8 @@ METRICS = ("bleu", "rouge_l", "cider")
 NEW_TOKENS = 40
 ALL_LAYERS = "all"
 LOSS = "validation loss"
+# Of a checkpoint: its configuration, which has the hash of the weights that loading checks, and what its processor reads.
+DECIDING_FILES = ("*config.json", "tokenizer.json", "vocab.*", "merges.txt", "*_tokens*.json", "*.model", "*.jinja")
 
 
 @dataclass
@@ -198,7 +200,8 @@ def run(
 ) -> dict[str, Any]:
     """One run, trained and scored as far as that is not done yet; `identities` are those of the comparison's evaluations.
 
-    Scores of another checkpoint than lies beside them by now are made again; without one, those that are finished stay.
+    Scores of another checkpoint than lies beside them by now are made again; without one, those that are finished stay, and so
+    do those of before, which do not say of which checkpoint they are.
     """
     folder, state = Path(recipe.output_dir), PartialState()
     evaluation = {"data": images.sources, "decodings": comparison.decodings, "max_new_tokens": NEW_TOKENS}
@@ -208,7 +211,7 @@ def run(
     file, checkpoint = folder / f"scores_{digest[:8]}.json", folder / CHECKPOINT_FOLDER
     if file.is_file():
         result = read_json(file)
-        if not checkpoint.is_dir() or result.get("checkpoint") == _checkpoint_identity(checkpoint):
+        if "checkpoint" not in result or not checkpoint.is_dir() or result["checkpoint"] == _checkpoint_identity(checkpoint):
             return result
         logger.warning(f"{file} is not of the model and processor that {checkpoint} holds: they are scored again")
     with claimed(folder, "a comparison of translators", state.is_main_process):
@@ -256,9 +259,9 @@ def _run(
 
 
 def _checkpoint_identity(checkpoint: Path) -> str:
-    """Hash of a checkpoint by its small files: its configuration has the hash of the weights, which loading checks."""
-    files = sorted({file for pattern in PROCESSOR_FILES for file in checkpoint.glob(pattern)})
-    return combined([*(file.name for file in files), *map(file_identity, files)])
+    """Hash of a checkpoint by the whole content of its `DECIDING_FILES`, so that a copy is the same."""
+    files = sorted({file for pattern in DECIDING_FILES for file in checkpoint.glob(pattern)})
+    return combined([*(file.name for file in files), *(hashlib.sha256(file.read_bytes()).hexdigest() for file in files)])
 
 
 def _short(heading: str, known: str, evaluation: Mapping[str, Any]) -> str:
