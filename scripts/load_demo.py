@@ -77,7 +77,7 @@ class Load:
         self.broken = str(folder / "broken.jpg")
         Path(self.broken).write_bytes(Path(self.paths[0]).read_bytes()[:200])
         self.events = json.loads(urlopen(f"{address}/config").read())["dependencies"]
-        self.lock = threading.Lock()
+        self.lock, self.said = threading.Lock(), dict[str, list[str]]()
         self.left, self.seconds, self.counts, self.errors = 0, [], Counter(), []
 
     def run(self, options: argparse.Namespace) -> dict:
@@ -143,7 +143,11 @@ class Load:
         client.predict(handle_file(rng.choice(self.paths)), *given, api_name="/describe_place")
 
     def describe(self, client: Client, rng: random.Random) -> None:
-        client.predict(handle_file(rng.choice(self.paths)), api_name="/describe")
+        """What is said of an image is what was said of it before, whoever asks beside."""
+        path = rng.choice(self.paths)
+        said = [row["description"] for row in client.predict(handle_file(path), api_name="/describe")]
+        if self.said.setdefault(path, said) != said:
+            raise RuntimeError(f"{Path(path).name} was described otherwise before: {said} after {self.said[path]}")
 
     def maps(self, client: Client, rng: random.Random) -> None:
         client.predict(handle_file(rng.choice(self.paths)), "red, a cat", "a", api_name="/map_phrases")

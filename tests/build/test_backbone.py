@@ -1,6 +1,8 @@
 """Promises of the frozen backbone: layers of any network as maps (B, C, H, W), sources that are verified."""
 
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import timm
@@ -23,7 +25,7 @@ from transformers import (
 )
 
 from devil_hf.build import backbone_from_source
-from devil_hf.build.hooks_devil import to_map, token_grid
+from devil_hf.build.hooks_devil import capture, to_map, token_grid
 from devil_hf.build.layouts import infer_layout
 from devil_hf.build.slim_devil import source_state_dict
 from devil_hf.model.backbone_devil import FeatureBackbone, build_module
@@ -535,3 +537,29 @@ def test_a_damaged_description_of_a_network_is_named(content, told, tmp_path):
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(ValueError, match=rf"config\.json {told}"):
         backbone_from_source(str(tmp_path))
+
+
+class Waiting(nn.Module):
+    """Two layers, between which two threads that read it meet."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1)
+        self.meeting = threading.Barrier(2, timeout=60)
+
+    def forward(self, pixel_values):
+        self.meeting.wait()
+        found = self.first(pixel_values)
+        self.meeting.wait()
+        return self.second(found)
+
+
+@torch.no_grad()
+def test_threads_that_read_one_network_get_the_features_of_their_own_images():
+    network, images = Waiting(), torch.randn(2, 1, 3, 5, 5)
+    with ThreadPoolExecutor(2) as threads:
+        found = list(threads.map(lambda one: capture(network, one, {"first": 1, "second": 1}), images))
+    for one, outputs in zip(images, found, strict=True):
+        first = network.first(one)
+        assert torch.equal(outputs["first"], first)
+        assert torch.equal(outputs["second"], network.second(first))

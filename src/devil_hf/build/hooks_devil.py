@@ -6,6 +6,7 @@ are read so.
 
 import math
 import sys
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -56,12 +57,15 @@ def run(module: nn.Module, pixel_values: Tensor):
 def capture(module: nn.Module, pixel_values: Tensor, calls: dict[str, int]) -> dict[str, Tensor]:
     """First tensor of the output of named submodules, in its own layout, in one pass that ends as soon as all are there.
 
-    `calls` says which call of each submodule is meant, from 1: shared modules are called several times in a pass.
+    `calls` says which call of each submodule is meant, from 1: shared modules are called several times in a pass. Several threads
+    may read one module, each its own images.
     """
     outputs: dict[str, Any] = {}
-    missing = dict(calls)
+    missing, reader = dict(calls), threading.get_ident()
 
     def keep(name: str, output: Any) -> None:
+        if threading.get_ident() != reader:  # another thread's pass through the same modules
+            return
         missing[name] = missing.get(name, 0) - 1
         if missing[name] == 0:
             outputs[name] = first_tensor(output)
