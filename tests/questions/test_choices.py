@@ -1,6 +1,7 @@
 """Multiple choice: evidence is that of single sentences at single places, and what cannot be asked is refused before it is."""
 
 import copy
+import dataclasses
 import json
 import math
 
@@ -169,8 +170,16 @@ def test_a_calibration_is_for_its_parts_its_layers_and_its_places(model, process
     Calibration.read(tmp_path / "calibration.json").check(model, processor)
     changed = copy.deepcopy(processor)
     changed.image_processor.image_std = [0.2, 0.3, 0.25]
-    with pytest.raises(ValueError, match=r"of another preprocessing .* fit one by devil evaluate choices"):
+    with pytest.raises(ValueError, match=r"of another preprocessing .*\(image_std \[.*\], not \[0.2, 0.3, 0.25\]\): fit"):
         ask(model, changed, images[0], QUESTION, CHOICES, calibration=known)
+    later = own_images | {"image_processor_type": "Renamed", "added": 1}
+    dataclasses.replace(known, preprocessing=later).check(model, processor)
+    usual = {name: value for name, value in own_images.items() if name != "crop_mode"}
+    dataclasses.replace(known, preprocessing=usual).check(model, processor)
+    changed = copy.deepcopy(processor)
+    changed.image_processor.crop_mode = "squash"
+    with pytest.raises(ValueError, match=r"checkpoint's \(crop_mode 'center', not 'squash'\): fit"):
+        dataclasses.replace(known, preprocessing=usual).check(model, changed)
     unfitted = Calibration({ALL: Scale(0.5, -90.0, NONE_WRONG)}, 2, "tests", 10, **part_hashes(model))
     (bounded,) = ask(model, processor, images[0], QUESTION, CHOICES, calibration=unfitted)
     assert not bounded.calibrated and bounded.bound == NONE_WRONG and bounded.probabilities == fitted.probabilities

@@ -29,7 +29,7 @@ from devil_hf.checkpoints.identity import preprocessing_of
 from devil_hf.extras import needs
 from devil_hf.folders import write_json
 from devil_hf.model.checkpoint_devil import weights_hash
-from devil_hf.model.image_processing_devil import ImageSource
+from devil_hf.model.image_processing_devil import SETTINGS, DevilImageProcessor, ImageSource
 from devil_hf.model.modeling_devil import DevilModel
 from devil_hf.model.pooling_devil import Layers, read_number, resolve_layers
 from devil_hf.model.processing_devil import DevilProcessor
@@ -203,12 +203,16 @@ class Calibration:
     def check(self, model: DevilModel, processor: DevilProcessor) -> None:
         """Raise a ValueError where the model has another translator or network than those that this was fitted for, or the
         processor makes other pixel values of an image."""
-        own_images = preprocessing_of(processor.image_processor)
-        if self.preprocessing not in (None, own_images):
-            raise ValueError(
-                f"the calibration is of another preprocessing ({self.preprocessing}) than this checkpoint's ({own_images}): fit "
-                "one by devil evaluate choices, or load it as it was"
-            )
+        if self.preprocessing is not None:
+            fitted_on = preprocessing_of(DevilImageProcessor()) | self.preprocessing  # what a file does not say is as usual
+            images = preprocessing_of(processor.image_processor)
+            changed = [name for name in SETTINGS if fitted_on[name] != images[name]]
+            if changed:
+                different = "; ".join(f"{name} {fitted_on[name]!r:.80}, not {images[name]!r}" for name in changed)
+                raise ValueError(
+                    f"the calibration is of another preprocessing than this checkpoint's ({different}): fit one by devil "
+                    "evaluate choices, or load it as it was"
+                )
         for part, own in part_hashes(model).items():
             if own != (fitted := getattr(self, part)):
                 dtype = next(getattr(model, part).parameters()).dtype
