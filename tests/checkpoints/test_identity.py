@@ -1,15 +1,14 @@
 """What a model and its processor are known by: whatever changes an answer changes it, and nothing else does."""
 
+import ast
 import copy
 import json
-from pathlib import Path
 
 import pytest
 import torch
 from huggingface_hub.dataclasses import strict
 from transformers import CONFIG_MAPPING, ByT5Tokenizer, Dinov2Config, Dinov2Model, GPT2Config
 
-import devil_hf
 from devil_hf.build import backbone_from_source
 from devil_hf.build.lora_devil import add_lora
 from devil_hf.checkpoints.identity import (
@@ -25,6 +24,8 @@ from devil_hf.checkpoints.loading import load
 from devil_hf.checkpoints.quantised import quantise
 from devil_hf.data.unit_reader import UnitReader
 from devil_hf.model.image_processing_devil import SETTINGS
+from tests import test_house
+from tests.test_house import FILES, SOURCE, all_imports
 
 PIXELS = {
     "crop_size": {"height": 40, "width": 40},
@@ -174,8 +175,27 @@ def test_units_are_known_by_the_layers_that_are_read(model, processor):
     assert [name for name in before if before[name] != after[name]] == ["preprocessing"]
 
 
+def records_are_imported(file):
+    """Whether a file imports the records of an evaluation, or their module, by whatever name."""
+    return any(name.rpartition(".")[2] in ("records", "Records") for name in all_imports(file))
+
+
 def test_rows_are_recorded_by_the_driver_alone():
     """So that every evaluation, and every report, knows its model and processor."""
-    package = Path(devil_hf.__file__).parent
-    using = [file.name for file in package.rglob("*.py") if " Records(" in file.read_text()]
-    assert using == ["evaluator.py"]
+    assert [file.name for file in FILES if records_are_imported(file)] == ["evaluator.py"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "from devil_hf.evaluation.records import Records as Rows",
+        "from devil_hf.evaluation import records as rows",
+        "import devil_hf.evaluation.records as rows",
+        "from .records import Records",
+        "from devil_hf.evaluation.evaluator import Records as Rows",
+        "def run():\n    from devil_hf.evaluation.records import Records as Rows",
+    ],
+)
+def test_records_are_found_by_any_name(text, monkeypatch):
+    monkeypatch.setattr(test_house, "tree", lambda file: ast.parse(text))
+    assert records_are_imported(SOURCE / "evaluation" / "some.py")
