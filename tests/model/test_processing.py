@@ -260,6 +260,8 @@ def test_urls_are_fetched(monkeypatch):
         (np.full((4, 4, 3), -3), ValueError, "0..255.*-3"),
         (np.full((4, 4, 3), "a"), TypeError, "must hold numbers"),
         ("no/such/image.jpg", FileNotFoundError, "no such file.*no/such/image.jpg"),
+        ("data:image/png;base64," + "A" * 400, ValueError, "^cannot read 'data:image/png' as an image: [^A]*$"),
+        ("data:image/png;base64,?", ValueError, "^cannot read 'data:image/png' as an image: [^?]*$"),
         ("dogs", FileNotFoundError, "no such file.*'dogs'"),  # base64 text, of nothing
         ("Gr\u00fcn.jpg", FileNotFoundError, "no such file.*Gr\u00fcn"),
         ("", FileNotFoundError, "no such file.*''"),

@@ -144,9 +144,10 @@ def _open(source: str) -> Image.Image:
         return Image.open(BytesIO(response.content))
     if os.path.exists(source):
         return Image.open(source)
-    encoded = source.split(",", 1)[-1] if source.startswith("data:image/") else source
+    if source.startswith("data:image/"):
+        return Image.open(BytesIO(base64.b64decode(source.partition(",")[2], validate=True)))
     try:
-        return Image.open(BytesIO(base64.b64decode(encoded, validate=True)))
+        return Image.open(BytesIO(base64.b64decode(source, validate=True)))
     except (ValueError, UnidentifiedImageError):  # many a word is base64 text, of nothing
         raise FileNotFoundError(f"no such file, and not a URL or an image as base64 text: {source[:200]!r}") from None
 
@@ -182,7 +183,7 @@ def _load_one(source: str | os.PathLike | Image.Image) -> Image.Image:
     except FileNotFoundError:
         raise
     except Exception as error:  # the client and the decoders have dozens of their own
-        raise ValueError(f"cannot read {str(source)[:200]!r} as an image: {error}") from error
+        raise ValueError(f"cannot read {str(source).partition(';base64,')[0][:200]!r} as an image: {error}") from error
 
 
 class DevilImageProcessorKwargs(TypedDict, total=False):
