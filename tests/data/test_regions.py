@@ -72,6 +72,11 @@ def test_every_object_is_a_row_with_its_mask_and_its_name(labels):
         rows_of(labels, templates=["a dog"])
 
 
+def test_what_a_source_does_not_need_is_named_as_a_recipe_has_it():
+    with pytest.raises(ValueError, match=r": names='x' is nothing that shapes:3:7 "):
+        open_pairs([{"kind": "regions", "path": "shapes:3:7", "names": "x"}], 0, False)
+
+
 def test_regions_join_captioned_images_and_scenes_have_them_too(labels):
     scenes = {"kind": "shapes", "size": 2, "seed": 0, "streaming": False}
     rows = open_pairs([scenes, {"kind": "regions", "path": "shapes:3:7"}], 0, False)

@@ -128,7 +128,7 @@ def open_localised(
         if kind.recognises(text):
             for option, value in (("images", images), ("names", names)):
                 if value is not None and option not in kind.options:
-                    raise ValueError(f"--{option} {value} is nothing that {text} ({kind.what}) needs: leave it out")
+                    raise ValueError(f"{option}={str(value)!r} is nothing that {text} ({kind.what}) needs: leave it out")
             found = kind.read(text, images, names)
             if not found:
                 raise ValueError(f"{text} names no object of any image")
