@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 import torch
 
+from devil_hf.checkpoints.identity import known_by
 from devil_hf.checkpoints.quantised import quantise
 from devil_hf.cli.main import main
+from devil_hf.report import neurons as report
 from devil_hf.report.neurons import NeuronsSettings, neurons
 
 
@@ -77,6 +79,32 @@ def test_units_of_which_one_or_none_has_a_label_are_checked(model, processor, im
     summary = run("atlas")
     assert set(summary["checks"]) >= {"labels", "constant label"} and "shuffled labels" not in summary["checks"]
     assert json.loads((tmp_path / "atlas" / "atlas.json").read_text())["summary"]["check"] == summary["checks"]
+
+
+def test_exemplars_of_before_are_encoded_again_and_said_to_be(model, processor, images, tmp_path, caplog, monkeypatch):
+    options = {"output_dir": tmp_path, "layers": ["-1"], "exemplars": 1, "held_out": 2, "permutations": 100}
+    options |= {"strategy": "words", "words": tmp_path / "words.txt"}
+    (tmp_path / "words.txt").write_text("red\ndog\n")
+    pictures = [image.rotate(angle) for image in images for angle in range(0, 360, 24)]
+
+    def run(stage, **changes):
+        return neurons(NeuronsSettings(**options, stage=stage, **changes), model, processor, images=pictures)
+
+    hashed = []
+    monkeypatch.setattr(report, "known_by", lambda *model: hashed.append(model) or known_by(*model))
+    assert run("all")["labels"]["mode"] == "features" and not caplog.records
+    assert len(hashed) == 1, "of one run"
+    with pytest.raises(ValueError, match="carrier"):
+        run("check", carrier="the")
+    assert len(hashed) == 1, "what is refused anyway costs nothing"
+    file = tmp_path / "exemplars" / "exemplars.json"
+    summary = json.loads(file.read_text())
+    old = {"crop": summary["crop"], "crop_pct": 1.0, "crop_mode": "center"}
+    file.write_text(json.dumps(summary | {"preprocessing": old}))
+    assert run("describe")["labels"]["mode"] == "pixels"
+    assert 'encoded again (mode "pixels"); name the mode "features"' in caplog.text
+    caplog.clear()
+    assert run("describe", mode="features")["labels"]["mode"] == "features" and not caplog.records
 
 
 def test_labels_and_their_check_are_of_one_model(model, processor, images, directions, tmp_path):

@@ -4,6 +4,7 @@ Four stages, each of which leaves its result in the output folder, where the nex
 `data/exemplars.py`), `labels.json`, `checks.json`, and `atlas/` (see `report/atlas.py`).
 """
 
+import functools
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -14,6 +15,7 @@ from typing import Any, Literal, get_args
 from accelerate import PartialState
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers.utils import logging
 
 from devil_hf.checkpoints.identity import known_by, preprocessing_of
 from devil_hf.checkpoints.loading import open_checkpoint
@@ -36,6 +38,8 @@ from devil_hf.model.processing_devil import DevilProcessor
 from devil_hf.report.atlas import write_atlas
 from devil_hf.settings import LayerSettings, checked, option, read_layers
 from devil_hf.text_files import read_json, text_lines
+
+logger = logging.get_logger(f"transformers.{__name__}")
 
 Stage = Literal["exemplars", "describe", "check", "atlas", "all"]
 STAGES = get_args(Stage)
@@ -167,6 +171,11 @@ class _Run:
             model.to(PartialState().device)
         self.model, self.processor = model, processor
 
+    @functools.cached_property
+    def known(self) -> dict[str, Any]:
+        """What the model and its processor are known by; of all weights, so that it takes its time."""
+        return known_by(self.model, self.processor)
+
     def reading_of_texts(self) -> dict[str, str]:
         """How the model was rounded, and what stood before the texts, for a record; empty for neither."""
         rounded = {"quantize": "int8"} if isinstance(self.model, RoundedDevilModel) else {}
@@ -217,15 +226,20 @@ class _Run:
         if mode is None:
             theirs, ours = exemplars.summary, preprocessing_of(self.processor.image_processor)
             same = theirs["weights_sha256"].partition("+")[0] == self.model.backbone.config["sha256"]
-            same = same and theirs.get("preprocessing") == ours
-            mode = "features" if same and set(exemplars.layers) <= set(self.model.layer_names) else "pixels"
+            same = same and set(exemplars.layers) <= set(self.model.layer_names)
+            mode = "features" if same and theirs.get("preprocessing") == ours else "pixels"
+            if same and mode == "pixels":
+                logger.warning(
+                    f"the exemplars in {exemplars.folder} are of another preprocessing than the checkpoint's, or of a version "
+                    'that does not say all of it: they are encoded again (mode "pixels"); name the mode "features" to take theirs'
+                )
         noted: dict[str, Any] = {"mode": mode, "strategy": self.settings.strategy}
         if self.settings.strategy == "rerank":
             noted |= {"prior_weight": self.settings.prior_weight}
         noted |= self.reading_of_texts()
         pooled = pool_units(self.model, self.processor, exemplars, mode)
         rows = label_units(self.model, self.processor, pooled, **self.settings.choice())
-        of = {"exemplars": _digest(exemplars)} | known_by(self.model, self.processor)
+        of = {"exemplars": _digest(exemplars)} | self.known
         write_json(self.folder / "labels.json", {"settings": noted, "of": of, "units": rows})
 
     def check(self) -> None:
@@ -277,12 +291,13 @@ class _Run:
             else f"does not say with which {name} it was made, and {now[name]!r} is asked for"
             for name in changed
         ]
-        known, of = known_by(self.model, self.processor), labels["of"]
-        if not other and of.get("weights") != known["weights"]:
+        of = labels["of"]
+        if not other and of.get("weights") != self.known["weights"]:
             other = ["was made by a model of other weights"]
-        changed = [name for name, value in known["reading"].items() if of.get("reading", {}).get(name) != value]
-        if not other and changed:
-            other = [f"was made with other {' and '.join(changed)} of the model and its processor"]
+        if not other:
+            reading = self.known["reading"].items()
+            changed = [name for name, value in reading if of.get("reading", {}).get(name) != value]
+            other = [f"was made with other {' and '.join(changed)} of the model and its processor"] if changed else []
         if other:
             raise ValueError(
                 f"{self.folder / 'labels.json'} {' and '.join(other)}: check with the same, run the stage 'describe' again, or "
