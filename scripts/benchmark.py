@@ -4,6 +4,7 @@
     python scripts/benchmark.py describe        every location of that grid described
     python scripts/benchmark.py coarse          maps from coarse to fine beside exact ones, at 56 x 56, see benchmark_coarse.py
     python scripts/benchmark.py laws            cost of maps against places, phrases, images, layers, see benchmark_laws.py
+    python scripts/benchmark.py prices          questions beside a Grad-CAM, see there
     python scripts/benchmark.py memory          what processes hold while they make maps, see there
     python scripts/benchmark.py backbone        one image and a batch of them through ResNet-50, see there
     python scripts/benchmark.py leaving         descriptions of places that end early, see there
@@ -36,7 +37,7 @@ from typing import Any
 import torch
 from benchmark_coarse import coarse
 from benchmark_evidence import evidence
-from benchmark_laws import backbone, laws, leaving, memory
+from benchmark_laws import backbone, laws, leaving, memory, prices
 from benchmark_start import ROOT, quickstart, start
 from benchmark_training import bf16_pays, build, training
 from torch.utils.flop_counter import FlopCounterMode
@@ -48,7 +49,7 @@ from devil_hf.checkpoints.quantised import quantise
 
 PHRASES = [[5, 120, 9], [5, 77, 2201], [8, 19, 31], [40, 1200, 7], [40, 11, 3]]  # five of three tokens
 SUBJECTS = (
-    *("attribution", "describe", "coarse", "laws", "memory", "backbone", "leaving", "training"),
+    *("attribution", "describe", "coarse", "laws", "prices", "memory", "backbone", "leaving", "training"),
     *("evidence", "cost", "start", "quickstart"),
 )
 LENGTHS = (4, 1, 6, 2, 3, 5, 2, 4, 1, 3, 6, 2, 5, 3, 1, 4, 2, 6, 3, 5)  # twenty that begin with one of four words
@@ -232,6 +233,8 @@ def main():
         report |= coarse(arguments.repeats)
     if "laws" in subjects:
         report |= laws(arguments.repeats)
+    if "prices" in subjects:
+        report |= prices(arguments.device, arguments.repeats)
     if "memory" in subjects:
         report |= memory()
     if "backbone" in subjects:

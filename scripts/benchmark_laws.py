@@ -1,5 +1,5 @@
-"""How cost grows, what memory is held, how full a batch of images is, and what rows that end save; `python scripts/benchmark.py
-laws memory backbone leaving` runs it.
+"""How cost grows, what questions cost beside a Grad-CAM, what memory is held, how full a batch of images is, and what rows that
+end save; `python scripts/benchmark.py laws prices memory backbone leaving` runs it.
 
 Random weights of the shapes of benchmark_training.py, but for `leaving`, which asks the shipped checkpoints. Figures are medians
 of CPU seconds, or on a GPU of the clock, after a warm-up; memory is the highest that a process of its own held while it asked,
@@ -15,6 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 from benchmark_training import build, matmul_peak, peak_resident_memory, timed
 from torch.utils.flop_counter import FlopCounterMode
@@ -26,7 +27,7 @@ from devil_hf.evaluation.shapes import pixel_values
 from devil_hf.model.checkpoint_devil import COMPANIONS
 
 EXAMPLES = Path(__file__).parents[1] / "src" / "devil_hf" / "demo" / "examples"
-TOKENS = 3  # of a phrase
+TOKENS, WORDS = 3, 20  # of a phrase, of a description
 SIDES, PHRASES, IMAGES, LAYERS = (4, 7, 14, 28), (1, 5, 20, 100), (1, 4, 16), (1, 2, 4)
 CASES = {  # of memory: shape, side of the grid, phrases, and tokens that the longest has
     "paper, 7 x 7, one phrase": ("paper", 7, 1, TOKENS),
@@ -80,6 +81,33 @@ def laws(repeats: int) -> dict:
         gflop = counter.get_total_flops() / 1e9
         report["model"][f"{shape}, {gflop:.3g} GFLOP"] = ask(phrases=1)
     return {"seconds against": report}
+
+
+def prices(device: str, repeats: int) -> dict:
+    """What questions about one image cost at the paper's shape, backbone included: seconds, and how many Grad-CAMs take as long.
+
+    A Grad-CAM (Selvaraju et al., 2017, by pytorch-grad-cam) is of one class of the same network.
+    """
+    from pytorch_grad_cam import GradCAM
+    from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
+
+    network, model = timm.create_model("resnet50").to(device).eval(), build("paper", device, eos_token_id=None).eval()
+    cam, target = GradCAM(model=network, target_layers=[network.layer4[-1]]), [ClassifierOutputTarget(0)]
+    pixels = torch.randn(1, 3, 224, 224, device=device)
+    one, five = ({name: tensor.to(device) for name, tensor in phrases_of(count).items()} for count in (1, 5))
+    questions: dict[str, Callable[[], Any]] = {
+        "Grad-CAM of one class": lambda: cam(input_tensor=pixels, targets=target),
+        "score of one phrase for the image": lambda: model.score(pixels, **one),
+        f"description of the image, {WORDS} words": lambda: model.generate(pixels, max_new_tokens=WORDS),
+        "map of one phrase on the deepest layer": lambda: model.attribute(pixels, one, layers=-1),
+        "maps of five phrases there": lambda: model.attribute(pixels, five, layers=-1),
+        f"descriptions of its 49 places, {WORDS} words each": lambda: model.describe(
+            pixels, layers=-1, locations="all", max_new_tokens=WORDS
+        ),
+    }
+    seconds = {name: median_seconds(question, repeats) for name, question in questions.items()}
+    unit = next(iter(seconds.values()))
+    return {"prices": {name: {"seconds": value, "grad_cams": value / unit} for name, value in seconds.items()}}
 
 
 def memory() -> dict:
