@@ -64,7 +64,7 @@ def test_phrases_over_labelled_images(tmp_path, capsys):
         (["photo.jpg", "red", "--images", "."], "--images . is of labelled images"),
         (
             ["shapes:24", "red", "--names", "names.txt"],
-            "--images and --names are of labelled images, and shapes:24 draws its own",
+            "--images, --names and --split are of labelled images, and shapes:24 draws its own",
         ),
         (["x.png", "red", "--split", "val"], "x.png is one picture"),
         (["shapes:20", "dog"], "the shapes world has no ['dog']"),
