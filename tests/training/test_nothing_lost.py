@@ -187,7 +187,7 @@ def test_a_stopped_run_does_not_go_on_over_changed_frozen_parts(fields, sources,
     config["pretrained_cfg"]["std"] = [0.2, 0.3, 0.25]
     (backbone / "config.json").write_text(json.dumps(config))
     with pytest.raises(
-        ValueError, match=r"weights, preprocessing or tokenizer of the frozen parts have changed since .*checkpoint-2"
+        ValueError, match=r"weights, settings, preprocessing or tokenizer of the frozen parts have changed since .*checkpoint-2"
     ):
         train(Recipe(**fields))
     (backbone / "config.json").write_text(before)

@@ -49,7 +49,7 @@ logger = logging.get_logger(f"transformers.{__name__}")
 
 DATA_FILE = "data.json"  # in the checkpoints of a run: what its data and its frozen parts were
 FROZEN = "the frozen parts"
-CONTENT = {FROZEN: "weights, preprocessing or tokenizer"}
+CONTENT = {FROZEN: "weights, settings, preprocessing or tokenizer"}
 # By what is hashed, the fields that say what it is.
 DECIDES = {
     "train_data": ("train_data",),
