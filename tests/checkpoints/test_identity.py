@@ -143,6 +143,15 @@ def test_a_setting_that_a_library_adds_is_no_difference(model, monkeypatch):
     config.text_config.added = 4
     assert settings_identity(config) != before
 
+    class Demanding(Newer):
+        def __init__(self, **fields):
+            if not fields:
+                raise ValueError("it cannot be without arguments")
+            super().__init__(**fields)
+
+    monkeypatch.setitem(CONFIG_MAPPING._extra_content, "gpt2", Demanding)
+    assert settings_identity(config) == settings_identity(copy.deepcopy(config))
+
 
 def test_stages_of_a_network_are_known_as_layers(tmp_path):
     sizes = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}

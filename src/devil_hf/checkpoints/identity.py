@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any, cast
 
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
@@ -143,7 +144,10 @@ def _library_settings(given: Mapping[str, Any]) -> dict[str, Any]:
     """What a configuration of transformers says otherwise than its class does by itself: what the library's next version adds to
     the class, with a default, is no difference."""
     kind = CONFIG_MAPPING[given["model_type"]] if given.get("model_type") in CONFIG_MAPPING else PreTrainedConfig
-    usual = json.loads(kind().to_json_string(use_diff=False))
+    try:
+        usual = json.loads(kind().to_json_string(use_diff=False))
+    except (StrictDataclassError, TypeError, ValueError):  # a few classes cannot be without arguments: all that they say counts
+        usual = {}
     declared = {field.name for field in fields(kind)} | {*UNDECLARED}
     return {"model_type": given.get("model_type")} | _unusual({name: given[name] for name in declared & given.keys()}, usual)
 
